@@ -1,0 +1,28 @@
+"""Paretune: train, combine, measure and serve families of language-model policies under several objectives.
+
+The names below are loaded on first use, so that `import paretune` costs nothing (in particular, no torch).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Family": "paretune.policy",
+    "Preference": "paretune.types",
+    "evaluate": "paretune.evaluate",
+    "fit": "paretune.suite",
+    "method": "paretune.suite",
+    "task": "paretune.suite",
+}
+
+__all__ = ["Family", "Preference", "__version__", "evaluate", "fit", "method", "task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'paretune' has no attribute {name!r}")

@@ -1,0 +1,82 @@
+"""Every error a user can meet, as one tree.
+
+    ParetuneError          exit code 1: something failed while it ran
+    |-- ConfigError        exit code 2: the user's mistake, found before anything ran
+    |   `-- TaskError      a task that cannot be what its dials ask for
+    |-- RewardError        an objective returned something that is not a score
+    |-- TrainingError      a training cannot go on (non-finite loss, out of memory, ...)
+    `-- StoreError         the run directory: damaged, full, or in use
+        `-- BusyError      another process works on the same directory
+
+A message always has three parts: the rule, what was found, and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BusyError",
+    "ConfigError",
+    "ParetuneError",
+    "RewardError",
+    "StoreError",
+    "TaskError",
+    "TrainingError",
+    "nearest",
+]
+
+
+class ParetuneError(Exception):
+    """Base of all errors; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, rule: str, *, found: str, remedy: str):
+        super().__init__(rule, found, remedy)
+        self.rule, self.found, self.remedy = rule, found, remedy
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n  found:  {self.found}\n  remedy: {self.remedy}"
+
+    def __reduce__(self):  # keyword-only arguments do not survive pickling by default
+        return _rebuild, (type(self), self.rule, self.found, self.remedy)
+
+
+class ConfigError(ParetuneError):
+    """The request itself is wrong; nothing was run and nothing was lost."""
+
+    exit_code = 2
+
+
+class TaskError(ConfigError):
+    """A task that misses a dial refuses to exist."""
+
+
+class RewardError(ParetuneError):
+    """An objective raised, or returned a wrong length, a string or an infinity."""
+
+
+class TrainingError(ParetuneError):
+    """A training stopped; its last checkpoint is kept."""
+
+
+class StoreError(ParetuneError):
+    """The run directory cannot be read or written."""
+
+
+class BusyError(StoreError):
+    """Another process holds the run directory."""
+
+
+def _rebuild(kind: type[ParetuneError], rule: str, found: str, remedy: str) -> ParetuneError:
+    return kind(rule, found=found, remedy=remedy)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: the closest known one first, then all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    choices = f"choose one of {', '.join(known)}" if known else "nothing is registered here"
+    return f"did you mean {close[0]!r}? otherwise {choices}" if close else choices

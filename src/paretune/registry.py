@@ -1,0 +1,140 @@
+"""Names to classes: one registry per kind of thing, open to other people's packages and to single files.
+
+A registered class is a frozen dataclass; its fields are its hyperparameters, each written once with type and default.
+`describe` turns an instance into the JSON that content keys are made of; `build` is its inverse.
+Outside the tree: an entry point in the group `paretune.plugins`, or `load_plugin("file.py")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from paretune.errors import ConfigError, nearest
+
+__all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "describe", "load_plugin"]
+
+
+class Registry:
+    """Name -> class of one kind. `home` is the package whose import registers what ships with Paretune."""
+
+    def __init__(self, kind: str, home: str):
+        self.kind, self.home = kind, home
+        self._classes: dict[str, type] = {}
+
+    def register(self, name: str, *, version: int = 1) -> Callable[[type], type]:
+        """Class decorator. Raise `version` whenever the same fields would give other results: it is part of every key."""
+
+        def add(cls: type) -> type:
+            known = self._classes.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ConfigError(f"a {self.kind} has one name", found=f"{name!r} is registered twice", remedy="rename yours")
+            cls.registered_name, cls.version = name, version  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def __getitem__(self, name: str) -> type:
+        self._load()
+        if name not in self._classes:
+            raise ConfigError(f"a {self.kind} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._classes))
+
+    def build(self, given: str | Mapping[str, Any]) -> Any:
+        """An instance from `"name"` or `{"name": ..., field: value, ...}`; every field is checked, unknown ones are refused."""
+        params = {"name": given} if isinstance(given, str) else dict(given)
+        cls = self[str(params.pop("name", ""))]
+        params.pop("version", None)
+        params.pop("content", None)
+        label = f"{self.kind} {cls.registered_name}"  # type: ignore[attr-defined]
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        for name in params:
+            if name not in fields:
+                raise ConfigError(f"{label} has the fields that it declares", found=repr(name), remedy=nearest(name, fields))
+        try:
+            return TypeAdapter(cls).validate_python(params)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"]) or "its fields"
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, ConfigError):
+                raise cause from None
+            raise ConfigError(
+                f"{label}: {where}: {first['msg']}", found=repr(first.get("input")), remedy=f"see `paretune show {label.split()[-1]}`"
+            ) from None
+
+    def _load(self) -> None:
+        importlib.import_module(self.home)
+        _load_entry_points()
+
+
+TASKS = Registry("task", "paretune.tasks")
+OBJECTIVES = Registry("objective", "paretune.objectives")
+LEARNERS = Registry("learner", "paretune.learner")
+RULES = Registry("combination rule", "paretune.mixing")
+METHODS = Registry("method", "paretune.methods")
+
+
+def describe(thing: Any) -> dict[str, Any]:
+    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any."""
+    fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init}
+    content = thing.content() if hasattr(thing, "content") else {}
+    described = {"name": thing.registered_name, "version": thing.version, **fields}
+    return {**described, "content": content} if content else described
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and hasattr(value, "registered_name"):
+        return describe(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def load_plugin(path: str | Path) -> None:
+    """Import one Python file whose decorators register methods, tasks or objectives."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ConfigError("a plugin is a Python file", found=str(path), remedy="check the path given to --plugin")
+    name = "paretune_plugin_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError("a plugin imports without error", found=f"{path.name}: {error!r}", remedy="run it alone with python") from error
+
+
+_entry_points_loaded = False
+
+
+def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if not _entry_points_loaded:
+        _entry_points_loaded = True
+        for point in entry_points(group="paretune.plugins"):
+            point.load()

@@ -1,0 +1,93 @@
+"""What a task is: prompts, objectives, a reference policy and, where it can be known, the exact front.
+
+A task is a frozen dataclass registered in `TASKS`; its fields are its dials. Everything expensive (weights, tables) is
+loaded lazily and cached on the instance, so that describing a task costs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.seeds import generator
+from paretune.types import Objectives, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Task", "judged_preferences", "sample_preferences"]
+
+JUDGED_M2 = 11
+JUDGED_OTHER = 66
+KEEP_OUT = 0.005
+
+
+class Task(ABC):
+    """Prompts, M objectives, a reference policy, and beta: what every method is given and judged on.
+
+    Subclasses provide `objectives`, `beta` (nats are worth beta units of return) and `max_new_tokens` as fields or properties.
+    """
+
+    registered_name: ClassVar[str]
+    version: ClassVar[int]
+    is_exact: ClassVar[bool] = False  # True: see `tasks.exact.ExactTask` for what more it knows
+
+    objectives: Objectives
+    beta: float
+    max_new_tokens: int
+
+    @abstractmethod
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A fresh copy of the reference model (eval mode, no adapter) and its tokenizer. Safe to modify."""
+
+    @abstractmethod
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """The prompts of split "train" or "test"; the same order every time."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """(N, M) float64 raw rewards of N completions (text without special tokens); NaN where an objective could not score.
+
+        Raises RewardError where an objective raises or returns something that is no score.
+        """
+
+    def base(self) -> Mapping[str, Any]:
+        """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
+        from paretune.registry import describe
+
+        return {"task": describe(self)}
+
+    def judged(self) -> np.ndarray:
+        """(W, M) preferences that results are judged at; never trained on (see `sample_preferences`)."""
+        return judged_preferences(self.objectives.count)
+
+
+def judged_preferences(count: int) -> np.ndarray:
+    """(W, M): 11 evenly spaced for M = 2, 66 seeded interior points of the simplex for M >= 3."""
+    if count < 2:
+        raise ConfigError(
+            "a trade-off needs at least two objectives", found=f"{count}", remedy="add an objective, or train with one reward"
+        )
+    if count == 2:
+        w1 = (np.arange(JUDGED_M2) + 0.5) / JUDGED_M2
+        return np.stack([w1, 1.0 - w1], axis=1)
+    return generator(0, "judged preferences", count).dirichlet(np.ones(count), size=JUDGED_OTHER)
+
+
+def sample_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
+    """(n, M) preferences uniform on the simplex, none within 0.005 (largest coordinate) of a judged one: for training."""
+    judged_WM = judged_preferences(count)
+    kept = np.empty((0, count))
+    while len(kept) < n:
+        w_NM = rng.dirichlet(np.ones(count), size=2 * n)
+        gap_N = np.abs(w_NM[:, None] - judged_WM[None]).max(-1).min(-1)
+        kept = np.concatenate([kept, w_NM[gap_N > KEEP_OUT]])
+    return kept[:n]
+
+
+# Importing the package registers what ships with it.
+from paretune.tasks import exact, recipe  # noqa: E402, F401

@@ -1,0 +1,263 @@
+"""The words of the project: frozen dataclasses over NumPy arrays, and what their axes mean.
+
+Axis legend (suffixes of array names in every module):
+
+    N  sequences in a batch = P * G     P  prompts             G  samples per prompt
+    T  token positions                  V  vocabulary          M  objectives
+    W  preferences                      S  samples at one preference
+    K  points of a front, or adapters   R  enumerable responses L  layers
+
+Every objective is MAXIMISED. NaN in a reward means "could not be scored"; it is never 0 and is always counted.
+Rewards stay vectors (axis M last) until `scalarise` or `advantage`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paretune.errors import ConfigError, nearest
+
+__all__ = [
+    "Artifact",
+    "Curve",
+    "Estimate",
+    "Front",
+    "Objectives",
+    "Preference",
+    "Prompt",
+    "Rollouts",
+    "TrainSpec",
+    "canonical_json",
+    "key_of",
+]
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling of a JSON value: sorted keys, no spaces, shortest floats; NaN and infinities are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def key_of(value: Any) -> str:
+    """The 20-hex-digit name of a JSON value, used as a directory name."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """The ordered meaning of axis M. `low` and `high` are the (M,) range; `low` is also the hypervolume reference point."""
+
+    names: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(set(self.names)) != len(self.names) or not self.names:
+            raise ConfigError(
+                "objective names are distinct and there is at least one",
+                found=", ".join(self.names) or "none",
+                remedy="rename the repeated objective, or list at least one",
+            )
+        if not len(self.names) == len(self.low) == len(self.high):
+            raise ConfigError(
+                "every objective has a name, a low and a high",
+                found=f"{len(self.names)} names, {len(self.low)} lows, {len(self.high)} highs",
+                remedy="give one of each per objective",
+            )
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How much each objective matters: non-negative, sums to 1 (checked, never silently renormalised)."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self):
+        shown = ", ".join(f"{n}={w:g}" for n, w in zip(self.names, self.weights, strict=False))
+        if len(self.names) != len(self.weights):
+            raise ConfigError(
+                "a preference has one weight per objective",
+                found=f"{len(self.weights)} weights for {len(self.names)} objectives ({', '.join(self.names)})",
+                remedy="give every objective a weight; unwanted ones get 0",
+            )
+        bad = not all(np.isfinite(w) and w >= 0 for w in self.weights)
+        if bad or abs(sum(self.weights) - 1.0) > 1e-6:
+            total = sum(self.weights)
+            fix = "use finite weights of at least 0"
+            if not bad and total > 0:
+                fix = "divide by the sum: " + ",".join(f"{n}={w / total:.4g}" for n, w in zip(self.names, self.weights, strict=True))
+            raise ConfigError("the weights of a preference are non-negative and sum to 1", found=f"{shown} (sum {total:g})", remedy=fix)
+
+    @property
+    def w_M(self) -> np.ndarray:
+        return np.asarray(self.weights, dtype=np.float64)
+
+    @classmethod
+    def of(cls, names: Sequence[str], given: Mapping[str, float] | Sequence[float] | str) -> Preference:
+        """From `{"a": .7, "b": .3}`, `[.7, .3]` or `"a=.7,b=.3"`; an objective that is left out gets 0."""
+        names = tuple(names)
+        if isinstance(given, str):
+            given = _parse_weights(given)
+        if not isinstance(given, Mapping):
+            return cls(names, tuple(float(w) for w in given))
+        for name in given:
+            if name not in names:
+                raise ConfigError("a preference names existing objectives", found=name, remedy=nearest(name, names))
+        return cls(names, tuple(float(given.get(n, 0.0)) for n in names))
+
+
+def _parse_weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, sep, value = part.partition("=")
+        try:
+            if not sep:
+                raise ValueError
+            weight = float(value)
+        except ValueError:
+            raise ConfigError(
+                "a preference reads name=weight,name=weight", found=repr(part), remedy="for example --preference helpful=.7,brief=.3"
+            ) from None
+        if name.strip() in weights:
+            raise ConfigError("a preference names each objective once", found=repr(text), remedy=f"give {name.strip()!r} one weight")
+        weights[name.strip()] = weight
+    return weights
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: plain `text`, or chat `messages` ([{"role", "content"}, ...]); `columns` go to the objectives by name."""
+
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> str | list[dict[str, str]]:
+        """What a TRL-style reward function receives in `prompts`."""
+        return self.text if self.messages is None else [dict(m) for m in self.messages]  # type: ignore[return-value]
+
+    @property
+    def digest(self) -> str:
+        """Names this prompt's random streams, wherever it stands in a batch."""
+        return key_of([self.text, None if self.messages is None else [dict(m) for m in self.messages]])
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One batch of responses, picklable. Padding is on the right of `tokens_NT`; `mask_NT` marks real tokens, EOS included."""
+
+    tokens_NT: np.ndarray  # int64
+    mask_NT: np.ndarray  # bool
+    logp_NT: np.ndarray  # nats under the sampling policy at its temperature; 0 on padding
+    rewards_NM: np.ndarray  # raw, NaN = unscored
+    w_NM: np.ndarray
+    prompt_N: np.ndarray  # index into the prompts of the batch's split
+    stopped_N: np.ndarray  # True where EOS was drawn, False where the length limit cut
+
+
+@dataclass(frozen=True)
+class Front:
+    """Points on (or estimating) a Pareto front of regularised returns, best known per preference.
+
+    `policies` says over which class it is the front: "kl" (all policies, KL-regularised), "stochastic" or "deterministic".
+    `proof` says why it can be believed, e.g. "closed form" or "best found".
+    """
+
+    points_KM: np.ndarray
+    w_KM: np.ndarray
+    policies: str
+    beta: float
+    proof: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was measured along the preferences, raw. S runs over prompts (exact) or over samples (sampled).
+
+    Returns in the sense of the project are `rewards - beta * kl`, per objective; see `returns_WSM`.
+    """
+
+    w_WM: np.ndarray
+    rewards_WSM: np.ndarray
+    kl_WS: np.ndarray  # nats per whole response, against the reference policy
+    prompt_S: np.ndarray  # which prompt of the split each S belongs to
+    beta: float
+    split: str  # "train" | "test"
+    exact: bool
+
+    @property
+    def returns_WSM(self) -> np.ndarray:
+        return self.rewards_WSM - self.beta * self.kl_WS[:, :, None]
+
+    @property
+    def unscored(self) -> int:
+        return int(np.isnan(self.rewards_WSM).sum())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; `low` and `high` are NaN where n is too small to say."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSpec:
+    """Everything a training depends on; its `key` names the directory of the result.
+
+    `task` and `learner` are descriptions made by `registry.describe` (name, version, every field, content hashes).
+    `preference` is the fixed (M,) weighting, or None where the learner samples a preference per row.
+    `init_from` are keys of artifacts that the training starts from or builds on, in order.
+    """
+
+    task: Mapping[str, Any]
+    learner: Mapping[str, Any]
+    preference: tuple[float, ...] | None
+    seed: int
+    scalariser: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
+    scalarise_at: str = "reward"  # "reward" | "advantage" | "gradient"
+    init_from: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(canonical_json(asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TrainSpec:
+        given = dict(data)
+        given["preference"] = None if given["preference"] is None else tuple(given["preference"])
+        given["init_from"] = tuple(given["init_from"])
+        return cls(**given)
+
+    @property
+    def key(self) -> str:
+        return key_of(self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainSpec) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published training: `path` holds the adapter in plain PEFT format, the spec, the log and the ledger."""
+
+    key: str
+    path: Path
+    spec: TrainSpec
