@@ -1,0 +1,140 @@
+"""The reference policy of exact tasks: a tiny, real `LlamaForCausalLM`, pre-trained in seconds on a seeded random language.
+
+The language is a second-order Markov chain over the alphabet with a chance to stop; the model is fitted to its known next-symbol
+distribution on strings drawn from it. Training runs on one thread from seeded draws, and its result is cached on disk
+(`PARETUNE_CACHE`, default `~/.cache/paretune`), published by one rename.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.special import softmax
+
+from paretune.seeds import forked_torch, generator, seed_for
+from paretune.types import key_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ReferenceSpec", "alphabet_of", "load_reference", "sample_language"]
+
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
+EOS_TEXT = "<eos>"
+RECIPE = 1  # raise when pre-training changes: it is part of the cache's key
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """Everything the reference depends on."""
+
+    alphabet: int
+    seed: int
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    context: int = 3  # symbols of a prompt
+    length: int = 4  # longest response
+    stop: float = 0.12  # mean chance of EOS after each symbol
+    spread: float = 0.8  # standard deviation of the language's logits
+    steps: int = 200
+
+
+def alphabet_of(count: int) -> str:
+    return SYMBOLS[:count]
+
+
+def language_logits(spec: ReferenceSpec) -> np.ndarray:
+    """(A, A, V) logits of the next symbol after two symbols (older, newer); EOS last."""
+    rng = generator(spec.seed, "language")
+    a = spec.alphabet
+    logits = rng.normal(0, spec.spread, (1, a, a + 1)) + rng.normal(0, spec.spread / 2, (a, 1, a + 1))
+    logits[:, :, a] = np.log(spec.stop / (1 - spec.stop) * np.exp(logits[:, :, :a]).sum(-1)) + rng.normal(0, 0.3, (a, a))
+    return logits
+
+
+def sample_language(spec: ReferenceSpec, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """(count, length) symbols: two uniform ones, then the chain without its EOS."""
+    chance_AAA = softmax(language_logits(spec)[:, :, : spec.alphabet], axis=-1)
+    strings = rng.integers(spec.alphabet, size=(count, length))
+    for place in range(2, length):
+        cumulative = chance_AAA[strings[:, place - 2], strings[:, place - 1]].cumsum(-1)
+        strings[:, place] = (rng.random((count, 1)) > cumulative[:, :-1]).sum(-1)
+    return strings
+
+
+def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fresh copy of the reference and its tokenizer, pre-trained now if the cache does not hold it."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    home = Path(os.environ.get("PARETUNE_CACHE", "~/.cache/paretune")).expanduser()
+    folder = home / f"reference-{key_of({'recipe': RECIPE, **dataclasses.asdict(spec)})}"
+    if not folder.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".wip-", dir=home))
+        _pretrain(spec).save_pretrained(aside)
+        _tokenizer(spec).save_pretrained(aside)
+        try:
+            aside.replace(folder)
+        except OSError:  # another process published it first: theirs is the same
+            shutil.rmtree(aside)
+    model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _tokenizer(spec: ReferenceSpec) -> PreTrainedTokenizerBase:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: number for number, symbol in enumerate([*alphabet_of(spec.alphabet), EOS_TEXT])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS_TEXT))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TEXT, pad_token=EOS_TEXT, padding_side="left")
+
+
+def _pretrain(spec: ReferenceSpec) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    eos = spec.alphabet
+    config = LlamaConfig(
+        vocab_size=spec.alphabet + 1,
+        hidden_size=spec.width,
+        intermediate_size=2 * spec.width,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.heads,
+        max_position_embeddings=max(64, 2 * (spec.context + spec.length)),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order on every machine
+    try:
+        with forked_torch(seed_for(spec.seed, "reference")):
+            model = LlamaForCausalLM(config)
+        target_AAV = torch.from_numpy(softmax(language_logits(spec), axis=-1)).float()
+        rng = generator(spec.seed, "pre-training")
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=spec.steps)
+        for _ in range(spec.steps):
+            strings = torch.from_numpy(sample_language(spec, rng, 64, spec.context + spec.length))
+            logp = model(input_ids=strings).logits[:, 1:].log_softmax(-1)
+            loss = -(target_AAV[strings[:, :-1], strings[:, 1:]] * logp).sum(-1).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval()
