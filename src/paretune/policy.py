@@ -1,0 +1,331 @@
+"""A policy: one model, one bank of adapters, and the level at which the adapters are combined; and a family of them on disk.
+
+The levels themselves stand in `mixing.py`. Every policy answers the same call, with a gate per row of the batch and adapter:
+
+    logits_NTV = policy.forward(ids_NT, attention_mask=mask, gates_NK=gates)
+
+which is `combine(parts(...), gates)`. Parts are expensive; at the logit and hidden levels they do not depend on the gates, so that one
+computation of them serves many preferences. A softmax over V of the result is the policy; rows of logits are defined up to a constant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretune.errors import ConfigError
+from paretune.lora import CONFIG_FILE, WEIGHTS_FILE, LoraBank
+from paretune.registry import RULES, TASKS, Registry, describe
+from paretune.types import Objectives, Preference, Prompt
+
+__all__ = ["LEVELS", "Family", "Policy"]
+
+LEVELS = Registry("mixing level", "paretune.mixing")
+FAMILY_FILE, FAMILY_FORMAT = "family.json", 1
+SAMPLE_ROWS = 64  # rows sampled in one batch
+
+
+class Policy(ABC):
+    """What samples text and scores tokens. `registered_name` (also `level`) names the class in LEVELS."""
+
+    registered_name: ClassVar[str]
+    version: ClassVar[int]
+    parts_need_gates: ClassVar[bool] = False
+
+    def __init__(self, bank: LoraBank, tokenizer: Any):
+        self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
+        self.eos_ids = _eos_ids(self.model, tokenizer)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id = int(self.eos_ids[0] if pad is None else pad)
+
+    @property
+    def level(self) -> str:
+        return self.registered_name
+
+    @property
+    def K(self) -> int:
+        return self.bank.count
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def copies(self) -> int:
+        """Rows of the model's batch (and of the cache) per row of the policy's."""
+        return 1
+
+    @property
+    def forwards_per_token(self) -> float:
+        return float(self.copies)
+
+    @abstractmethod
+    def parts(
+        self,
+        input_ids_NT: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        gates_NK: Tensor | None = None,
+        last_only: int = False,
+    ) -> Tensor:
+        """What the model must compute. At the parameter level the gates must be given; elsewhere they are not looked at.
+
+        `attention_mask` is (N, cached + T), 1 for real tokens, or a (N or 1, 1, T, cached + T) mask: bool (True may be looked at) or
+        additive. `position_ids` default to counting the real tokens; a 4-D mask needs them given. `cache` comes from `new_cache`
+        and grows. `last_only` keeps the last position alone (a number: that many of the last).
+        """
+
+    @abstractmethod
+    def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
+        """(N, T, V) logits of the mixture: cheap."""
+
+    def forward(
+        self,
+        input_ids_NT: Tensor,
+        *,
+        gates_NK: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        last_only: int = False,
+    ) -> Tensor:
+        """(N, T, V) logits; `gates_NK=None` is the reference at every level (its cache then has N rows)."""
+        if gates_NK is None:
+            with self.bank.gates(None):
+                return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
+        gates_NK = torch.as_tensor(gates_NK, device=self.device)
+        if gates_NK.shape[:-1] not in {input_ids_NT.shape[:1], input_ids_NT.shape} or gates_NK.shape[-1] != self.K:
+            raise ConfigError(
+                "a policy takes one row of gates per row of the batch, one column per adapter",
+                found=f"gates {tuple(gates_NK.shape)} for a batch {tuple(input_ids_NT.shape)} and {self.K} adapters",
+                remedy="repeat each prompt's gates for each of its samples",
+            )
+        parts = self.parts(input_ids_NT, attention_mask, position_ids, cache=cache, gates_NK=gates_NK, last_only=last_only)
+        if last_only and gates_NK.dim() == 3:
+            gates_NK = gates_NK[:, -int(last_only) :]
+        return self.combine(parts, gates_NK)
+
+    def new_cache(self, n_rows: int) -> Any:
+        """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _inputs(self, copies: int, ids_NT: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+        """The model's keyword arguments, every row repeated `copies` times, block by block."""
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and mask.dim() == 4:
+            assert positions is not None, "a 4-D mask does not say the positions"
+            if not mask.is_floating_point():  # attention implementations read a bool mask differently; all read an additive one alike
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask.bool(), torch.finfo(self.model.dtype).min)
+            mask = mask.to(self.model.dtype)
+        elif positions is None:
+            if mask is None:
+                positions = torch.arange(past, past + ids_NT.shape[1], device=ids_NT.device).expand_as(ids_NT)
+            else:
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        if copies > 1:
+            ids_NT = ids_NT.repeat(copies, 1)
+            positions = positions.repeat(copies, 1) if positions is not None and positions.shape[0] > 1 else positions
+            mask = mask.repeat(copies, *[1] * (mask.dim() - 1)) if mask is not None and mask.shape[0] > 1 else mask
+        return {
+            "input_ids": ids_NT,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+    def _logits(self, inputs: dict[str, Any], last_only: int) -> Tensor:
+        """The model's own logits; only those of the last `last_only` positions are computed; 0 is all."""
+        return self.model(**inputs, logits_to_keep=int(last_only)).logits
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response: those of the generation settings, then the tokenizer's."""
+    found: list[int] = []
+    for given in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        for number in given if isinstance(given, (list, tuple)) else [given]:
+            if number is not None and int(number) not in found:
+                found.append(int(number))
+    if not found:
+        raise ConfigError(
+            "a policy needs to know how a response ends", found="no EOS id in the model or tokenizer", remedy="set tokenizer.eos_token"
+        )
+    return tuple(found)
+
+
+@dataclass
+class Family:
+    """A policy for every preference: what training leaves, and what is served.
+
+    `rule` turns preferences into gates. `base` says where the reference model is: {"task": description} or {"model": path or hub id,
+    "revision": ..., "dtype": ...}. `adapters` are the directories that the bank's adapters were read from, by name; adapters without one
+    are written from memory. `meta` is any JSON (the method's description and card; "max_new_tokens" is `sample`'s default).
+    """
+
+    policy: Policy
+    rule: Any
+    objectives: Objectives
+    base: Mapping[str, Any]
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        """(W, K) float64 gates of W preferences."""
+        w_WM = np.asarray(w_WM, dtype=np.float64)
+        if w_WM.ndim != 2 or w_WM.shape[1] != self.objectives.count:
+            raise ConfigError(
+                "preferences come as rows with one weight per objective",
+                found=f"shape {w_WM.shape} for the objectives {', '.join(self.objectives.names)}",
+                remedy="pass an array of shape (preferences, objectives)",
+            )
+        gates_WK = self.rule.gates(w_WM)
+        if gates_WK.shape != (len(w_WM), self.policy.K):
+            raise ConfigError(
+                "a rule gives one gate per adapter",
+                found=f"rule {self.rule.registered_name!r} gives {gates_WK.shape[1:]} for {self.policy.K} adapters",
+                remedy="use a rule that was made for these adapters",
+            )
+        return gates_WK
+
+    def sample(
+        self,
+        prompts: Sequence[str | Prompt],
+        preference: Preference | Mapping[str, float] | Sequence[float] | str,
+        *,
+        n: int = 1,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+    ) -> list[list[str]]:
+        """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
+
+        Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
+        """
+        from paretune.rollout import encode, row_uniforms, sample
+
+        limit = max_new_tokens or self.meta.get("max_new_tokens")
+        if not limit:
+            raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
+        if isinstance(preference, Preference):
+            preference = dict(zip(preference.names, preference.weights, strict=True))
+        gates_K = torch.from_numpy(self.gates(Preference.of(self.objectives.names, preference).w_M[None])[0]).float()
+        asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        rows = [prompt for prompt in asked for _ in range(n)]
+        seen: Counter[str] = Counter()
+        occurrences = []
+        for prompt in rows:
+            occurrences.append(seen[prompt.digest])
+            seen[prompt.digest] += 1
+        texts: list[str] = []
+        for start in range(0, len(rows), SAMPLE_ROWS):
+            here = rows[start : start + SAMPLE_ROWS]
+            ids_NT, mask_NT = encode(self.policy.tokenizer, here, self.policy.device)
+            uniforms_NT = row_uniforms(seed, 0, [p.digest for p in here], occurrences[start : start + SAMPLE_ROWS], limit)
+            made = sample(
+                self.policy,
+                ids_NT,
+                mask_NT,
+                gates_NK=gates_K.repeat(len(here), 1).to(self.policy.device),
+                max_new_tokens=limit,
+                uniforms_NT=uniforms_NT,
+                temperature=temperature,
+            )
+            for tokens_T, mask_T in zip(made.tokens_NT, made.mask_NT, strict=True):
+                texts.append(self.policy.tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True))
+        return [texts[i * n : (i + 1) * n] for i in range(len(asked))]
+
+    def save(self, path: str | Path) -> None:
+        """Write family.json (last) and adapters/<name>/ in plain PEFT format into the new directory `path`."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        folders = {}
+        for k, name in enumerate(self.policy.bank.names):
+            folders[name] = f"adapters/{_folder(k, name)}"
+            folder = path / folders[name]
+            if name in self.adapters:
+                folder.mkdir(parents=True)
+                for file in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(Path(self.adapters[name]) / file, folder / file)
+            else:
+                self.policy.bank.save(name, folder)
+        card = {
+            "format": FAMILY_FORMAT,
+            "level": self.policy.level,
+            "rule": describe(self.rule),
+            "objectives": asdict(self.objectives),
+            "base": dict(self.base),
+            "adapters": folders,
+            "meta": self.meta,
+        }
+        aside = path / (FAMILY_FILE + ".wip")
+        aside.write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, path / FAMILY_FILE)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device | None = None) -> Family:
+        """A saved family, with its reference model loaded afresh."""
+        path = Path(path)
+        try:
+            card = json.loads((path / FAMILY_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"a family is a directory with {FAMILY_FILE}", found=str(path), remedy="name a directory that `paretune fit` wrote"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{FAMILY_FILE} is JSON", found=f"{path}: {error}", remedy="fit the family again") from error
+        if card.get("format") != FAMILY_FORMAT:
+            raise ConfigError(
+                f"this version reads families of format {FAMILY_FORMAT}", found=repr(card.get("format")), remedy="update Paretune"
+            )
+        rule = RULES.build(card["rule"])
+        model, tokenizer = load_base(card["base"])
+        if device is not None:
+            model = model.to(device)
+        adapters = {name: path / folder for name, folder in card["adapters"].items()}
+        policy = LEVELS[card["level"]](LoraBank.load(model, adapters), tokenizer)
+        objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
+        return cls(policy, rule, objectives, card["base"], adapters, card["meta"])
+
+
+def load_base(base: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The reference model (eval mode) and its tokenizer that `base` names; see `Family`."""
+    if "task" in base:
+        return TASKS.build(base["task"]).load()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"revision": base.get("revision"), "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base["model"], **where)
+        model = AutoModelForCausalLM.from_pretrained(base["model"], dtype=base.get("dtype", "auto"), use_safetensors=True, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "a family's base model and tokenizer can be loaded",
+            found=f"{base['model']}: {error}",
+            remedy="put the model where family.json's base says, or edit that entry",
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _folder(k: int, name: str) -> str:
+    """The adapter's name as a folder, where it can be one."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return plain if plain == name else f"{k}-{plain}"

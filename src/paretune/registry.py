@@ -25,10 +25,10 @@ __all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "d
 
 
 class Registry:
-    """Name -> class of one kind. `home` is the package whose import registers what ships with Paretune."""
+    """Name -> class of one kind. `homes` are the modules whose import registers what ships with Paretune."""
 
-    def __init__(self, kind: str, home: str):
-        self.kind, self.home = kind, home
+    def __init__(self, kind: str, *homes: str):
+        self.kind, self.homes = kind, homes
         self._classes: dict[str, type] = {}
 
     def register(self, name: str, *, version: int = 1) -> Callable[[type], type]:
@@ -47,7 +47,8 @@ class Registry:
     def __getitem__(self, name: str) -> type:
         self._load()
         if name not in self._classes:
-            raise ConfigError(f"a {self.kind} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
+            article = "an" if self.kind[0] in "aeiou" else "a"
+            raise ConfigError(f"{article} {self.kind} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -78,13 +79,14 @@ class Registry:
             ) from None
 
     def _load(self) -> None:
-        importlib.import_module(self.home)
+        for home in self.homes:
+            importlib.import_module(home)
         _load_entry_points()
 
 
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry("learner", "paretune.learner")
+LEARNERS = Registry("learner", "paretune.learner", "paretune.exact_learner")
 RULES = Registry("combination rule", "paretune.mixing")
 METHODS = Registry("method", "paretune.methods")
 

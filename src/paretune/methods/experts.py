@@ -1,0 +1,90 @@
+"""One expert per objective, combined at a chosen level: the simplest meta-policy, and the parts that other methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from paretune.methods import Card, Method
+from paretune.registry import METHODS, describe
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family, Policy
+    from paretune.tasks import Task
+
+__all__ = ["Experts", "adapters_for", "build_policy", "family_meta", "training", "vertex_trainings"]
+
+
+def training(task: Task, learner: Learner, w_M: Sequence[float] | np.ndarray, seed: int) -> TrainSpec:
+    """The training for one fixed preference. Equal arguments give equal keys, so that methods share its result."""
+    preference = tuple(float(w) for w in w_M)
+    return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=seed)
+
+
+def vertex_trainings(task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
+    """Adapter name -> training of the expert of each objective, in the order of axis M."""
+    vertices = np.eye(task.objectives.count)
+    return {f"expert-{name}": training(task, learner, e_M, seed) for name, e_M in zip(task.objectives.names, vertices, strict=True)}
+
+
+def adapters_for(specs: Mapping[str, TrainSpec], done: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Adapter name -> directory of the finished training."""
+    return {name: done[spec.key].path for name, spec in specs.items()}
+
+
+def build_policy(task: Task, level: str, adapters: Mapping[str, Any]) -> Policy:
+    """The policy over a fresh copy of the reference model with these adapters (axis K in their order)."""
+    from paretune.lora import LoraBank
+    from paretune.policy import LEVELS
+
+    model, tokenizer = task.load()
+    return LEVELS[level](LoraBank.load(model, adapters), tokenizer)
+
+
+def family_meta(method: Method, task: Task, *, seed: int, experts: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a family says of itself: method, card, default length, and which adapter is the expert of which objective."""
+    meta = {"method": describe(method), "card": asdict(method.card), "seed": seed, "max_new_tokens": task.max_new_tokens}
+    return meta if experts is None else {**meta, "experts": list(experts)}
+
+
+@METHODS.register("experts")
+@dataclass(frozen=True)
+class Experts(Method):
+    """M experts, one per objective; a preference is the vector of their gates.
+
+    mixer: "parameter" is the exact delta soup, "factor" the soup of the factors as its authors' code does it, "logit" the product of
+    the experts' next-token distributions, "hidden" the sum of their last hidden states under the shared head.
+    """
+
+    mixer: Literal["parameter", "factor", "logit", "hidden"] = "logit"
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, mixed with the preference as weights (soup, logits or hidden states)",
+        source="rewarded soups (2306.04488) for parameter and factor; MOD (2406.18853), reverse KL, for logit; "
+        "EMORL (2505.02579) for hidden",
+        differs="parameter is the exact soup of the deltas, not of the factors; hidden uses the preference as weights, without a search; "
+        "all levels sample under one decoding, with a KV cache",
+        hides="what mixing loses even with perfect experts: evaluation separates learning from composition; "
+        "hidden at the last layer IS logit mixing where the head is shared, linear and bias-free; factor adds cross terms of experts",
+        trainings="M",
+        forwards_per_token="parameter, factor: 1; logit, hidden: M",
+        zero_shot=True,
+    )
+    symmetric: ClassVar[bool] = True
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return list(vertex_trainings(task, learner, seed).values())
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.mixing import Identity
+        from paretune.policy import Family
+
+        adapters = adapters_for(vertex_trainings(task, learner, seed), done)
+        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
+        return Family(build_policy(task, self.mixer, adapters), Identity(), task.objectives, task.base(), adapters, meta)

@@ -1,0 +1,108 @@
+"""What a policy earns at given gates: exactly, where every response can be enumerated, or from samples with shared noise.
+
+Outer-level search and evaluation both measure with this, so that what a search optimises is what is later judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from paretune.rollout import encode, row_uniforms, sample, texts, token_logp
+from paretune.seeds import seed_for
+from paretune.tasks import Task
+
+if TYPE_CHECKING:
+    from paretune.policy import Policy
+    from paretune.tasks.exact import ExactTask
+
+__all__ = ["BATCH_ROWS", "ExactReturns", "Sampled", "sampled_returns"]
+
+BATCH_ROWS = 64
+
+
+class ExactReturns:
+    """Exact log-probabilities and returns of one policy on one split, at any number of gates.
+
+    All prompts go through the model as one batch of packed prefix trees. Where the level allows (logit, hidden), the model runs once
+    and only the combination is computed for each gate vector.
+    """
+
+    def __init__(self, task: ExactTask, policy: Policy, split: str):
+        self.task, self.policy, self.split = task, policy, split
+        inputs = task.inputs(split)
+        self._inputs = [t.to(policy.device) for t in (inputs.input_ids_PT, inputs.mask_11TT, inputs.position_ids_PT)]
+        self._parts: torch.Tensor | None = None
+
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return len(self._inputs[0])
+
+    def logp_PR(self, gates_K: np.ndarray | None) -> np.ndarray:
+        """(P, R) float64 log-probabilities of every response; `gates_K=None` is the reference."""
+        ids_PT, mask_11TT, positions_PT = self._inputs
+        gates_PK = None if gates_K is None else torch.as_tensor(gates_K, dtype=torch.float32).to(self.policy.device).repeat(self.prompts, 1)
+        with torch.no_grad():
+            if gates_PK is None or self.policy.parts_need_gates:
+                logits = self.policy.forward(ids_PT, attention_mask=mask_11TT, position_ids=positions_PT, gates_NK=gates_PK)
+            else:
+                if self._parts is None:
+                    self._parts = self.policy.parts(ids_PT, mask_11TT, positions_PT)
+                logits = self.policy.combine(self._parts, gates_PK)
+            return self.task.logp_from_logits(logits, self.split).cpu().numpy()
+
+    def at(self, gates_WK: np.ndarray | Sequence[None]) -> tuple[np.ndarray, np.ndarray]:
+        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each row of gates."""
+        found = [self.task.returns(self.logp_PR(gates_K), self.split) for gates_K in gates_WK]
+        return np.stack([rewards_PM for rewards_PM, _ in found]), np.stack([kl_P for _, kl_P in found])
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Single samples, raw. Row s has the same prompt and the same uniforms at every gate vector, and for every policy."""
+
+    rewards_WSM: np.ndarray  # NaN = unscored
+    kl_WS: np.ndarray  # log pi(y) - log pi_ref(y) of the sampled response: unbiased for the KL, and may be negative
+    prompt_S: np.ndarray
+    tokens: int  # generated, over all of W and S
+
+
+def sampled_returns(
+    task: Task,
+    policy: Policy,
+    split: str,
+    gates_WK: np.ndarray | Sequence[None],
+    *,
+    samples: int,
+    seed: int,
+) -> Sampled:
+    """`samples` responses at each row of gates (None is the reference), spread evenly over the split's prompts in their order.
+
+    With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared.
+    """
+    prompts = task.prompts(split)
+    prompt_S = np.arange(samples) % len(prompts)
+    rows = [prompts[s % len(prompts)] for s in range(samples)]
+    occurrences = [s // len(prompts) for s in range(samples)]
+    uniforms_ST = row_uniforms(seed_for(seed, "returns", split), 0, [p.digest for p in rows], occurrences, task.max_new_tokens)
+    rewards_WSM = np.empty((len(gates_WK), samples, task.objectives.count))
+    kl_WS = np.empty((len(gates_WK), samples))
+    tokens = 0
+    for start in range(0, samples, BATCH_ROWS):
+        here = slice(start, start + BATCH_ROWS)
+        ids_NT, mask_NT = encode(policy.tokenizer, rows[here], policy.device)
+        for number, gates_K in enumerate(gates_WK):
+            gates_NK = None if gates_K is None else torch.as_tensor(gates_K, dtype=torch.float32).to(policy.device).repeat(len(ids_NT), 1)
+            with torch.no_grad():
+                made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_ST[here])
+                reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
+            ratio_NT = (made.logp_NT - reference_NT.double()) * made.mask_NT
+            kl_WS[number, here] = ratio_NT.sum(1).cpu().numpy()
+            rewards_WSM[number, here] = task.score(rows[here], texts(policy.tokenizer, made))
+            tokens += int(made.mask_NT.sum())
+    return Sampled(rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=prompt_S, tokens=tokens)
