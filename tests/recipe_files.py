@@ -1,7 +1,9 @@
 """What the tests of recipes share: a tiny model with random weights, made by the example's own script, and a recipe around it."""
 
+import functools
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,18 @@ def example_module(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def _tiny_folder():
+    folder = tempfile.TemporaryDirectory(prefix="paretune-tiny-")
+    example_module("make_model").make_model(folder.name, steps=0)
+    return folder  # removed when the tests end
+
+
+def tiny_model():
+    """A model directory with random weights, made once per process; never modify it."""
+    return Path(_tiny_folder().name)
 
 
 def write_lines(path, rows):

@@ -122,7 +122,8 @@ def test_sequence_level_mixing_of_optima_is_optimal_and_token_level_is_not(task)
         )
     )
     assert (limit - start) / (best - start) < 0.97
-    np.testing.assert_allclose(task.composition_limit_logp_PR(np.eye(2)[0], "train"), task.optimum_logp_PR(np.eye(2)[0], "train"), atol=1e-9)
+    vertex_M = np.eye(2)[0]
+    np.testing.assert_allclose(task.composition_limit_logp_PR(vertex_M, "train"), task.optimum_logp_PR(vertex_M, "train"), atol=1e-9)
 
 
 @pytest.mark.parametrize(("m", "rho"), [(2, 0.8), (2, 0.0), (3, -0.4), (5, 0.3)])

@@ -15,13 +15,12 @@ from paretune.tasks.pretrained import content_of, load_pretrained, load_tokenize
 from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import load_recipe
 from paretune.types import TrainSpec
-from recipe_files import example_module, write_lines, write_recipe
+from recipe_files import tiny_model, write_lines, write_recipe
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A model with random weights; never modified."""
-    return example_module("make_model").make_model(tmp_path_factory.mktemp("tiny"), steps=0)
+def tiny():
+    return tiny_model()
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def test_overrides_reach_every_level(tiny, tmp_path):
     assert loaded.task.scorers[1][1].half == 3
     assert loaded.task.objectives.high == (2.0, 1.0)
     assert (loaded.task.beta, loaded.method.registered_name, loaded.seed) == (0.5, "linear", 9)
-    assert load_recipe(recipe, ["beta=1e-2"]).task.beta == 0.01  # YAML 1.1 reads 1e-2 as a text
+    assert load_recipe(recipe, ["beta=1e-2"]).task.beta == 0.01
 
 
 # ---- prompts

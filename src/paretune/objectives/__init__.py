@@ -19,7 +19,7 @@ import numpy as np
 from paretune.errors import ConfigError, RewardError
 from paretune.types import Prompt
 
-__all__ = ["Objective", "available_columns", "check_callable", "refuse_unscored", "score_all", "text_of"]
+__all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "text_of"]
 
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 LOGGERS = ("log_extra", "log_metric")  # TRL's hooks for extra columns of its logs; here they lead nowhere
@@ -105,8 +105,8 @@ def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray
             )
 
 
-def check_callable(name: str, function: Score, columns: Sequence[str]) -> None:
-    """Raise ConfigError if `function` cannot be called with prompts that have these `columns`: found before anything runs."""
+def check_callable(name: str, function: Score, columns: Sequence[str] | None) -> None:
+    """Raise ConfigError if `function` cannot be called with prompts that have these `columns` (None: not known yet)."""
     target = getattr(function, "function", function)  # inside a FunctionObjective
     if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__):
         raise ConfigError(
@@ -114,18 +114,15 @@ def check_callable(name: str, function: Score, columns: Sequence[str]) -> None:
             found="an async function",
             remedy="wrap it: def score(**given): return asyncio.run(your_function(**given))",
         )
-    missing = [name for name in _required(function) if name not in (*available_columns(columns), *LOGGERS)]
+    if columns is None:
+        return
+    missing = [needed for needed in _required(function) if needed not in ("prompts", "completions", "completion_ids", *columns, *LOGGERS)]
     if missing:
         raise ConfigError(
             f"objective {name!r} takes prompts, completions, completion_ids and columns of the prompts",
             found=f"it needs {', '.join(map(repr, missing))}; the columns are {', '.join(columns) or 'none'}",
             remedy="add the column to every prompt, or give the parameter a default",
         )
-
-
-def available_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """Every keyword that a score function is offered, given the prompts' own `columns`."""
-    return ("prompts", "completions", "completion_ids", *(c for c in columns if c not in RESERVED))
 
 
 def _arguments(prompts: Sequence[Prompt], completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
 
+from paretune import config
 from paretune.errors import ConfigError, nearest
 from paretune.objectives import Objective, check_callable, score_all
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, describe
@@ -192,148 +192,102 @@ TASK_KEYS = {
     "objectives": "objective_specs",
 }
 RUN_KEYS = ("method", "learner", "seed", "output")
-SHORT = {"prompts": "path", "method": "name", "learner": "name"}  # the key that a plain string stands for
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, complete and check a recipe; ConfigError before anything runs. An override reads `learner.steps=20`."""
+    """Read, complete and check a recipe; ConfigError, with the line, before anything runs. An override reads `learner.lr=1e-3`."""
     path = Path(path)
-    given = _read(path)
-    _known("a recipe", given, [*TASK_KEYS, *RUN_KEYS])
-    for key in given:
-        _anchor(given, key, path.resolve().parent)
-    for text in overrides:
-        _anchor(given, _override(given, text), Path.cwd())
+    document = config.load(path, overrides, short={"prompts": "path"})
+    given = document.data
+    _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS])
     for key in ("model", "prompts", "objectives"):
         if given.get(key) is None:
             raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
-    if not isinstance(given["prompts"], Mapping):
-        raise ConfigError("prompts: is a file, or its settings", found=repr(given["prompts"]), remedy="for example prompts: prompts.jsonl")
-    _known("prompts", given["prompts"], [f.name for f in fields(PromptSource)])
-    _check_specs(given["objectives"])
-    seed = given.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError("the seed is a whole number", found=repr(seed), remedy="for example seed: 0")
+    _check_shape(document)
+    _anchor(document, path.resolve().parent)
+    task = _build_task(document)
+    with document.at("method"):
+        method = METHODS.build(_named(given.get("method"), "experts"))
+    with document.at("learner"):
+        learner = LEARNERS.build(_named(given.get("learner"), "pg"))
+    task.check()
+    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=Path(given["output"]))
+
+
+def _named(given: Any, default: str) -> Any:
+    """What is built where a recipe says nothing, or gives settings without a name."""
+    return {"name": default, **given} if isinstance(given, dict) else given or default
+
+
+def _check_shape(document: config.Document) -> None:
+    """Prompts are a mapping, objectives a list of mappings with usable names, the seed a number; short forms are written in full."""
+    given = document.data
+    if isinstance(given["prompts"], str):
+        given["prompts"] = {"path": given["prompts"]}
+    with document.at("prompts"):
+        if not isinstance(given["prompts"], dict):
+            raise ConfigError("prompts: is a file, or its settings", found=repr(given["prompts"]), remedy="write prompts: prompts.jsonl")
+    _known("prompts", document, [f.name for f in fields(PromptSource)], "prompts")
+    example = "write a list: - {name: brief, use: length}"
+    with document.at("objectives"):
+        specs = given["objectives"]
+        if not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
+            raise ConfigError("objectives: is a list of objectives", found=f"a {type(specs).__name__}", remedy=example)
+    for place, spec in enumerate(specs):
+        with document.at("objectives", place):
+            if not re.fullmatch(r"[^\s,=]+", _name_of(spec)):
+                raise ConfigError("the name of an objective has no space, comma or =", found=repr(_name_of(spec)), remedy=example)
+    with document.at("seed"):
+        if not isinstance(given.get("seed", 0), int) or isinstance(given.get("seed"), bool):
+            raise ConfigError("the seed is a whole number", found=repr(given["seed"]), remedy="for example seed: 0")
+
+
+def _known(what: str, document: config.Document, keys: Sequence[str], *place: str) -> None:
+    here = document.data[place[0]] if place else document.data
+    for key in here:
+        if key not in keys:
+            with document.at(*place, key):
+                raise ConfigError(f"{what} has the keys that it declares", found=repr(key), remedy=nearest(key, keys))
+
+
+def _build_task(document: config.Document) -> RecipeTask:
+    """The task, with its objectives and prompts looked at one by one so that a complaint says where."""
+    given = document.data
     try:
         task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
     except ConfigError as error:
-        rule = error.rule.replace("task recipe: prompt_source", "recipe: prompts").replace("task recipe:", "recipe:")
-        raise ConfigError(rule, found=error.found, remedy=error.remedy) from error
-    method, learner = METHODS.build(given.get("method", "experts")), LEARNERS.build(given.get("learner", "pg"))
-    task.check()
-    return Recipe(task=task, method=method, learner=learner, seed=seed, root=Path(given.get("output") or path.resolve().parent / "runs"))
+        rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
+        named = rule.partition(":")[0].partition(",")[0].split(".")
+        where = f" ({document.where(*named)})" if named[0] in given else ""
+        raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
+    with document.at("model"):
+        check_pretrained(task.model)
+    for place, spec in enumerate(given["objectives"]):
+        with document.at("objectives", place):
+            check_callable(_name_of(spec), _objective(spec), None)
+    with document.at("prompts"):
+        assert task.prompt_source.splits
+    return task
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once."""
+def _anchor(document: config.Document, folder: Path) -> None:
+    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+    def absolute(text: Any, *place: str | int, always: bool = True) -> Any:
+        if not isinstance(text, str):
+            return text
+        typed = any(place[:depth] in document.overridden for depth in range(1, len(place) + 1))
+        path = Path(os.path.normpath((Path.cwd() if typed else folder) / Path(text).expanduser()))
+        return str(path) if always or text.startswith((".", "/", "~")) or path.exists() else text
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the recipe can be read", found=f"{path}: {error}", remedy="give the path of a YAML file") from None
-    try:
-        given = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(
-            "a recipe is YAML",
-            found=f"{path.name}{line}: {getattr(error, 'problem', None) or error}",
-            remedy="check the indentation, colons and quotes there",
-        ) from None
-    if not isinstance(given, dict):
-        raise ConfigError("a recipe is a YAML mapping", found=f"{path.name}: {_kind(given)}", remedy="write key: value lines")
-    return {str(key): value for key, value in given.items()}
-
-
-def _override(given: dict[str, Any], text: str) -> str:
-    """Set one value in place; the items of a list are known by number or by their name. The top-level key that changed."""
-    dotted, equals, value = text.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError("an override reads key=value", found=repr(text), remedy="for example learner.steps=20 or beta=0.2")
-    _known("a recipe", keys[:1], [*TASK_KEYS, *RUN_KEYS])
-    try:
-        parsed = yaml.load(value, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        raise ConfigError("the value of an override is YAML", found=repr(text), remedy="quote it, for example 'beta=0.2'") from None
-    if len(keys) > 1 and keys[0] not in (*SHORT, "objectives"):
-        raise ConfigError("an override names a value in the recipe", found=repr(text), remedy=f"{keys[0]} has nothing below it")
-    here: Any = given
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(here, dict):
-            if isinstance(here.get(key), str) and depth == 0 and key in SHORT:
-                here[key] = {SHORT[key]: here[key]}
-            here = here.setdefault(key, {})
-        else:
-            here = here[_position(here, key, text)]
-        if not isinstance(here, (dict, list)):
-            raise ConfigError("an override names a value in the recipe", found=repr(text), remedy=f"{key} has nothing below it")
-    if isinstance(here, dict):
-        here[keys[-1]] = parsed
-    else:
-        here[_position(here, keys[-1], text)] = parsed
-    return keys[0]
-
-
-def _position(items: list[Any], key: str, text: str) -> int:
-    named = {str(item.get("name")): place for place, item in enumerate(items) if isinstance(item, dict) and "name" in item}
-    if key in named or (key.isdigit() and int(key) < len(items)):
-        return named.get(key, int(key) if key.isdigit() else 0)
-    raise ConfigError("an override names an item of the list", found=repr(text), remedy=nearest(key, named))
-
-
-def _anchor(given: dict[str, Any], key: str, base: Path) -> None:
-    """Make the paths under `key` absolute, in place; write short forms in full."""
-    if isinstance(given[key], str) and key in SHORT:
-        given[key] = {SHORT[key]: given[key]}
-    value = given[key]
-    if key in ("model", "output") and isinstance(value, str):
-        given[key] = _absolute(value, base, always=key == "output")
-    elif key == "prompts" and isinstance(value, dict):
-        of_files = value.get("dataset") is None
-        for part in ("path", "test") if of_files else ("dataset",):
-            if isinstance(value.get(part), str):
-                value[part] = _absolute(value[part], base, always=of_files)
-    elif key == "objectives" and isinstance(value, list):
-        for spec in value:
-            if isinstance(spec, dict) and isinstance(spec.get("use"), str) and ":" in spec["use"]:
-                file, _, function = spec["use"].rpartition(":")
-                spec["use"] = f"{_absolute(file, base, always=True)}:{function}"
-
-
-def _absolute(text: str, base: Path, *, always: bool) -> str:
-    """`text` under `base`, if it is a path: always, or when it looks like one or is there."""
-    path = Path(os.path.normpath(base / Path(text).expanduser()))
-    return str(path) if always or path.exists() or text.startswith((".", "/", "~")) else text
-
-
-def _check_specs(specs: Any) -> None:
-    example = "write a list: - {name: brief, use: length}"
-    if not isinstance(specs, list) or not all(isinstance(spec, Mapping) for spec in specs):
-        raise ConfigError("objectives: is a list of objectives", found=_kind(specs), remedy=example)
-    for spec in specs:
-        name = _name_of(spec)
-        if not re.fullmatch(r"[^\s,=]+", name):
-            raise ConfigError("the name of an objective has no space, comma or =", found=repr(name), remedy=example)
-
-
-def _known(what: str, given: Iterable[Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{what} has the keys that it declares", found=repr(key), remedy=nearest(str(key), known))
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    given, prompts = document.data, document.data["prompts"]
+    given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
+    given["output"] = absolute(given.get("output") or str(folder / "runs"), "output")
+    of_files = prompts.get("dataset") is None
+    for key in ("path", "test") if of_files else ("dataset",):
+        if key in prompts:
+            prompts[key] = absolute(prompts[key], "prompts", key, always=of_files)
+    for place, spec in enumerate(given["objectives"]):
+        if isinstance(spec.get("use"), str) and ":" in spec["use"]:
+            file, _, function = spec["use"].rpartition(":")
+            spec["use"] = f"{absolute(file, 'objectives', place, 'use')}:{function}"

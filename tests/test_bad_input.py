@@ -1,0 +1,181 @@
+"""Bad input while things run, in preferences, and through the command line: one message, the right exit code, and nothing lost."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from paretune.cli import app
+from paretune.errors import ConfigError, RewardError, nearest
+from paretune.objectives.functions import load_function
+from paretune.registry import describe
+from paretune.tasks.recipe import load_recipe
+from paretune.types import Objectives, Preference, TrainSpec
+from recipe_files import tiny_model, write_recipe
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_model()
+
+
+# ---- rewards while a training runs: code 1, and the checkpoint stays
+
+RUN = ["learner.samples=48", "learner.batch=8", "learner.group=4", "learner.rank=2", "learner.checkpoint_every=1", "max_new_tokens=4"]
+
+
+def train(tiny, folder, text, work):
+    """Train the expert of the first objective, whose function is `text`."""
+    recipe = write_recipe(folder, tiny)
+    (folder / "rewards.py").write_text(text)
+    loaded = load_recipe(recipe, RUN)
+    spec = TrainSpec(task=describe(loaded.task), learner=describe(loaded.learner), preference=(1.0, 0.0), seed=0)
+    work.mkdir(exist_ok=True)
+    return loaded.learner.train(spec, loaded.task, work, parents={})
+
+
+@pytest.mark.parametrize(
+    ("returned", "rule", "found"),
+    [
+        ("[None] * len(completions)", "objective 'loud' scores at least 90% of the completions", "came back as None or NaN (100%)"),
+        ("[float('nan') if i % 4 == 0 else 1.0 for i in range(len(completions))]", "scores at least 90%", "came back as None or NaN (25%)"),
+        ("[float('inf')] * len(completions)", "objective 'loud' returns finite scores", "inf for completion 0"),
+        ("[1.0]", "objective 'loud' returns one number or None per completion", "1 scores for 8 completions"),
+        ("['good'] * len(completions)", "objective 'loud' returns one number or None per completion", "'good' (str) for completion 0"),
+        ("[1 / 0]", "objective 'loud' scores every completion without an exception", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_training_stops_at_rewards_that_are_wrong(tiny, tmp_path, returned, rule, found):
+    with pytest.raises(RewardError) as caught:
+        train(tiny, tmp_path, f"def shout(completions, **kwargs):\n    return {returned}\n", tmp_path / "work")
+    assert rule in caught.value.rule
+    assert found in caught.value.found
+    assert caught.value.exit_code == 1
+
+
+def test_a_few_unscored_completions_are_counted_and_left_out(tiny, tmp_path):
+    text = """
+CALLS = []
+
+def shout(completions, **kwargs):
+    CALLS.append(1)
+    return [None if i == 0 and len(CALLS) < 4 else 1.0 for i in range(len(completions))]
+"""
+    train(tiny, tmp_path, text, tmp_path / "work")
+    records = [json.loads(line) for line in (tmp_path / "work" / "train.jsonl").read_text().splitlines()]
+    assert sum(record["unscored"]["loud"] for record in records) == 3  # of 48
+    assert {record["rewards"]["loud"] for record in records} == {1.0}  # the mean of those that were scored
+
+
+def test_a_reward_that_fails_for_a_while_loses_nothing(tiny, tmp_path):
+    """A service that is down: the training stops with code 1, and the next run goes on from the checkpoint to the same weights."""
+    text = """
+from pathlib import Path
+DOWN, CALLS = Path(__file__).with_name("down"), []
+
+def shout(completions, **kwargs):
+    CALLS.append(len(completions))
+    if len(CALLS) > 3 and DOWN.exists():
+        raise ConnectionError("the judge does not answer")
+    return [float(len(text)) for text in completions]
+"""
+    (tmp_path / "down").touch()
+    with pytest.raises(RewardError, match="the judge does not answer"):
+        train(tiny, tmp_path, text, tmp_path / "work")
+    (tmp_path / "down").unlink()
+    cost = train(tiny, tmp_path, text, tmp_path / "work")
+    assert cost.samples == 48
+    calls = sys.modules[load_function(f"{tmp_path / 'rewards.py'}:shout").function.__module__].CALLS
+    assert len(calls) == 3 + 1 + 3  # three steps, the one that failed, and the other three: nothing was done twice
+    train(tiny, tmp_path, text, tmp_path / "straight")
+    assert (tmp_path / "work" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "straight" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+# ---- preferences
+
+
+@pytest.mark.parametrize(
+    ("given", "rule", "found", "remedy"),
+    [
+        ("a=1.2,b=-.2", "non-negative and sum to 1", "a=1.2, b=-0.2 (sum 1)", "finite weights of at least 0"),
+        ("a=.7,b=.7", "non-negative and sum to 1", "a=0.7, b=0.7 (sum 1.4)", "divide by the sum: a=0.5,b=0.5"),
+        ("a=0,b=0", "non-negative and sum to 1", "(sum 0)", "finite weights"),
+        ("a=nan,b=1", "non-negative and sum to 1", "a=nan", "finite weights"),
+        ("a=.7,c=.3", "a preference names existing objectives", "c", "choose one of a, b"),
+        ("a=.7;b=.3", "a preference reads name=weight,name=weight", "'a=.7;b=.3'", "for example"),
+        ("a", "a preference reads name=weight,name=weight", "'a'", "for example"),
+        ("", "a preference reads name=weight,name=weight", "''", "for example"),
+        ("a=.5,a=.5", "a preference names each objective once", "a=.5,a=.5", "give 'a' one weight"),
+        ([0.5, 0.3, 0.2], "one weight per objective", "3 weights for 2 objectives (a, b)", "every objective"),
+    ],
+)
+def test_preferences_that_are_wrong(given, rule, found, remedy):
+    with pytest.raises(ConfigError) as caught:
+        Preference.of(("a", "b"), given)
+    assert rule in caught.value.rule
+    assert found in caught.value.found
+    assert remedy in caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+def test_a_misspelt_objective_is_told_its_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'brief'"):
+        Preference.of(("polite", "brief"), "polite=.5,breif=.5")
+    assert nearest("zzz", ["polite", "brief"]) == "choose one of brief, polite"
+    with pytest.raises(ConfigError, match="objective names are distinct"):
+        Objectives(names=(), low=(), high=())
+
+
+# ---- the same through the command line: one message on stderr, nothing on stdout, the exit code
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.exit_code, result.stderr
+
+
+def test_mistakes_in_a_recipe_end_with_code_2_and_make_nothing(tiny, tmp_path):
+    recipe = write_recipe(tmp_path, tiny)
+    for override, rule, found, remedy in (
+        ("method=liner", "error: a method is known by its name", "'liner' (override method=liner)", "did you mean 'linear'?"),
+        ("model=./gone", "error: the model is a directory", "nothing at", "relative to the recipe"),
+        ("objectives.brief.use=lenght", "error: an objective is known by its name", "'lenght'", "did you mean 'length'?"),
+    ):
+        code, message = command("fit", recipe, override)
+        assert code == 2
+        assert rule in message
+        assert f"  found:  {found}" in message
+        assert "  remedy: " in message
+        assert remedy in message
+    assert not (tmp_path / "runs").exists()
+    assert command("fit", tmp_path / "gone.yaml")[0] == 2
+    assert command("sample", tmp_path, "hello", "--preference", "a=1")[0] == 2
+
+
+def test_rewards_that_fail_end_with_code_1_and_lose_nothing(tiny, tmp_path):
+    """The judge goes down in the second training: the first is kept, the second goes on from its checkpoint when asked again."""
+    recipe = write_recipe(tmp_path, tiny, objectives=[{"use": "length"}, {"name": "loud", "use": "rewards.py:shout", "low": 0, "high": 1}])
+    (tmp_path / "rewards.py").write_text("""
+from pathlib import Path
+CALLS = []
+
+def shout(completions, **kwargs):
+    CALLS.append(1)
+    down = len(CALLS) > 8 and Path(__file__).with_name("down").exists()
+    return [float("inf") if down else 1.0] * len(completions)
+""")
+    (tmp_path / "down").touch()
+    code, message = command("fit", recipe, *RUN, "--samples", "0")
+    assert code == 1
+    assert "objective 'loud' returns finite scores" in message
+    (tmp_path / "down").unlink()
+    result = CliRunner().invoke(app, ["fit", str(recipe), *RUN, "--samples", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2
+    calls = sys.modules[load_function(f"{tmp_path / 'rewards.py'}:shout").function.__module__].CALLS
+    assert len(calls) == 2 * 6 + 1  # six steps each, and the one that failed
