@@ -155,6 +155,13 @@ def test_parts_are_computed_once_per_split(task):
     assert family.policy.calls == 2
 
 
+def test_equal_gates_are_computed_once(task):
+    family = constant_of(task, [0.5, 0.5])
+    family.policy.parts_need_gates = True
+    evaluate(task, family, splits=["train"])
+    assert family.policy.calls == 1
+
+
 @pytest.mark.parametrize("level", [ParameterMix, FactorMix, LogitMix, HiddenMix])
 def test_cached_parts_equal_separate_forwards(task, noisy_bank, level):
     policy = level(*noisy_bank)

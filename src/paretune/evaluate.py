@@ -176,7 +176,7 @@ def _loss(
     best_M = np.diagonal(task.front(split, vertices).points_KM)
     total_W = 1.0 - attainment_W
     composition_W, learning_W, remainder_W = None, None, total_W
-    if family.policy.level in LIMIT_LEVELS:
+    if family.policy.level in LIMIT_LEVELS and len(experts) == family.policy.K:
         own_WM = gates_WK[:, list(experts)]  # gates of the experts, in the order of the objectives
         limit_WM = np.stack([task.J_M(task.composition_limit_logp_PR(g_M, split), split) for g_M in own_WM])
         composition_W = 1.0 - metrics.attainment(metrics.utility(limit_WM, w_WM), start_W, best_W)
@@ -244,7 +244,7 @@ def _utility_WS(curve: Curve) -> np.ndarray:
 
 
 def _known(value: float) -> Estimate:
-    """A number without sampling error."""
+    """A number without sampling error: nothing was drawn, so n is 0 and there is no interval."""
     return Estimate(value=float(value), low=float("nan"), high=float("nan"), n=0)
 
 

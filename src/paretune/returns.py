@@ -29,7 +29,7 @@ class ExactReturns:
     """Exact log-probabilities and returns of one policy on one split, at any number of gates.
 
     All prompts go through the model as one batch of packed prefix trees. Where the level allows (logit, hidden), the model runs once
-    and only the combination is computed for each gate vector.
+    and only the combination is computed for each gate vector. The weights must not change while this object is in use.
     """
 
     def __init__(self, task: ExactTask, policy: Policy, split: str):
@@ -37,6 +37,7 @@ class ExactReturns:
         inputs = task.inputs(split)
         self._inputs = [t.to(policy.device) for t in (inputs.input_ids_PT, inputs.mask_11TT, inputs.position_ids_PT)]
         self._parts: torch.Tensor | None = None
+        self._known: dict[tuple[float, ...] | None, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def prompts(self) -> int:
@@ -57,9 +58,15 @@ class ExactReturns:
             return self.task.logp_from_logits(logits, self.split).cpu().numpy()
 
     def at(self, gates_WK: np.ndarray | Sequence[None]) -> tuple[np.ndarray, np.ndarray]:
-        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each row of gates."""
-        found = [self.task.returns(self.logp_PR(gates_K), self.split) for gates_K in gates_WK]
+        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each row of gates; equal rows are computed once."""
+        found = [self._returns(gates_K) for gates_K in gates_WK]
         return np.stack([rewards_PM for rewards_PM, _ in found]), np.stack([kl_P for _, kl_P in found])
+
+    def _returns(self, gates_K: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        key = None if gates_K is None else tuple(map(float, gates_K))
+        if key not in self._known:
+            self._known[key] = self.task.returns(self.logp_PR(gates_K), self.split)
+        return self._known[key]
 
 
 @dataclass(frozen=True)

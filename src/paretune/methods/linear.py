@@ -13,6 +13,7 @@ from paretune.methods import Card, Method
 from paretune.methods.experts import adapters_for, build_policy, family_meta, training
 from paretune.registry import METHODS
 from paretune.search import simplex_lattice
+from paretune.tasks import KEEP_OUT
 from paretune.types import Artifact, TrainSpec
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Linear(Method):
     """A sweep. `points` trained preferences on each edge of the simplex, vertices included, so that the experts are among them.
 
     points = 0 trains at the judged preferences themselves: the dedicated training that every shortcut is compared with. For M = 2 an
-    odd `points` would train at (.5, .5), which is judged; hence the even default.
+    odd `points` would train at (.5, .5), which is judged; hence the even default. The family says in `trained_at_judged` how many of its
+    trainings lie within 0.005 of a judged preference.
     """
 
     points: int = 6
@@ -40,7 +42,7 @@ class Linear(Method):
         source='the weighted sum of rewards ("MORLHF"), as most trainers do it',
         differs="the learner's: KL in the reward and a leave-one-out baseline by default, so that its optimum is that of w . J",
         hides="points = 0 was trained at the very preferences it is judged at; otherwise some of the loss is the lattice's, not the "
-        "training's",
+        "training's; a preference half-way between two policies takes the first",
         trainings="C(points + M - 2, M - 1), or W for points = 0",
         forwards_per_token="1",
         zero_shot=True,
@@ -69,7 +71,8 @@ class Linear(Method):
         w_KM = self.preferences(task)
         adapters = adapters_for(self._specs(task, learner, seed), done)
         rule = Nearest(points_KM=tuple(tuple(float(w) for w in w_M) for w_M in w_KM))
-        meta = family_meta(self, task, seed=seed)
+        near_K = np.abs(w_KM[:, None] - task.judged()[None]).max(-1).min(1) <= KEEP_OUT
+        meta = {**family_meta(self, task, seed=seed), "trained_at_judged": int(near_K.sum())}
         return Family(build_policy(task, "parameter", adapters), rule, task.objectives, task.base(), adapters, meta)
 
     def _specs(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
