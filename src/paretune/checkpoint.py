@@ -21,7 +21,7 @@ from torch import Tensor
 
 from paretune.errors import TrainingError
 
-__all__ = ["Progress", "TrainLog", "clear_checkpoint", "load_checkpoint", "save_checkpoint", "terminal_progress"]
+__all__ = ["Progress", "TrainLog", "clear_checkpoint", "is_finished", "load_checkpoint", "save_checkpoint", "terminal_progress"]
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with every record that goes to train.jsonl, plus `steps`, the number of steps planned."""
@@ -82,8 +82,20 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimise
 
 
 def clear_checkpoint(work: Path) -> None:
-    """Drop it: the training is finished."""
-    shutil.rmtree(work / FOLDER, ignore_errors=True)
+    """Drop it: the training is finished and everything is written. It vanishes by one rename, so that half of one is never found."""
+    rubbish = work / f".{FOLDER}"
+    shutil.rmtree(rubbish, ignore_errors=True)
+    if (work / FOLDER).is_dir():
+        (work / FOLDER).replace(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def is_finished(work: Path) -> bool:
+    """True where a training wrote its ledger and dropped its checkpoint."""
+    if not (work / "ledger.json").is_file() or (work / FOLDER).is_dir():
+        return False
+    clear_checkpoint(work)
+    return True
 
 
 class TrainLog:
@@ -93,6 +105,7 @@ class TrainLog:
     """
 
     def __init__(self, path: Path, *, length: int, began: float, tokens: int, progress: Progress | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         self._file.truncate(length)
         self._progress, self._began = progress, began

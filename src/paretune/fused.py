@@ -48,20 +48,21 @@ class Gated:
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
         a_RI, b_RO = layer.concatenated()
-        h = functional.linear(x.to(a_RI.dtype), a_RI) * self._ranks(layer)
+        h = functional.linear(x.to(a_RI.dtype), a_RI) * self._ranks(layer, a_RI.dtype)
         return _add_product(y, h, b_RO)
 
-    def _ranks(self, layer: FusedLayer) -> Tensor:
+    def _ranks(self, layer: FusedLayer, dtype: torch.dtype) -> Tensor:
         """The gates times the adapters' scalings, repeated for each rank; shared by all layers with the same ranks and scalings."""
-        known = self._by_rank.get(layer.pattern)
-        if known is None:
-            owner, scale = layer.pattern_tensors(self.gates.device)
-            known = self.gates[..., owner] * scale
-            if known.dim() == 2:
-                known = known[:, None]
-            if not self.gates.requires_grad:  # else each use needs a graph of its own
-                self._by_rank[layer.pattern] = known
-        return known
+        key = (layer.pattern, dtype)
+        if key in self._by_rank:
+            return self._by_rank[key]
+        owner, scale = layer.pattern_tensors(self.gates.device)
+        with torch.inference_mode(False):  # usable in a graph later
+            made = (self.gates[..., owner] * scale).to(dtype)
+            made = made[:, None] if made.dim() == 2 else made
+        if not self.gates.requires_grad:  # else each use needs a graph of its own
+            self._by_rank[key] = made
+        return made
 
 
 class Blocks:
@@ -79,7 +80,7 @@ class Blocks:
             )
         a_KrI, b_KrO = layer.stacked()
         h = torch.bmm(x.reshape(self.count, -1, x.shape[-1]).to(a_KrI.dtype), a_KrI.transpose(1, 2))
-        y_KBO = y.view(self.count, -1, y.shape[-1])
+        y_KBO = y.reshape(self.count, -1, y.shape[-1])
         if y.dtype != h.dtype:
             return (y_KBO + torch.bmm(h, b_KrO)).to(y.dtype).view_as(y)
         return (torch.baddbmm(y_KBO, h, b_KrO) if torch.is_grad_enabled() else y_KBO.baddbmm_(h, b_KrO)).view_as(y)
@@ -103,8 +104,8 @@ def _add_product(y: Tensor, h: Tensor, b_RO: Tensor) -> Tensor:
     """y + h @ b, in y's dtype, in place where no graph is recorded (y is the base layer's own fresh output)."""
     if y.dtype != h.dtype:
         return (y + h @ b_RO).to(y.dtype)
-    y_BO, h_BR = y.view(-1, y.shape[-1]), h.view(-1, h.shape[-1])
-    return (torch.addmm(y_BO, h_BR, b_RO) if torch.is_grad_enabled() else y_BO.addmm_(h_BR, b_RO)).view_as(y)
+    y_BO, h_BR = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+    return (torch.addmm(y_BO, h_BR, b_RO) if torch.is_grad_enabled() else y_BO.addmm_(h_BR, b_RO)).view(y.shape)
 
 
 class FusedLayer:
@@ -162,8 +163,9 @@ class FusedLayer:
             )
 
         def build() -> tuple[Tensor, Tensor]:
-            a_rI = torch.einsum("k,kri->ri", mode.gates, torch.stack(self.a))
-            return a_rI, torch.einsum("k,kor->ro", mode.gates, torch.stack(self.b)) * self.scalings[0]
+            gates_K = mode.gates.to(self.a[0].dtype)
+            a_rI = torch.einsum("k,kri->ri", gates_K, torch.stack(self.a))
+            return a_rI, torch.einsum("k,kor->ro", gates_K, torch.stack(self.b)) * self.scalings[0]
 
         return build() if mode.gates.requires_grad else self._cached("factor", mode, build)
 
@@ -172,7 +174,8 @@ class FusedLayer:
         if self._pattern is None or self._pattern[0].device != device:
             owner = [k for k, rank in zip(self.members, self.pattern[1], strict=True) for _ in range(rank)]
             scale = [s for s, rank in zip(self.scalings, self.pattern[1], strict=True) for _ in range(rank)]
-            self._pattern = torch.tensor(owner, device=device), torch.tensor(scale, device=device)
+            with torch.inference_mode(False):  # usable in a graph later
+                self._pattern = torch.tensor(owner, device=device, dtype=torch.long), torch.tensor(scale, device=device)
         return self._pattern
 
     def forget(self) -> None:
@@ -187,7 +190,7 @@ class FusedLayer:
         if known is None or known[0] != stamp:
             with torch.inference_mode(False), torch.no_grad():  # usable in a graph later (gates that are trained)
                 first, second = build()
-            known = self._cache[kind] = (stamp, (first.contiguous(), second.contiguous()))
+                known = self._cache[kind] = (stamp, (first.contiguous(), second.contiguous()))
         return known[1]
 
     def _refuse(self, kwargs: Mapping[str, Any]) -> None:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paretune.errors import StoreError
+from paretune.store import write_json
 
 __all__ = ["Cost", "as_if_alone", "beside", "read_cost", "then", "write_cost"]
 
@@ -46,7 +47,7 @@ class Cost:
 
     def __post_init__(self):
         for name, value in self.to_json().items():
-            assert math.isfinite(value) and value >= 0, f"{name} = {value}: a cost is a finite count"
+            assert 0 <= value < math.inf, f"{name} = {value}: a cost is a finite count"
 
     def then(self, other: Cost) -> Cost:
         """Both, one after the other."""
@@ -56,7 +57,7 @@ class Cost:
         """Both, at the same time on a machine each."""
         return self._merge(other, lambda name, a, b: a + b if name in STOCKS else max(a, b))
 
-    def _merge(self, other: Cost, rule) -> Cost:
+    def _merge(self, other: Cost, rule: Callable[[str, Any, Any], Any]) -> Cost:
         return Cost(**{name: rule(name, value, getattr(other, name)) for name, value in self.to_json().items()})
 
     def to_json(self) -> dict[str, float]:
@@ -95,7 +96,7 @@ def as_if_alone(waves: Sequence[Sequence[Cost]], search: Cost | None = None) -> 
 
 def write_cost(folder: Path, cost: Cost) -> None:
     """Store the cost of a training beside its result."""
-    (folder / "ledger.json").write_text(json.dumps(cost.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "ledger.json", cost.to_json())
 
 
 def read_cost(folder: Path) -> Cost:

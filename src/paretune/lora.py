@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,41 @@ from paretune.seeds import forked_torch, seed_for
 __all__ = ["LoraBank", "soup_state"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Settings of PEFT that make an adapter more than B A x: variants, other trained tensors, initialisations that change the base weights.
+NOT_PLAIN = (
+    *(
+        "use_dora",
+        "use_bdlora",
+        "use_qalora",
+        "arrow_config",
+        "alora_invocation_tokens",
+        "velora_config",
+        "monteclora_config",
+        "kasa_config",
+    ),
+    *("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "init_lora_weights"),
+)
 Gates = Tensor | np.ndarray | Sequence[Any]
 
 
 class LoraBank:
     """The adapters `names` (axis K) of the causal LM `base`. Make one with `attach` (fresh adapters) or `load` (from disk)."""
 
-    def __init__(self, base: Any, model: Any, names: Sequence[str], trainable: Sequence[str] = ()):
-        self.base, self.model, self.names = base, model, tuple(names)
-        self._trainable = set(trainable)
+    def __init__(self, base: Any):
+        if hasattr(base, "peft_config"):
+            raise ConfigError(
+                "a bank wraps a model without adapters",
+                found=f"{type(base).__name__} with {', '.join(base.peft_config)}",
+                remedy="load the base model afresh and its adapters with LoraBank.load",
+            )
+        self.base, self.model = base, base
+        self.names: tuple[str, ...] = ()
+        self._trainable: set[str] = set()
         self._switch = Switch()
         self._layers: list[FusedLayer] = []
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
         self._stamp: list[int] = []
-        base.eval()  # dropout of the base model would differ between sampling and scoring
         self._refresh()
 
     @classmethod
@@ -61,7 +81,8 @@ class LoraBank:
 
         `targets` is "all-linear" (every linear layer but the head) or names of modules. `names` may be empty: the reference alone.
         """
-        bank = cls(model, _unwrapped(model), ())
+        _check_trainable(names, trainable)
+        bank = cls(model)
         for name in names:
             bank.add(name, seed=seed, rank=rank, alpha=alpha, targets=targets, trainable=trainable is None or name in trainable)
         return bank
@@ -69,7 +90,8 @@ class LoraBank:
     @classmethod
     def load(cls, model: Any, paths: Mapping[str, str | Path], *, trainable: Sequence[str] = ()) -> LoraBank:
         """Adapters from plain PEFT directories (safetensors only), in the order of `paths`."""
-        bank = cls(model, _unwrapped(model), ())
+        _check_trainable(paths, trainable)
+        bank = cls(model)
         for name, path in paths.items():
             bank.add_from(name, path, trainable=name in trainable)
         return bank
@@ -99,6 +121,7 @@ class LoraBank:
     def add_from(self, name: str, path: str | Path, *, trainable: bool = False) -> None:
         """One more adapter from a plain PEFT directory, at the end of axis K."""
         from peft import LoraConfig, set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = Path(path)
@@ -109,17 +132,22 @@ class LoraBank:
                     found=f"no {file} in {path}",
                     remedy="save it with PEFT's save_pretrained (safetensors; pickled weights are never loaded)",
                 )
-        config = LoraConfig.from_pretrained(str(path))
+        try:
+            config, weights = LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
+        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
         self._install(name, config, 0, trainable)
-        weights = load_file(path / WEIGHTS_FILE)
         label = _label(self.names.index(name))
-        result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=label)
-        missing = [key for key in result.missing_keys if f".{label}." in key]
-        if missing or result.unexpected_keys:
+        try:
+            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=label)
+            wrong = [key for key in result.missing_keys if f".{label}." in key] + list(result.unexpected_keys)
+            problem = f"{len(wrong)} missing or unexpected tensors, such as {wrong[0]}" if wrong else ""
+        except RuntimeError as error:  # shapes
+            problem = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        if problem:
             raise ConfigError(
                 "an adapter's weights fit the base model",
-                found=f"{len(missing)} missing and {len(result.unexpected_keys)} unexpected tensors in {path}, "
-                f"such as {(missing + list(result.unexpected_keys))[0]}",
+                found=f"{path}: {problem}",
                 remedy="load it onto the model that it was trained on",
             )
 
@@ -148,6 +176,7 @@ class LoraBank:
         labels = [_label(k) for k in range(self.count)]
         trained = {label for label, name in zip(labels, self.names, strict=True) if name in self._trainable}
         self.base.requires_grad_(False)
+        self.base.eval()  # dropout would differ between sampling and scoring; PEFT's new layers come in training mode
         for name, module in self.base.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, LoraLayer) and type(module) is not Linear):
                 raise ConfigError(
@@ -156,6 +185,7 @@ class LoraBank:
                     remedy="target linear layers only, without modules_to_save, embeddings or quantised layers",
                 )
             if isinstance(module, LoraLayer):
+                assert not module.lora_variant, f"{name} has a variant that its adapter's settings do not show"
                 for label in trained & set(module.lora_A):
                     module.lora_A[label].requires_grad_(True)
                     module.lora_B[label].requires_grad_(True)
@@ -217,7 +247,7 @@ class LoraBank:
     def _made(self, kind: type[Gated] | type[Factor], gates: Gates, *, dims: tuple[int, ...]) -> Gated | Factor:
         """The mode of `gates`; the same gates again (a decoding loop) give the same mode, with what it has already expanded."""
         given = torch.as_tensor(gates if isinstance(gates, Tensor) else np.asarray(gates))
-        given = given.to(device=self.base.device, dtype=torch.float32)
+        given = given.to(device=self.base.device, dtype=torch.float64 if given.dtype == torch.float64 else torch.float32)
         last = self._last
         if type(last) is kind and not given.requires_grad and last.gates.shape == given.shape and torch.equal(last.gates, given):
             return last
@@ -232,7 +262,8 @@ class LoraBank:
             raise ConfigError("gates are finite numbers", found="NaN or infinity", remedy="check the rule or the router that made them")
         if given.requires_grad:
             return kind(given)
-        self._last = kind(given.clone())  # the caller may write into its own
+        with torch.inference_mode(False):  # usable in a graph later
+            self._last = kind(given.clone())  # the caller may write into its own
         return self._last
 
     def _index(self, name: str) -> int:
@@ -252,6 +283,8 @@ class LoraBank:
         """Write the exact soup at `weights_K` as one plain LoRA whose rank is the sum of the ranks (a weight of 0 adds none)."""
         from peft import LoraConfig
 
+        if not self._layers:
+            raise ConfigError("an export has an adapter at least", found="the reference alone", remedy="use the base model itself")
         weights = self._made(Gated, weights_K, dims=(1,)).gates.tolist()
         kept = [k for k, w in enumerate(weights) if w != 0] or [0]
         rank = max(sum(a.shape[0] for k, a in zip(layer.members, layer.a, strict=True) if k in kept) for layer in self._layers)
@@ -296,9 +329,10 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
                 owner, scale = layer.pattern_tensors(weights.device)
                 a_rI = a_rI * (weights[owner] * scale)[:, None]
             weight = layer.base.weight
-            delta_OI = b_rO.float().t() @ a_rI.float()
-            delta = delta_OI if delta_OI.shape == weight.shape and not layer.module.fan_in_fan_out else delta_OI.t()
-            merged[f"{layer.name}.weight"] = (weight.float() + delta).to(weight.dtype)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
+            delta = delta_OI.t() if layer.module.fan_in_fan_out else delta_OI
+            merged[f"{layer.name}.weight"] = (weight.to(wide) + delta).to(weight.dtype)
     return merged
 
 
@@ -307,14 +341,10 @@ def _label(k: int) -> str:
     return f"k{k:03d}"
 
 
-def _unwrapped(model: Any) -> Any:
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            "a bank wraps a model without adapters",
-            found=f"{type(model).__name__} with {', '.join(model.peft_config)}",
-            remedy="load the base model afresh and its adapters with LoraBank.load",
-        )
-    return model
+def _check_trainable(names: Iterable[str], trainable: Iterable[str] | None) -> None:
+    for name in trainable or ():
+        if name not in names:
+            raise ConfigError("what is trained is one of the adapters", found=repr(name), remedy=nearest(name, names))
 
 
 def _check_config(name: str, config: Any, names: Sequence[str]) -> None:
@@ -323,14 +353,13 @@ def _check_config(name: str, config: Any, names: Sequence[str]) -> None:
         raise ConfigError("adapter names are distinct and not empty", found=repr(name), remedy="choose another name")
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise ConfigError("gates work on LoRA adapters", found=f"{name}: {config.peft_type}", remedy="train the adapter as plain LoRA")
-    variants = ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config")
-    others = ("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
-    for setting in (*variants, *others):
-        if getattr(config, setting, None):
+    for setting in NOT_PLAIN:
+        value = getattr(config, setting, None)
+        if value and not (setting == "init_lora_weights" and value in (True, "gaussian", "orthogonal", "eva")):
             raise ConfigError(
                 "gates work on plain LoRA adapters",
-                found=f"{name}: {setting}={getattr(config, setting)!r}",
-                remedy="train the adapter without it (DoRA and other variants do not scale with a gate)",
+                found=f"{name}: {setting}={value!r}",
+                remedy="train the adapter without it: it would change the base, or not scale with a gate",
             )
     if config.bias != "none":
         raise ConfigError("gates work on plain LoRA adapters", found=f"{name}: bias={config.bias!r}", remedy='train with bias="none"')

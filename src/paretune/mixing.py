@@ -148,21 +148,25 @@ class HiddenMix(_Stacked):
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
         mixed = _weighted(parts, gates_NK).to(parts.dtype)
-        self.decoder.forward = lambda *_, **__: Output(last_hidden_state=mixed)
+        own = self.decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
+        self.decoder.__dict__["forward"] = lambda *_, **__: Output(last_hidden_state=mixed)
         try:
             with self.bank.gates(gates_NK):
                 return self.model(inputs_embeds=mixed, use_cache=False).logits
         finally:
-            del self.decoder.forward
+            del self.decoder.__dict__["forward"]
+            if own is not None:
+                self.decoder.__dict__["forward"] = own
 
 
 def _weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
-    """sum_k g_k parts_k in float32: parts (K, N, T, X), gates (N, K) or (N, T, K) -> (N, T, X)."""
+    """sum_k g_k parts_k in float32 (or wider): parts (K, N, T, X), gates (N, K) or (N, T, K) -> (N, T, X)."""
     assert gates is not None
-    gates = gates.float() if gates.dim() == 3 else gates.float()[:, None]
-    mixed = parts[0].float() * gates[:, :, :1]
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    gates = (gates if gates.dim() == 3 else gates[:, None]).to(wide)
+    mixed = parts[0].to(wide) * gates[:, :, :1]
     for k in range(1, len(parts)):
-        mixed = mixed.addcmul(parts[k].float(), gates[:, :, k : k + 1])
+        mixed = mixed.addcmul(parts[k].to(wide), gates[:, :, k : k + 1])
     return mixed
 
 

@@ -218,7 +218,7 @@ class Family:
 
         Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
-        from paretune.rollout import encode, row_uniforms, sample
+        from paretune.rollout import encode, row_uniforms, sample, texts
 
         limit = max_new_tokens or self.meta.get("max_new_tokens")
         if not limit:
@@ -233,7 +233,7 @@ class Family:
         for prompt in rows:
             occurrences.append(seen[prompt.digest])
             seen[prompt.digest] += 1
-        texts: list[str] = []
+        answers: list[str] = []
         for start in range(0, len(rows), SAMPLE_ROWS):
             here = rows[start : start + SAMPLE_ROWS]
             ids_NT, mask_NT = encode(self.policy.tokenizer, here, self.policy.device)
@@ -247,9 +247,8 @@ class Family:
                 uniforms_NT=uniforms_NT,
                 temperature=temperature,
             )
-            for tokens_T, mask_T in zip(made.tokens_NT, made.mask_NT, strict=True):
-                texts.append(self.policy.tokenizer.decode(tokens_T[mask_T], skip_special_tokens=True))
-        return [texts[i * n : (i + 1) * n] for i in range(len(asked))]
+            answers += texts(self.policy.tokenizer, made)
+        return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def save(self, path: str | Path) -> None:
         """Write family.json (last) and adapters/<name>/ in plain PEFT format into the new directory `path`."""
@@ -310,19 +309,10 @@ def load_base(base: Mapping[str, Any]) -> tuple[Any, Any]:
     """The reference model (eval mode) and its tokenizer that `base` names; see `Family`."""
     if "task" in base:
         return TASKS.build(base["task"]).load()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from paretune.tasks.pretrained import load_pretrained
 
-    where = {"revision": base.get("revision"), "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base["model"], **where)
-        model = AutoModelForCausalLM.from_pretrained(base["model"], dtype=base.get("dtype", "auto"), use_safetensors=True, **where)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "a family's base model and tokenizer can be loaded",
-            found=f"{base['model']}: {error}",
-            remedy="put the model where family.json's base says, or edit that entry",
-        ) from error
-    return model.eval(), tokenizer
+    settings = {key: base[key] for key in ("revision", "dtype") if base.get(key) is not None}
+    return load_pretrained(base["model"], **settings)
 
 
 def _folder(k: int, name: str) -> str:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "describe", "load_plugin"]
+__all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "describe", "load_plugin", "loaded_plugins"]
 
 
 class Registry:
@@ -111,12 +111,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+PLUGIN = "paretune_plugin_"  # the modules that plugins become
+
+
+def loaded_plugins() -> list[str]:
+    """The files given to `load_plugin` so far, in that order: worker processes load the same."""
+    return [str(module.__file__) for name, module in sys.modules.items() if name.startswith(PLUGIN)]
+
+
 def load_plugin(path: str | Path) -> None:
     """Import one Python file whose decorators register methods, tasks or objectives."""
     path = Path(path).resolve()
     if not path.is_file():
         raise ConfigError("a plugin is a Python file", found=str(path), remedy="check the path given to --plugin")
-    name = "paretune_plugin_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = PLUGIN + hashlib.sha256(str(path).encode()).hexdigest()[:12]
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

@@ -51,9 +51,9 @@ FIELDS: Mapping[str, tuple[str, ...]] = {"linear": (), "log_product": ("floor", 
 
 def check_scalariser(scalariser: Mapping[str, Any]) -> None:
     """Raise ConfigError unless `scalarise` can use it."""
-    name = scalariser.get("name")
+    name = str(scalariser.get("name", ""))
     if name not in SCALARISERS:
-        raise ConfigError("a scalariser is known by its name", found=repr(name), remedy=nearest(str(name), SCALARISERS))
+        raise ConfigError("a scalariser is known by its name", found=repr(name), remedy=nearest(name, SCALARISERS))
     for field in scalariser:
         if field not in ("name", *FIELDS[name]):
             known = ", ".join(FIELDS[name]) or "none"

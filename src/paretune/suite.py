@@ -1,0 +1,246 @@
+"""Whole runs: `task`, `method` and `fit` for a notebook, `run_suite` for methods x tasks x seeds.
+
+A suite is a YAML file; `suite_file` says what stands in it. Every cell of it is named by everything that it depends on, so that suites
+that overlap share cells, and a suite that is run again, or was killed, computes only what is missing. Trainings are shared between all
+methods that need the same. What failed is tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune.cluster import Executor, Here, Workers
+from paretune.display import Display, display
+from paretune.errors import ConfigError, nearest
+from paretune.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
+from paretune.ledger import as_if_alone, read_cost
+from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
+from paretune.schedule import Member, Schedule, next_wave
+from paretune.store import ARTIFACTS, CELLS, FAILED, WIP, Store, disk_errors, write_json
+from paretune.suite_file import Suite, load_suite, members_of
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.methods import Method
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Row", "Summary", "fit", "method", "run_suite", "task"]
+
+EXECUTORS = ("local", "here")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training or cell of a run. `status`: "done" before, "new" from this run, "failed" (see `message`), or "planned"."""
+
+    key: str
+    label: str
+    status: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, or would do. `trainings` are distinct; a dry run knows those of each plan's next wave."""
+
+    suite: str
+    root: str
+    cells: tuple[Row, ...]
+    trainings: tuple[Row, ...]
+    seconds: float
+
+    def count(self, status: str) -> int:
+        """Cells with this status."""
+        return sum(row.status == status for row in self.cells)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in (*self.trainings, *self.cells) if row.status == "failed"]
+
+    @property
+    def trained(self) -> int:
+        return sum(row.status == "new" for row in self.trainings)
+
+    @property
+    def reused(self) -> int:
+        return sum(row.status == "done" for row in self.trainings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "trained": self.trained, "reused": self.reused, "failed": len(self.failed)}
+
+    def text(self) -> str:
+        """For people: what is planned, or what happened."""
+        planned = [row for row in (*self.trainings, *self.cells) if row.status == "planned"]
+        if planned:
+            lines = [f"{row.status:8} {kind} {row.key} {row.label}" for kind, row in self._rows()]
+            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these"])
+        done = self.count("new") + self.count("done")
+        lines = [
+            f"suite {self.suite}: {done} of {len(self.cells)} cells ({self.count('done')} were there), "
+            f"{self.trained} trained, {self.reused} reused, {len(self.failed)} failed, {self.seconds:.0f} s"
+        ]
+        lines += [f"failed {kind} {row.key} {row.label}: {row.message.splitlines()[0]}" for kind, row in self._rows() if row in self.failed]
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, Row]]:
+        return [("training", row) for row in self.trainings] + [("cell", row) for row in self.cells]
+
+
+def task(name: str, **dials: Any) -> Task:
+    """The task `name` with these dials: `task("exact-v1", rho=-0.8)`."""
+    return TASKS.build({"name": name, **dials})
+
+
+def method(name: str, **fields: Any) -> Method:
+    """The method `name` with these hyperparameters: `method("experts", mixer="logit")`."""
+    return METHODS.build({"name": name, **fields})
+
+
+def fit(
+    task: Task | str | Mapping[str, Any],
+    method: Method | str | Mapping[str, Any],
+    *,
+    learner: Learner | str | Mapping[str, Any] = "pg",
+    root: str | Path = "runs",
+    seed: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+) -> Family:
+    """Train what the method needs and is not yet in `root`, in this process (workers=0) or several; returns the family of policies.
+
+    The family's `meta["ledger"]` says what the trainings cost. Raises what made a training fail; others that finished are kept, and
+    calling again goes on from the last checkpoint.
+    """
+    chosen = TASKS.build(task) if isinstance(task, str | Mapping) else task
+    member = Member("", "", chosen, _whole(METHODS, method), _whole(LEARNERS, learner), seed)
+    member.label = f"{label_of(describe(member.method), METHODS)} on {label_of(describe(chosen), TASKS)}"
+    store = Store(root)
+
+    def failed(_: Member, error: Mapping[str, Any], cause: BaseException | None) -> None:
+        if cause is not None and "training" not in error:  # the plan itself
+            raise cause
+        where = store.root / ARTIFACTS / (WIP + str(error.get("training"))) / FAILED
+        raise as_error(error, str(where)) from cause
+
+    tasks = Tasks()
+    tasks.put(chosen)
+    with store.lock(), _running(store, workers, tasks, cells=0, show=progress) as (executor, shown):
+        Schedule(store, executor, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
+    family = member.method.policy(member.task, member.learner, member.done, seed)
+    costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
+    ledger = as_if_alone([[costs[key] for key in wave] for wave in member.waves])
+    family.meta["ledger"] = {kind: cost.to_json() for kind, cost in ledger.items()}
+    return family
+
+
+def run_suite(
+    suite: str | Path | Mapping[str, Any],
+    root: str | Path,
+    *,
+    workers: int | None = None,
+    executor: str = "local",
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+) -> Summary:
+    """Compute every cell of the suite that `root` does not hold yet; `overrides` read `learner.steps=20`.
+
+    `executor` is "local" (worker processes of one thread each, by default one per CPU) or "here" (this process). A failure becomes a
+    FAILED.json and stops only the cells that need what failed. `dry_run` only says what would be done. Raises ConfigError before
+    anything runs, BusyError, StoreError where the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
+    """
+    began = time.monotonic()
+    if executor not in EXECUTORS:
+        raise ConfigError("jobs are run by a known executor", found=repr(executor), remedy=nearest(executor, EXECUTORS))
+    if workers is not None and workers < 1:
+        raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
+    checked, document = load_suite(suite, overrides)
+    members = members_of(checked, document)
+    store = Store(root)
+    if dry_run:
+        return _planned(checked, store, members, began)
+    with store.lock():
+        with disk_errors(store.root):
+            (store.root / "suites").mkdir(exist_ok=True)
+            labels = {member.key: member.label for member in members}
+            write_json(store.root / "suites" / f"{checked.name}.json", {"format": 1, "suite": checked.model_dump(), "cells": labels})
+        return _run(checked, store, members, began, workers=(workers or _cpus()) if executor == "local" else 0, progress=progress)
+
+
+def _run(suite: Suite, store: Store, members: Sequence[Member], began: float, *, workers: int, progress: bool) -> Summary:
+    """With the store's lock held. `workers` 0 is this process."""
+    rows = {member.key: Row(member.key, member.label, "done") for member in members}
+    todo = [member for member in members if store.cell(member.key) is None]
+
+    def ready(member: Member) -> Job:
+        return cell_job(store, member.spec, member.label, member.waves)
+
+    def failed(member: Member, error: Mapping[str, Any], _: BaseException | None) -> None:
+        store.fail(CELLS, member.key, error)
+        rows[member.key] = Row(member.key, member.label, "failed", str(error["message"]))
+
+    def done(member: Member) -> None:
+        rows[member.key] = Row(member.key, member.label, "new")
+
+    with _running(store, workers, Tasks(), cells=len(todo), show=progress) as (executor, shown):
+        schedule = Schedule(store, executor, shown, on_ready=ready, on_failed=failed, on_done=done)
+        schedule.run(todo)
+    labels = {key: training_label(spec) for key, spec in schedule.specs.items()}
+    trainings = [Row(key, labels[key], "done") for key in schedule.reused]
+    trainings += [Row(key, labels[key], "new") for key in schedule.trained]
+    trainings += [Row(key, labels[key], "failed", str(error["message"])) for key, error in schedule.broken.items()]
+    return Summary(suite.name, str(store.root), tuple(rows.values()), tuple(trainings), time.monotonic() - began)
+
+
+def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float) -> Summary:
+    """What a run would do, as far as it can be known without training."""
+    cells, trainings = [], {}
+    for member in members:
+        if store.cell(member.key) is not None:
+            cells.append(Row(member.key, member.label, "done"))
+            continue
+        try:
+            while not member.waiting and (wave := next_wave(member)):
+                member.waves.append(list(wave))
+                for key, spec in wave.items():
+                    artifact = store.artifact(key)
+                    trainings[key] = Row(key, training_label(spec), "done" if artifact else "planned")
+                    if artifact is None:
+                        member.waiting.add(key)
+                    else:
+                        member.done[key] = artifact
+            cells.append(Row(member.key, member.label, "planned"))
+        except Exception as error:
+            cells.append(Row(member.key, member.label, "failed", str(error)))
+    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _running(store: Store, workers: int, tasks: Tasks, *, cells: int, show: bool) -> Iterator[tuple[Executor, Display]]:
+    """An executor and what shows its work. On Ctrl-C the workers are stopped before the message appears."""
+    with display(show=show, cells=cells, side_by_side=max(1, workers)) as shown:
+        try:
+            told = shown.progress
+            with Workers(store, workers, on_progress=told) if workers else Here(tasks=tasks, on_progress=told) as executor:
+                yield executor, shown
+        except KeyboardInterrupt:
+            message = f"stopped; finished work and checkpoints are kept in {store.root}: the same command goes on from there"
+            shown.note(message)
+            raise KeyboardInterrupt(message) from None
+
+
+def _whole(registry: Registry, given: Any) -> Any:
+    """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
+    return registry.build(given if isinstance(given, str | Mapping) else describe(given))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

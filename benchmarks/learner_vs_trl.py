@@ -1,0 +1,162 @@
+"""Training speed of the embedded learner beside TRL's GRPOTrainer: the same tiny Llama, LoRA, prompts, reward and step.
+
+A step draws 64 responses of 16 tokens (8 prompts, 8 each), scores them, and updates once. EOS is suppressed in both: its id lies
+outside the model's vocabulary, so neither can draw it. Both pay for a reference forward (KL). Pairs of short runs alternate; the first
+steps of every run (warm-up) are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import emit, paired_medians
+
+from paretune.learner import PolicyGradient
+from paretune.registry import describe
+from paretune.seeds import forked_torch
+from paretune.tasks import Task
+from paretune.types import Objectives, Prompt, TrainSpec
+
+ROWS, GROUP, TOKENS, RANK, ALPHA, BETA, LR = 64, 8, 16, 8, 16, 0.04, 1e-3
+WARM, TIMED, PAIRS = 3, 12, 10
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WIDTH, LAYERS, HEADS = 64, 2, 4
+
+
+def texts_of(split: str) -> list[str]:
+    start = 0 if split == "train" else 8
+    return [LETTERS[i : i + 8] for i in range(start, start + 8)]
+
+
+def score(prompts, completions, **_):
+    """Share of small letters: cheap, so that what is timed is the training."""
+    return [sum(c.islower() for c in text) / TOKENS for text in completions]
+
+
+@dataclass(frozen=True)
+class Letters(Task):
+    """A random Llama over letters whose EOS is outside of its vocabulary."""
+
+    objectives = Objectives(("small", "again"), (0.0, 0.0), (1.0, 1.0))
+    beta = BETA
+    max_new_tokens = TOKENS
+    registered_name, version = "letters", 1
+
+    def load(self):
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        symbols = {s: i for i, s in enumerate(["<pad>", *LETTERS, "<eos>"])}
+        tokens = Tokenizer(models.WordLevel(symbols, unk_token="<pad>"))
+        tokens.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        tokens.decoder = decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+        config = LlamaConfig(
+            vocab_size=len(symbols) - 1,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=len(symbols) - 1,
+            pad_token_id=0,
+        )
+        with forked_torch(0):
+            return LlamaForCausalLM(config).eval(), tokenizer
+
+    def prompts(self, split):
+        return [Prompt(text=text) for text in texts_of(split)]
+
+    def score(self, prompts, completions):
+        small = score(prompts, completions)
+        return np.array([small, small]).T
+
+
+def ours() -> float:
+    """Samples per second of the embedded loop."""
+    stamps: list[float] = []
+    learner = PolicyGradient(
+        rank=RANK, alpha=ALPHA, samples=ROWS * (WARM + TIMED), batch=ROWS, group=GROUP, lr=LR, log_every=1, checkpoint_every=10**6
+    )
+    task = Letters()
+    spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        cost = learner.train(spec, task, Path(folder), progress=lambda record: stamps.append(time.perf_counter()))
+    assert cost.tokens == ROWS * TOKENS * (WARM + TIMED), "EOS is suppressed"
+    return ROWS * TIMED / (stamps[-1] - stamps[WARM - 1])
+
+
+def theirs() -> float:
+    """Samples per second of TRL's GRPOTrainer."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    stamps: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            stamps.append(time.perf_counter())
+
+    model, tokenizer = Letters().load()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=ROWS,
+            num_generations=GROUP,
+            max_completion_length=TOKENS,
+            max_steps=WARM + TIMED,
+            learning_rate=LR,
+            beta=BETA,
+            max_grad_norm=1.0,
+            temperature=1.0,
+            top_k=0,
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=score,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": texts_of("train") * (WARM + TIMED)}),
+            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+        drawn = trainer.state.num_input_tokens_seen
+    assert drawn == (8 + TOKENS) * ROWS * (WARM + TIMED), "EOS is suppressed"
+    return ROWS * TIMED / (stamps[-1] - stamps[WARM - 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(given.threads)
+    ours_P, theirs_P = paired_medians(ours, theirs, pairs=given.pairs)
+    ratio = statistics.median(a / b for a, b in zip(ours_P, theirs_P, strict=True))
+    emit({"samples_per_second_ratio": ratio}, out=given.out)
+
+
+if __name__ == "__main__":
+    main()

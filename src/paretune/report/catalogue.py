@@ -1,0 +1,122 @@
+"""What there is, in words: the rows of `paretune ls`, the page of `paretune show`, and the taxonomy in the README."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paretune.errors import ConfigError, nearest
+from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
+from paretune.report.tables import Column, Table
+
+__all__ = ["KINDS", "catalogue", "describe_name", "suite_path", "taxonomy"]
+
+REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectives": OBJECTIVES, "learners": LEARNERS}
+KINDS = (*REGISTRIES, "suites")
+COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
+
+
+def catalogue(kind: str) -> Table:
+    """One row per name of a kind; methods with what their cards say."""
+    if kind not in KINDS:
+        raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, KINDS))
+    if kind == "methods":
+        return taxonomy()
+    columns = (Column("name", "name", "text"), Column("summary", "what it is", "text"))
+    if kind == "suites":
+        return Table(kind, columns, [{"name": path.stem, "summary": str(_yaml(path).get("about", ""))} for path in _suites()])
+    classes = {name: REGISTRIES[kind][name] for name in REGISTRIES[kind]}
+    return Table(kind, columns, [{"name": name, "summary": _first_sentence(cls)} for name, cls in classes.items()])
+
+
+def taxonomy() -> Table:
+    """The methods by family, from their cards."""
+    columns = (
+        Column("name", "method", "text"),
+        Column("family", "family", "text"),
+        Column("summary", "what it does", "text"),
+        Column("trainings", "trainings", "text"),
+        Column("forwards_per_token", "forwards per token", "text"),
+        Column("zero_shot", "a new preference is free", "yes"),
+        Column("source", "source", "text"),
+    )
+    cards = {name: METHODS[name].card for name in METHODS}  # type: ignore[attr-defined]
+    order = {family: place for place, family in enumerate(("single-policy", "multi-policy", "meta-policy", "baseline"))}
+    names = sorted(cards, key=lambda name: (order.get(cards[name].family, len(order)), name))
+    return Table("methods", columns, [{"name": name, **{c.key: getattr(cards[name], c.key) for c in columns[1:]}} for name in names])
+
+
+def describe_name(name: str) -> list[dict[str, Any]]:
+    """Everything called `name`: {"kind", "name", "version", "about", "card", "fields": [{"name", "type", "default", "about"}]}."""
+    found: list[dict[str, Any]] = []
+    for kind, registry in REGISTRIES.items():
+        if name in list(registry):
+            cls = registry[name]
+            card = dataclasses.asdict(cls.card) if hasattr(cls, "card") else None
+            about = inspect.cleandoc(cls.__doc__ or "")
+            version = cls.version  # type: ignore[attr-defined]
+            found.append({"kind": kind[:-1], "name": name, "version": version, "about": about, "card": card, "fields": list(_fields(cls))})
+    for path in _suites():
+        if path.stem == name:
+            found.append({"kind": "suite", "name": name, "about": _yaml(path).get("about", ""), "text": path.read_text(encoding="utf-8")})
+    if not found:
+        known = {n for registry in REGISTRIES.values() for n in registry} | {path.stem for path in _suites()}
+        raise ConfigError("`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known))
+    return found
+
+
+def suite_path(given: str) -> Path:
+    """A suite's file: the one that is there, or the one of that name that ships with Paretune."""
+    path = Path(given)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    shipped = {p.stem: p for p in _suites()}
+    if given in shipped:
+        return shipped[given]
+    raise ConfigError("a suite is a YAML file, or the name of one that ships with Paretune", found=given, remedy=nearest(given, shipped))
+
+
+def _suites() -> list[Path]:
+    return sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _first_sentence(cls: type) -> str:
+    text = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.;:])\s", text)[0].rstrip(".;:")
+
+
+def _fields(cls: type) -> Iterator[dict[str, Any]]:
+    """The hyperparameters; what is said of each is the comment beside it in the source."""
+    said: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(owner) or "__annotations__" in vars(owner):
+            said |= _comments(owner)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.init:
+            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            yield {"name": field.name, "type": kind, "default": _default(field), "about": said.get(field.name, "")}
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
+
+
+def _comments(cls: type) -> dict[str, str]:
+    try:
+        lines = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError):
+        return {}
+    return {match[1]: match[2].strip() for line in lines if (match := COMMENT.match(line))}

@@ -1,0 +1,229 @@
+"""From a run directory to plain rows: what the page, the CSV files, the terminal and `--json` all show.
+
+Only what was published is read (a cell without DONE does not exist), and nothing is computed anew: no task is built, no model loaded.
+A *setting* is a task with its dials but without its seed; the cells of one method in one setting are its seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paretune.errors import ConfigError, StoreError, nearest
+from paretune.store import ARTIFACTS, CELLS, WIP, Store
+from paretune.types import canonical_json
+
+__all__ = ["Cell", "Results", "Setting", "assemble", "load"]
+
+NOT_DIALS = ("name", "version", "seed", "content")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task seed, as published. `label` is the method's name in this report; see `Results`."""
+
+    key: str
+    label: str
+    record: Mapping[str, Any]
+    env: Mapping[str, Any]
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return self.record["card"]
+
+    @property
+    def task(self) -> Mapping[str, Any]:
+        return self.record["task"]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.record["metrics"]
+
+    def measured(self, split: str) -> Mapping[str, Any]:
+        """The metrics of one split; empty where it was not measured."""
+        return self.metrics["splits"].get(split, {})
+
+    def front(self, split: str) -> Mapping[str, Any] | None:
+        """{"points", "w", "reference", "proof"}: the exact front and the reference's returns; None where they are not known."""
+        return (self.record.get("fronts") or {}).get(split)
+
+    @property
+    def w_WM(self) -> np.ndarray:
+        return np.asarray(self.metrics["preferences"], dtype=np.float64)
+
+    def cost(self, kind: str) -> Mapping[str, float]:
+        """`kind` is "total" or "critical_path"."""
+        return self.record["cost"][kind]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task with its dials, without its seed, and every cell measured there."""
+
+    label: str
+    name: str
+    dials: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+
+    @property
+    def slug(self) -> str:
+        plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
+        return "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.cells[0].metrics["objectives"])
+
+    @property
+    def exact(self) -> bool:
+        return all(cell.metrics["exact"] for cell in self.cells)
+
+    @property
+    def task_seeds(self) -> list[Any]:
+        return sorted({cell.task.get("seed", 0) for cell in self.cells})
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    @property
+    def shared_seeds(self) -> list[Any]:
+        """The task seeds at which every method was measured: means over these can be drawn in one picture."""
+        have = [{cell.task.get("seed", 0) for cell in self.of(label)} for label in self.labels]
+        return sorted(set.intersection(*have))
+
+    def of(self, label: str) -> list[Cell]:
+        """The cells of one method, by task seed."""
+        return [cell for cell in self.cells if cell.label == label]
+
+    def front(self, split: str) -> dict[str, np.ndarray] | None:
+        """Means over the shared seeds of the exact front's points, (K, M) at the same K preferences, and of the reference's returns (M,).
+
+        The mean over tasks of the points at w is a point of the mean task's front: no policies, one per task, have a larger mean return
+        at w.
+        """
+        by_seed = {cell.task.get("seed", 0): cell.front(split) for cell in self.cells if cell.front(split)}
+        fronts = [front for seed in self.shared_seeds if (front := by_seed.get(seed))]
+        if not fronts or len(fronts) != len(self.shared_seeds):
+            return None
+        return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
+
+    def mean_points(self, label: str, split: str) -> np.ndarray:
+        """(W, M) regularised returns of a method, mean over the shared seeds; NaN where a return is unknown."""
+        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
+        return np.mean([np.asarray(cell.measured(split)["returns"], dtype=float) for cell in cells], axis=0)
+
+
+class Results:
+    """All cells of a report, in a fixed order: settings by their dials, methods by family and name."""
+
+    def __init__(self, cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]] = (), name: str = "results"):
+        self.cells, self.failures, self.name = list(cells), list(failures), name
+
+    @cached_property
+    def families(self) -> dict[str, str]:
+        """Label -> family, baselines last: the order in which methods get their looks."""
+        found = {cell.label: str(cell.card["family"]) for cell in self.cells}
+        return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            dials = {k: v for k, v in cell.task.items() if k != "seed"}
+            groups.setdefault(canonical_json(dials), []).append(cell)
+        tasks = [group[0].task for group in groups.values()]
+        varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
+        many = len({t["name"] for t in tasks}) > 1
+        found = []
+        for group in groups.values():
+            task = group[0].task
+            parts = ([str(task["name"])] if many or not varying else []) + [f"{k} = {_short(task[k])}" for k in varying if k in task]
+            order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
+            dials = {k: v for k, v in task.items() if k not in NOT_DIALS}
+            found.append(Setting(", ".join(parts), str(task["name"]), dials, order))
+        return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying]))
+
+
+def load(root: str | Path, *, suite: str | None = None) -> Results:
+    """Everything published under `root`, or only the cells of one suite. Raises ConfigError where there is nothing to show."""
+    store = Store(root)
+    if not store.root.is_dir():
+        raise ConfigError("a report is made from a run directory", found=f"{root} is not one", remedy="give the --root of `paretune bench`")
+    suites = {path.stem: set(_json(path)["cells"]) for path in sorted((store.root / "suites").glob("*.json"))}
+    if suite is not None and suite not in suites:
+        raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
+    folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
+    broken = {kind: store.failures(kind) for kind in (ARTIFACTS, CELLS)}
+    if suite is not None:
+        broken[CELLS] = {key: record for key, record in broken[CELLS].items() if key in suites[suite]}
+    if not folders and not any(broken.values()):
+        raise ConfigError(
+            "a report needs at least one finished cell",
+            found=f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else ""),
+            remedy=f"run `paretune bench SUITE.yaml --root {root}` first",
+        )
+    records = {key: _json(folder / "cell.json") for key, folder in folders.items()}
+    envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
+    failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, found in broken.items() for key, record in found.items()]
+    name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
+    return assemble(records, envs, failures=failures, name=name)
+
+
+def assemble(
+    records: Mapping[str, Mapping[str, Any]],
+    envs: Mapping[str, Mapping[str, Any]],
+    *,
+    failures: Sequence[Mapping[str, Any]] = (),
+    name: str = "results",
+) -> Results:
+    """Results from the contents of cell.json and env.json by cell key."""
+    labels = _labels(list(records.values()))
+    return Results([Cell(key, label, records[key], envs[key]) for key, label in zip(records, labels, strict=True)], failures, name)
+
+
+def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A method's name, with the fields in which the methods of that name differ here; and the learner, where there are several."""
+    methods = [record["method"] for record in records]
+    learners = {canonical_json(record.get("learner")) for record in records if record["trainings"]}
+    labels = []
+    for record, method in zip(records, methods, strict=True):
+        same = [other for other in methods if other["name"] == method["name"]]
+        varying = [k for k in _keys(same) if k not in NOT_DIALS and len({canonical_json(m.get(k)) for m in same}) > 1]
+        parts = [str(method[k]) if isinstance(method.get(k), str) else f"{k} {_short(method.get(k))}" for k in varying]
+        learner = f" ({record['learner']['name']})" if len(learners) > 1 and record["trainings"] else ""
+        labels.append(" ".join([str(method["name"]), *parts]) + learner)
+    return labels
+
+
+def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for thing in things for key in thing))
+
+
+def _order(key: str, value: Any) -> tuple[int, float, str]:
+    """Numbers by size, but correlations from agreement to conflict."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0, -float(value) if key == "rho" else float(value), ""
+    return 1, 0.0, str(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}".replace("-", "\u2212")
+    text = str(value)
+    return text if len(text) <= 40 else "…" + text[-39:]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            "a published file can be read", found=f"{path}: {error}", remedy="run `paretune check` on this directory"
+        ) from error

@@ -1,0 +1,130 @@
+"""What the numbers say, in sentences made from them: what holds up, whether the expected order appears, what hides what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from paretune.report.data import Results, Setting
+from paretune.report.series import glance_table, loss_table
+from paretune.report.tables import CEILING, leaderboard, minus
+
+__all__ = ["findings"]
+
+FAR = 0.1  # attainments closer than this are not "far apart"
+
+
+def findings(results: Results) -> list[str]:
+    """Sentences, most important first; none about what was not measured."""
+    board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["attainment_worst_test"] is not None]
+    if not board:
+        return []
+    sentences = [_best(results), *_order(results, board), *_same(results), *_hidden(board), *_generalises(board)]
+    return [s for s in sentences if s]
+
+
+def _best(results: Results) -> str:
+    rows = [row for row in glance_table(results).rows if row["family"] != "baseline"]
+    if not rows:
+        return ""
+    first, settings = rows[0], [s.label for s in results.settings if s.exact]
+    where = min(settings, key=lambda label: first.get(label, np.inf))
+    text = f"{first['method']} holds up best: its worst attainment on test prompts is {_n(first['worst'])}"
+    return text + (f", at {where}." if len(settings) > 1 else ".")
+
+
+def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:
+    """Is the soup far below logit mixing where objectives conflict most? If not, say why."""
+    soup, logit = (_labels(results, mixer) for mixer in ("parameter", "logit"))
+    settings = [s for s in results.settings if s.exact and soup in s.labels and logit in s.labels]
+    if soup is None or logit is None or not settings:
+        return []
+    setting = settings[-1]
+    worst = {row["method"]: row["attainment_worst_test"] for row in board if row["setting"] == setting.label}
+    if worst[logit] - worst[soup] >= FAR:
+        return [
+            f"The expected order appears at {setting.label}: the soup of parameters falls to {_n(worst[soup])} at its worst preference, "
+            f"mixing logits of the same experts keeps {_n(worst[logit])}."
+        ]
+    return [
+        f"The expected order does not appear at {setting.label}: the soup of parameters has {_n(worst[soup])} at its worst preference, "
+        f"mixing logits of the same experts {_n(worst[logit])}. {_why(results, setting, logit)}"
+    ]
+
+
+def _why(results: Results, setting: Setting, logit: str) -> str:
+    rows = {row["method"]: row for row in loss_table(results).rows if row["setting"] == setting.label}
+    parts = rows.get(logit)
+    if parts is None or parts["composition"] is None:
+        return "The loss cannot be split here."
+    learning, composition = parts["learning"], parts["composition"]
+    text = f"On average logit mixing loses {_n(learning)} because its experts are below their optimum and {_n(composition)} by composition"
+    if learning > composition:
+        return text + ": the experts are too weak for the way of combining them to matter; train them longer."
+    if composition < FAR:
+        return text + ": these objectives conflict too little for combination to be hard."
+    return text + ": experts that moved little from the reference stay where a soup of them is nearly linear; look at their KL."
+
+
+def _same(results: Results) -> list[str]:
+    """Hidden states under one shared linear head are logit mixing: say so where the numbers do."""
+    hidden, logit = _labels(results, "hidden"), _labels(results, "logit")
+    gaps = []
+    for setting in results.settings:
+        if hidden in setting.labels and logit in setting.labels and setting.exact:
+            one, other = (np.array(_attained(setting, str(label)), dtype=float) for label in (hidden, logit))
+            if one.shape == other.shape and np.isfinite(one).any():
+                gaps.append(float(np.nanmax(np.abs(one - other))))
+    if not gaps or max(gaps) > 1e-3:
+        return []
+    return [
+        f"{hidden} and {logit} are the same policy: their experts share one linear head (attainments agree to {max(1e-6, max(gaps)):.0e})."
+    ]
+
+
+def _attained(setting: Setting, label: str) -> list[list[float | None]]:
+    return [(cell.measured("test").get("attainment") or {}).get("per_preference", []) for cell in setting.of(label)]
+
+
+def _hidden(board: list[dict[str, Any]]) -> list[str]:
+    """The widest gap between a good hypervolume and a bad worst attainment."""
+    rows = [row for row in board if row["hypervolume_share_test"] is not None and row["family"] != "baseline"]
+    if not rows:
+        return []
+    row = max(rows, key=lambda r: r["hypervolume_share_test"] - r["attainment_worst_test"])
+    share, worst = row["hypervolume_share_test"], row["attainment_worst_test"]
+    if share < 0.5 or share - worst < 0.2:
+        return []
+    return [
+        f"Hypervolume hides failures: {row['method']} keeps {share:.0%} of it at {row['setting']}, with a worst attainment of {_n(worst)}."
+    ]
+
+
+def _generalises(board: list[dict[str, Any]]) -> list[str]:
+    rows = [row for row in board if row["attainment_mean_train"] is not None and row["family"] != "baseline"]
+    if not rows:
+        return []
+    row = max(rows, key=lambda r: r["attainment_mean_train"] - r["attainment_mean_test"])
+    drop = row["attainment_mean_train"] - row["attainment_mean_test"]
+    if drop < 0.02:
+        return [
+            f"Test prompts cost little: no method loses more than {_n(max(drop, 0.0))} of mean attainment against its training prompts."
+        ]
+    return [
+        f"New prompts cost most for {row['method']} at {row['setting']}: mean attainment {_n(row['attainment_mean_train'])} on training "
+        f"prompts, {_n(row['attainment_mean_test'])} on test prompts."
+    ]
+
+
+def _labels(results: Results, mixer: str) -> str | None:
+    def is_it(method: Mapping[str, Any]) -> bool:
+        return method["name"] == "experts" and method.get("mixer") == mixer
+
+    found = [cell.label for cell in results.cells if is_it(cell.record["method"])]
+    return found[0] if found else None
+
+
+def _n(value: float) -> str:
+    return minus(f"{value:.2f}")

@@ -1,0 +1,98 @@
+"""The same tables in a terminal: rich, in the colours of the page, and as wide as the terminal allows."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from paretune.report.data import Results
+from paretune.report.findings import findings
+from paretune.report.palette import looks
+from paretune.report.tables import CEILING, Column, Table, leaderboard
+
+__all__ = ["console", "print_leaderboard", "print_table"]
+
+WIDE = 132  # columns of output that goes to a file or a pipe
+
+# The leaderboard's columns in a terminal, in order; those with a higher number go first where the terminal is narrow.
+SHOWN = {
+    "attainment_worst_test": ("worst", 0),
+    "attainment_mean_test": ("mean", 0),
+    "gain_mean_test": ("gain", 0),
+    "gain_worst_test": ("worst gain", 0),
+    "attainment_worst_train": ("worst, train", 4),
+    "hypervolume_share_test": ("hyper-\nvolume", 2),
+    "utility_loss_max_test": ("max\nloss", 5),
+    "kl_mean_test": ("KL", 1),
+    "controllability_test": ("control", 6),
+    "trainings": ("train-\nings", 3),
+    "forwards_per_token": ("fwd /\ntoken", 3),
+    "samples_total": ("samples", 2),
+    "samples_path": ("samples,\ncritical", 4),
+    "tokens_total": ("tokens", 5),
+    "tokens_path": ("tokens,\ncritical", 5),
+    "zero_shot": ("zero-\nshot", 1),
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for tables: as wide as the terminal, or wide enough where there is none."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else WIDE, highlight=False)
+
+
+def print_table(table: Table, to: Console, *, title: str = "") -> None:
+    """Any table, whole: texts wrap, numbers do not."""
+    grid = Grid(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in table.shown:
+        grid.add_column(column.title, justify="left" if column.kind in ("text", "yes") else "right", no_wrap=column.key == "name")
+    for row in table.rows:
+        grid.add_row(*(column.show(row.get(column.key)) for column in table.shown))
+    to.print(grid)
+
+
+def print_leaderboard(results: Results, to: Console) -> None:
+    """One table per task setting, then what the numbers say and what failed."""
+    board = leaderboard(results)
+    known = looks(results.families)
+    columns = [c for c in board.shown if c.key in SHOWN and any(row.get(c.key) not in (None, 0) for row in board.rows)]
+    width = max((len(row["method"]) for row in board.rows), default=0) + 4
+    while len(columns) > 3 and width + sum(_width(column) for column in columns) > to.width:
+        columns.remove(max(columns, key=lambda column: SHOWN[column.key][1]))
+    for setting in results.settings:
+        rows = [row for row in board.rows if row["setting"] == setting.label]
+        seeds = len(setting.task_seeds)
+        title = Text.assemble((setting.label, "bold"), f"  (test prompts, {seeds} seed{'s' if seeds > 1 else ''})")
+        grid = Grid(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        grid.add_column("method", no_wrap=True, vertical="bottom")
+        for column in columns:
+            grid.add_column(SHOWN[column.key][0], justify="right", vertical="bottom", no_wrap=True)
+        for row in rows:
+            style = "italic" if row["method"] == CEILING else "dim" if row["family"] == "baseline" else ""
+            grid.add_row(_name(row["method"], known), *(_cell(column, row) for column in columns), style=style)
+        to.print(grid)
+        to.print()
+    for sentence in findings(results):
+        to.print(Text(f"• {sentence}"))
+    for failure in results.failures:
+        to.print(Text.assemble(("failed ", "bold red"), f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
+
+
+def _width(column: Column) -> int:
+    return max(len(line) for line in SHOWN[column.key][0].split("\n")) + 2
+
+
+def _name(label: str, known: dict[str, Any]) -> Text:
+    if label not in known:
+        return Text(f"  {label}")
+    return Text.assemble((f"{known[label].mark} ", known[label].colour), label)
+
+
+def _cell(column: Column, row: dict[str, Any]) -> Text:
+    value = row.get(column.key)
+    harm = column.key.startswith(("attainment", "gain")) and value is not None and value < 0
+    return Text(column.show(value), style="#D55E00" if harm else "")

@@ -1,0 +1,424 @@
+"""The loop: is its gradient that of J_w, does it reach the optimum, does it survive a kill, and what it refuses."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from paretune.batches import draw, prompt_order
+from paretune.checkpoint import progress_text, terminal_progress
+from paretune.errors import ConfigError, RewardError, TrainingError
+from paretune.exact_learner import enumerated_returns
+from paretune.learner import PolicyGradient, converged
+from paretune.ledger import read_cost
+from paretune.lora import LoraBank
+from paretune.mixing import ParameterMix
+from paretune.registry import LEARNERS, describe
+from paretune.seeds import forked_torch, generator
+from paretune.tasks import Task
+from paretune.tasks.exact import ExactTask
+from paretune.types import Artifact, Objectives, Prompt, TrainSpec
+
+TASK = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
+SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2}
+W = (0.3, 0.7)
+
+
+def spec_of(learner, preference=W, task=TASK, **settings):
+    return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=11, **settings)
+
+
+def moved(learner, task=TASK, preference=W, size=0.5):
+    """A policy away from the reference, so that every term of the gradient is at work."""
+    policy = learner.start(spec_of(learner, preference, task), task, {})
+    with torch.no_grad(), forked_torch(12):
+        for parameter in policy.bank.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape))
+    return policy
+
+
+def flat(policy):
+    return torch.cat([p.grad.flatten() for p in policy.bank.parameters()]).double().numpy()
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+# What it climbs
+
+
+def z_scores(learner, batches):
+    """z of the estimator's mean against the enumerated gradient: along that gradient, and along 8 random directions orthogonal to it."""
+    policy, spec = moved(learner), spec_of(learner)
+    reward_PM, kl_P = enumerated_returns(policy, TASK, torch.ones(TASK.prompt_count, 1))
+    (-(reward_PM @ torch.tensor(W, dtype=torch.float64) - TASK.beta * kl_P).mean()).backward()
+    true = flat(policy)
+    drawn = []
+    for step in range(batches):
+        policy.model.zero_grad()
+        learner.gradient(policy, learner.collect(policy, TASK, spec, step), beta=TASK.beta)
+        drawn.append(flat(policy))
+    along = true / np.linalg.norm(true)
+    across = generator(0, "directions").normal(size=(8, len(true)))
+    across -= np.outer(across @ along, along)
+    directions = np.concatenate([along[None], across / np.linalg.norm(across, axis=1, keepdims=True)])
+    seen = np.array(drawn) @ directions.T
+    return (seen.mean(0) - directions @ true) / (seen.std(0, ddof=1) / np.sqrt(batches))
+
+
+# Two-sided, over 9 directions. 60 batch means of 64 groups each are close enough to normal for that far out in the tail.
+FALSE_ALARM = 1e-4
+LIMIT = norm.isf(FALSE_ALARM / 2 / 9)
+LARGE = {"rank": 2, "alpha": 4, "samples": 256, "batch": 256, "group": 4}
+
+
+def test_the_default_estimator_has_the_gradient_of_j_w():
+    assert np.abs(z_scores(PolicyGradient(**LARGE), 60)).max() < LIMIT
+
+
+@pytest.mark.parametrize(
+    "biased", [{"kl_in": "loss", "kl_estimator": "k3"}, {"normalise": "group"}, {"length": "token_mean"}], ids=lambda b: [*b.values()][-1]
+)
+def test_the_same_test_finds_the_biased_variants(biased):
+    assert np.abs(z_scores(PolicyGradient(**LARGE, **biased), 60)).max() > LIMIT
+
+
+def test_several_preferences_in_one_batch_have_the_gradient_of_the_mean_utility():
+    """With a preference per prompt there is an adapter per objective and the preference is the gate: against finite sums by hand."""
+    learner = PolicyGradient(**LARGE)
+    policy, spec = moved(learner, preference=None), spec_of(learner, None)
+    assert policy.K == 2
+    batch = learner.collect(policy, TASK, spec, 0)
+    w_NM = batch.responses.w_NM
+    assert (w_NM.reshape(-1, 4, 2) == w_NM.reshape(-1, 4, 2)[:, :1]).all(), "one preference per group"
+    assert len(np.unique(w_NM[:, 0])) == 64
+    np.testing.assert_allclose(batch.responses.gates_NK.numpy(), w_NM, atol=1e-6)
+    utility_N = (w_NM * batch.responses.rewards_NM).sum(1) - TASK.beta * batch.kl_N
+    groups = utility_N.reshape(-1, 4)
+    np.testing.assert_allclose(batch.advantage_N, ((groups - groups.mean(1, keepdims=True)) * 4 / 3).reshape(-1), atol=1e-12)
+
+
+def test_it_reaches_the_known_optimum(tmp_path):
+    """Attainment of at least 0.95 at three preferences; the reference is at 0, the optimum at 1."""
+    learner = PolicyGradient(rank=4, alpha=8, samples=6400, batch=64, group=16, lr=1e-2)
+    for w in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        cost = learner.train(spec_of(learner, w), TASK, tmp_path / str(w))
+        assert (cost.samples, cost.steps) == (6400, 100)
+        model, tokenizer = TASK.load()
+        policy = ParameterMix(LoraBank.load(model, {"policy": tmp_path / str(w)}), tokenizer)
+        with torch.no_grad():
+            rewards_PM, kl_P = enumerated_returns(policy, TASK, torch.ones(2, 1))
+        reached, start, best = (
+            float(x @ np.array(w))
+            for x in (
+                (rewards_PM - TASK.beta * kl_P[:, None]).mean(0).numpy(),
+                TASK.J_M(TASK.reference_logp_PR("train"), "train"),
+                TASK.J_M(TASK.optimum_logp_PR(np.array(w), "train"), "train"),
+            )
+        )
+        assert 0.95 < (reached - start) / (best - start) <= 1 + 1e-9
+
+
+def test_micro_batches_add_up():
+    whole, eighths = PolicyGradient(**SMALL), PolicyGradient(**SMALL, micro_batch=2)
+    policy, spec = moved(whole), spec_of(whole)
+    batch = whole.collect(policy, TASK, spec, 0)
+    gradients, losses = [], []
+    for learner in (whole, eighths):
+        policy.model.zero_grad()
+        losses.append(learner.gradient(policy, batch, beta=TASK.beta))
+        gradients.append(flat(policy))
+    np.testing.assert_allclose(gradients[1], gradients[0], atol=1e-7)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-7)
+
+
+# What it leaves behind
+
+
+def test_a_finished_training(tmp_path):
+    learner = PolicyGradient(**SMALL)
+    seen = []
+    cost = learner.train(spec_of(learner), TASK, tmp_path, progress=seen.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "ledger.json", "train.jsonl"]
+    assert read_cost(tmp_path) == cost
+    assert (cost.samples, cost.steps, cost.validation_samples) == (64, 4, 0)
+    assert 64 <= cost.tokens <= 64 * TASK.length
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    assert seen == [{**line, "steps": 4} for line in lines]
+    assert set(lines[0]["rewards"]) == set(TASK.objectives.names)
+    assert lines[-1]["samples"] == 64
+    assert lines[-1]["lr"] == pytest.approx(learner.lr / 4)
+    assert "KL" in progress_text(lines[-1])
+    before = weights(tmp_path)
+    assert learner.train(spec_of(learner), TASK, tmp_path) == cost, "a second call trains nothing"
+    assert weights(tmp_path) == before
+
+
+def test_the_same_seed_is_the_same_training_and_another_is_not(tmp_path):
+    learner = PolicyGradient(**SMALL)
+    for name in ("a", "b"):
+        learner.train(spec_of(learner), TASK, tmp_path / name)
+    other = TrainSpec(task=describe(TASK), learner=describe(learner), preference=W, seed=12)
+    learner.train(other, TASK, tmp_path / "c")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+@pytest.mark.parametrize("when", [3, 4, 7])
+def test_a_killed_training_resumes_bitwise(tmp_path, when):
+    """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""
+    learner = PolicyGradient(**{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3)
+    spec = spec_of(learner)
+    learner.train(spec, TASK, tmp_path / "whole")
+
+    def die(record):
+        if record["step"] == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        learner.train(spec, TASK, tmp_path / "killed", progress=die)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    left = [p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()]
+    assert f"{(when - 1) // 2 * 2:08d}" in left
+    steps = []
+    learner.train(spec, TASK, tmp_path / "killed", progress=lambda record: steps.append(record["step"]))
+    assert steps == list(range((when - 1) // 2 * 2 + 1, 11)), "nothing is trained twice but what was after the checkpoint"
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    whole, killed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
+    timing = ("seconds", "tokens_per_s")
+    assert [{k: v for k, v in x.items() if k not in timing} for x in killed] == [
+        {k: v for k, v in x.items() if k not in timing} for x in whole
+    ]
+    assert read_cost(tmp_path / "killed").samples == 160
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_another_training_is_not_resumed_from_it(tmp_path):
+    learner = PolicyGradient(**SMALL)
+
+    def interrupt(record):
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.train(spec_of(learner), TASK, tmp_path, progress=interrupt)
+    assert (tmp_path / "checkpoint" / "00000002" / "state.safetensors").is_file()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(TrainingError, match="resumes from its own checkpoint"):
+        learner.train(spec_of(learner, (0.5, 0.5)), TASK, tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
+
+
+def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
+    learner = PolicyGradient(**SMALL)
+    first = spec_of(learner)
+    learner.train(first, TASK, tmp_path / "first")
+    parents = {first.key: Artifact(first.key, tmp_path / "first", first)}
+    idle = PolicyGradient(**{**SMALL, "lr": 1e-12})
+    idle.train(spec_of(idle, init_from=(first.key,)), TASK, tmp_path / "second", parents=parents)
+    from safetensors.torch import load_file
+
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-9, rtol=0)
+    with pytest.raises(ConfigError, match="as many adapters"):
+        learner.train(spec_of(learner, None, init_from=(first.key,)), TASK, tmp_path / "third", parents=parents)
+    learner.train(spec_of(learner, None), TASK, tmp_path / "both")
+    model, _ = TASK.load()
+    bank = LoraBank.load(model, {name: tmp_path / "both" / name for name in TASK.objectives.names})
+    assert bank.count == 2
+
+
+# Prompts, streams, stopping
+
+
+def test_prompts_come_round_in_a_seeded_order():
+    order = prompt_order(1, 0, 12, 4)
+    assert all(sorted(order[i : i + 4]) == [0, 1, 2, 3] for i in (0, 4, 8))
+    assert order[3:9] == prompt_order(1, 3, 6, 4), "the order does not depend on where batches begin"
+    assert order != prompt_order(2, 0, 12, 4)
+
+
+def test_a_prompt_that_comes_twice_in_a_batch_gets_new_responses():
+    learner = PolicyGradient(**SMALL)
+    policy, spec = moved(learner), spec_of(learner)
+    made = draw(policy, TASK, spec, step=0, first=0, prompts=40, group=2)
+    order = np.array(prompt_order(spec.seed, 0, 40, 2)).repeat(2)
+    rows = [tuple(row) for row in made.logp_NT[torch.from_numpy(order == 0)].numpy().round(6).tolist()]
+    assert len(set(rows)) > 4, "40 copies of one response would mean shared streams"
+
+
+def test_the_stopping_rule(tmp_path):
+    assert not converged([1.0] * 19, 20, 0.015)
+    assert converged([0.0] + [1.0] * 20, 20, 0.015)
+    assert not converged([1.0, 1.1] * 10, 20, 0.015)
+    assert not converged([1.0] * 50, 20, None)
+    learner = PolicyGradient(**SMALL, stop_cv=0.9, stop_window=2, validate_every=1, validation_samples=10)
+    cost = learner.train(spec_of(learner, scalariser={"name": "log_product"}), TASK, tmp_path)
+    assert (cost.samples, cost.evaluations, cost.validation_samples) == (32, 2, 20)
+    assert log_of(tmp_path)[-1]["validation"] < 0
+
+
+def test_pace():
+    learner = PolicyGradient(**{**SMALL, "samples": 160}, warmup=2)
+    assert [learner.pace(s) for s in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
+    assert PolicyGradient(**SMALL, schedule="cosine").pace(2) == pytest.approx(0.5)
+    assert PolicyGradient(**SMALL, schedule="constant").pace(3) == 1
+
+
+def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch):
+    with terminal_progress("x") as progress:
+        assert progress is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    record = {"step": 1, "steps": 2, "rewards": {"polite": 0.5, "brief": None}, "kl": 0.25, "tokens_per_s": 5310.0}
+    with terminal_progress("expert") as progress:
+        progress(record)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert progress_text(record) == "polite 0.500 brief ? | KL 0.250 | 5,310 tokens/s"
+
+
+# What it refuses
+
+
+@dataclass(frozen=True)
+class Holes(ExactTask):
+    """The same task, but the second objective cannot score some responses."""
+
+    every: int = 0
+
+    def score(self, prompts, completions):
+        rewards_NM = super().score(prompts, completions)
+        if self.every:
+            rewards_NM[:: self.every, 1] = np.nan
+        return rewards_NM
+
+
+def holes(every):
+    return Holes(alphabet=3, length=2, prompt_count=2, width=16, layers=1, every=every)
+
+
+def test_unscored_responses_are_counted_and_left_out(tmp_path):
+    learner = PolicyGradient(**SMALL, max_unscored=0.5)
+    task = holes(4)
+    learner.train(spec_of(learner, task=task), task, tmp_path)
+    assert log_of(tmp_path)[0]["unscored"] == {"objective_1": 0, "objective_2": 8}
+    assert np.isfinite(list(log_of(tmp_path)[-1]["rewards"].values())).all()
+
+
+def test_too_many_unscored_responses_stop_the_run(tmp_path):
+    learner = PolicyGradient(**{**SMALL, "samples": 640})
+    with pytest.raises(RewardError) as error:
+        learner.train(spec_of(learner, task=holes(4)), holes(4), tmp_path)
+    assert error.value.exit_code == 1
+    assert "objective_2" in error.value.rule
+    assert "64 of 256" in error.value.found, "judged as soon as 256 responses are seen"
+    assert (tmp_path / "checkpoint").is_dir()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    learner = PolicyGradient(**{**SMALL, "lr": 1e30, "clip_norm": None, "schedule": "constant"})
+    with pytest.raises(TrainingError) as error:
+        learner.train(spec_of(learner), TASK, tmp_path)
+    assert "at step 1" in error.value.found
+    assert "lower lr (now 1e+30)" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"batch": 10, "group": 4}, "batch=10, group=4"),
+        ({"group": 1}, "group=1"),
+        ({"samples": 10}, "samples=10, batch=64"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"max_unscored": 2.0}, "max_unscored=2.0"),
+        ({"kl_in": "loss"}, "kl_in='loss', kl_estimator='k1'"),
+        ({"kl_estimator": "k3"}, "kl_in='reward', kl_estimator='k3'"),
+        ({"baseline": "mean"}, "'mean'"),
+        ({"learning_rate": 1.0}, "'learning_rate'"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(given, found):
+    with pytest.raises(ConfigError) as error:
+        LEARNERS.build({"name": "pg", **given})
+    assert found in error.value.found
+
+
+def test_what_a_spec_may_ask_for(tmp_path):
+    learner = PolicyGradient(**SMALL)
+    with pytest.raises(ConfigError, match="scalarised at"):
+        learner.train(spec_of(learner, scalarise_at="gradient"), TASK, tmp_path)
+    with pytest.raises(ConfigError, match="scalariser"):
+        learner.train(spec_of(learner, scalariser={"name": "tchebycheff"}), TASK, tmp_path)
+
+
+# Any causal LM
+
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@dataclass(frozen=True)
+class Letters(Task):
+    """A random Llama over letters with two ids that end a response, chat prompts of several lengths, and counts of letters as scores."""
+
+    objectives = Objectives(("a", "b"), (0.0, 0.0), (1.0, 1.0))
+    beta = 0.05
+    max_new_tokens = 6
+    registered_name, version = "letters", 1
+
+    def load(self):
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        symbols = {s: i for i, s in enumerate(["<pad>", "<eos>", "<end>", ":", *"abcdefgh"])}
+        tokens = Tokenizer(models.WordLevel(symbols, unk_token="<pad>"))
+        tokens.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        tokens.decoder = decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<pad>", chat_template=CHAT)
+        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        config = LlamaConfig(
+            vocab_size=len(symbols), max_position_embeddings=64, eos_token_id=[1, 2], pad_token_id=0, bos_token_id=3, **size
+        )
+        with forked_torch(1):
+            model = LlamaForCausalLM(config).eval()
+            torch.nn.init.normal_(model.lm_head.weight)  # or no hidden state could make a letter likely
+        return model, tokenizer
+
+    def prompts(self, split):
+        return [Prompt(messages=({"role": "user", "content": text},)) for text in ("a", "abc", "fghfghfgh")]
+
+    def score(self, prompts, completions):
+        assert not any("<" in c for c in completions), "special tokens are not text"
+        return np.array([[c.count("a") / 6, c.count("b") / 6] for c in completions])
+
+
+def test_it_trains_any_causal_lm_on_chat_prompts(tmp_path):
+    """Uneven prompts (left padding), two EOS ids, a chat template; the letter that pays becomes more frequent."""
+    task = Letters()
+    learner = PolicyGradient(rank=4, alpha=8, samples=1920, batch=48, group=8, lr=1e-2, log_every=5, dtype="float32", device="cpu")
+    spec = spec_of(learner, (0.0, 1.0), task)
+    assert learner.start(spec, task, {}).eos_ids == (1, 2)
+    learner.train(spec, task, tmp_path)
+    lines = log_of(tmp_path)
+    assert lines[-1]["rewards"]["b"] > lines[0]["rewards"]["b"] + 0.2
+    assert lines[-1]["rewards"]["a"] < lines[0]["rewards"]["a"] + 0.05
+
+
+def test_bfloat16_models_train(tmp_path):
+    learner = PolicyGradient(**SMALL, dtype="bfloat16")
+    learner.train(spec_of(learner), TASK, tmp_path)
+    from safetensors.torch import load_file
+
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "adapter_model.safetensors").values())

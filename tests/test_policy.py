@@ -1,0 +1,172 @@
+"""Policies' tokens, and families: gates, saving, loading, sampling."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from paretune.errors import ConfigError
+from paretune.lora import LoraBank
+from paretune.mixing import Constant, FactorMix, Identity, Nearest, ParameterMix, ReferencePolicy, Table
+from paretune.policy import LEVELS, Family
+from paretune.types import Objectives, Preference, Prompt
+from tiny_models import llama, write_adapters
+
+OBJECTIVES = Objectives(("short", "kind"), (0.0, 0.0), (1.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base model with its tokenizer on disk, and two adapters for it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("home")
+    letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*"abcdefghijklmnop", "<eos>"])}, unk_token="<eos>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    letters.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder / "base")
+    llama().save_pretrained(folder / "base")
+    return SimpleNamespace(
+        base={"model": str(folder / "base"), "revision": None}, adapters=write_adapters(llama, folder, [{}, {}], scale=0.5)
+    )
+
+
+def family(home, level="parameter", rule=None, adapters=None) -> Family:
+    from transformers import AutoTokenizer
+
+    paths = home.adapters if adapters is None else adapters
+    policy = LEVELS[level](LoraBank.load(llama(), paths), AutoTokenizer.from_pretrained(home.base["model"]))
+    return Family(policy, rule or Identity(), OBJECTIVES, home.base, paths, {"max_new_tokens": 5, "card": {"summary": "a test"}})
+
+
+def refused(*parts: str):
+    return pytest.raises(ConfigError, match=".*".join(f"(?s:.*){re.escape(part)}" for part in parts))
+
+
+def test_every_id_that_ends_a_response_is_known():
+    model = llama()
+    model.generation_config.eos_token_id = [3, 16]
+    bank = LoraBank.attach(model, names=[], seed=0)
+    policy = ReferencePolicy(bank, SimpleNamespace(eos_token_id=5, pad_token_id=None))
+    assert policy.eos_ids == (3, 16, 5)
+    assert policy.pad_id == 3
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with refused("a policy needs to know how a response ends", "no EOS id", "set tokenizer.eos_token"):
+        ReferencePolicy(bank, SimpleNamespace(eos_token_id=None, pad_token_id=None))
+
+
+@pytest.mark.parametrize("level", ["parameter", "factor", "logit", "hidden"])
+def test_a_saved_family_is_the_same_family(home, tmp_path, level):
+    made = family(home, level)
+    made.save(tmp_path / "family")
+    again = Family.load(tmp_path / "family")
+    assert (again.policy.level, again.rule, again.objectives, again.meta) == (level, Identity(), OBJECTIVES, made.meta)
+    assert again.policy.bank.names == ("e0", "e1")
+    ids_NT, gates_NK = torch.arange(12).view(2, 6), torch.tensor([[0.3, 0.7], [0.3, 0.7]])
+    with torch.no_grad():
+        assert torch.equal(again.policy.forward(ids_NT, gates_NK=gates_NK), made.policy.forward(ids_NT, gates_NK=gates_NK))
+    for name, path in home.adapters.items():
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "family" / "adapters" / name / file).read_bytes() == (path / file).read_bytes()
+    kinds = {p.suffix for p in (tmp_path / "family").rglob("*") if p.is_file()}
+    assert kinds == {".json", ".safetensors"}
+
+
+def test_adapters_in_memory_are_written_whatever_their_names(home, tmp_path):
+    bank = LoraBank.attach(llama(), names=["a/../b", "v1.0"], rank=2, seed=3)
+    with torch.no_grad():
+        for p in bank.parameters():
+            p.add_(0.1)
+    made = Family(ParameterMix(bank, family(home).policy.tokenizer), Identity(), OBJECTIVES, home.base)
+    made.save(tmp_path / "family")
+    again = Family.load(tmp_path / "family")
+    assert again.policy.bank.names == bank.names
+    assert all(torch.equal(a, b) for k in (0, 1) for a, b in zip(bank.parameters_of(k), again.policy.bank.parameters_of(k), strict=True))
+    assert sorted(p.name for p in (tmp_path / "family" / "adapters").iterdir()) == ["0-a____b", "1-v1_0"]
+
+
+def test_a_reference_family_has_no_adapters(home, tmp_path):
+    policy = ReferencePolicy(LoraBank.attach(llama(), names=[], seed=0), family(home).policy.tokenizer)
+    Family(policy, Constant(gates_K=()), OBJECTIVES, home.base, {}, {"max_new_tokens": 3}).save(tmp_path / "family")
+    again = Family.load(tmp_path / "family")
+    assert again.gates(np.eye(2)).shape == (2, 0)
+    assert len(again.sample(["ab"], [0.5, 0.5])[0][0]) <= 3
+
+
+def test_gates_come_from_the_rule(home):
+    made = family(home, rule=Table(w_WM=((0.9, 0.1), (0.1, 0.9)), gates_WK=((1.0, 0.2), (0.0, 1.5))))
+    assert made.gates([[0.8, 0.2], [0.1, 0.9]]).tolist() == [[1.0, 0.2], [0.0, 1.5]]
+    with refused("preferences come as rows with one weight per objective", "shape (2,) for the objectives short, kind"):
+        made.gates([0.5, 0.5])
+    with refused("a rule gives one gate per adapter", "rule 'nearest' gives (3,) for 2 adapters"):
+        family(home, rule=Nearest(points_KM=((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))))
+
+
+def test_samples_depend_on_seed_prompt_and_occurrence_only(home):
+    made = family(home)
+    prompts = ["abc", "d", "hgfedcba"]
+    texts = made.sample(prompts, "short=.7,kind=.3", n=3, seed=1)
+    assert [len(row) for row in texts] == [3, 3, 3]
+    assert all(len(text) <= 5 for row in texts for text in row)
+    assert len({text for row in texts for text in row}) > 5
+    for same in ({"short": 0.7, "kind": 0.3}, [0.7, 0.3], Preference(("short", "kind"), (0.7, 0.3))):
+        assert made.sample(prompts, same, n=3, seed=1) == texts
+    assert made.sample(prompts[::-1], [0.7, 0.3], n=3, seed=1) == texts[::-1]
+    assert made.sample([Prompt(text="d")], [0.7, 0.3], n=2, seed=1)[0] == texts[1][:2]
+    assert [row[0] for row in made.sample(["d", "d", "d"], [0.7, 0.3], seed=1)] == texts[1]  # a repeated prompt is its next occurrence
+    assert made.sample(prompts, [0.7, 0.3], n=3, seed=2) != texts
+    assert made.sample(prompts, [0.0, 1.0], n=3, seed=1) != texts
+    swapped = Preference(("kind", "short"), (0.3, 0.7))
+    assert made.sample(prompts, swapped, n=3, seed=1) == texts
+
+
+def test_many_rows_are_sampled_in_batches(home, monkeypatch):
+    made = family(home)
+    whole = made.sample(["abc", "de"], [0.5, 0.5], n=7)
+    monkeypatch.setattr("paretune.policy.SAMPLE_ROWS", 3)
+    assert made.sample(["abc", "de"], [0.5, 0.5], n=7) == whole
+
+
+def test_greedy_logit_and_hidden_families_agree(home):
+    logit, hidden = (family(home, level).sample(["abc", "de"], [0.4, 0.6], temperature=0) for level in ("logit", "hidden"))
+    assert logit == hidden
+
+
+def test_what_a_family_refuses(home, tmp_path):
+    made = family(home)
+    with refused("a preference names existing objectives", "long"):
+        made.sample(["a"], {"long": 1.0})
+    made.meta.pop("max_new_tokens")
+    with refused("responses have a longest length", "no max_new_tokens"):
+        made.sample(["a"], [0.5, 0.5])
+    made.save(tmp_path / "family")
+    with refused("a family is saved into a new directory", "family exists"):
+        made.save(tmp_path / "family")
+    with refused("a family is a directory with family.json", "nowhere"):
+        Family.load(tmp_path / "nowhere")
+    file = tmp_path / "family" / "family.json"
+    card = json.loads(file.read_text())
+    for change, parts in [
+        ({"format": 2}, ("this version reads families of format 1", "2", "update Paretune")),
+        ({"level": "logits"}, ("a mixing level is known by its name", "'logits'", "did you mean 'logit'?")),
+        ({"rule": {"name": "constant", "gates_K": [1.0]}}, ("a rule gives one gate per adapter", "(1,) for 2 adapters")),
+        ({"base": {"model": str(tmp_path / "gone")}}, ("gone",)),
+    ]:
+        file.write_text(json.dumps({**card, **change}))
+        with refused(*parts):
+            Family.load(tmp_path / "family")
+    file.write_text("{")
+    with refused("family.json is JSON", "fit the family again"):
+        Family.load(tmp_path / "family")
+
+
+def test_a_factor_family_serves_one_preference_per_batch(home):
+    made = family(home, "factor")
+    assert isinstance(made.policy, FactorMix)
+    assert made.sample(["abc"], [1.0, 0.0], n=4) == family(home).sample(["abc"], [1.0, 0.0], n=4)

@@ -1,0 +1,351 @@
+"""The report against closed forms: the numbers that a reader sees are those of the cells, in one order, everywhere the same."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from paretune.errors import ConfigError, StoreError
+from paretune.report import write_report
+from paretune.report.data import load
+from paretune.report.figures import attainment_figures, cost_figures, front_figures, loss_figures
+from paretune.report.findings import findings
+from paretune.report.labels import Series, place
+from paretune.report.page import tint
+from paretune.report.palette import COLOURS, looks
+from paretune.report.series import attainment_table, front_table, glance_table, loss_table, relation_table
+from paretune.report.tables import CEILING, LEADERBOARD, Column, leaderboard, short_count
+from paretune.report.terminal import print_leaderboard
+from paretune.store import ARTIFACTS, CELLS, Store
+from report_cells import JUDGED_WM, METHODS, REFERENCE_M, publish, record, run_directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return run_directory(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def results(root):
+    return load(root)
+
+
+def board(results, setting):
+    return {row["method"]: row for row in leaderboard(results).rows if row["setting"] == setting}
+
+
+def test_settings_go_from_agreement_to_conflict_and_name_only_what_varies(results):
+    assert [s.label for s in results.settings] == ["rho = 0.8", "rho = 0", "rho = \u22120.8"]
+    assert results.settings[0].task_seeds == [100, 101]
+
+
+def test_methods_are_named_by_the_fields_in_which_they_differ(results):
+    assert {"experts logit", "experts parameter", "expert objective 0", "linear", "reference"} <= set(results.families)
+
+
+def test_the_worst_attainment_is_a_minimum_over_preferences_and_seeds(results, root):
+    cells = [json.loads(p.read_text()) for p in root.glob("cells/*/cell.json")]
+    mine = [c for c in cells if c["method"].get("mixer") == "parameter" and c["task"]["rho"] == -0.8]
+    assert len(mine) == 2
+    values = [v for c in mine for v in c["metrics"]["splits"]["test"]["attainment"]["per_preference"]]
+    row = board(results, "rho = \u22120.8")["experts parameter"]
+    assert row["attainment_worst_test"] == min(values) < 0
+    assert row["attainment_mean_test"] == pytest.approx(np.mean(values))
+    assert row["regret_worst_test"] == max(c["metrics"]["splits"]["test"]["regret"]["worst"] for c in mine)
+
+
+def test_the_leaderboard_is_sorted_by_worst_attainment_below_the_exact_optimum(results):
+    for setting in results.settings:
+        rows = [row for row in leaderboard(results).rows if row["setting"] == setting.label]
+        assert rows[0]["method"] == CEILING
+        assert rows[0]["attainment_worst_test"] == 1.0
+        worst = [row["attainment_worst_test"] for row in rows[1:]]
+        assert worst == sorted(worst, reverse=True)
+        assert {row["method"] for row in rows[1:]} == set(results.families)
+
+
+def test_costs_are_those_of_the_ledger_in_total_and_on_the_critical_path(results):
+    row = board(results, "rho = 0")["linear"]
+    assert (row["samples_total"], row["samples_path"], row["trainings"]) == (200_000, 40_000, 5)
+    assert board(results, "rho = 0")["emorl-shared"]["evaluations"] == 495
+    assert board(results, "rho = 0")["emorl-shared"]["zero_shot"] is False
+
+
+def test_glance_takes_the_worst_over_settings(results):
+    rows = {row["method"]: row for row in glance_table(results).rows}
+    row = rows["experts parameter"]
+    assert row["worst"] == min(row[s.label] for s in results.settings) == row["rho = \u22120.8"]
+    assert list(rows)[-1] == "experts parameter"
+
+
+def test_the_mean_front_is_an_upper_bound_of_every_mean_curve(results):
+    """The mean over seeds of fronts bounds the mean over seeds of curves at every preference; a front of one seed alone would not."""
+    for setting in results.settings:
+        front = setting.front("test")
+        for label in setting.labels:
+            points_WM = setting.mean_points(label, "test")
+            best_W = (JUDGED_WM @ front["points"].T).max(1)
+            assert ((points_WM * JUDGED_WM).sum(1) <= best_W + 1e-12).all(), label
+
+
+def test_only_seeds_that_every_method_has_are_drawn_together(tmp_path):
+    publish(tmp_path, record("linear", rho=0.0, task_seed=100))
+    publish(tmp_path, record("linear", rho=0.0, task_seed=101))
+    publish(tmp_path, record("uniform", rho=0.0, task_seed=101))
+    setting = load(tmp_path).settings[0]
+    assert setting.shared_seeds == [101]
+    alone = record("linear", rho=0.0, task_seed=101)["metrics"]["splits"]["test"]["returns"]
+    assert np.allclose(setting.mean_points("linear", "test"), alone)
+    assert board(load(tmp_path), setting.label)["linear"]["cells"] == 2
+
+
+def test_every_csv_holds_the_table_in_full(results, root, tmp_path):
+    write_report(root, out=tmp_path)
+    written = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "tables").glob("*.csv")}
+    assert set(written) == {"leaderboard", "glance", "fronts", "attainment", "cost", "loss", "relations"}
+    for row, there in zip(leaderboard(results).rows, written["leaderboard"], strict=True):
+        for column in LEADERBOARD:
+            value = row.get(column.key)
+            assert there[column.key] == ("" if value is None else str(value))
+    assert len(written["attainment"]) == 3 * 2 * 9 * 2 * 11
+    assert {row["series"] for row in written["fronts"]} == {CEILING, *results.families}
+
+
+def test_attainment_rows_are_raw(results):
+    row = attainment_table(results).rows[0]
+    assert row["w_1"] + row["w_2"] == pytest.approx(1)
+    assert {"return_1", "return_2", "kl", "attainment", "regret", "gain"} <= set(row)
+
+
+def test_loss_parts_sum_to_the_loss(results):
+    for row in loss_table(results).rows:
+        attained = board(results, row["setting"])[row["method"]]["attainment_mean_test"]
+        assert row["loss"] == pytest.approx(row["learning"] + row["composition"] + row["remainder"])
+        assert row["loss"] == pytest.approx(1 - attained)
+    assert {row["method"] for row in loss_table(results).rows} == {m for m, spec in METHODS.items() if spec["family"] == "meta-policy"}
+
+
+def test_relations_are_what_the_tasks_verified(results):
+    rows = relation_table(results).rows
+    assert {row["correlation"] for row in rows} == {0.8, 0.0, -0.8}
+    assert len(rows) == 3 * 2 * 2
+
+
+FIGURES = (front_figures, attainment_figures, cost_figures, loss_figures)
+
+
+@pytest.mark.parametrize("make", FIGURES)
+def test_figures_are_valid_plotly_and_label_every_method(results, make):
+    figures = make(results)
+    assert len(figures) == 3
+    for figure in figures:
+        for view in figure.views.values():
+            go.Figure(view)  # raises for an unknown property or a bad value
+            names = {trace["name"] for trace in view["data"]}
+            written = re.sub(r"<[^>]*>", "", " ".join(note["text"] for note in view["layout"]["annotations"]))
+            if make is not loss_figures:
+                assert names - {CEILING} <= set(results.families)
+                missing = [name for name in names - {CEILING} if name not in written]
+                assert len(missing) <= 2, missing  # no free place: the key still names it
+
+
+def test_a_method_that_ignores_the_preference_is_one_marker_in_the_front(results):
+    view = front_figures(results)[0].views["test"]
+    points = {trace["name"]: len(trace["x"]) for trace in view["data"]}
+    assert points["uniform"] == points["reference"] == 1
+    assert points["linear"] == 11
+    reference = next(trace for trace in view["data"] if trace["name"] == "reference")
+    assert np.allclose([reference["x"][0], reference["y"][0]], REFERENCE_M)
+
+
+def test_labels_cover_neither_each_other_nor_leave_the_plot():
+    rng = np.random.default_rng(0)
+    series = [Series(f"method {k}", points, points) for k in range(9) for points in [rng.uniform(20, 300, (11, 2))]]
+    labels = place(series, width=330, height=330)
+    assert len(labels) >= 8
+    boxes = [
+        (label.x - 3.3 * (len(label.name) + 2), label.x + 3.3 * (len(label.name) + 2), label.y - 7.5, label.y + 7.5) for label in labels
+    ]
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        assert left >= 0
+        assert right <= 330
+        assert top >= 0
+        assert bottom <= 330
+        for other in boxes[:i]:
+            assert left >= other[1] or other[0] >= right or top >= other[3] or other[2] >= bottom
+
+
+def test_the_page_needs_no_network_and_no_mouse(root, tmp_path):
+    text = write_report(root, out=tmp_path).read_text()
+    ours = (
+        text.replace(text[text.index("plotly.js v") : text.index('<script type="application/json"')], "") if "plotly.js v" in text else text
+    )
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", ours)
+    assert "plotly.js" in text
+    for setting in ("rho = 0.8", "rho = \u22120.8"):
+        assert setting in ours
+    for words in ("exact optimum", "What the numbers say", "experts parameter", "commit", "0123456789abcdef", "torch 2.13.0"):
+        assert words in ours
+    assert re.search(r"<td[^>]*>\u22120\.2\d</td>", ours)  # the soup's worst attainment stands in a table, not only in a figure
+    views = re.search(r'<script type="application/json" id="views">(.*?)</script>', text, re.S)
+    assert set(json.loads(views[1])) == {re.sub('"', "", i) for i in re.findall(r'class="plot" id=("[^"]+")', text)}
+
+
+def test_names_from_outside_cannot_break_the_page(tmp_path):
+    data = record("linear", rho=0.0, task_seed=100)
+    data["method"]["name"] = "</script><b>evil"
+    publish(tmp_path, data)
+    text = write_report(tmp_path).read_text()
+    assert "</script><b>evil" not in text
+    assert "&lt;/script&gt;&lt;b&gt;evil" in text
+
+
+def test_the_same_results_give_the_same_page(root, tmp_path):
+    assert write_report(root, out=tmp_path / "a").read_bytes() == write_report(root, out=tmp_path / "b").read_bytes()
+
+
+def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys):
+    from rich.console import Console
+
+    for width in (80, 132):
+        print_leaderboard(results, Console(width=width, highlight=False))
+        out = capsys.readouterr().out
+        assert max(len(line) for line in out.splitlines()) <= width
+        assert "\u22120.24" in out
+        assert "the exact optimum" in out
+
+
+def test_findings_say_whether_the_expected_order_appears(results, tmp_path):
+    assert any("expected order appears at rho = \u22120.8" in s for s in findings(results))
+    for label in ("experts parameter", "experts logit"):
+        data = record("experts logit", rho=-0.8, task_seed=100)
+        data["method"] = record(label, rho=-0.8, task_seed=100)["method"]
+        publish(tmp_path, data)
+    text = " ".join(findings(load(tmp_path)))
+    assert "does not appear" in text
+    assert "by composition" in text
+
+
+def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
+    data = record("linear", rho=0.0, task_seed=100)
+    names = ["a", "b", "c"]
+    data["metrics"]["objectives"] = names
+    w_WM = np.random.default_rng(0).dirichlet(np.ones(3), 20)
+    data["metrics"]["preferences"] = w_WM.tolist()
+    for split in data["metrics"]["splits"].values():
+        split["returns"] = split["rewards"] = (w_WM / np.linalg.norm(w_WM, axis=1, keepdims=True)).tolist()
+        for name in ("utility", "gain"):
+            split[name]["per_preference"] = [{"value": 0.5, "low": None, "high": None, "n": 0}] * 20
+        for name in ("kl", "attainment", "regret"):
+            split[name]["per_preference"] = [0.5] * 20
+    data["fronts"] = data["verified"] = None
+    publish(tmp_path, data)
+    results = load(tmp_path)
+    assert [f.title for f in front_figures(results)] == [f"exact-v1: {pair}" for pair in ("a and b", "a and c", "b and c")]
+    for figure in [*front_figures(results), *attainment_figures(results)]:
+        go.Figure(figure.views["test"])
+    write_report(tmp_path)
+
+
+def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
+    for label, gain in (("linear", 0.2), ("uniform", 0.1)):
+        data = record(label, rho=0.0, task_seed=100)
+        data["metrics"]["exact"] = False
+        data["task"] = {"name": "recipe", "version": 1, "model": "tiny"}
+        for split in data["metrics"]["splits"].values():
+            split |= dict.fromkeys(("attainment", "regret", "igd_plus", "utility_loss", "controllability", "loss"))
+            split["hypervolume"] |= {"share": None, "share_of_optimum": None}
+            split["gain"] = {"mean": {"value": gain, "low": gain - 0.05, "high": gain + 0.05, "n": 64}}
+            split["gain"]["per_preference"] = [{"value": gain, "low": 0.0, "high": 0.3, "n": 64}] * 11
+        data["fronts"] = data["verified"] = None
+        publish(tmp_path, data)
+    rows = leaderboard(load(tmp_path)).rows
+    assert [row["method"] for row in rows] == ["linear", "uniform"]
+    assert (rows[0]["gain_mean_test"], rows[0]["gain_low_test"]) == (0.2, pytest.approx(0.15))
+    page = write_report(tmp_path).read_text()
+    assert "true front of these tasks is not known" in page
+    assert 'id="glance"' not in page
+    assert 'id="loss"' not in page
+
+
+def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):
+    data = record("linear", rho=0.0, task_seed=100)
+    publish(tmp_path, data)
+    Store(tmp_path).fail(ARTIFACTS, "0" * 20, {"label": "pg at (1, 0)", "error": "RewardError", "message": "no <score>", "traceback": ""})
+    (tmp_path / CELLS / ("f" * 20)).mkdir(parents=True)  # never published
+    results = load(tmp_path)
+    assert len(results.cells) == 1
+    page = write_report(tmp_path).read_text()
+    assert "no &lt;score&gt;" in page
+    assert "pg at (1, 0)" in page
+
+
+def test_only_failures_still_make_a_page(tmp_path):
+    Store(tmp_path).fail(CELLS, "0" * 20, {"label": "linear", "error": "OSError", "message": "gone"})
+    assert "No cell of this run finished" in write_report(tmp_path).read_text()
+
+
+def test_one_suite_of_several_can_be_chosen(tmp_path):
+    run_directory(tmp_path, suite="first", rhos=(0.0,), seeds=(100,))
+    key = publish(tmp_path, record("linear", rho=0.5, task_seed=100))
+    (tmp_path / "suites" / "second.json").write_text(json.dumps({"cells": {key: "linear"}}))
+    assert len(load(tmp_path).cells) == 10
+    assert [c.key for c in load(tmp_path, suite="second").cells] == [key]
+    with pytest.raises(ConfigError, match="did you mean 'second'"):
+        load(tmp_path, suite="secnd")
+
+
+def test_a_root_without_results_says_what_to_run(tmp_path):
+    with pytest.raises(ConfigError, match="at least one finished cell"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="run directory"):
+        load(tmp_path / "nothing")
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    key = publish(tmp_path, record("linear", rho=0.0, task_seed=100))
+    (tmp_path / "cells" / key / "cell.json").write_text("{")
+    with pytest.raises(StoreError, match=f"{key}.*\n.*paretune check"):
+        load(tmp_path)
+
+
+def test_looks_are_distinct_without_colour():
+    found = looks({f"m{k}": "meta-policy" for k in range(14)} | {f"b{k}": "baseline" for k in range(4)})
+    assert len({(look.marker, look.dash) for look in found.values()}) == 18
+    assert len({look.colour for look in list(found.values())[:7]}) == len(COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "shown"),
+    [
+        ("share", -0.236, "\u22120.24"),
+        ("share", None, "–"),
+        ("share", float("nan"), "–"),
+        ("number", 0.05234, "0.052"),
+        ("count", 40_000, "40k"),
+        ("count", 1_234_567, "1.23M"),
+        ("yes", False, "no"),
+        ("text", "a", "a"),
+    ],
+)
+def test_values_as_a_reader_sees_them(kind, value, shown):
+    assert Column("x", "x", kind).show(value) == shown
+
+
+def test_counts_and_tints_keep_their_order():
+    assert [short_count(v) for v in (0, 5, 999, 1000, 2.5e9)] == ["0", "5", "999", "1k", "2.5G"]
+    assert tint(None) == "transparent"
+    assert tint(0.5).startswith("rgba(0, 114, 178")
+    assert tint(-0.5).startswith("rgba(213, 94, 0")
+
+
+def test_the_front_table_has_the_exact_front_and_every_curve(results):
+    rows = [row for row in front_table(results).rows if row["setting"] == "rho = 0" and row["split"] == "test"]
+    exact = np.array([[row["return_1"], row["return_2"]] for row in rows if row["series"] == CEILING])
+    assert np.allclose(np.linalg.norm(exact - REFERENCE_M, axis=1), 1)
+    assert sum(row["series"] == "linear" for row in rows) == 11

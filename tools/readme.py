@@ -1,0 +1,199 @@
+"""Write what the README does not say by hand: its tables, its tree of files and its picture, from the code and from committed results.
+
+    python tools/readme.py               everything from what is in the repository
+    python tools/readme.py --root DIR    first take the quick suite's results from a run directory into benchmarks/results/quick.json
+    python tools/readme.py --check       exit 1 where the README or the picture differ from what would be written
+
+A generated part stands between `<!-- NAME: made by tools/readme.py -->` and `<!-- end -->`; everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paretune.report.catalogue import taxonomy
+from paretune.report.data import Results, assemble, load
+from paretune.report.figures import attainment_figures, front_figures
+from paretune.report.series import glance_table
+from paretune.report.svg import to_svg
+from paretune.report.tables import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ROOT / "benchmarks" / "results" / "quick.json"
+PICTURE = ROOT / "docs" / "figures" / "front.svg"
+BLOCK = re.compile(r"(<!-- (\w+): made by tools/readme\.py -->\n).*?(<!-- end -->)", re.DOTALL)
+DRAWN = ("linear", "experts parameter", "experts logit", "emorl-shared", "reference", "uniform")  # in the picture
+WIDTH = 125  # letters of a line in the tree of files
+
+# What each script of `benchmarks/` has to reach: figure, script, what it is, at least.
+TARGETS = (
+    ("sampled_worst_attainment", "expert.py", "experts by the sampled learner, 40,000 samples: worst attainment", 0.94),
+    ("exact_worst_attainment", "expert.py", "experts by the exact learner: worst attainment", 0.975),
+    ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
+    ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: share of the plain model's tokens per second", 0.30),
+    ("logit_vs_published_loop", "decode.py", "the same against the published loop (3 full copies, no cache), times", None),
+    (
+        "gated_vs_plain_b16",
+        "decode.py",
+        "per-row parameter mixing of 3 experts, batch 16: share of the plain model's tokens per second",
+        0.80,
+    ),
+)
+
+# Files that are not modules and cannot say themselves what they are.
+OTHERS = {
+    "Makefile": "make demo, make test",
+    "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
+    "docs/design.md": "why things are as they are; the metrics, the run directory, how to add a method",
+    "benchmarks/results/": "committed results; quick.json is the leaderboard above",
+    "examples/support_desk/recipe.yaml": "a worked recipe: your own model, prompts and objectives",
+    "tests/": "one file per module, and the tests of this page",
+}
+
+
+def blocks() -> dict[str, str]:
+    """Name -> the Markdown that belongs between its marks."""
+    return {"taxonomy": markdown(taxonomy()), "results": _results(), "figures": _figures(), "tree": f"```text\n{tree()}\n```\n"}
+
+
+def picture() -> str | None:
+    """Where objectives conflict most: the front, and attainment at every preference. None before results are committed."""
+    results = quick()
+    if results is None:
+        return None
+    few = Results([cell for cell in results.cells if cell.label in DRAWN], name=results.name)
+    last = few.settings[-1].label
+    titles = (f"{last}: the exact front", f"{last}: attainment at every preference")
+    views = [next(iter(make(few)[-1].views.values())) for make in (front_figures, attainment_figures)]
+    alt = f"Two objectives that conflict ({last}): how near each method comes to the exact Pareto front."
+    return to_svg(list(zip(titles, views, strict=True)), alt=alt)
+
+
+def quick() -> Results | None:
+    """The committed results of the quick suite."""
+    if not QUICK.is_file():
+        return None
+    cells = json.loads(QUICK.read_text(encoding="utf-8"))["cells"]
+    return assemble({key: cell["record"] for key, cell in cells.items()}, {key: cell["env"] for key, cell in cells.items()}, name="quick")
+
+
+def take(root: Path) -> None:
+    """Copy the quick suite's cells from a run directory, numbers to six digits, each task's front once: with the reference."""
+    cells, seen = {}, set()
+    for cell in sorted(load(root, suite="quick").cells, key=lambda cell: (cell.record["method"]["name"] != "reference", cell.key)):
+        record = {key: value for key, value in cell.record.items() if key not in ("waves", "seconds")}
+        task = json.dumps(record["task"], sort_keys=True)
+        if task in seen:
+            record["fronts"] = None
+        seen.add(task)
+        cells[cell.key] = {"record": _rounded(record), "env": cell.env}
+    QUICK.parent.mkdir(parents=True, exist_ok=True)
+    QUICK.write_text(json.dumps({"suite": "quick", "cells": cells}, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
+    columns = table.shown
+    lines = ["| " + " | ".join(c.title for c in columns) + " |"]
+    lines.append("|" + "|".join("---" if c.kind in ("text", "yes") else "---:" for c in columns) + "|")
+    for row in table.rows:
+        cells = [c.show(row.get(c.key)) for c in columns]
+        lines.append("| " + " | ".join([f"`{cells[0]}`" if columns[0].key == "name" else cells[0], *cells[1:]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tree() -> str:
+    """Every module, script and example with the first words of its docstring, and the other files that matter."""
+    found = {path: _about(ROOT / path) for path in _modules()} | {path: text for path, text in OTHERS.items() if (ROOT / path).exists()}
+    width = max(len(path.removeprefix("src/paretune/")) for path in found) + 2
+    lines, folder = [], ""
+    for path in sorted(found, key=lambda p: (not p.startswith("src"), "/" in p, Path(p).parent.parts, p)):
+        inside = path.startswith("src/paretune/")
+        if inside and not folder:
+            folder = "src/paretune/"
+            lines.append(folder)
+        name = f"  {path.removeprefix(folder)}" if inside else path
+        lines.append(f"{name:{width + 2}}{found[path]}".rstrip())
+    return "\n".join(lines)
+
+
+def _modules() -> Iterator[str]:
+    for pattern in ("src/paretune/**/*.py", "benchmarks/*.py", "examples/**/*.py", "tools/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            yield path.relative_to(ROOT).as_posix()
+
+
+def _about(path: Path) -> str:
+    """The first sentence of a docstring, cut at a mark where it is too long for one line."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.?!])\s", text)[0].rstrip(".")
+    if len(sentence) <= WIDTH:
+        return sentence
+    for marks in (r"[;:]", r",| - |\("):
+        stops = [m.start() for m in re.finditer(marks, sentence) if 20 <= m.start() <= WIDTH]
+        if stops:
+            return sentence[: stops[-1]].rstrip()
+    return sentence[: sentence.rfind(" ", 0, WIDTH)]
+
+
+def _results() -> str:
+    results = quick()
+    if results is None:
+        return "No results are committed yet.\n"
+    table = glance_table(results)
+    table = Table(table.name, tuple(c for c in table.columns if c.key != "family"), table.rows)
+    commits = sorted({str(cell.env.get("commit"))[:10] for cell in results.cells})
+    return markdown(table) + f"\n{len(results.cells)} cells; commit {', '.join(commits)}.\n"
+
+
+def _figures() -> str:
+    measured: dict[str, float] = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        measured |= json.loads(path.read_text(encoding="utf-8")).get("figures", {})
+    lines = ["| what | script | at least | measured |", "|---|---|---:|---:|"]
+    for name, script, what, least in TARGETS:
+        if name in measured:
+            lines.append(f"| {what} | `benchmarks/{script}` | {'' if least is None else f'{least:g}'} | {measured[name]:.3g} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "No figures are committed yet.\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: v if k in ("task", "method", "learner") else _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def main() -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--root", type=Path, help="a run directory that holds the quick suite")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is stale")
+    options = parser.parse_args()
+    if options.root:
+        take(options.root)
+    made = blocks()
+    page = ROOT / "README.md"
+    old = page.read_text(encoding="utf-8")
+    wanted = {page: BLOCK.sub(lambda m: f"{m[1]}{made[m[2]]}{m[3]}", old)}
+    drawn = picture()
+    if drawn is not None:
+        wanted[PICTURE] = drawn
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(("stale: " if options.check else "wrote ") + str(path.relative_to(ROOT)))
+        if not options.check:
+            path.write_text(wanted[path], encoding="utf-8")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
