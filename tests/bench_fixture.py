@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 @contextlib.contextmanager
 def fakes_loaded(monkeypatch):
     """The plugin's classes for one test only: tests elsewhere compare what is registered with what is documented."""
-    import paretune.evaluate as evaluate_module
+    from paretune import evaluation
 
     registries = (TASKS, LEARNERS, METHODS)
     for registry in registries:
@@ -30,7 +30,7 @@ def fakes_loaded(monkeypatch):
     before = [dict(registry._classes) for registry in registries]
     load_plugin(HERE / "fakes.py")
     plugin = next(name for name in sys.modules if name.startswith(PLUGIN))
-    monkeypatch.setattr(evaluate_module, "evaluate", sys.modules[plugin].fake_evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", sys.modules[plugin].fake_evaluate)
     try:
         yield sys.modules[plugin]
     finally:

@@ -43,8 +43,8 @@ def fake_evaluate(task, family, *, splits, samples, seed):
 if os.environ.get("FAKE_LIGHT") and "torch" not in sys.modules:
     for registry in (TASKS, LEARNERS, METHODS):
         registry.homes = ()
-    sys.modules["paretune.evaluate"] = ModuleType("paretune.evaluate")
-    sys.modules["paretune.evaluate"].evaluate = fake_evaluate  # type: ignore[attr-defined]
+    sys.modules["paretune.evaluation"] = ModuleType("paretune.evaluation")
+    sys.modules["paretune.evaluation"].evaluate = fake_evaluate  # type: ignore[attr-defined]
 
 
 def log(line: str) -> None:

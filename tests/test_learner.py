@@ -110,24 +110,20 @@ def test_several_preferences_in_one_batch_have_the_gradient_of_the_mean_utility(
 
 
 def test_it_reaches_the_known_optimum(tmp_path):
-    """Attainment of at least 0.95 at three preferences; the reference is at 0, the optimum at 1."""
-    learner = PolicyGradient(rank=4, alpha=8, samples=6400, batch=64, group=16, lr=1e-2)
-    for w in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
-        cost = learner.train(spec_of(learner, w), TASK, tmp_path / str(w))
-        assert (cost.samples, cost.steps) == (6400, 100)
-        model, tokenizer = TASK.load()
+    """Attainment of at least 0.97: 0 is the reference, 1 the optimum (which so small a model can express at these two preferences)."""
+    task = ExactTask(alphabet=3, length=2, prompt_count=1, width=32, layers=1)
+    learner = PolicyGradient(rank=8, alpha=16, samples=4800, batch=96, group=96, lr=1e-2)
+    start_M = task.J_M(task.reference_logp_PR("train"), "train")
+    for w in ((1.0, 0.0), (0.5, 0.5)):
+        cost = learner.train(spec_of(learner, w, task), task, tmp_path / str(w))
+        assert (cost.samples, cost.steps) == (4800, 50)
+        model, tokenizer = task.load()
         policy = ParameterMix(LoraBank.load(model, {"policy": tmp_path / str(w)}), tokenizer)
         with torch.no_grad():
-            rewards_PM, kl_P = enumerated_returns(policy, TASK, torch.ones(2, 1))
-        reached, start, best = (
-            float(x @ np.array(w))
-            for x in (
-                (rewards_PM - TASK.beta * kl_P[:, None]).mean(0).numpy(),
-                TASK.J_M(TASK.reference_logp_PR("train"), "train"),
-                TASK.J_M(TASK.optimum_logp_PR(np.array(w), "train"), "train"),
-            )
-        )
-        assert 0.95 < (reached - start) / (best - start) <= 1 + 1e-9
+            rewards_PM, kl_P = enumerated_returns(policy, task, torch.ones(1, 1))
+        reached_M = (rewards_PM - task.beta * kl_P[:, None]).mean(0).numpy()
+        best_M = task.J_M(task.optimum_logp_PR(np.array(w), "train"), "train")
+        assert 0.97 < np.dot(w, reached_M - start_M) / np.dot(w, best_M - start_M) <= 1 + 1e-9
 
 
 def test_micro_batches_add_up():
@@ -393,7 +389,7 @@ class Letters(Task):
         )
         with forked_torch(1):
             model = LlamaForCausalLM(config).eval()
-            torch.nn.init.normal_(model.lm_head.weight)  # or no hidden state could make a letter likely
+            torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # or no hidden state could make a letter likely
         return model, tokenizer
 
     def prompts(self, split):

@@ -217,11 +217,13 @@ def test_inference_mode_leaves_nothing_that_breaks_training(paths):
     assert float(gates_NK.grad.abs().max()) > 0
 
 
-def test_changed_parameters_are_seen(paths):
+@pytest.mark.parametrize("fused", [False, True])
+def test_changed_parameters_are_seen(paths, fused):
+    """`fused=True` writes into parameters without raising their versions."""
     bank, ids_NT, ones = LoraBank.load(llama(), paths, trainable=["e0"]), some_ids(), torch.ones(4, 3)
     with torch.no_grad(), bank.gates(ones):  # one context, as in a learner that samples and steps
         before = bank.base(input_ids=ids_NT).logits
-        optimiser = torch.optim.Adam(bank.parameters(), lr=0.1)
+        optimiser = torch.optim.Adam(bank.parameters(), lr=0.1, fused=fused)
         with torch.enable_grad():
             bank.base(input_ids=ids_NT).logits[..., 3].sum().backward()
         optimiser.step()
@@ -231,12 +233,26 @@ def test_changed_parameters_are_seen(paths):
         assert gap(after, bank.base(input_ids=ids_NT).logits) < 1e-6
     with torch.no_grad():
         bank.parameters_of(1)[1].mul_(2)  # a frozen one, between two contexts
-    changed = run(bank, ids_NT, ones)
-    assert gap(after, changed) > 1e-3
+    assert gap(after, run(bank, ids_NT, ones)) > 1e-3
     with torch.no_grad(), bank.factor(torch.ones(3)):
         one = bank.base(input_ids=ids_NT).logits
         bank.parameters()[1].mul_(2)
         assert gap(one, bank.base(input_ids=ids_NT).logits) > 1e-3
+
+
+def test_frozen_adapters_that_change_or_thaw_are_seen(paths):
+    bank, ids_NT, ones = LoraBank.load(llama(), paths), some_ids(), torch.ones(4, 3)
+    before = run(bank, ids_NT, ones)
+    with torch.no_grad():
+        bank.parameters_of(1)[1].mul_(2)
+    after = run(bank, ids_NT, ones)
+    assert gap(before, after) > 1e-3
+    bank.parameters_of(2)[0].data = torch.zeros_like(bank.parameters_of(2)[0])  # as moving a model to a device does
+    assert gap(after, run(bank, ids_NT, ones)) > 1e-5
+    bank.parameters_of(0)[1].requires_grad_(True)
+    with bank.gates(ones):
+        bank.base(input_ids=ids_NT).logits[..., 3].sum().backward()
+    assert float(bank.parameters_of(0)[1].grad.abs().max()) > 0
 
 
 def test_gradient_checkpointing_inside_one_context(paths):

@@ -8,7 +8,7 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluate import evaluate
+from paretune.evaluation import evaluate
 from paretune.ledger import Cost
 from paretune.methods import FAMILIES
 from paretune.methods.emorl import outer_score

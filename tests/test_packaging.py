@@ -119,5 +119,7 @@ def test_nothing_names_a_machine_or_a_registry():
     paths = [p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".yaml", ".toml", ".lock", ".j2", ".js", ".css", ".json", ".cff")]
     ours = [p for p in paths if not {".venv", ".git", "paretune-runs", "build"} & set(p.relative_to(ROOT).parts) and ".cache" not in str(p)]
     hidden = [p for p in ours if not any(part.startswith(".") and part != ".ci" for part in p.relative_to(ROOT).parts)]
-    found = [f"{p.relative_to(ROOT)}: {word}" for p in [*hidden, ROOT / "Makefile"] for word in words if word in p.read_text(encoding="utf-8")]
+    found = [
+        f"{p.relative_to(ROOT)}: {word}" for p in [*hidden, ROOT / "Makefile"] for word in words if word in p.read_text(encoding="utf-8")
+    ]
     assert not found

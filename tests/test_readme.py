@@ -66,9 +66,10 @@ def test_the_tree_lists_every_file_once_and_none_that_is_gone():
             listed.append((inside if line.startswith("  ") else "") + name)
     assert len(listed) == len(set(listed))
     assert all((ROOT / name).exists() for name in listed)
-    modules = {p.relative_to(ROOT).as_posix() for folder in ("src", "benchmarks", "tools", "examples") for p in (ROOT / folder).rglob("*.py")}
-    git = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
-    tracked = {name for name in git.stdout.split() if not name.startswith("tests/") and (ROOT / name).exists()} if git.returncode == 0 else set()
+    folders = ("src", "benchmarks", "tools", "examples")
+    modules = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*.py")}
+    git = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)  # fails where there is no git: then none
+    tracked = {name for name in git.stdout.split() if not name.startswith("tests/") and (ROOT / name).exists()}
     assert modules | tracked <= set(listed)
 
 
@@ -87,8 +88,9 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
-    worst = {line.split()[0]: float(line.split()[-1]) for line in out.splitlines() if "worst" in line}
-    assert worst["logit"] > worst["parameter"]  # under conflict, whatever the build of torch
+    worst = {line.split(" prompts")[0]: float(line.split()[-1]) for line in out.splitlines() if "worst" in line}
+    assert set(worst) == {f"{mixer} on {split}" for mixer in ("parameter", "logit") for split in ("train", "test")}
+    assert worst["logit on train"] > worst["parameter on train"] + 0.05  # measured: 0.2; under conflict the soup is worse
     assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2, "the second mixer found its experts"
     assert (tmp_path / "my-family" / "family.json").is_file()
 

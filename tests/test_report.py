@@ -268,7 +268,13 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert [row["method"] for row in rows] == ["linear", "uniform"]
     assert (rows[0]["gain_mean_test"], rows[0]["gain_low_test"]) == (0.2, pytest.approx(0.15))
     page = write_report(tmp_path).read_text()
+    for make in (attainment_figures, cost_figures):
+        view = make(load(tmp_path))[0].views["test"]
+        go.Figure(view)
+        assert all(0.1 <= y <= 0.2 for trace in view["data"] for y in trace["y"])
+        assert "exact" not in json.dumps(view)
     assert "true front of these tasks is not known" in page
+    assert "Gain against preference" in page
     assert 'id="glance"' not in page
     assert 'id="loss"' not in page
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Family": "paretune.policy",
     "Preference": "paretune.types",
-    "evaluate": "paretune.evaluate",
+    "evaluate": "paretune.evaluation",
     "fit": "paretune.suite",
     "method": "paretune.suite",
     "task": "paretune.suite",

@@ -6,7 +6,9 @@ Libraries are imported inside the commands, so that `paretune --help` answers at
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -204,7 +206,10 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 
 
 def main() -> None:
-    """The `paretune` command."""
+    """The `paretune` command. What libraries print while they load a model is left out; their errors are not."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     app()
 
 
@@ -259,7 +264,7 @@ def _measure(plan: Recipe, family: Family, samples: int) -> Table:
     """Mean scores and KL on test prompts: the reference, each objective alone, and all alike."""
     import numpy as np
 
-    from paretune.evaluate import evaluate
+    from paretune.evaluation import evaluate
     from paretune.report.tables import Column, Table
 
     count, names = family.objectives.count, family.objectives.names

@@ -100,11 +100,19 @@ class Bars(Display):
     def __init__(self, *, cells: int, side_by_side: int = 1):
         super().__init__(cells=cells, side_by_side=side_by_side)
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task
+        from rich.text import Text
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[shown]}"))
-        self._bars = Progress(*columns, console=Console(stderr=True))
-        self._total = self._bars.add_task("all", total=None, shown=self.state())
+        shown = self
+
+        class Words(ProgressColumn):
+            """Rendered anew several times per second, so that the clock runs."""
+
+            def render(self, task: Task) -> Text:
+                return Text(task.description or shown.state(), no_wrap=True, overflow="ellipsis")
+
+        self._bars = Progress(BarColumn(bar_width=14), Words(), console=Console(stderr=True))
+        self._total = self._bars.add_task("", total=None)
         self._running: dict[str, Any] = {}
         self._bars.start()
 
@@ -116,12 +124,13 @@ class Bars(Display):
         from paretune.checkpoint import progress_text
 
         if job.key not in self._running:
-            self._running[job.key] = self._bars.add_task(job.label, total=None, shown="")
-        shown = ""
+            self._running[job.key] = self._bars.add_task(job.label, total=None)
+        step, steps = record.get("step", 0), record.get("steps")
+        numbers = ""
         with contextlib.suppress(KeyError, TypeError, ValueError):  # another learner's record may hold less
-            shown = progress_text(record)
-        self._bars.update(self._running[job.key], total=record.get("steps"), completed=record.get("step", 0), shown=shown)
-        self._update()
+            numbers = progress_text(record)
+        shown = f"{step}/{steps} {numbers} {job.label}"
+        self._bars.update(self._running[job.key], total=steps, completed=step, description=shown)
 
     def finished(self, outcome: Outcome) -> None:
         if (bar := self._running.pop(outcome.job.key, None)) is not None:
@@ -136,12 +145,8 @@ class Bars(Display):
         self._bars.stop()
 
     def _update(self) -> None:
-        self._bars.update(
-            self._total,
-            total=self.trainings + self.cells,
-            completed=self.trainings_done + self.cells_done,
-            shown=self.state(),
-        )
+        wanted, done = self.trainings + self.cells, self.trainings_done + self.cells_done
+        self._bars.update(self._total, total=wanted, completed=done)
 
 
 def display(*, show: bool, cells: int, side_by_side: int = 1) -> Display:

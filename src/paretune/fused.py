@@ -4,9 +4,10 @@ PEFT holds and stores the parameters; the computing is ours. Every LoRA layer co
 
     y = W x + sum_k g_k s_k B_k A_k x
 
-with all A_k as one matrix, the gates on the K * rank numbers in between, and all B_k as one matrix. Concatenations are rebuilt inside
-autograd where it records, and kept otherwise until a parameter changes: the layer looks at the trainable ones in every call, the bank at
-all of them whenever a context is entered (writing through `p.data` cannot be seen: use `copy_` under `no_grad`).
+with all A_k as one matrix, the gates on the K * rank numbers in between, and all B_k as one matrix. Where every adapter of a layer is
+frozen these are kept; otherwise they are made anew in each call, because optimisers may write into parameters without a trace (Adam with
+`fused=True` leaves a tensor's version as it was). The bank looks at all parameters whenever a context is entered, so that writing into
+frozen ones is seen from the next context on (through `copy_` under `no_grad`; through `p.data` nothing can be seen).
 Axes: I inputs, O outputs, r one adapter's rank, R the ranks of all adapters of a layer.
 """
 
@@ -117,13 +118,12 @@ class FusedLayer:
         adapters = [names[k] for k in self.members]
         self.a = [module.lora_A[adapter].weight for adapter in adapters]
         self.b = [module.lora_B[adapter].weight for adapter in adapters]
-        self.trained = [p for p in (*self.a, *self.b) if p.requires_grad]
         self.scalings = [float(module.scaling[adapter]) for adapter in adapters]
         self.drops = any(module.lora_dropout[adapter].p > 0 for adapter in adapters if hasattr(module.lora_dropout[adapter], "p"))
         ranks = [a.shape[0] for a in self.a]
         self.pattern = (tuple(self.members), tuple(ranks), tuple(self.scalings))
         self._pattern: tuple[Tensor, Tensor] | None = None
-        self._cache: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self.forget()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.switch.mode
@@ -137,7 +137,7 @@ class FusedLayer:
 
     def concatenated(self) -> tuple[Tensor, Tensor]:
         """(R, I) and (R, O): all adapters side by side."""
-        return self._cached("cat", None, lambda: (_cat(self.a, 0), _cat(self.b, 1).t()))
+        return self._keep("cat", None, lambda: (_cat(self.a, 0), _cat(self.b, 1).t()))
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """(K, r, I) and (K, r, O), scaled; padded with zeros to the largest rank, all zeros where an adapter has nothing here."""
@@ -151,7 +151,7 @@ class FusedLayer:
                 b[k] = functional.pad(b_Or.t() * scale, (0, 0, 0, rank - len(a_rI)))
             return torch.stack(a), torch.stack(b)
 
-        return self._cached("stack", None, build)
+        return self._keep("stack", None, build)
 
     def factor(self, mode: Factor) -> tuple[Tensor, Tensor]:
         """(r, I) and (r, O) of the factor-wise average, scaled."""
@@ -167,7 +167,7 @@ class FusedLayer:
             a_rI = torch.einsum("k,kri->ri", gates_K, torch.stack(self.a))
             return a_rI, torch.einsum("k,kor->ro", gates_K, torch.stack(self.b)) * self.scalings[0]
 
-        return build() if mode.gates.requires_grad else self._cached("factor", mode, build)
+        return build() if mode.gates.requires_grad else self._keep("factor", mode, build)
 
     def pattern_tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For each of the R ranks: which adapter owns it, and that adapter's scaling."""
@@ -179,18 +179,18 @@ class FusedLayer:
         return self._pattern
 
     def forget(self) -> None:
-        """Parameters changed: build anew."""
-        self._cache.clear()
+        """Parameters have changed, or what is trained."""
+        self._frozen = not any(p.requires_grad for p in (*self.a, *self.b))
+        self._kept: dict[str, tuple[object, tuple[Tensor, Tensor]]] = {}
 
-    def _cached(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in (*self.a, *self.b)):
+    def _keep(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if not self._frozen:
             return build()
-        known = self._cache.get(kind)
-        stamp = (owner, *[p._version for p in self.trained])
-        if known is None or known[0] != stamp:
+        known = self._kept.get(kind)
+        if known is None or known[0] is not owner:
             with torch.inference_mode(False), torch.no_grad():  # usable in a graph later (gates that are trained)
                 first, second = build()
-                known = self._cache[kind] = (stamp, (first.contiguous(), second.contiguous()))
+                known = self._kept[kind] = (owner, (first.contiguous(), second.contiguous()))
         return known[1]
 
     def _refuse(self, kwargs: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ from paretune.store import ARTIFACTS, CELLS, Store, disk_errors, is_disk_full, n
 from paretune.types import Artifact, TrainSpec, canonical_json, key_of
 
 if TYPE_CHECKING:
-    from paretune.evaluate import Evaluation
+    from paretune.evaluation import Evaluation
 
 __all__ = [
     "CELL",
@@ -199,7 +199,7 @@ def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | Non
 
 
 def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str]], tasks: Tasks) -> None:
-    from paretune.evaluate import evaluate
+    from paretune.evaluation import evaluate
 
     key, seconds = key_of(spec), {}
     store.recover(key, CELLS)

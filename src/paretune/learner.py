@@ -154,8 +154,10 @@ class PolicyGradient(Learner):
     samples: int = 40_000
     batch: int = 64
     group: int = 8
-    lr: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.95)
+    optimiser: Literal["muon", "adam"] = "muon"
+    lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
+    momentum: float = 0.9  # of "muon"
+    betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
     clip_norm: float | None = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int = 0  # steps of linear warm-up
@@ -217,7 +219,7 @@ class PolicyGradient(Learner):
         policy = self.start(spec, task, parents or {})
         weights = policy.bank.parameters()
         # Not fused=True: it changes parameters without a trace (their version), so what the adapter layers keep would go stale.
-        optimiser = torch.optim.Adam(weights, lr=self.lr, betas=self.betas)
+        optimiser = self.new_optimiser(weights)
         run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
         saved = time.monotonic()
         with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
@@ -252,6 +254,12 @@ class PolicyGradient(Learner):
             validation_samples=run.validation_samples,
         )
         return self.finish(spec, policy, work, cost)
+
+    def new_optimiser(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Muon (Jordan et al. 2024) orthogonalises each factor's update; both optimisers have no weight decay."""
+        if self.optimiser == "muon":
+            return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
+        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas)
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Batch:
         """Draw and score one batch; a pure function of the policy's weights and (spec.seed, step)."""

@@ -62,7 +62,7 @@ class LoraBank:
         self._layers: list[FusedLayer] = []
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
-        self._stamp: list[int] = []
+        self._stamp: list[tuple[int, int, bool]] = []
         self._refresh()
 
     @classmethod
@@ -233,7 +233,7 @@ class LoraBank:
 
     @contextlib.contextmanager
     def _mode(self, mode: Mode) -> Iterator[None]:
-        stamp = [p._version for p in self._tensors] + [p.data_ptr() for p in self._tensors]
+        stamp = [(p._version, p.data_ptr(), p.requires_grad) for p in self._tensors]
         if stamp != self._stamp:
             self._stamp = stamp
             for layer in self._layers:

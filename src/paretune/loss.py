@@ -17,7 +17,7 @@ def kl_terms(logp: Tensor, reference_logp: Tensor, estimator: str) -> Tensor:
     """Estimates, element by element, of KL(pi || reference) in nats from the log-probabilities of pi's own samples.
 
     k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d = logp - reference_logp. k1 and k3 have the right expectation.
-    Source: Schulman, "Approximating KL divergence" (2020).
+    Source: Schulman, "Approximating KL divergence" (2020). Differs: nothing.
     Hides: that is about values. Inside a loss, the gradient of k1 has expectation 0, that of k3 is not the gradient of KL(pi || ref),
         and that of k2 is it only for a whole response at once; as a penalty on the reward, k1 alone is unbiased.
     """
@@ -47,6 +47,10 @@ def policy_loss(
     from the present policy: every ratio is 1, nothing is clipped, and the gradient is that of advantage * log pi.
     `ratio` "sequence" is the probability ratio of whole responses (the exact importance weight), "token" one ratio per token (PPO).
     `length` "sum" adds a response's tokens, "token_mean" divides them by their number (as GRPO was published: biased).
+
+    Source: REINFORCE (Williams 1992); the clipped ratio of PPO (1707.06347).
+    Differs: by default one ratio per response and a sum over its tokens; nothing is divided by a length.
+    Hides: where a ratio is clipped, and with "token" or "token_mean", the gradient is not that of J_w.
     """
     mask_NT = mask_NT.to(logp_NT.dtype)
     share_N1 = 1.0 if length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True).clamp(min=1.0)

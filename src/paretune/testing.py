@@ -211,7 +211,7 @@ def _check_saved(family: Family, path: Path, w_WM: np.ndarray) -> None:
 
 def _check_symmetry(method: Method, task: Any, learner: Learner, family: Family, root: Path) -> None:
     """The same task with its objectives in the opposite order: trainings and returns must be those of the opposite preferences."""
-    from paretune.evaluate import evaluate
+    from paretune.evaluation import evaluate
 
     rule, remedy = "a symmetric method treats the objectives alike", "do the same for every objective, or leave out `symmetric`"
     swapped = _swapped(task)

@@ -85,6 +85,20 @@ class Setting:
         return all(cell.metrics["exact"] for cell in self.cells)
 
     @property
+    def quality(self) -> str:
+        """What methods are compared by: "attainment" where the optimum is known, else "gain" over the reference."""
+        return "attainment" if self.exact else "gain"
+
+    def qualities(self, label: str, split: str) -> np.ndarray:
+        """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
+        rows = []
+        for cell in self.of(label):
+            values = (cell.measured(split).get(self.quality) or {}).get("per_preference")
+            if values:
+                rows.append([value["value"] if isinstance(value, Mapping) else value for value in values])
+        return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
+
+    @property
     def task_seeds(self) -> list[Any]:
         return sorted({cell.task.get("seed", 0) for cell in self.cells})
 

@@ -130,65 +130,68 @@ def _merged(curves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def attainment_figures(results: Results) -> list[Figure]:
-    """One picture per exact setting: attainment at every judged preference, mean over seeds."""
+    """One picture per setting: attainment (where the optimum is not known, gain) at every judged preference, mean over seeds."""
     known = looks(results.families)
-    floor = _floor(results)
     figures = []
     for setting in results.settings:
         views = {}
         for split in ("test", "train"):
-            curves = {label: _attained(setting, label, split) for label in setting.labels}
-            curves = {label: values for label, values in curves.items() if values.size and np.isfinite(values).any()}
+            curves = {label: setting.qualities(label, split) for label in setting.labels}
+            curves = {label: values_W for label, values_W in curves.items() if np.isfinite(values_W).any()}
             if curves:
-                views[split] = _attainment(setting, curves, floor, known)
+                views[split] = _attainment(setting, curves, _heights(results, setting), known)
         if views:
-            alt = f"Attainment against preference on {setting.label}; the numbers are in tables/attainment.csv."
+            alt = f"{setting.quality.capitalize()} against preference on {setting.label}; the numbers are in tables/attainment.csv."
             figures.append(Figure(f"attainment-{setting.slug}", setting.label, alt, views, height=380))
     return figures
 
 
-def _floor(results: Results) -> float:
-    """The lowest attainment that is drawn: that of the methods, at least -1; baselines below it are drawn at the edge."""
-    contest = [(s, label) for s in results.settings for label in s.labels if results.families[label] != "baseline"]
-    values = [_attained(s, label, split).ravel() for s, label in contest for split in ("test", "train")]
-    known = np.concatenate([np.zeros(1), *values])
-    return max(FLOOR, float(np.nanmin(known)) - 0.1)
+def _heights(results: Results, setting: Setting) -> tuple[float, float]:
+    """The drawn range, the same for all settings of a kind. Attainments of baselines below those of all methods, and below -1, are
+    drawn at the lower edge."""
+    alike = [s for s in results.settings if s.quality == setting.quality]
+    contest = [(s, label) for s in alike for label in s.labels if not setting.exact or results.families[label] != "baseline"]
+    values = np.concatenate([np.zeros(1), *[s.qualities(label, split) for s, label in contest for split in ("test", "train")]])
+    if setting.exact:
+        return max(FLOOR, float(np.nanmin(values)) - 0.1), 1.13
+    return padded(values[np.isfinite(values)])
 
 
-def _attained(setting: Setting, label: str, split: str) -> np.ndarray:
-    """(1, W) mean attainment over seeds; empty where it is not known."""
-    rows = [(cell.measured(split).get("attainment") or {}).get("per_preference") for cell in setting.of(label)]
-    values = np.array([row for row in rows if row], dtype=float)
-    return values.mean(0, keepdims=True) if len(values) else np.empty((0, 0))
-
-
-def _attainment(setting: Setting, curves: Mapping[str, np.ndarray], floor: float, known: Mapping[str, Look]) -> dict[str, Any]:
+def _attainment(
+    setting: Setting, curves: Mapping[str, np.ndarray], heights: tuple[float, float], known: Mapping[str, Look]
+) -> dict[str, Any]:
     w_WM = setting.cells[0].w_WM
     count = w_WM.shape[1]
     flat = count == 2
     x_W = w_WM[:, 0] if flat else count / (count - 1) * (1 - (w_WM**2).sum(1))
     title = f"weight of {setting.objectives[0]}" if flat else "balance of the preference (0: one objective, 1: all alike)"
-    low, high = (0.0, 1.0), (floor, 1.13)
-    shown = {}
-    data = []
-    for label, values in curves.items():
-        points = np.stack([x_W, np.maximum(values[0], floor)], axis=1)
-        points = points[np.isfinite(points).all(1)]
-        shown[label] = points
-        hover = [f"{preference_text(w_M)}<br>attainment {v:.3f}" for w_M, v in zip(w_WM, values[0], strict=True) if np.isfinite(v)]
-        data.append(trace(label, points, style(known[label], line=flat), hover))
-
+    across = (0.0, 1.0)
+    shown, data = {}, []
+    for label, values_W in curves.items():
+        points = np.stack([x_W, np.maximum(values_W, heights[0])], axis=1)
+        shown[label] = points[np.isfinite(points).all(1)]
+        rows = zip(w_WM, values_W, strict=True)
+        hover = [f"{preference_text(w_M)}<br>{setting.quality} {v:.3f}" for w_M, v in rows if np.isfinite(v)]
+        data.append(trace(label, shown[label], style(known[label], line=flat), hover))
     series = [
-        Series(label, pixels(points[anchors(len(points))], low, high), pixels(dense(points) if flat else points, low, high))
+        Series(label, pixels(points[anchors(len(points))], across, heights), pixels(dense(points) if flat else points, across, heights))
         for label, points in _merged(shown).items()
     ]
-    return {"data": data, "layout": _with_optimum([title, "attainment"], series, low, high, known)}
+    return {"data": data, "layout": _with_levels([title, setting.quality], series, across, heights, known, exact=setting.exact)}
 
 
-def _with_optimum(
-    titles: Sequence[str], series: Sequence[Series], x: tuple[float, float], y: tuple[float, float], known: Mapping[str, Look]
+def _with_levels(
+    titles: Sequence[str],
+    series: Sequence[Series],
+    x: tuple[float, float],
+    y: tuple[float, float],
+    known: Mapping[str, Look],
+    *,
+    exact: bool,
 ) -> dict[str, Any]:
-    """A layout with the line of the exact optimum at 1, named above its right end, and that of the reference at 0."""
+    """A layout with the line of the reference at 0 and, where it is known, that of the exact optimum at 1, named above its right end."""
+    if not exact:
+        return {**layout(titles, x, y, label_notes(series, x, y, known)), "shapes": [level(0.0, MUTED, 1.0)]}
     right = pixels(np.array([[x[1], 1.0]]), x, y)[0]
     taken = [np.array([right - (48.0, 10.0), (48.0, 10.0)]), np.array([right / (2.0, 1.0), (right[0] / 2, 0.0)])]
     shape = layout(titles, x, y, label_notes(series, x, y, known, taken=taken))
@@ -202,32 +205,27 @@ def _with_optimum(
 
 
 def cost_figures(results: Results) -> list[Figure]:
-    """Worst test attainment against what was drawn for training: filled in total, hollow on the critical path."""
-    known = looks(results.families)
-    rows = cost_table(results).rows
-    trained = [row for row in rows if row["trainings"]]
-    floor = _floor(results)
+    """Worst test attainment (or gain) against what was drawn for training: filled in total, hollow on the critical path."""
+    trained = [row for row in cost_table(results).rows if row["trainings"]]
     unit = "samples" if trained and all(row["samples_total"] > 0 for row in trained) else "tokens"
     figures = []
     for setting in results.settings:
-        here = [
-            row
-            for row in trained
-            if row["setting"] == setting.label and row["attainment_worst_test"] is not None and row[f"{unit}_total"] > 0
-        ]
+        quality = f"{setting.quality}_worst_test"
+        here = [row for row in trained if row["setting"] == setting.label and row[quality] is not None and row[f"{unit}_total"] > 0]
         if here:
-            alt = f"Worst attainment against {unit} on {setting.label}; the numbers are in tables/cost.csv."
-            view = {"test": _cost(here, unit, floor, known)}
+            alt = f"Worst {setting.quality} against {unit} on {setting.label}; the numbers are in tables/cost.csv."
+            view = {"test": _cost(results, setting, here, unit)}
             figures.append(Figure(f"cost-{setting.slug}", setting.label, alt, view, height=380))
     return figures
 
 
-def _cost(rows: Sequence[Mapping[str, Any]], unit: str, floor: float, known: Mapping[str, Look]) -> dict[str, Any]:
+def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]], unit: str) -> dict[str, Any]:
+    known, floor = looks(results.families), _heights(results, setting)[0]
     totals = np.log10([row[f"{unit}_total"] for row in rows])
     paths = np.log10([max(row[f"{unit}_path"], 1.0) for row in rows])
-    qualities = np.array([max(row["attainment_worst_test"], floor) for row in rows])
+    qualities = np.array([max(row[f"{setting.quality}_worst_test"], floor) for row in rows])
     low = (min(paths.min(), totals.min()) - 0.25, max(totals.max(), paths.max()) + 0.45)
-    high = (min(float(qualities.min()) - 0.08, -0.08), 1.13)
+    high = (min(float(qualities.min()) - 0.08, -0.08), 1.13) if setting.exact else padded(np.append(qualities, 0.0))
     data, spots = [], {}
     for row, total, path, quality in zip(rows, totals, paths, qualities, strict=True):
         look = known[row["method"]]
@@ -242,7 +240,8 @@ def _cost(rows: Sequence[Mapping[str, Any]], unit: str, floor: float, known: Map
         Series(label, pixels(ends[1:], low, high), pixels(np.concatenate([dense(ends), *[ends] * 6]), low, high))
         for label, ends in _merged(spots).items()
     ]
-    shape = _with_optimum([f"{unit} for training and search (log scale)", "worst attainment"], series, low, high, known)
+    titles = [f"{unit} for training and search (log scale)", f"worst {setting.quality}"]
+    shape = _with_levels(titles, series, low, high, known, exact=setting.exact)
     shape["xaxis"] |= {"type": "log", "dtick": 1 if low[1] - low[0] > 2 else "D2", "tickformat": "~s"}
     return {"data": data, "layout": shape}
 

@@ -74,7 +74,7 @@ def _same(results: Results) -> list[str]:
     gaps = []
     for setting in results.settings:
         if hidden in setting.labels and logit in setting.labels and setting.exact:
-            one, other = (np.array(_attained(setting, str(label)), dtype=float) for label in (hidden, logit))
+            one, other = (setting.qualities(str(label), "test") for label in (hidden, logit))
             if one.shape == other.shape and np.isfinite(one).any():
                 gaps.append(float(np.nanmax(np.abs(one - other))))
     if not gaps or max(gaps) > 1e-3:
@@ -82,10 +82,6 @@ def _same(results: Results) -> list[str]:
     return [
         f"{hidden} and {logit} are the same policy: their experts share one linear head (attainments agree to {max(1e-6, max(gaps)):.0e})."
     ]
-
-
-def _attained(setting: Setting, label: str) -> list[list[float | None]]:
-    return [(cell.measured("test").get("attainment") or {}).get("per_preference", []) for cell in setting.of(label)]
 
 
 def _hidden(board: list[dict[str, Any]]) -> list[str]:

@@ -127,6 +127,7 @@ def _boards(results: Results, tables: dict[str, Table]) -> list[tuple[str, str, 
 def _sections(results: Results) -> list[Section]:
     if not results.cells:
         return []
+    exact = any(setting.exact for setting in results.settings)
     seeds = max(len(s.shared_seeds) for s in results.settings)
     over = f" Points are means over {seeds} task seeds." if seeds > 1 else ""
     found = [
@@ -134,15 +135,15 @@ def _sections(results: Results) -> list[Section]:
             "fronts",
             "Fronts",
             "Up and to the right is better. A family of policies is a curve with one marker per judged preference; a method with a single "
-            "policy is one marker. No policy can lie beyond the exact front." + over,
+            "policy is one marker." + (" No policy can lie beyond the exact front." if exact else "") + over,
             front_figures(results),
             "fronts",
         ),
         Section(
             "attainment",
-            "Attainment against preference",
+            f"{'Attainment' if exact else 'Gain'} against preference",
             "From one objective alone (left and right ends) to both alike (middle). A family that was only trained at the ends has to "
-            "be good in the middle, too. Baselines that fall far below are drawn at the lower edge." + over,
+            "be good in the middle, too." + (" Baselines that fall far below are drawn at the lower edge." if exact else "") + over,
             attainment_figures(results),
             "attainment",
         ),

@@ -155,6 +155,7 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
     for split in SPLITS:
         row[f"attainment_worst_{split}"] = _reduce(min, cells, split, "attainment", "worst")
         row[f"attainment_mean_{split}"] = _reduce(_mean, cells, split, "attainment", "mean")
+    row["gain_mean_test"] = row["gain_worst_test"] = None
     if not setting.exact:
         row |= {
             "gain_mean_test": _reduce(_mean, cells, "test", "gain", "mean", "value"),
@@ -238,7 +239,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 COST_KEYS = (
-    *("setting", "method", "attainment_worst_test", "gain_mean_test", "trainings", "forwards_per_token", "evaluations"),
+    *("setting", "method", "attainment_worst_test", "gain_mean_test", "gain_worst_test", "trainings", "forwards_per_token", "evaluations"),
     *("samples_total", "samples_path", "tokens_total", "tokens_path", "seconds_total", "zero_shot"),
 )
 

@@ -49,6 +49,7 @@ class ReferenceSpec:
 
 
 def alphabet_of(count: int) -> str:
+    """The symbols of an alphabet of that size."""
     return SYMBOLS[:count]
 
 

@@ -10,7 +10,7 @@ import torch
 from oracles import TablePolicy, constant_of, experts_of, optimum_of, small_task
 from paretune import metrics
 from paretune.errors import ConfigError
-from paretune.evaluate import compare, evaluate
+from paretune.evaluation import compare, evaluate
 from paretune.ledger import Cost
 from paretune.lora import LoraBank
 from paretune.mixing import Constant, FactorMix, HiddenMix, Identity, LogitMix, ParameterMix, ReferencePolicy
