@@ -36,6 +36,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # over the last minute: 1 is one busy core
         "processor": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

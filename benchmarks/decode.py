@@ -3,21 +3,27 @@
     python benchmarks/decode.py [--out FILE] [--rounds 9] [--threads 2] [--new-tokens 48]
 
 One random Llama of 24.6 M parameters (SHAPE, tied head) with three random experts as EMORL published them: LoRA of rank 8 and alpha 32 on
-every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path is drawn by `paretune.rollout.sample`:
+every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `paretune.rollout.sample`, from
+the same prompts, preferences and uniforms:
 
     plain       the model itself, with a cache, no adapter layers in it
     gated       ParameterMix: unmerged, its own preference in every row
     logit       LogitMix: the three experts in one stacked forward with one cache
-    published   three full merged copies, no cache: each step runs all of them over the whole sequence (their logits are made for the last
-                position only, which the published code does not save)
+    published   three full merged copies, no cache: each step runs all of them over the whole sequence (logits for its end only)
+
+Threads that wait do not spin: on a shared machine spinning makes every path wait for whatever else runs, and ratios drift.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -28,14 +28,14 @@ def fakes_loaded(monkeypatch):
     for registry in registries:
         list(registry)  # what ships with Paretune is loaded
     before = [dict(registry._classes) for registry in registries]
+    loaded = {name for name in sys.modules if name.startswith(PLUGIN)}  # by tests of other files in this process
     load_plugin(HERE / "fakes.py")
-    plugin = next(name for name in sys.modules if name.startswith(PLUGIN))
+    (plugin,) = {name for name in sys.modules if name.startswith(PLUGIN)} - loaded
     monkeypatch.setattr(evaluation, "evaluate", sys.modules[plugin].fake_evaluate)
     try:
         yield sys.modules[plugin]
     finally:
-        for name in [name for name in sys.modules if name.startswith(PLUGIN)]:
-            del sys.modules[name]
+        del sys.modules[plugin]
         for registry, classes in zip(registries, before, strict=True):
             registry._classes = classes
 

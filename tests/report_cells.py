@@ -57,7 +57,7 @@ def curve(spec: dict[str, Any], w_WM: np.ndarray, conflict: float) -> np.ndarray
     return spec["share"] * dip_W[:, None] * optimum(w_WM)
 
 
-def measured(points_WM: np.ndarray, w_WM: np.ndarray, *, mixes: bool) -> dict[str, Any]:
+def measured(points_WM: np.ndarray, w_WM: np.ndarray, *, mixes: bool, kl: float = 0.4) -> dict[str, Any]:
     """The metrics of one split, as `evaluate` writes them. `points_WM` are relative to the reference."""
     best_W = np.linalg.norm(w_WM, axis=1)
     attained_W = (points_WM * w_WM).sum(1) / best_W
@@ -69,7 +69,7 @@ def measured(points_WM: np.ndarray, w_WM: np.ndarray, *, mixes: bool) -> dict[st
         "returns": (points_WM + REFERENCE_M).tolist(),
         "utility": {"mean": float(gain_W.mean()), "per_preference": [known(g) for g in gain_W + w_WM @ REFERENCE_M]},
         "gain": {"mean": float(gain_W.mean()), "per_preference": [known(g) for g in gain_W]},
-        "kl": {"mean": 0.4, "worst": 0.6, "per_preference": [0.4] * len(w_WM), "undefined": 0},
+        "kl": {"mean": kl, "worst": 0.6, "per_preference": [kl] * len(w_WM), "undefined": 0},
         "attainment": {"mean": attained_W.mean(), "worst": attained_W.min(), "per_preference": attained_W.tolist(), "undefined": 0},
         "regret": {"mean": 0.1, "worst": float((best_W - gain_W).max()), "per_preference": (best_W - gain_W).tolist(), "undefined": 0},
         "hypervolume": {"value": 0.7, "reference_point": [0.0, 0.0], "share": max(0.0, attained_W.mean()), "share_of_optimum": 0.99},
@@ -79,8 +79,8 @@ def measured(points_WM: np.ndarray, w_WM: np.ndarray, *, mixes: bool) -> dict[st
         "unscored": {"count": 0, "of": 100, "per_objective": [0, 0]},
         "loss": {
             "learning": [0.05] * len(w_WM),
-            "composition": (loss_W - 0.07).tolist(),
-            "remainder": [0.02] * len(w_WM),
+            "composition": (loss_W - 0.05).tolist(),
+            "remainder": [0.0] * len(w_WM),
             "experts": [0.05, 0.05],
         }
         if mixes
@@ -122,7 +122,7 @@ def record(label: str, *, rho: float, task_seed: int) -> dict[str, Any]:
             "preferences": JUDGED_WM.tolist(),
             "gates": JUDGED_WM.tolist(),
             "splits": {
-                split: measured(points_WM * scale, JUDGED_WM, mixes=spec["family"] == "meta-policy")
+                split: measured(points_WM * scale, JUDGED_WM, mixes=spec["family"] == "meta-policy", kl=0.4 * scale)
                 for split, scale in (("train", 1.0), ("test", 0.97))
             },
         },

@@ -171,10 +171,12 @@ def test_the_same_seed_is_the_same_training_and_another_is_not(tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-@pytest.mark.parametrize("when", [3, 4, 7])
-def test_a_killed_training_resumes_bitwise(tmp_path, when):
+@pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])
+def test_a_killed_training_resumes_bitwise(tmp_path, when, optimiser):
     """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""
-    learner = PolicyGradient(**{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3)
+    learner = PolicyGradient(
+        **{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3, optimiser=optimiser
+    )
     spec = spec_of(learner)
     learner.train(spec, TASK, tmp_path / "whole")
 
@@ -254,6 +256,31 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_new_responses():
     order = np.array(prompt_order(spec.seed, 0, 40, 2)).repeat(2)
     rows = [tuple(row) for row in made.logp_NT[torch.from_numpy(order == 0)].numpy().round(6).tolist()]
     assert len(set(rows)) > 4, "40 copies of one response would mean shared streams"
+
+
+@pytest.mark.parametrize("optimiser", ["muon", "adam"])
+def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(monkeypatch, optimiser):
+    """After every update: sampled log-probabilities are the scorer's, with merged weights and without, and the base comes back bitwise."""
+    learner = PolicyGradient(**{**SMALL, "lr": 0.1}, optimiser=optimiser)
+    policy, spec = moved(learner), spec_of(learner)
+    base = [p.clone() for p in policy.model.parameters() if not p.requires_grad]
+    steps = learner.new_optimiser(policy.bank.parameters())
+    for step in range(3):
+        batch = learner.collect(policy, TASK, spec, step)
+        made = batch.responses
+        with torch.no_grad():
+            scored = learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
+        torch.testing.assert_close((scored * made.mask_NT).double(), made.logp_NT, atol=1e-4, rtol=0)
+        monkeypatch.setattr("paretune.batches.MERGE_LIMIT", 0)
+        unmerged = learner.collect(policy, TASK, spec, step).responses
+        monkeypatch.undo()
+        assert unmerged.tokens_NT.tolist() == made.tokens_NT.tolist()
+        torch.testing.assert_close(unmerged.logp_NT, made.logp_NT, atol=1e-4, rtol=0)
+        learner.update(policy, steps, batch, beta=TASK.beta, step=step)
+    monkeypatch.setattr("paretune.batches.sample", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.collect(policy, TASK, spec, 3)
+    assert all(torch.equal(a, b) for a, b in zip(base, [p for p in policy.model.parameters() if not p.requires_grad], strict=True))
 
 
 def test_the_stopping_rule(tmp_path):

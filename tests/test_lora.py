@@ -479,7 +479,7 @@ def test_other_loading_mistakes(paths, tmp_path):
 
 def test_factor_averaging_needs_one_shape(unequal):
     bank = LoraBank.load(llama(), unequal)
-    with refused("factor averaging needs adapters of one shape", "ranks (4, 3)"), bank.factor(torch.ones(3)):
+    with refused("factor averaging needs adapters of one shape", "ranks [4, 3]"), bank.factor(torch.ones(3)):
         bank.base.model.layers[0].mlp.up_proj(torch.zeros(1, 1, 32))
     with refused("stacked mixing needs one equal block of rows per adapter", "4 rows for 3 adapters"), bank.blocks():
         bank.base(input_ids=some_ids())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from itertools import product
 
 import numpy as np
 import plotly.graph_objects as go
@@ -15,14 +16,13 @@ from paretune.report import write_report
 from paretune.report.data import load
 from paretune.report.figures import attainment_figures, cost_figures, front_figures, loss_figures
 from paretune.report.findings import findings
-from paretune.report.labels import Series, place
 from paretune.report.page import tint
-from paretune.report.palette import COLOURS, looks
+from paretune.report.plot import COLOURS, Series, looks, place
 from paretune.report.series import attainment_table, front_table, glance_table, loss_table, relation_table
-from paretune.report.tables import CEILING, LEADERBOARD, Column, leaderboard, short_count
+from paretune.report.tables import CEILING, LEADERBOARD, Column, headline, leaderboard, short_count
 from paretune.report.terminal import print_leaderboard
 from paretune.store import ARTIFACTS, CELLS, Store
-from report_cells import JUDGED_WM, METHODS, REFERENCE_M, publish, record, run_directory
+from report_cells import JUDGED_WM, METHODS, REFERENCE_M, measured, optimum, publish, record, run_directory
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,108 @@ def test_the_worst_attainment_is_a_minimum_over_preferences_and_seeds(results, r
     cells = [json.loads(p.read_text()) for p in root.glob("cells/*/cell.json")]
     mine = [c for c in cells if c["method"].get("mixer") == "parameter" and c["task"]["rho"] == -0.8]
     assert len(mine) == 2
-    values = [v for c in mine for v in c["metrics"]["splits"]["test"]["attainment"]["per_preference"]]
     row = board(results, "rho = \u22120.8")["experts parameter"]
-    assert row["attainment_worst_test"] == min(values) < 0
-    assert row["attainment_mean_test"] == pytest.approx(np.mean(values))
-    assert row["regret_worst_test"] == max(c["metrics"]["splits"]["test"]["regret"]["worst"] for c in mine)
+    for split in ("train", "test"):
+        values = [v for c in mine for v in c["metrics"]["splits"][split]["attainment"]["per_preference"]]
+        assert row[f"attainment_worst_{split}"] == min(values) < 0
+        assert row[f"attainment_mean_{split}"] == pytest.approx(np.mean(values))
+    assert row["regret_worst"] == max(c["metrics"]["splits"]["train"]["regret"]["worst"] for c in mine)
+
+
+# The column of the leaderboard, what it is reduced by over seeds, and where it stands in a cell.
+ON_HEADLINE = {
+    "hypervolume_share": (np.mean, lambda s: s["hypervolume"]["share"]),
+    "igd_plus": (np.mean, lambda s: s["igd_plus"]["value"]),
+    "regret_worst": (max, lambda s: s["regret"]["worst"]),
+    "utility_loss_max": (max, lambda s: s["utility_loss"]["maximum"]),
+    "kl_mean": (np.mean, lambda s: s["kl"]["mean"]),
+    "controllability": (np.mean, lambda s: s["controllability"]),
+}
+
+
+@pytest.mark.parametrize("key", ON_HEADLINE)
+def test_numbers_of_exact_tasks_that_name_no_split_are_on_training_prompts(results, key):
+    reduce, read = ON_HEADLINE[key]
+    cells = results.settings[-1].of("linear")
+    row = board(results, results.settings[-1].label)["linear"]
+    there = {split: reduce([read(cell.measured(split)) for cell in cells]) for split in ("train", "test")}
+    assert row["prompts"] == "train"
+    assert row[key] == pytest.approx(there["train"], abs=1e-12)
+    assert abs(there["train"] - there["test"]) > 1e-4, "the splits cannot be told apart here"
+
+
+def test_the_headline_of_exact_tasks_is_the_training_split_everywhere(tmp_path, capsys):
+    """Two methods whose order turns round from training to test prompts: a swapped headline changes every ranking, figure and sentence."""
+    from rich.console import Console
+
+    for label, train, test in (("linear", 0.9, 0.3), ("emorl-shared", 0.6, 0.5)):
+        data = record(label, rho=0.0, task_seed=100)
+        for split, share in (("train", train), ("test", test)):
+            points_WM = share * optimum(JUDGED_WM)
+            data["metrics"]["splits"][split] = measured(points_WM, JUDGED_WM, mixes=label != "linear", kl=share)
+        publish(tmp_path, data)
+    results = load(tmp_path)
+    setting = results.settings[0]
+    assert (setting.headline, setting.splits) == ("train", ("train", "test"))
+    rows = leaderboard(results).rows
+    assert [row["method"] for row in rows] == [CEILING, "linear", "emorl-shared"]
+    assert [headline(row) for row in rows] == pytest.approx([1.0, 0.9, 0.6])
+    glance = glance_table(results)
+    assert [(r["method"], r["worst"], r["worst_test"]) for r in glance.rows] == [
+        ("linear", pytest.approx(0.9), pytest.approx(0.3)),
+        ("emorl-shared", pytest.approx(0.6), pytest.approx(0.5)),
+    ]
+    assert glance.columns[-1].title == "worst of all, test prompts"
+    for make in (front_figures, attainment_figures):
+        assert list(make(results)[0].views) == ["train", "test"]
+    cost, loss = cost_figures(results)[0], loss_figures(results)[0]
+    assert list(cost.views) == list(loss.views) == ["train"]
+    heights = {trace["name"]: trace["y"] for trace in cost.views["train"]["data"]}
+    assert heights == {"linear": pytest.approx([0.9] * 2), "emorl-shared": pytest.approx([0.6] * 2)}
+    assert [row["loss"] for row in loss_table(results).rows] == pytest.approx([0.4])
+    for view in (cost.views["train"], loss.views["train"]):
+        assert "training prompts" in view["layout"]["xaxis"]["title"]["text"] + view["layout"]["yaxis"]["title"]["text"]
+    said = findings(results)
+    assert said[0] == "linear holds up best: its worst attainment on training prompts is 0.90."
+    assert said[-1].startswith("New prompts cost most for linear")
+    print_leaderboard(results, Console(width=132, highlight=False))
+    out = capsys.readouterr().out
+    assert "(training prompts, 1 seed)" in out
+    assert out.index("linear") < out.index("emorl-shared")
+    page = write_report(tmp_path, out=tmp_path / "out").read_text()
+    for words in (
+        "Sorted by the worst attainment on training prompts.",
+        "The worst attainment on training prompts",
+        "every number that names no other prompts are on training prompts",
+        "<dt>on training prompts: IGD+</dt>",
+        "<dt>attainment, test: worst</dt><dd>on test prompts, the lowest attainment",
+        '<span class="which">training prompts</span>',
+    ):
+        assert words in page, words
+    shown = re.findall(r'data-view="(\w+)" data-prompts="[^"]+" data-section="(\w+)" aria-pressed="(\w+)"', page)
+    assert shown == [(v, s, p) for s in ("fronts", "attainment") for v, p in (("train", "true"), ("test", "false"))]
+    for path in (tmp_path / "out" / "figures").glob("*.svg"):
+        assert "training prompts" in path.read_text()
+
+
+def test_a_split_that_was_not_measured_is_no_headline(tmp_path):
+    data = record("linear", rho=0.0, task_seed=100)
+    del data["metrics"]["splits"]["train"]
+    publish(tmp_path, data)
+    results = load(tmp_path)
+    assert results.settings[0].headline == "test"
+    assert headline(leaderboard(results).rows[1]) == pytest.approx(min(results.settings[0].qualities("linear", "test")))
+    assert "on test prompts is" in findings(results)[0]
+    assert [c.key for c in glance_table(results).columns] == ["method", "family", "exact-v1", "worst"]
+    assert "training prompts" not in write_report(tmp_path).read_text().split("What the columns mean")[0].split("<body>")[1]
 
 
 def test_the_leaderboard_is_sorted_by_worst_attainment_below_the_exact_optimum(results):
     for setting in results.settings:
         rows = [row for row in leaderboard(results).rows if row["setting"] == setting.label]
         assert rows[0]["method"] == CEILING
-        assert rows[0]["attainment_worst_test"] == 1.0
-        worst = [row["attainment_worst_test"] for row in rows[1:]]
+        assert rows[0]["attainment_worst_train"] == rows[0]["attainment_worst_test"] == 1.0
+        worst = [row["attainment_worst_train"] for row in rows[1:]]
         assert worst == sorted(worst, reverse=True)
         assert {row["method"] for row in rows[1:]} == set(results.families)
 
@@ -80,15 +169,18 @@ def test_glance_takes_the_worst_over_settings(results):
     rows = {row["method"]: row for row in glance_table(results).rows}
     row = rows["experts parameter"]
     assert row["worst"] == min(row[s.label] for s in results.settings) == row["rho = \u22120.8"]
+    there = [board(results, s.label)["experts parameter"] for s in results.settings]
+    assert row["worst"] == min(r["attainment_worst_train"] for r in there)
+    assert row["worst_test"] == min(r["attainment_worst_test"] for r in there) != row["worst"]
     assert list(rows)[-1] == "experts parameter"
 
 
 def test_the_mean_front_is_an_upper_bound_of_every_mean_curve(results):
     """The mean over seeds of fronts bounds the mean over seeds of curves at every preference; a front of one seed alone would not."""
-    for setting in results.settings:
-        front = setting.front("test")
+    for setting, split in product(results.settings, ("train", "test")):
+        front = setting.front(split)
         for label in setting.labels:
-            points_WM = setting.mean_points(label, "test")
+            points_WM = setting.mean_points(label, split)
             best_W = (JUDGED_WM @ front["points"].T).max(1)
             assert ((points_WM * JUDGED_WM).sum(1) <= best_W + 1e-12).all(), label
 
@@ -124,7 +216,7 @@ def test_attainment_rows_are_raw(results):
 
 def test_loss_parts_sum_to_the_loss(results):
     for row in loss_table(results).rows:
-        attained = board(results, row["setting"])[row["method"]]["attainment_mean_test"]
+        attained = board(results, row["setting"])[row["method"]]["attainment_mean_train"]
         assert row["loss"] == pytest.approx(row["learning"] + row["composition"] + row["remainder"])
         assert row["loss"] == pytest.approx(1 - attained)
     assert {row["method"] for row in loss_table(results).rows} == {m for m, spec in METHODS.items() if spec["family"] == "meta-policy"}
@@ -266,8 +358,11 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
         publish(tmp_path, data)
     rows = leaderboard(load(tmp_path)).rows
     assert [row["method"] for row in rows] == ["linear", "uniform"]
-    assert (rows[0]["gain_mean_test"], rows[0]["gain_low_test"]) == (0.2, pytest.approx(0.15))
+    assert (rows[0]["gain_mean"], rows[0]["gain_low"]) == (0.2, pytest.approx(0.15))
+    assert load(tmp_path).settings[0].splits == ("test", "train"), "without an optimum the headline is the test split"
     page = write_report(tmp_path).read_text()
+    assert "Sorted by the worst gain on test prompts." in page
+    assert "<dt>gain, test prompts: low</dt>" in page
     for make in (attainment_figures, cost_figures):
         view = make(load(tmp_path))[0].views["test"]
         go.Figure(view)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.report.catalogue import taxonomy
-from paretune.report.data import Results, assemble, load
+from paretune.report.data import PROMPTS, Results, assemble, load
 from paretune.report.figures import attainment_figures, front_figures
 from paretune.report.series import glance_table
 from paretune.report.svg import to_svg
@@ -70,9 +70,10 @@ def picture() -> str | None:
         return None
     few = Results([cell for cell in results.cells if cell.label in DRAWN], name=results.name)
     last = few.settings[-1].label
-    titles = (f"{last}: the exact front", f"{last}: attainment at every preference")
+    on = PROMPTS[few.settings[-1].headline]
+    titles = (f"{last}, {on}: the exact front", f"{last}, {on}: attainment")
     views = [next(iter(make(few)[-1].views.values())) for make in (front_figures, attainment_figures)]
-    alt = f"Two objectives that conflict ({last}): how near each method comes to the exact Pareto front."
+    alt = f"Two objectives that conflict ({last}, {on}): how near each method comes to the exact Pareto front."
     return to_svg(list(zip(titles, views, strict=True)), alt=alt)
 
 

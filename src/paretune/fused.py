@@ -120,8 +120,8 @@ class FusedLayer:
         self.b = [module.lora_B[adapter].weight for adapter in adapters]
         self.scalings = [float(module.scaling[adapter]) for adapter in adapters]
         self.drops = any(module.lora_dropout[adapter].p > 0 for adapter in adapters if hasattr(module.lora_dropout[adapter], "p"))
-        ranks = [a.shape[0] for a in self.a]
-        self.pattern = (tuple(self.members), tuple(ranks), tuple(self.scalings))
+        self.ranks = [a.shape[0] for a in self.a]
+        self.pattern = f"{self.members} {self.ranks} {self.scalings}"  # text: its hash is computed once
         self._pattern: tuple[Tensor, Tensor] | None = None
         self.forget()
 
@@ -143,7 +143,7 @@ class FusedLayer:
         """(K, r, I) and (K, r, O), scaled; padded with zeros to the largest rank, all zeros where an adapter has nothing here."""
 
         def build() -> tuple[Tensor, Tensor]:
-            rank = max(self.pattern[1])
+            rank = max(self.ranks)
             a = [self.a[0].new_zeros(rank, self.a[0].shape[1])] * self.count
             b = [self.b[0].new_zeros(rank, self.b[0].shape[0])] * self.count
             for k, a_rI, b_Or, scale in zip(self.members, self.a, self.b, self.scalings, strict=True):
@@ -155,10 +155,10 @@ class FusedLayer:
 
     def factor(self, mode: Factor) -> tuple[Tensor, Tensor]:
         """(r, I) and (r, O) of the factor-wise average, scaled."""
-        if self.members != list(range(self.count)) or len(set(self.pattern[1])) > 1 or len(set(self.scalings)) > 1:
+        if self.members != list(range(self.count)) or len(set(self.ranks)) > 1 or len(set(self.scalings)) > 1:
             raise ConfigError(
                 "factor averaging needs adapters of one shape",
-                found=f"{self.name}: adapters {self.members}, ranks {self.pattern[1]}, scalings {self.scalings}",
+                found=f"{self.name}: adapters {self.members}, ranks {self.ranks}, scalings {self.scalings}",
                 remedy="use the parameter level (the exact soup), which takes any ranks",
             )
 
@@ -172,8 +172,8 @@ class FusedLayer:
     def pattern_tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For each of the R ranks: which adapter owns it, and that adapter's scaling."""
         if self._pattern is None or self._pattern[0].device != device:
-            owner = [k for k, rank in zip(self.members, self.pattern[1], strict=True) for _ in range(rank)]
-            scale = [s for s, rank in zip(self.scalings, self.pattern[1], strict=True) for _ in range(rank)]
+            owner = [k for k, rank in zip(self.members, self.ranks, strict=True) for _ in range(rank)]
+            scale = [s for s, rank in zip(self.scalings, self.ranks, strict=True) for _ in range(rank)]
             with torch.inference_mode(False):  # usable in a graph later
                 self._pattern = torch.tensor(owner, device=device, dtype=torch.long), torch.tensor(scale, device=device)
         return self._pattern

@@ -218,7 +218,6 @@ class PolicyGradient(Learner):
             )
         policy = self.start(spec, task, parents or {})
         weights = policy.bank.parameters()
-        # Not fused=True: it changes parameters without a trace (their version), so what the adapter layers keep would go stale.
         optimiser = self.new_optimiser(weights)
         run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
         saved = time.monotonic()
@@ -259,14 +258,15 @@ class PolicyGradient(Learner):
         """Muon (Jordan et al. 2024) orthogonalises each factor's update; both optimisers have no weight decay."""
         if self.optimiser == "muon":
             return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
-        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas)
+        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Batch:
         """Draw and score one batch; a pure function of the policy's weights and (spec.seed, step)."""
         count = self.batch // self.group
         made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
-        with torch.no_grad():
+        with torch.inference_mode():
             reference_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=None)
+        reference_NT = reference_NT.clone()  # an ordinary tensor, which autograd may keep
         kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
         penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
         return Batch(made, reference_NT, kl_N, self.advantages(spec, task, made.rewards_NM, made.w_NM, penalty_N))

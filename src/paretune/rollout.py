@@ -51,10 +51,9 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        bare = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
         ids = tokenizer(prompt.text)["input_ids"]
-        if len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id:  # a tokenizer that closes every text: an answer must follow
-            ids = ids[:-1]
+        if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > len(tokenizer(prompt.text, add_special_tokens=False)["input_ids"]):
+            ids = ids[:-1]  # a tokenizer that closes every text: an answer must follow
     if ids:
         return list(ids)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

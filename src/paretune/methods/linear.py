@@ -27,7 +27,8 @@ __all__ = ["Linear"]
 @METHODS.register("linear")
 @dataclass(frozen=True)
 class Linear(Method):
-    """A sweep. `points` trained preferences on each edge of the simplex, vertices included, so that the experts are among them.
+    """A sweep: several single policies, of which one answers. `points` trained preferences on each edge of the simplex, vertices included,
+    so that the experts are among them.
 
     points = 0 trains at the judged preferences themselves: the dedicated training that every shortcut is compared with. For M = 2 an
     odd `points` would train at (.5, .5), which is judged; hence the even default. The family says in `trained_at_judged` how many of its
@@ -38,7 +39,7 @@ class Linear(Method):
 
     card: ClassVar[Card] = Card(
         family="single-policy",
-        summary="one linearly scalarised training per preference of a lattice; the nearest trained policy answers",
+        summary="one linearly scalarised training per preference of a lattice, so a sweep of single policies; the nearest one answers",
         source='the weighted sum of rewards ("MORLHF"), as most trainers do it',
         differs="the learner's: KL in the reward and a leave-one-out baseline by default, so that its optimum is that of w . J",
         hides="points = 0 was trained at the very preferences it is judged at; otherwise some of the loss is the lattice's, not the "

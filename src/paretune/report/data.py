@@ -19,7 +19,10 @@ from paretune.errors import ConfigError, StoreError, nearest
 from paretune.store import ARTIFACTS, CELLS, WIP, Store
 from paretune.types import canonical_json
 
-__all__ = ["Cell", "Results", "Setting", "assemble", "load"]
+__all__ = ["PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
+
+SPLITS = ("train", "test")
+PROMPTS = {"train": "training prompts", "test": "test prompts"}
 
 NOT_DIALS = ("name", "version", "seed", "content")
 
@@ -89,6 +92,21 @@ class Setting:
         """What methods are compared by: "attainment" where the optimum is known, else "gain" over the reference."""
         return "attainment" if self.exact else "gain"
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What was measured, the headline's split first."""
+        order = SPLITS if self.exact else SPLITS[::-1]
+        return tuple(split for split in order if any(cell.measured(split) for cell in self.cells))
+
+    @property
+    def headline(self) -> str:
+        """The split that methods are ranked by, and that every number is on whose name says no other.
+
+        Training prompts where the optimum is known: there the distance from it is that of learning and combining, and nothing else; test
+        prompts add what does not generalise. Test prompts elsewhere: without an optimum, a gain on prompts seen in training can be memory.
+        """
+        return self.splits[0]
+
     def qualities(self, label: str, split: str) -> np.ndarray:
         """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
         rows = []
@@ -145,6 +163,14 @@ class Results:
         """Label -> family, baselines last: the order in which methods get their looks."""
         found = {cell.label: str(cell.card["family"]) for cell in self.cells}
         return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
+
+    @property
+    def prompts(self) -> str:
+        """The prompts of the headline, in words."""
+        found = {setting.exact: PROMPTS[setting.headline] for setting in self.settings}
+        if len(set(found.values())) < 2:
+            return next(iter(found.values()), "")
+        return f"{found[True]} where the optimum is known, {found[False]} elsewhere"
 
     @cached_property
     def settings(self) -> list[Setting]:

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.data import Results, Setting
-from paretune.report.labels import Series
-from paretune.report.palette import EXACT, INK, MUTED, Look, looks
+from paretune.report.data import PROMPTS, SPLITS, Results, Setting
 from paretune.report.plot import (
+    EXACT,
+    INK,
+    MUTED,
+    Look,
+    Series,
     anchors,
     axis,
     dense,
@@ -24,6 +27,7 @@ from paretune.report.plot import (
     label_notes,
     layout,
     level,
+    looks,
     padded,
     pixels,
     preference_text,
@@ -31,7 +35,7 @@ from paretune.report.plot import (
     trace,
 )
 from paretune.report.series import LOSS_PARTS, loss_table
-from paretune.report.tables import CEILING, cost_table, minus
+from paretune.report.tables import CEILING, cost_table, headline, minus
 
 __all__ = ["Figure", "attainment_figures", "cost_figures", "front_figures", "loss_figures"]
 
@@ -41,7 +45,7 @@ LOSS_COLOURS = {"learning": "#56B4E9", "composition": "#D55E00", "remainder": "#
 
 @dataclass(frozen=True)
 class Figure:
-    """`views` are plotly descriptions by name ("test", "train"); the first one is drawn, the others can be chosen."""
+    """`views` are plotly descriptions by split, the headline's first: it is drawn, the other can be chosen."""
 
     name: str
     title: str
@@ -60,7 +64,7 @@ def front_figures(results: Results) -> list[Figure]:
     for setting in results.settings:
         count = len(setting.objectives)
         for a, b in combinations(range(count), 2) if count <= 3 else ():
-            views = {split: _front(setting, split, a, b, known) for split in ("test", "train") if _curves(setting, split)}
+            views = {split: _front(setting, split, a, b, known) for split in setting.splits if _curves(setting, split)}
             if views:
                 pair = f": {setting.objectives[a]} and {setting.objectives[b]}" if count > 2 else ""
                 alt = f"Regularised returns on {setting.label}{pair}; the numbers are in tables/fronts.csv."
@@ -135,7 +139,7 @@ def attainment_figures(results: Results) -> list[Figure]:
     figures = []
     for setting in results.settings:
         views = {}
-        for split in ("test", "train"):
+        for split in setting.splits:
             curves = {label: setting.qualities(label, split) for label in setting.labels}
             curves = {label: values_W for label, values_W in curves.items() if np.isfinite(values_W).any()}
             if curves:
@@ -151,7 +155,7 @@ def _heights(results: Results, setting: Setting) -> tuple[float, float]:
     drawn at the lower edge."""
     alike = [s for s in results.settings if s.quality == setting.quality]
     contest = [(s, label) for s in alike for label in s.labels if not setting.exact or results.families[label] != "baseline"]
-    values = np.concatenate([np.zeros(1), *[s.qualities(label, split) for s, label in contest for split in ("test", "train")]])
+    values = np.concatenate([np.zeros(1), *[s.qualities(label, split) for s, label in contest for split in SPLITS]])
     if setting.exact:
         return max(FLOOR, float(np.nanmin(values)) - 0.1), 1.13
     return padded(values[np.isfinite(values)])
@@ -205,16 +209,15 @@ def _with_levels(
 
 
 def cost_figures(results: Results) -> list[Figure]:
-    """Worst test attainment (or gain) against what was drawn for training: filled in total, hollow on the critical path."""
+    """The headline's worst attainment (or gain) against what was drawn for training: filled in total, hollow on the critical path."""
     trained = [row for row in cost_table(results).rows if row["trainings"]]
     unit = "samples" if trained and all(row["samples_total"] > 0 for row in trained) else "tokens"
     figures = []
     for setting in results.settings:
-        quality = f"{setting.quality}_worst_test"
-        here = [row for row in trained if row["setting"] == setting.label and row[quality] is not None and row[f"{unit}_total"] > 0]
+        here = [row for row in trained if row["setting"] == setting.label and headline(row) is not None and row[f"{unit}_total"] > 0]
         if here:
             alt = f"Worst {setting.quality} against {unit} on {setting.label}; the numbers are in tables/cost.csv."
-            view = {"test": _cost(results, setting, here, unit)}
+            view = {setting.headline: _cost(results, setting, here, unit)}
             figures.append(Figure(f"cost-{setting.slug}", setting.label, alt, view, height=380))
     return figures
 
@@ -223,7 +226,7 @@ def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]],
     known, floor = looks(results.families), _heights(results, setting)[0]
     totals = np.log10([row[f"{unit}_total"] for row in rows])
     paths = np.log10([max(row[f"{unit}_path"], 1.0) for row in rows])
-    qualities = np.array([max(row[f"{setting.quality}_worst_test"], floor) for row in rows])
+    qualities = np.array([max(worst, floor) for row in rows if (worst := headline(row)) is not None])
     low = (min(paths.min(), totals.min()) - 0.25, max(totals.max(), paths.max()) + 0.45)
     high = (min(float(qualities.min()) - 0.08, -0.08), 1.13) if setting.exact else padded(np.append(qualities, 0.0))
     data, spots = [], {}
@@ -240,7 +243,7 @@ def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]],
         Series(label, pixels(ends[1:], low, high), pixels(np.concatenate([dense(ends), *[ends] * 6]), low, high))
         for label, ends in _merged(spots).items()
     ]
-    titles = [f"{unit} for training and search (log scale)", f"worst {setting.quality}"]
+    titles = [f"{unit} for training and search (log scale)", f"worst {setting.quality}, {PROMPTS[setting.headline]}"]
     shape = _with_levels(titles, series, low, high, known, exact=setting.exact)
     shape["xaxis"] |= {"type": "log", "dtick": 1 if low[1] - low[0] > 2 else "D2", "tickformat": "~s"}
     return {"data": data, "layout": shape}
@@ -261,7 +264,7 @@ def loss_figures(results: Results) -> list[Figure]:
         if rows:
             height = 120 + 46 * len(rows)
             alt = f"Loss by origin on {setting.label}; the numbers are in tables/loss.csv."
-            figures.append(Figure(f"loss-{setting.slug}", setting.label, alt, {"test": _loss(rows, span)}, height=height))
+            figures.append(Figure(f"loss-{setting.slug}", setting.label, alt, {setting.headline: _loss(rows, span)}, height=height))
     return figures
 
 
@@ -290,7 +293,12 @@ def _loss(rows: Sequence[Mapping[str, Any]], span: tuple[float, float]) -> dict[
             )
     shape = frame()
     shape |= {"barmode": "relative", "bargap": 0.35, "margin": {"l": 10, "r": 12, "t": 8, "b": 46}}
-    shape["xaxis"] = {**axis("loss of attainment"), "range": list(span), "zeroline": True, "zerolinecolor": MUTED}
+    shape["xaxis"] = {
+        **axis(f"loss of attainment, {PROMPTS[rows[0]['prompts']]}"),
+        "range": list(span),
+        "zeroline": True,
+        "zerolinecolor": MUTED,
+    }
     shape["annotations"] = [_total(row) for row in rows]
     shape["yaxis"] = {**axis(""), "automargin": True, "showgrid": False, "ticks": "", "tickfont": {"size": 12, "color": INK}}
     return {"data": data, "layout": shape}

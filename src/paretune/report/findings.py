@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.data import Results, Setting
+from paretune.report.data import PROMPTS, Results, Setting
 from paretune.report.series import glance_table, loss_table
-from paretune.report.tables import CEILING, leaderboard, minus
+from paretune.report.tables import CEILING, headline, leaderboard, minus
 
 __all__ = ["findings"]
 
@@ -17,8 +17,10 @@ FAR = 0.1  # attainments closer than this are not "far apart"
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences, most important first; none about what was not measured."""
-    board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["attainment_worst_test"] is not None]
+    """Sentences about exact tasks, most important first; none about what was not measured. Numbers are the headline's unless they say."""
+    exact = {s.label for s in results.settings if s.exact}
+    rows = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in exact]
+    board = [{**row, "worst": worst} for row in rows if (worst := headline(row)) is not None]
     if not board:
         return []
     sentences = [_best(results), *_order(results, board), *_same(results), *_hidden(board), *_generalises(board)]
@@ -29,10 +31,10 @@ def _best(results: Results) -> str:
     rows = [row for row in glance_table(results).rows if row["family"] != "baseline"]
     if not rows:
         return ""
-    first, settings = rows[0], [s.label for s in results.settings if s.exact]
-    where = min(settings, key=lambda label: first.get(label, np.inf))
-    text = f"{first['method']} holds up best: its worst attainment on test prompts is {_n(first['worst'])}"
-    return text + (f", at {where}." if len(settings) > 1 else ".")
+    first, settings = rows[0], [s for s in results.settings if s.exact]
+    where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
+    text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
+    return text + (f", at {where.label}." if len(settings) > 1 else ".")
 
 
 def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:
@@ -42,15 +44,16 @@ def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:
     if soup is None or logit is None or not settings:
         return []
     setting = settings[-1]
-    worst = {row["method"]: row["attainment_worst_test"] for row in board if row["setting"] == setting.label}
+    worst = {row["method"]: row["worst"] for row in board if row["setting"] == setting.label}
+    on = PROMPTS[setting.headline]
     if worst[logit] - worst[soup] >= FAR:
         return [
-            f"The expected order appears at {setting.label}: the soup of parameters falls to {_n(worst[soup])} at its worst preference, "
-            f"mixing logits of the same experts keeps {_n(worst[logit])}."
+            f"The expected order appears at {setting.label}: on {on} the soup of parameters falls to {_n(worst[soup])} at its worst "
+            f"preference, mixing logits of the same experts keeps {_n(worst[logit])}."
         ]
     return [
-        f"The expected order does not appear at {setting.label}: the soup of parameters has {_n(worst[soup])} at its worst preference, "
-        f"mixing logits of the same experts {_n(worst[logit])}. {_why(results, setting, logit)}"
+        f"The expected order does not appear at {setting.label}: on {on} the soup of parameters has {_n(worst[soup])} at its worst "
+        f"preference, mixing logits of the same experts {_n(worst[logit])}. {_why(results, setting, logit)}"
     ]
 
 
@@ -60,7 +63,7 @@ def _why(results: Results, setting: Setting, logit: str) -> str:
     if parts is None or parts["composition"] is None:
         return "The loss cannot be split here."
     learning, composition = parts["learning"], parts["composition"]
-    text = f"On average logit mixing loses {_n(learning)} because its experts are below their optimum and {_n(composition)} by composition"
+    text = f"On average logit mixing loses {_n(learning)} against optimal experts mixed alike, and {_n(composition)} by composition"
     if learning > composition:
         return text + ": the experts are too weak for the way of combining them to matter; train them longer."
     if composition < FAR:
@@ -74,7 +77,7 @@ def _same(results: Results) -> list[str]:
     gaps = []
     for setting in results.settings:
         if hidden in setting.labels and logit in setting.labels and setting.exact:
-            one, other = (setting.qualities(str(label), "test") for label in (hidden, logit))
+            one, other = (setting.qualities(str(label), setting.headline) for label in (hidden, logit))
             if one.shape == other.shape and np.isfinite(one).any():
                 gaps.append(float(np.nanmax(np.abs(one - other))))
     if not gaps or max(gaps) > 1e-3:
@@ -86,20 +89,23 @@ def _same(results: Results) -> list[str]:
 
 def _hidden(board: list[dict[str, Any]]) -> list[str]:
     """The widest gap between a good hypervolume and a bad worst attainment."""
-    rows = [row for row in board if row["hypervolume_share_test"] is not None and row["family"] != "baseline"]
+    rows = [row for row in board if row["hypervolume_share"] is not None and row["family"] != "baseline"]
     if not rows:
         return []
-    row = max(rows, key=lambda r: r["hypervolume_share_test"] - r["attainment_worst_test"])
-    share, worst = row["hypervolume_share_test"], row["attainment_worst_test"]
+    row = max(rows, key=lambda r: r["hypervolume_share"] - r["worst"])
+    share, worst = row["hypervolume_share"], row["worst"]
     if share < 0.5 or share - worst < 0.2:
         return []
     return [
-        f"Hypervolume hides failures: {row['method']} keeps {share:.0%} of it at {row['setting']}, with a worst attainment of {_n(worst)}."
+        f"Hypervolume hides failures: {row['method']} keeps {share:.0%} of it at {row['setting']}, on {PROMPTS[row['prompts']]}, with a "
+        f"worst attainment of {_n(worst)}."
     ]
 
 
 def _generalises(board: list[dict[str, Any]]) -> list[str]:
-    rows = [row for row in board if row["attainment_mean_train"] is not None and row["family"] != "baseline"]
+    """How much attainment is lost from training to test prompts."""
+    both = [row for row in board if row["attainment_mean_train"] is not None and row["attainment_mean_test"] is not None]
+    rows = [row for row in both if row["family"] != "baseline"]
     if not rows:
         return []
     row = max(rows, key=lambda r: r["attainment_mean_train"] - r["attainment_mean_test"])

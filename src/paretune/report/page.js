@@ -39,7 +39,7 @@
     button.addEventListener("click", () => {
       const section = document.getElementById(button.dataset.section);
       section.querySelectorAll("button[data-view]").forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
-      section.querySelectorAll(".which").forEach((which) => { which.textContent = button.dataset.view + " prompts"; });
+      section.querySelectorAll(".which").forEach((which) => { which.textContent = button.dataset.prompts; });
       section.querySelectorAll(".plot").forEach((plot) => { chosen[plot.id] = button.dataset.view; draw(plot.id); });
     });
   });

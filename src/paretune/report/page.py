@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from paretune.report.data import Results
+from paretune.report.data import PROMPTS, Results
 from paretune.report.figures import Figure, attainment_figures, cost_figures, front_figures, loss_figures
 from paretune.report.findings import findings
-from paretune.report.palette import looks
+from paretune.report.plot import looks
 from paretune.report.series import attainment_table, failure_table, front_table, glance_table, loss_table, relation_table
 from paretune.report.svg import to_svg
 from paretune.report.tables import CEILING, Column, Table, cost_table, leaderboard, minus
@@ -42,7 +42,8 @@ def write_page(results: Results, folder: Path) -> Path:
     (folder / "figures").mkdir(exist_ok=True)
     for section in sections:
         for figure in section.figures if section.anchor != "loss" else ():
-            title, view = f"{figure.title}, {section.title.lower()}", next(iter(figure.views.values()))
+            split, view = next(iter(figure.views.items()))
+            title = f"{figure.title}, {PROMPTS[split]}"
             (folder / "figures" / f"{figure.name}.svg").write_text(to_svg([(title, view)], alt=figure.alt), encoding="utf-8")
     page = folder / "index.html"
     page.write_text(_render(results, tables, sections), encoding="utf-8")
@@ -59,16 +60,19 @@ def _render(results: Results, tables: dict[str, Table], sections: list[Section])
     from jinja2 import Environment, FileSystemLoader
     from plotly.offline import get_plotlyjs
 
+    boards = _boards(results, tables)
     views = {figure.name: figure.views for section in sections for figure in section.figures}
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["minus"], environment.filters["whole"] = minus, lambda text: text.replace(" = ", "\u00a0=\u00a0")
+    environment.filters["prompts"] = PROMPTS.__getitem__
     environment.filters["tint"], environment.filters["groupby_runs"] = tint, _runs
     return environment.get_template("page.html.j2").render(
         results=results,
         intro=_intro(results),
         findings=findings(results),
         tables=tables,
-        boards=_boards(results, tables),
+        boards=boards,
+        meanings=list(dict.fromkeys((c.group, c.title, c.help) for _, _, table in boards for c in table.shown if c.help)),
         looks=looks(results.families),
         ceiling=CEILING,
         sections=sections,
@@ -82,7 +86,7 @@ def _render(results: Results, tables: dict[str, Table], sections: list[Section])
 
 
 def _intro(results: Results) -> list[str]:
-    """Three sentences: what a row is, what attainment is, what else is counted."""
+    """What a row is, what attainment is, which prompts numbers are on, what else is counted."""
     if not results.cells:
         return ["No cell of this run finished; what failed is listed below."]
     settings, exact = results.settings, any(s.exact for s in results.settings)
@@ -99,11 +103,17 @@ def _intro(results: Results) -> list[str]:
         else "The true front of these tasks is not known, so methods are compared by their gain in utility over the untrained "
         "reference, on the same prompts with the same noise."
     )
-    third = (
+    third = f"Ranks, figures and every number that names no other prompts are on {results.prompts}" + (
+        ": there, all that is missing from the optimum is lost by learning and by combining. Test prompts stand beside them; they also ask "
+        "what generalises."
+        if results.prompts == PROMPTS["train"]
+        else "."
+    )
+    fourth = (
         "Returns are expected rewards minus beta times the KL divergence from the reference, and every cost is what the method would have "
         "paid alone, even where trainings were shared."
     )
-    return [first, second, third]
+    return [first, second, third, fourth]
 
 
 def _boards(results: Results, tables: dict[str, Table]) -> list[tuple[str, str, Table]]:
@@ -112,14 +122,15 @@ def _boards(results: Results, tables: dict[str, Table]) -> list[tuple[str, str, 
         return []
     whole = tables["leaderboard"]
     seeds = {row["cells"] for row in whole.rows if row["method"] != CEILING}
-    left_out = {"setting", "seconds_total", "regret_worst_test"} | ({"cells"} if len(seeds) == 1 else set())
+    left_out = {"setting", "prompts", "seconds_total", "regret_worst"} | ({"cells"} if len(seeds) == 1 else set())
     left_out |= {key for key in ("unknown", "evaluations", "samples_total", "samples_path") if not any(row.get(key) for row in whole.rows)}
-    columns = tuple(c for c in whole.shown if c.key not in left_out)
     count = seeds.pop() if len(seeds) == 1 else 0
     note = f"{count} seed{'s' if count > 1 else ''} each" if count else ""
     found = []
     for setting in results.settings:
         rows = [row for row in whole.rows if row["setting"] == setting.label]
+        on = PROMPTS[setting.headline]
+        columns = tuple(replace(c, group=c.group.format(prompts=on)) for c in whole.shown if c.key not in left_out)
         found.append((setting.label, note, Table(f"leaderboard-{setting.slug}", columns, rows)))
     return found
 
@@ -158,9 +169,9 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "loss",
             "Where the loss comes from",
-            "Learning: the experts lie below their own optimum. Composition: even optimal experts, mixed token by token in this way, would "
-            "lose this much; it is known for logit mixing and its equals only. Remainder: what is left, signed; for soups it contains the "
-            "composition.",
+            "Composition: even optimal experts, mixed token by token with the same gates, would lose this much; it is known for logit "
+            "mixing and its equals only. Learning: what those would attain beyond this family, below 0 where its experts mix better than "
+            "perfect ones. Remainder: what is attributed to neither; for soups that is everything.",
             loss_figures(results),
             "loss",
         ),
@@ -169,12 +180,12 @@ def _sections(results: Results) -> list[Section]:
 
 
 def _relations(results: Results) -> list[dict[str, Any]]:
-    """Per setting: the mean verified correlation matrix of the test prompts over task seeds, and what else was verified."""
+    """Per setting: the mean verified correlation matrix of the headline's prompts over task seeds, and what else was verified."""
     found = []
     for setting in results.settings:
         verified = {c.task.get("seed"): c.record["verified"] for c in setting.cells if c.record.get("verified")}
         if verified:
-            splits = [v["test"] for v in verified.values()]
+            splits = [v[setting.headline] for v in verified.values()]
             size = range(len(setting.objectives))
             matrix = [[sum(s["correlations"][a][b] for s in splits) / len(splits) for b in size] for a in size]
             strengths = [min(x for s in splits for x in s["strength_nats"]), max(x for s in splits for x in s["strength_nats"])]
@@ -183,6 +194,7 @@ def _relations(results: Results) -> list[dict[str, Any]]:
                 {
                     "label": setting.label,
                     "names": setting.objectives,
+                    "prompts": PROMPTS[setting.headline],
                     "matrix": matrix,
                     "strength": f"{strengths[0]:.2f} to {strengths[1]:.2f}",
                     "limit": f"{min(limits):.2f}",

@@ -1,33 +1,84 @@
-"""The parts that plotly figures are made of: axes, traces, and labels placed beside what they name."""
+"""What pictures are made of: one look per method, axes and traces for plotly, and labels placed beside what they name.
+
+Colours are those of Okabe and Ito (2008) without the yellow that vanishes on white; every method also has a marker of its own, and a
+dash once the colours come round again, so that methods are told apart without colour, the same in the page, the pictures and the
+terminal. Baselines are grey: they are the scale, not the contest. The exact front is black.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from paretune.report.labels import Series, place
-from paretune.report.palette import EXACT, INK, MUTED, Look
-
 __all__ = [
+    "COLOURS",
+    "EXACT",
     "FONT",
+    "INK",
+    "MUTED",
     "PLOT",
+    "Label",
+    "Look",
+    "Series",
     "anchors",
-    "label_notes",
     "axis",
     "dense",
     "dots",
     "frame",
+    "label_notes",
     "layout",
     "level",
+    "looks",
     "padded",
     "pixels",
+    "place",
     "preference_text",
     "style",
     "trace",
 ]
+
+# Looks
+
+INK = "#1b1f24"
+MUTED = "#6b7480"
+EXACT = "#1b1f24"
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
+GREYS = ("#6b7480", "#8a929c", "#59616b", "#a3a9b1")
+MARKS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("triangle-down", "▼"), ("star", "★"), ("hexagon", "⬢"))
+GREY_MARKS = (("x-thin-open", "×"), ("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"))
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour (hex), marker (plotly's name and a character) and dash (plotly's name) of one method."""
+
+    colour: str
+    marker: str
+    mark: str
+    dash: str
+
+
+def looks(families: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, Look]:
+    """Label -> look, given label -> family ("baseline" or another) in a fixed order. The same labels always look the same."""
+    found: dict[str, Look] = {}
+    counts = {True: 0, False: 0}
+    for label, family in dict(families).items():
+        grey = family == "baseline"
+        n = counts[grey]
+        counts[grey] += 1
+        colours, marks = (GREYS, GREY_MARKS) if grey else (COLOURS, MARKS)
+        marker, mark = marks[n % len(marks)]
+        found[label] = Look(colours[n % len(colours)], marker, mark, DASHES[n // len(colours) % len(DASHES)])
+    return found
+
+
+# Axes and traces
 
 PLOT = (330, 330)  # the plot area that labels are placed for, in pixels; a larger one only spreads them
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
@@ -97,36 +148,6 @@ def pixels(points: np.ndarray, x: tuple[float, float], y: tuple[float, float]) -
     return np.stack([across, down], axis=1)
 
 
-def label_notes(
-    series: Sequence[Series], x: tuple[float, float], y: tuple[float, float], known: Mapping[str, Look], *, taken: Sequence[np.ndarray] = ()
-) -> list[dict[str, Any]]:
-    """Labels as plotly annotations: the arrow's head at the place that is named, the text so many pixels away."""
-    notes = []
-    for label in place(series, width=PLOT[0], height=PLOT[1], taken=taken):
-        first = label.name.split(", ")[0]
-        marks = "".join(f'<span style="color:{known[n].colour}">{known[n].mark}</span>' for n in label.name.split(", ") if n in known)
-        dx, dy = label.x - label.anchor[0], label.y - label.anchor[1]
-        notes.append(
-            {
-                "x": x[0] + label.anchor[0] / PLOT[0] * (x[1] - x[0]),
-                "y": y[1] - label.anchor[1] / PLOT[1] * (y[1] - y[0]),
-                "ax": dx,
-                "ay": dy,
-                "text": f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>",
-                "name": label.name,
-                "showarrow": True,
-                "arrowhead": 0,
-                "arrowwidth": 0.8,
-                "arrowcolor": known[first].colour if first in known else EXACT,
-                "standoff": 5,
-                "font": {"size": 12, "color": INK},
-                "bgcolor": "rgba(255,255,255,0.7)",
-                "borderpad": 1,
-            }
-        )
-    return notes
-
-
 def level(y: float, colour: str, width: float) -> dict[str, Any]:
     """A horizontal line across the plot."""
     return {
@@ -175,3 +196,106 @@ def layout(titles: Sequence[str], x: tuple[float, float], y: tuple[float, float]
     """A plot with titled axes, ranges and labels."""
     axes = {"xaxis": {**axis(titles[0]), "range": list(x)}, "yaxis": {**axis(titles[1]), "range": list(y)}}
     return {**frame(), **axes, "annotations": notes}
+
+
+# Labels: where to put a name so that it covers neither another one nor a curve
+
+GLYPH, LINE = 6.6, 15.0  # width of a letter and height of a line in pixels, at 12 px
+RADII, ANGLES = (13.0, 24.0, 40.0, 62.0), np.arange(0, 2 * np.pi, np.pi / 8)
+OFFSETS = np.array([(radius * np.cos(angle), radius * np.sin(angle)) for radius in RADII for angle in ANGLES])
+TRIED = 40  # places whose leaders are looked at
+
+
+@dataclass(frozen=True)
+class Series:
+    """A name, the places that a label may point to, and every place that a label should not cover: (n, 2) pixels, y downwards."""
+
+    name: str
+    anchors: np.ndarray
+    ink: np.ndarray
+
+
+@dataclass(frozen=True)
+class Label:
+    """`x, y` is the centre of the text, `anchor` the place that it names; pixels, y downwards."""
+
+    name: str
+    x: float
+    y: float
+    anchor: tuple[float, float]
+
+
+def place(series: Sequence[Series], *, width: float, height: float, extra: int = 2, taken: Sequence[np.ndarray] = ()) -> list[Label]:
+    """One label per series inside a width x height plot; greedy, the longest names first. `extra` letters stand for the marker.
+
+    `taken` are boxes that stay free: (2, 2), centre and half size. A series for whose label there is no free place gets none: the key
+    beside the picture still names it.
+    """
+    ink = np.concatenate([s.ink for s in series]) if series else np.empty((0, 2))
+    boxes = list(taken)
+    labels = []
+    for one in sorted(series, key=lambda s: -len(s.name)):
+        half = np.array([GLYPH * (len(one.name) + extra) / 2 + 3, LINE / 2 + 1])
+        anchors = np.repeat(one.anchors, len(OFFSETS), axis=0)
+        offsets = np.tile(OFFSETS, (len(one.anchors), 1))
+        aside = np.where(np.abs(offsets[:, 0]) > 4, np.sign(offsets[:, 0]) * half[0] * np.minimum(1, np.abs(offsets[:, 0]) / 12), 0.0)
+        centres = anchors + offsets + np.stack([aside, np.zeros_like(aside)], axis=1)
+        others = np.concatenate([np.empty((0, 2)), *[s.ink for s in series if s is not one]])
+        outside = (centres - half < 0).any(1) | (centres + half > (width, height)).any(1)
+        for box in boxes:
+            outside |= (np.abs(centres - box[0]) < half + box[1]).all(1)
+        free = np.flatnonzero(~outside)
+        if len(free):
+            best = free[_best(centres[free], anchors[free], half, ink, others)]
+            boxes.append(np.stack([centres[best], half]))
+            (x, y), (ax, ay) = centres[best], anchors[best]
+            labels.append(Label(one.name, float(x), float(y), (float(ax), float(ay))))
+    return labels
+
+
+def _best(centres: np.ndarray, anchors: np.ndarray, half: np.ndarray, ink: np.ndarray, others: np.ndarray) -> int:
+    """The place that covers least, points to the least crowded spot from nearby, and whose leader crosses fewest other curves."""
+
+    def gaps(places: np.ndarray) -> np.ndarray:
+        return np.maximum(np.abs(places[:, :1] - others[:, 0]), np.abs(places[:, 1:] - others[:, 1])).min(1)
+
+    covered = ((np.abs(centres[:, :1] - ink[:, 0]) < half[0]) & (np.abs(centres[:, 1:] - ink[:, 1]) < half[1])).sum(1)
+    costs = 3.0 * covered + 0.05 * np.hypot(*(centres - anchors).T)
+    if not len(others):
+        return int(costs.argmin())
+    spots, which = np.unique(anchors, axis=0, return_inverse=True)
+    costs = costs + (12.0 / (1.0 + gaps(spots)))[which.ravel()]
+    tried = np.argsort(costs, kind="stable")[:TRIED]
+    for share in np.linspace(0.25, 0.75, 5):
+        costs[tried] += 2.0 * (gaps(anchors[tried] + share * (centres - anchors)[tried]) < 4)
+    return int(tried[costs[tried].argmin()])
+
+
+def label_notes(
+    series: Sequence[Series], x: tuple[float, float], y: tuple[float, float], known: Mapping[str, Look], *, taken: Sequence[np.ndarray] = ()
+) -> list[dict[str, Any]]:
+    """Labels as plotly annotations: the arrow's head at the place that is named, the text so many pixels away."""
+    notes = []
+    for label in place(series, width=PLOT[0], height=PLOT[1], taken=taken):
+        first = label.name.split(", ")[0]
+        marks = "".join(f'<span style="color:{known[n].colour}">{known[n].mark}</span>' for n in label.name.split(", ") if n in known)
+        dx, dy = label.x - label.anchor[0], label.y - label.anchor[1]
+        notes.append(
+            {
+                "x": x[0] + label.anchor[0] / PLOT[0] * (x[1] - x[0]),
+                "y": y[1] - label.anchor[1] / PLOT[1] * (y[1] - y[0]),
+                "ax": dx,
+                "ay": dy,
+                "text": f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>",
+                "name": label.name,
+                "showarrow": True,
+                "arrowhead": 0,
+                "arrowwidth": 0.8,
+                "arrowcolor": known[first].colour if first in known else EXACT,
+                "standoff": 5,
+                "font": {"size": 12, "color": INK},
+                "bgcolor": "rgba(255,255,255,0.7)",
+                "borderpad": 1,
+            }
+        )
+    return notes

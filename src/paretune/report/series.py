@@ -7,23 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.data import Cell, Results, Setting
-from paretune.report.tables import CEILING, SPLITS, Column, Table, leaderboard
+from paretune.report.data import PROMPTS, SPLITS, Cell, Results, Setting
+from paretune.report.tables import CEILING, Column, Table, headline, leaderboard
 
 __all__ = ["LOSS_PARTS", "attainment_table", "failure_table", "front_table", "glance_table", "loss_table", "relation_table"]
 
 
 def glance_table(results: Results) -> Table:
-    """Worst test attainment: methods down, settings across, and the worst of all settings, best first."""
-    board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["attainment_worst_test"] is not None]
+    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last."""
+    exact = [s for s in results.settings if s.exact]
+    here = {s.label for s in exact}
+    board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in here]
     columns = [Column("method", "method", "text"), Column("family", "family", "text")]
-    columns += [Column(s.label, s.label, "share") for s in results.settings if s.exact]
+    columns += [Column(s.label, s.label, "share") for s in exact]
     columns.append(Column("worst", "worst of all", "share"))
+    if all(s.headline != "test" for s in exact):
+        columns.append(Column("worst_test", f"worst of all, {PROMPTS['test']}", "share"))
     rows = []
     for label, family in results.families.items():
-        values = {row["setting"]: row["attainment_worst_test"] for row in board if row["method"] == label}
+        mine = [row for row in board if row["method"] == label]
+        values: dict[str, Any] = {row["setting"]: worst for row in mine if (worst := headline(row)) is not None}
         if values:
-            rows.append({"method": label, "family": family, **values, "worst": min(values.values())})
+            there = [row["attainment_worst_test"] for row in mine if row["attainment_worst_test"] is not None]
+            rows.append(
+                {"method": label, "family": family, **values, "worst": min(values.values()), "worst_test": min(there, default=None)}
+            )
     return Table("glance", tuple(columns), sorted(rows, key=lambda row: -row["worst"]))
 
 
@@ -114,23 +122,24 @@ LOSS_PARTS = ("learning", "composition", "remainder")
 
 
 def loss_table(results: Results) -> Table:
-    """Where the loss comes from on test prompts, in units of attainment: means over preferences and seeds. The parts sum to the loss."""
+    """Where the headline's loss comes from, in units of attainment: means over preferences and seeds. The parts sum to the loss."""
     columns = (
         Column("setting", "setting", "text"),
         Column("method", "method", "text"),
-        Column("learning", "learning", "share", "the experts lie below their own optimum"),
-        Column("composition", "composition", "share", "optimal experts, mixed in the same way, would still lose this"),
-        Column("remainder", "remainder", "share", "errors of experts that cancel or add up; for soups it contains the composition"),
+        Column("prompts", "prompts", "text"),
+        Column("learning", "learning", "share", "what optimal experts, mixed with the same gates, attain beyond this family; signed"),
+        Column("composition", "composition", "share", "what optimal experts, mixed with the same gates, would still lose"),
+        Column("remainder", "remainder", "share", "attributed to neither: 0 for logit mixing and its equals, everything for soups"),
         Column("loss", "1 − attainment", "share", "their sum, mean over preferences"),
     )
     rows = []
     for setting in results.settings:
         for label in results.families:
-            losses = [cell.measured("test")["loss"] for cell in setting.of(label) if cell.measured("test").get("loss")]
+            losses = [loss for cell in setting.of(label) if (loss := cell.measured(setting.headline).get("loss"))]
             if losses:
                 parts = {name: _mean_known([v for loss in losses for v in (loss[name] or ())]) for name in LOSS_PARTS}
                 total = sum(v for v in parts.values() if v is not None)
-                rows.append({"setting": setting.label, "method": label, **parts, "loss": total})
+                rows.append({"setting": setting.label, "method": label, "prompts": setting.headline, **parts, "loss": total})
     return Table("loss", columns, rows)
 
 

@@ -11,8 +11,7 @@ from html import escape, unescape
 from math import cos, log10, pi, sin
 from typing import Any
 
-from paretune.report.palette import INK, MUTED
-from paretune.report.plot import FONT, PLOT
+from paretune.report.plot import FONT, INK, MUTED, PLOT
 
 __all__ = ["to_svg"]
 
@@ -126,7 +125,7 @@ def _marker(symbol: str, at: tuple[float, float], marker: Mapping[str, Any]) -> 
 
 
 def _label(note: Mapping[str, Any], x: _Scale, y: _Scale) -> Iterator[str]:
-    """A label that `labels.place` put down, or a name on a line."""
+    """A label that `plot.place` put down, or a name on a line."""
     text = _text(note["text"])
     if not note.get("showarrow"):
         yield f'<text x="{PLOT[0]}" y="{y.at(note["y"]) - 6}" text-anchor="end" fill="{INK}">{text}</text>'

@@ -10,26 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.data import Cell, Results, Setting
+from paretune.report.data import PROMPTS, SPLITS, Cell, Results, Setting
 
 __all__ = [
     "CEILING",
-    "SPLITS",
     "Column",
     "Table",
     "cost_table",
+    "headline",
     "leaderboard",
     "minus",
     "short_count",
 ]
 
 CEILING = "the exact optimum"
-SPLITS = ("test", "train")
 
 
 @dataclass(frozen=True)
 class Column:
-    """`kind` says how a value is shown: text | share (attainment, 1 is all) | number | count | yes."""
+    """`kind` says how a value is shown: text | share (attainment, 1 is all) | number | count | yes. In `group`, {prompts} stands for those
+    of the headline."""
 
     key: str
     title: str
@@ -90,35 +90,50 @@ def short_count(value: float) -> str:
     return f"{value:.3g}"
 
 
-# The leaderboard
+# The leaderboard. A number whose key names no split is on the prompts of its setting's headline, which the column "prompts" names.
 
 WORST_HELP = "the lowest attainment over all judged preferences and seeds: 1 is the exact optimum, 0 the untrained reference, below 0 harm"
+MEAN_HELP = "the mean over judged preferences and seeds"
+HEADLINE = "on {prompts}"
 
 LEADERBOARD = (
     Column("setting", "setting", "text"),
     Column("method", "method", "text"),
     Column("family", "family", "text"),
-    Column("attainment_worst_test", "worst", "share", WORST_HELP, "attainment, test"),
-    Column("attainment_mean_test", "mean", "share", "the mean over judged preferences and seeds", "attainment, test"),
-    Column("attainment_worst_train", "worst", "share", WORST_HELP, "attainment, train"),
-    Column("attainment_mean_train", "mean", "share", "the mean over judged preferences and seeds", "attainment, train"),
-    Column("gain_mean_test", "mean", "number", "utility above the reference on test prompts, paired", "gain, test"),
-    Column("gain_low_test", "low", "number", "lower end of its 95 % interval", "gain, test"),
-    Column("gain_high_test", "high", "number", "upper end of its 95 % interval", "gain, test"),
-    Column("gain_worst_test", "worst", "number", "the lowest gain at a judged preference", "gain, test"),
+    Column("prompts", "prompts", "text", "train or test: where every number was measured whose heading says no other"),
+    *(
+        Column(f"attainment_{which}_{split}", which, "share", f"on {PROMPTS[split]}, {text}", f"attainment, {split}")
+        for split in SPLITS
+        for which, text in (("worst", WORST_HELP), ("mean", MEAN_HELP))
+    ),
+    Column("gain_mean", "mean", "number", "utility above the reference, paired: same prompts, same noise", "gain, {prompts}"),
+    Column("gain_low", "low", "number", "lower end of its 95 % interval", "gain, {prompts}"),
+    Column("gain_high", "high", "number", "upper end of its 95 % interval", "gain, {prompts}"),
+    Column("gain_worst", "worst", "number", "the lowest gain at a judged preference", "gain, {prompts}"),
     Column(
-        "hypervolume_share_test",
+        "hypervolume_share",
         "hyper\u00advolume share",
         "share",
         "share of the exact front's hypervolume; hides failures between good points",
+        HEADLINE,
     ),
-    Column("igd_plus_test", "IGD+", "number", "mean distance by which the front lies above the method's points; 0 is best"),
-    Column("regret_worst_test", "worst regret", "number", "the largest loss of return at a judged preference; 0 is best"),
+    Column("igd_plus", "IGD+", "number", "mean distance by which the front lies above the method's points; 0 is best", HEADLINE),
+    Column("regret_worst", "worst regret", "number", "the largest loss of return at a judged preference; 0 is best", HEADLINE),
     Column(
-        "utility_loss_max_test", "max utility loss", "number", "what is lost at the worst preference if the best of ALL points served it"
+        "utility_loss_max",
+        "max utility loss",
+        "number",
+        "what is lost at the worst preference if the best of ALL points served it",
+        HEADLINE,
     ),
-    Column("kl_mean_test", "KL", "share", "nats per response away from the reference, mean over preferences"),
-    Column("controllability_test", "control", "share", "agreement of the path over preferences with the exact front's path"),
+    Column("kl_mean", "KL", "share", "nats per response away from the reference, mean over preferences", HEADLINE),
+    Column(
+        "controllability",
+        "control",
+        "share",
+        "agreement of the path over preferences with the optimum's: 1 moves as it does, 0 does not react, \u22121 is its mirror image",
+        HEADLINE,
+    ),
     Column("trainings", "train\u00adings", "count", "trainings that the method needs on its own", "cost"),
     Column("forwards_per_token", "forwards per token", "count", "runs of the model per generated token", "cost"),
     Column("evaluations", "search evals", "count", "calls of the outer level's score, over all judged preferences", "cost"),
@@ -134,7 +149,7 @@ LEADERBOARD = (
 
 
 def leaderboard(results: Results) -> Table:
-    """One row per setting and method, best worst attainment first; the exact optimum on top."""
+    """One row per setting and method, best worst attainment (or gain) of the headline first; the exact optimum on top."""
     rows = []
     for setting in results.settings:
         ranked = sorted((_row(setting, label) for label in setting.labels), key=_rank, reverse=True)
@@ -142,34 +157,36 @@ def leaderboard(results: Results) -> Table:
     return Table("leaderboard", LEADERBOARD, rows)
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
-    unknown = float("-inf")
-    first = row["attainment_worst_test"] if row["attainment_worst_test"] is not None else row["gain_worst_test"]
-    second = row["attainment_mean_test"] if row["attainment_mean_test"] is not None else row["gain_mean_test"]
-    return (unknown if first is None else first, unknown if second is None else second)
+def headline(row: Mapping[str, Any], which: str = "worst") -> float | None:
+    """What a row of the leaderboard or of the cost table is compared by: its worst (or mean) attainment, or gain, on its own prompts."""
+    attained = row.get(f"attainment_{which}_{row['prompts']}")
+    return row.get(f"gain_{which}") if attained is None else attained
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(float("-inf") if value is None else value for value in (headline(row), headline(row, "mean")))
 
 
 def _row(setting: Setting, label: str) -> dict[str, Any]:
-    cells = setting.of(label)
-    row: dict[str, Any] = {"setting": setting.label, "method": label, "family": cells[0].card["family"]}
+    cells, on = setting.of(label), setting.headline
+    row: dict[str, Any] = {"setting": setting.label, "method": label, "family": cells[0].card["family"], "prompts": on}
     for split in SPLITS:
         row[f"attainment_worst_{split}"] = _reduce(min, cells, split, "attainment", "worst")
         row[f"attainment_mean_{split}"] = _reduce(_mean, cells, split, "attainment", "mean")
-    row["gain_mean_test"] = row["gain_worst_test"] = None
     if not setting.exact:
         row |= {
-            "gain_mean_test": _reduce(_mean, cells, "test", "gain", "mean", "value"),
-            "gain_low_test": _reduce(_mean, cells, "test", "gain", "mean", "low") if len(cells) == 1 else None,
-            "gain_high_test": _reduce(_mean, cells, "test", "gain", "mean", "high") if len(cells) == 1 else None,
-            "gain_worst_test": _lowest_gain(cells),
+            "gain_mean": _reduce(_mean, cells, on, "gain", "mean", "value"),
+            "gain_low": _reduce(_mean, cells, on, "gain", "mean", "low") if len(cells) == 1 else None,
+            "gain_high": _reduce(_mean, cells, on, "gain", "mean", "high") if len(cells) == 1 else None,
+            "gain_worst": _lowest_gain(cells, on),
         }
     return row | {
-        "hypervolume_share_test": _reduce(_mean, cells, "test", "hypervolume", "share"),
-        "igd_plus_test": _reduce(_mean, cells, "test", "igd_plus", "value"),
-        "regret_worst_test": _reduce(max, cells, "test", "regret", "worst"),
-        "utility_loss_max_test": _reduce(max, cells, "test", "utility_loss", "maximum"),
-        "kl_mean_test": _reduce(_mean, cells, "test", "kl", "mean"),
-        "controllability_test": _reduce(_mean, cells, "test", "controllability"),
+        "hypervolume_share": _reduce(_mean, cells, on, "hypervolume", "share"),
+        "igd_plus": _reduce(_mean, cells, on, "igd_plus", "value"),
+        "regret_worst": _reduce(max, cells, on, "regret", "worst"),
+        "utility_loss_max": _reduce(max, cells, on, "utility_loss", "maximum"),
+        "kl_mean": _reduce(_mean, cells, on, "kl", "mean"),
+        "controllability": _reduce(_mean, cells, on, "controllability"),
         "trainings": len(cells[0].record["trainings"]),
         "forwards_per_token": cells[0].record.get("forwards_per_token"),
         "samples_total": _mean([_all_samples(c, "total") for c in cells]),
@@ -187,17 +204,18 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
 def _ceiling(setting: Setting) -> list[dict[str, Any]]:
     if not setting.exact:
         return []
-    ones = {f"attainment_{which}_{split}": 1.0 for which in ("worst", "mean") for split in SPLITS if setting.cells[0].measured(split)}
+    ones = {f"attainment_{which}_{split}": 1.0 for which in ("worst", "mean") for split in setting.splits}
     return [
         {
             "setting": setting.label,
             "method": CEILING,
+            "prompts": setting.headline,
             **ones,
-            "hypervolume_share_test": _reduce(_mean, setting.cells, "test", "hypervolume", "share_of_optimum"),
-            "igd_plus_test": _reduce(_mean, setting.cells, "test", "igd_plus", "of_optimum"),
-            "regret_worst_test": 0.0,
-            "utility_loss_max_test": 0.0,
-            "controllability_test": 1.0,
+            "hypervolume_share": _reduce(_mean, setting.cells, setting.headline, "hypervolume", "share_of_optimum"),
+            "igd_plus": _reduce(_mean, setting.cells, setting.headline, "igd_plus", "of_optimum"),
+            "regret_worst": 0.0,
+            "utility_loss_max": 0.0,
+            "controllability": 1.0,
             "cells": len(setting.task_seeds),
         }
     ]
@@ -207,8 +225,8 @@ def _all_samples(cell: Cell, kind: str) -> float:
     return cell.cost(kind)["samples"] + cell.cost(kind)["validation_samples"]
 
 
-def _lowest_gain(cells: Iterable[Cell]) -> float | None:
-    values = [e["value"] for cell in cells for e in (cell.measured("test").get("gain") or {}).get("per_preference", ())]
+def _lowest_gain(cells: Iterable[Cell], split: str) -> float | None:
+    values = [e["value"] for cell in cells for e in (cell.measured(split).get("gain") or {}).get("per_preference", ())]
     known = [v for v in values if v is not None]
     return min(known) if known else None
 
@@ -239,7 +257,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 COST_KEYS = (
-    *("setting", "method", "attainment_worst_test", "gain_mean_test", "gain_worst_test", "trainings", "forwards_per_token", "evaluations"),
+    *("setting", "method", "prompts", "attainment_worst_train", "attainment_worst_test", "gain_mean", "gain_worst"),
+    *("trainings", "forwards_per_token", "evaluations"),
     *("samples_total", "samples_path", "tokens_total", "tokens_path", "seconds_total", "zero_shot"),
 )
 

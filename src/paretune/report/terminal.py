@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from paretune.report.data import Results
+from paretune.report.data import PROMPTS, Results
 from paretune.report.findings import findings
-from paretune.report.palette import looks
+from paretune.report.plot import looks
 from paretune.report.tables import CEILING, Column, Table, leaderboard
 
 __all__ = ["console", "print_leaderboard", "print_table"]
@@ -20,15 +20,16 @@ WIDE = 132  # columns of output that goes to a file or a pipe
 
 # The leaderboard's columns in a terminal, in order; those with a higher number go first where the terminal is narrow.
 SHOWN = {
-    "attainment_worst_test": ("worst", 0),
-    "attainment_mean_test": ("mean", 0),
-    "gain_mean_test": ("gain", 0),
-    "gain_worst_test": ("worst gain", 0),
-    "attainment_worst_train": ("worst, train", 4),
-    "hypervolume_share_test": ("hyper-\nvolume", 2),
-    "utility_loss_max_test": ("max\nloss", 5),
-    "kl_mean_test": ("KL", 1),
-    "controllability_test": ("control", 6),
+    "attainment_worst_train": ("worst", 0),
+    "attainment_mean_train": ("mean", 0),
+    "attainment_worst_test": ("worst,\ntest", 1),
+    "attainment_mean_test": ("mean,\ntest", 4),
+    "gain_mean": ("gain", 0),
+    "gain_worst": ("worst gain", 0),
+    "hypervolume_share": ("hyper-\nvolume", 2),
+    "utility_loss_max": ("max\nloss", 5),
+    "kl_mean": ("KL", 1),
+    "controllability": ("control", 6),
     "trainings": ("train-\nings", 3),
     "forwards_per_token": ("fwd /\ntoken", 3),
     "samples_total": ("samples", 2),
@@ -66,7 +67,7 @@ def print_leaderboard(results: Results, to: Console) -> None:
     for setting in results.settings:
         rows = [row for row in board.rows if row["setting"] == setting.label]
         seeds = len(setting.task_seeds)
-        title = Text.assemble((setting.label, "bold"), f"  (test prompts, {seeds} seed{'s' if seeds > 1 else ''})")
+        title = Text.assemble((setting.label, "bold"), f"  ({PROMPTS[setting.headline]}, {seeds} seed{'s' if seeds > 1 else ''})")
         grid = Grid(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         grid.add_column("method", no_wrap=True, vertical="bottom")
         for column in columns:
