@@ -133,6 +133,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in plain.model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {options.threads} threads, {PROMPT_TOKENS} + {options.new_tokens} tokens", file=sys.stderr)
     figures: dict[str, float] = {}
+    speeds: dict[str, list[float]] = {}
     comparisons = [
         ("gated_vs_plain_b16", gated, plain, 16, options.rounds),
         ("gated_vs_plain_b1", gated, plain, 1, options.rounds),
@@ -145,15 +146,14 @@ def main() -> None:
         seconds_a, seconds_b, figures[name] = paired_medians(run_a, run_b, rounds)
         speed_a, speed_b = (rows * options.new_tokens / seconds for seconds in (seconds_a, seconds_b))
         print(f"{name}: {figures[name]:.3f}  ({speed_a:.0f} against {speed_b:.0f} tokens/s, {rounds} pairs)", file=sys.stderr)
-        first, second = name.removesuffix("_b16").removesuffix("_b1").split("_vs_")
-        figures[f"{first}_tokens_per_second_b{rows}"] = speed_a
-        figures[f"{second}_tokens_per_second_b{rows}"] = speed_b
+        speeds[name] = [round(speed_a, 1), round(speed_b, 1)]
     emit(
         figures,
         options.out,
         model={"parameters": parameters, **SHAPE},
         adapters={"experts": EXPERTS, "rank": RANK, "alpha": ALPHA, "targets": "every linear layer but the head"},
         tokens={"prompt": PROMPT_TOKENS, "new": options.new_tokens},
+        tokens_per_second=speeds,  # of the two sides of each comparison, at its own moment
         pairs={name: rounds for name, _, _, _, rounds in comparisons},
     )
 

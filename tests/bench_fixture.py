@@ -28,14 +28,15 @@ def fakes_loaded(monkeypatch):
     for registry in registries:
         list(registry)  # what ships with Paretune is loaded
     before = [dict(registry._classes) for registry in registries]
-    loaded = {name for name in sys.modules if name.startswith(PLUGIN)}  # by tests of other files in this process
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(PLUGIN)}  # of other files' tests
     load_plugin(HERE / "fakes.py")
-    (plugin,) = {name for name in sys.modules if name.startswith(PLUGIN)} - loaded
+    (plugin,) = (name for name in sys.modules if name.startswith(PLUGIN))
     monkeypatch.setattr(evaluation, "evaluate", sys.modules[plugin].fake_evaluate)
     try:
         yield sys.modules[plugin]
     finally:
         del sys.modules[plugin]
+        sys.modules.update(others)
         for registry, classes in zip(registries, before, strict=True):
             registry._classes = classes
 
