@@ -1,9 +1,5 @@
-"""The loop: is its gradient that of J_w, does it reach the optimum, does it survive a kill, and what it refuses."""
+"""The loop: is its gradient that of J_w, does it reach the optimum, what does it leave behind, and what does it refuse?"""
 
-import json
-import os
-import signal
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from paretune.batches import draw, prompt_order
-from paretune.checkpoint import progress_text, terminal_progress
+from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
+from paretune.checkpoint import progress_text
 from paretune.errors import ConfigError, RewardError, TrainingError
 from paretune.exact_learner import enumerated_returns
 from paretune.learner import PolicyGradient, converged
@@ -24,36 +20,6 @@ from paretune.seeds import forked_torch, generator
 from paretune.tasks import Task
 from paretune.tasks.exact import ExactTask
 from paretune.types import Artifact, Objectives, Prompt, TrainSpec
-
-TASK = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
-SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2}
-W = (0.3, 0.7)
-
-
-def spec_of(learner, preference=W, task=TASK, **settings):
-    return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=11, **settings)
-
-
-def moved(learner, task=TASK, preference=W, size=0.5):
-    """A policy away from the reference, so that every term of the gradient is at work."""
-    policy = learner.start(spec_of(learner, preference, task), task, {})
-    with torch.no_grad(), forked_torch(12):
-        for parameter in policy.bank.parameters():
-            parameter.copy_(size * torch.randn(parameter.shape))
-    return policy
-
-
-def flat(policy):
-    return torch.cat([p.grad.flatten() for p in policy.bank.parameters()]).double().numpy()
-
-
-def weights(folder):
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-
 
 # What it climbs
 
@@ -171,54 +137,6 @@ def test_the_same_seed_is_the_same_training_and_another_is_not(tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-@pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])
-def test_a_killed_training_resumes_bitwise(tmp_path, when, optimiser):
-    """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""
-    learner = PolicyGradient(
-        **{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3, optimiser=optimiser
-    )
-    spec = spec_of(learner)
-    learner.train(spec, TASK, tmp_path / "whole")
-
-    def die(record):
-        if record["step"] == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        learner.train(spec, TASK, tmp_path / "killed", progress=die)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    left = [p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()]
-    assert f"{(when - 1) // 2 * 2:08d}" in left
-    steps = []
-    learner.train(spec, TASK, tmp_path / "killed", progress=lambda record: steps.append(record["step"]))
-    assert steps == list(range((when - 1) // 2 * 2 + 1, 11)), "nothing is trained twice but what was after the checkpoint"
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    whole, killed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
-    timing = ("seconds", "tokens_per_s")
-    assert [{k: v for k, v in x.items() if k not in timing} for x in killed] == [
-        {k: v for k, v in x.items() if k not in timing} for x in whole
-    ]
-    assert read_cost(tmp_path / "killed").samples == 160
-
-
-def test_ctrl_c_keeps_the_checkpoint_and_another_training_is_not_resumed_from_it(tmp_path):
-    learner = PolicyGradient(**SMALL)
-
-    def interrupt(record):
-        if record["step"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        learner.train(spec_of(learner), TASK, tmp_path, progress=interrupt)
-    assert (tmp_path / "checkpoint" / "00000002" / "state.safetensors").is_file()
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-    with pytest.raises(TrainingError, match="resumes from its own checkpoint"):
-        learner.train(spec_of(learner, (0.5, 0.5)), TASK, tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
-
-
 def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
     learner = PolicyGradient(**SMALL)
     first = spec_of(learner)
@@ -242,47 +160,6 @@ def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
 # Prompts, streams, stopping
 
 
-def test_prompts_come_round_in_a_seeded_order():
-    order = prompt_order(1, 0, 12, 4)
-    assert all(sorted(order[i : i + 4]) == [0, 1, 2, 3] for i in (0, 4, 8))
-    assert order[3:9] == prompt_order(1, 3, 6, 4), "the order does not depend on where batches begin"
-    assert order != prompt_order(2, 0, 12, 4)
-
-
-def test_a_prompt_that_comes_twice_in_a_batch_gets_new_responses():
-    learner = PolicyGradient(**SMALL)
-    policy, spec = moved(learner), spec_of(learner)
-    made = draw(policy, TASK, spec, step=0, first=0, prompts=40, group=2)
-    order = np.array(prompt_order(spec.seed, 0, 40, 2)).repeat(2)
-    rows = [tuple(row) for row in made.logp_NT[torch.from_numpy(order == 0)].numpy().round(6).tolist()]
-    assert len(set(rows)) > 4, "40 copies of one response would mean shared streams"
-
-
-@pytest.mark.parametrize("optimiser", ["muon", "adam"])
-def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(monkeypatch, optimiser):
-    """After every update: sampled log-probabilities are the scorer's, with merged weights and without, and the base comes back bitwise."""
-    learner = PolicyGradient(**{**SMALL, "lr": 0.1}, optimiser=optimiser)
-    policy, spec = moved(learner), spec_of(learner)
-    base = [p.clone() for p in policy.model.parameters() if not p.requires_grad]
-    steps = learner.new_optimiser(policy.bank.parameters())
-    for step in range(3):
-        batch = learner.collect(policy, TASK, spec, step)
-        made = batch.responses
-        with torch.no_grad():
-            scored = learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
-        torch.testing.assert_close((scored * made.mask_NT).double(), made.logp_NT, atol=1e-4, rtol=0)
-        monkeypatch.setattr("paretune.batches.MERGE_LIMIT", 0)
-        unmerged = learner.collect(policy, TASK, spec, step).responses
-        monkeypatch.undo()
-        assert unmerged.tokens_NT.tolist() == made.tokens_NT.tolist()
-        torch.testing.assert_close(unmerged.logp_NT, made.logp_NT, atol=1e-4, rtol=0)
-        learner.update(policy, steps, batch, beta=TASK.beta, step=step)
-    monkeypatch.setattr("paretune.batches.sample", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        learner.collect(policy, TASK, spec, 3)
-    assert all(torch.equal(a, b) for a, b in zip(base, [p for p in policy.model.parameters() if not p.requires_grad], strict=True))
-
-
 def test_the_stopping_rule(tmp_path):
     assert not converged([1.0] * 19, 20, 0.015)
     assert converged([0.0] + [1.0] * 20, 20, 0.015)
@@ -299,18 +176,6 @@ def test_pace():
     assert [learner.pace(s) for s in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
     assert PolicyGradient(**SMALL, schedule="cosine").pace(2) == pytest.approx(0.5)
     assert PolicyGradient(**SMALL, schedule="constant").pace(3) == 1
-
-
-def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch):
-    with terminal_progress("x") as progress:
-        assert progress is None
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    record = {"step": 1, "steps": 2, "rewards": {"polite": 0.5, "brief": None}, "kl": 0.25, "tokens_per_s": 5310.0}
-    with terminal_progress("expert") as progress:
-        progress(record)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert progress_text(record) == "polite 0.500 brief ? | KL 0.250 | 5,310 tokens/s"
 
 
 # What it refuses

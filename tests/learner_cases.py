@@ -1,0 +1,39 @@
+"""What the tests of the learner, its batches and its checkpoints share: one tiny exact task and a way to look at a training."""
+
+import json
+
+import torch
+
+from paretune.registry import describe
+from paretune.seeds import forked_torch
+from paretune.tasks.exact import ExactTask
+from paretune.types import TrainSpec
+
+TASK = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
+SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2}
+W = (0.3, 0.7)
+
+
+def spec_of(learner, preference=W, task=TASK, **settings):
+    return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=11, **settings)
+
+
+def moved(learner, task=TASK, preference=W, size=0.5):
+    """A policy away from the reference, so that every term of the gradient is at work."""
+    policy = learner.start(spec_of(learner, preference, task), task, {})
+    with torch.no_grad(), forked_torch(12):
+        for parameter in policy.bank.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape))
+    return policy
+
+
+def flat(policy):
+    return torch.cat([p.grad.flatten() for p in policy.bank.parameters()]).double().numpy()
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]

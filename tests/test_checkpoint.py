@@ -1,0 +1,73 @@
+"""A training that is killed or interrupted: what is left, and that it goes on bitwise."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from paretune.checkpoint import progress_text, terminal_progress
+from paretune.errors import TrainingError
+from paretune.learner import PolicyGradient
+from paretune.ledger import read_cost
+
+
+@pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])
+def test_a_killed_training_resumes_bitwise(tmp_path, when, optimiser):
+    """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""
+    learner = PolicyGradient(
+        **{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3, optimiser=optimiser
+    )
+    spec = spec_of(learner)
+    learner.train(spec, TASK, tmp_path / "whole")
+
+    def die(record):
+        if record["step"] == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        learner.train(spec, TASK, tmp_path / "killed", progress=die)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    left = [p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()]
+    assert f"{(when - 1) // 2 * 2:08d}" in left
+    steps = []
+    learner.train(spec, TASK, tmp_path / "killed", progress=lambda record: steps.append(record["step"]))
+    assert steps == list(range((when - 1) // 2 * 2 + 1, 11)), "nothing is trained twice but what was after the checkpoint"
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    whole, killed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
+    timing = ("seconds", "tokens_per_s")
+    assert [{k: v for k, v in x.items() if k not in timing} for x in killed] == [
+        {k: v for k, v in x.items() if k not in timing} for x in whole
+    ]
+    assert read_cost(tmp_path / "killed").samples == 160
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_another_training_is_not_resumed_from_it(tmp_path):
+    learner = PolicyGradient(**SMALL)
+
+    def interrupt(record):
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.train(spec_of(learner), TASK, tmp_path, progress=interrupt)
+    assert (tmp_path / "checkpoint" / "00000002" / "state.safetensors").is_file()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(TrainingError, match="resumes from its own checkpoint"):
+        learner.train(spec_of(learner, (0.5, 0.5)), TASK, tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
+
+
+def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch):
+    with terminal_progress("x") as progress:
+        assert progress is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    record = {"step": 1, "steps": 2, "rewards": {"polite": 0.5, "brief": None}, "kl": 0.25, "tokens_per_s": 5310.0}
+    with terminal_progress("expert") as progress:
+        progress(record)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert progress_text(record) == "polite 0.500 brief ? | KL 0.250 | 5,310 tokens/s"
