@@ -16,8 +16,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from paretune.cli import app
+from paretune.cli import _even_weights, app
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
+from paretune.types import Preference
 from recipe_files import tiny_model, write_recipe
 from report_cells import run_directory
 
@@ -254,3 +255,10 @@ def test_ctrl_c_at_a_real_terminal_command(suite, tmp_path):
     assert out == ""
     assert "kept" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_the_preference_that_fit_suggests_is_one(count):
+    names = [f"o{k}" for k in range(count)]
+    weights = Preference.of(names, _even_weights(names)).weights
+    assert min(weights) > 0.5 / count

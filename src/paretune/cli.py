@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +128,7 @@ def fit(
         return
     if rows:
         _print_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
-    example = ",".join(f"{name}={1 / family.objectives.count:.3g}" for name in family.objectives.names)
+    example = _even_weights(family.objectives.names)
     typer.echo(f'{folder}\ntry it: paretune sample {folder} --preference {example} "your prompt"')
 
 
@@ -314,3 +315,9 @@ def _print_json(value: Any) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _even_weights(names: Sequence[str]) -> str:
+    """`a=.34,b=.33,c=.33`: nearly even, in hundredths, and exactly 1 in sum, so that it can be typed as it stands."""
+    even = 100 // len(names)
+    return ",".join(f"{name}={(even if k else 100 - even * (len(names) - 1)) / 100:g}" for k, name in enumerate(names))
