@@ -16,7 +16,8 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from paretune.cli import _even_weights, app
+from paretune.cli import app
+from paretune.cli.family import _even_weights
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
 from paretune.types import Preference
 from recipe_files import tiny_model, write_recipe

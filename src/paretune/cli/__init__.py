@@ -1,0 +1,25 @@
+"""The command line. Every command is a few lines around the library; tables go to stdout, everything else to stderr.
+
+Libraries are imported inside the commands, so that `paretune --help` answers at once. A module per group of commands; importing it adds
+them to the application, in the order of the imports below.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from paretune.cli.common import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The `paretune` command. What libraries print while they load a model is left out; their errors are not."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    app()
+
+
+from paretune.cli import bench, catalogue, family  # noqa: E402, F401

@@ -1,0 +1,110 @@
+"""`paretune fit` and `paretune sample`: a policy family from your own model, and its responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table
+
+if TYPE_CHECKING:
+    from paretune.policy import Family
+    from paretune.report.tables import Table
+    from paretune.tasks.recipe import Recipe
+
+__all__ = ["fit", "sample"]
+
+
+@app.command()
+def fit(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 trains in this one.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure the result with; 0 does not measure.")] = 32,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
+    from paretune.policy import Family
+    from paretune.suite import fit as fit_family
+    from paretune.tasks.recipe import load_recipe
+
+    plug(plugin)
+    plan = load_recipe(recipe, overrides or [])
+    folder = plan.root / "families" / _family_name(plan)
+    if (folder / "family.json").is_file():
+        say(f"this family was fitted before: {folder}")
+        family = Family.load(folder)
+    else:
+        family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers)
+        family.save(folder)
+    rows = _measure(plan, family, samples) if samples else None
+    if as_json:
+        print_json({"family": str(folder), "objectives": list(family.objectives.names), "measured": rows.to_json() if rows else None})
+        return
+    if rows:
+        show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
+    example = _even_weights(family.objectives.names)
+    typer.echo(f'{folder}\ntry it: paretune sample {folder} --preference {example} "your prompt"')
+
+
+@app.command()
+def sample(
+    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
+    preference: Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Responses per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Sample responses from a policy family at one preference."""
+    from paretune.policy import Family
+
+    loaded = Family.load(family)
+    made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    if as_json:
+        print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(prompts, made, strict=True)])
+        return
+    for prompt, texts in zip(prompts, made, strict=True):
+        for text in texts:
+            typer.echo(text if len(prompts) == 1 else f"{prompt}\n  {text}")
+
+
+def _family_name(plan: Recipe) -> str:
+    """The same recipe names the same family."""
+    from paretune.registry import describe
+    from paretune.types import key_of
+
+    method = describe(plan.method)
+    key = key_of({"task": describe(plan.task), "method": method, "learner": describe(plan.learner), "seed": plan.seed})
+    return f"{method['name']}-{key[:8]}"
+
+
+def _measure(plan: Recipe, family: Family, samples: int) -> Table:
+    """Mean scores and KL on test prompts: the reference, each objective alone, and all alike."""
+    import numpy as np
+
+    from paretune.evaluation import evaluate
+    from paretune.report.tables import Column, Table
+
+    count, names = family.objectives.count, family.objectives.names
+    w_WM = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
+    say(f"measuring {len(w_WM)} preferences, {samples} responses each")
+    measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
+    columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
+    labels = [*(f"{name} only" for name in names), "all alike"]
+    rows: list[dict[str, Any]] = []
+    for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):
+        rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), "kl": kl})
+    return Table("measured", columns, rows)
+
+
+def _even_weights(names: Sequence[str]) -> str:
+    """`a=.34,b=.33,c=.33`: nearly even, in hundredths, and exactly 1 in sum, so that it can be typed as it stands."""
+    even = 100 // len(names)
+    return ",".join(f"{name}={(even if k else 100 - even * (len(names) - 1)) / 100:g}" for k, name in enumerate(names))
