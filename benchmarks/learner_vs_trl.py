@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from common import emit
-from paretune.learner import PolicyGradient
+from paretune.policy_gradient import PolicyGradient
 from paretune.registry import describe
 from paretune.seeds import forked_torch
 from paretune.tasks import Task

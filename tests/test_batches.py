@@ -6,7 +6,7 @@ import torch
 
 from learner_cases import SMALL, TASK, moved, spec_of
 from paretune.batches import draw, prompt_order
-from paretune.learner import PolicyGradient
+from paretune.policy_gradient import PolicyGradient
 
 
 def test_prompts_come_round_in_a_seeded_order():

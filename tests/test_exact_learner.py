@@ -43,7 +43,7 @@ def test_gradient_equals_the_score_function_summed_over_responses():
         for i, parameter in enumerate(bank.parameters()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
     policy = ParameterMix(bank, tokenizer)
-    reward_PM, kl_P = enumerated_returns(policy, TASK, torch.ones(2, 1))
+    reward_PM, kl_P, _ = enumerated_returns(policy, TASK, torch.ones(2, 1))
     (reward_PM @ torch.from_numpy(w_M) - TASK.beta * kl_P).mean().backward()
     found = torch.cat([p.grad.flatten().double() for p in bank.parameters()])
 
@@ -104,7 +104,7 @@ def test_the_published_stopping_rule_stops_early(tmp_path):
 def test_preferences_that_vary_train_one_adapter_per_objective(tmp_path):
     learner = replace(LEARNER, steps=12)
     learner.train(spec_of(learner, preference=None), TASK, tmp_path)
-    assert sorted(p.parent.name for p in tmp_path.glob("*/adapter_model.safetensors")) == ["objective_1", "objective_2"]
+    assert sorted(p.parent.name for p in tmp_path.glob("*/adapter_model.safetensors")) == ["adapter-0", "adapter-1"]
 
 
 def test_refuses_what_it_cannot_enumerate(tmp_path):

@@ -11,10 +11,11 @@ from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
 from paretune.checkpoint import progress_text
 from paretune.errors import ConfigError, RewardError, TrainingError
 from paretune.exact_learner import enumerated_returns
-from paretune.learner import PolicyGradient, converged
+from paretune.learner import converged
 from paretune.ledger import read_cost
 from paretune.lora import LoraBank
 from paretune.mixing import ParameterMix
+from paretune.policy_gradient import PolicyGradient
 from paretune.registry import LEARNERS, describe
 from paretune.seeds import forked_torch, generator
 from paretune.tasks import Task
@@ -27,7 +28,7 @@ from paretune.types import Artifact, Objectives, Prompt, TrainSpec
 def z_scores(learner, batches):
     """z of the estimator's mean against the enumerated gradient: along that gradient, and along 8 random directions orthogonal to it."""
     policy, spec = moved(learner), spec_of(learner)
-    reward_PM, kl_P = enumerated_returns(policy, TASK, torch.ones(TASK.prompt_count, 1))
+    reward_PM, kl_P, _ = enumerated_returns(policy, TASK, torch.ones(TASK.prompt_count, 1))
     (-(reward_PM @ torch.tensor(W, dtype=torch.float64) - TASK.beta * kl_P).mean()).backward()
     true = flat(policy)
     drawn = []
@@ -86,7 +87,7 @@ def test_it_reaches_the_known_optimum(tmp_path):
         model, tokenizer = task.load()
         policy = ParameterMix(LoraBank.load(model, {"policy": tmp_path / str(w)}), tokenizer)
         with torch.no_grad():
-            rewards_PM, kl_P = enumerated_returns(policy, task, torch.ones(1, 1))
+            rewards_PM, kl_P, _ = enumerated_returns(policy, task, torch.ones(1, 1))
         reached_M = (rewards_PM - task.beta * kl_P[:, None]).mean(0).numpy()
         best_M = task.J_M(task.optimum_logp_PR(np.array(w), "train"), "train")
         assert 0.97 < np.dot(w, reached_M - start_M) / np.dot(w, best_M - start_M) <= 1 + 1e-9
@@ -149,12 +150,37 @@ def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-9, rtol=0)
-    with pytest.raises(ConfigError, match="as many adapters"):
-        learner.train(spec_of(learner, None, init_from=(first.key,)), TASK, tmp_path / "third", parents=parents)
-    learner.train(spec_of(learner, None), TASK, tmp_path / "both")
-    model, _ = TASK.load()
-    bank = LoraBank.load(model, {name: tmp_path / "both" / name for name in TASK.objectives.names})
-    assert bank.count == 2
+    both = spec_of(learner, None)
+    learner.train(both, TASK, tmp_path / "both")
+    folders = Artifact(both.key, tmp_path / "both", both).adapters
+    assert [folder.name for folder in folders] == ["adapter-0", "adapter-1"]
+    assert LoraBank.load(TASK.load()[0], {folder.name: folder for folder in folders}).count == 2
+
+
+def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_training(tmp_path):
+    """K = two frozen, then one started from another training, then one fresh; only the last two move, and only they are written."""
+    learner = PolicyGradient(**SMALL)
+    first = spec_of(learner)
+    learner.train(first, TASK, tmp_path / "first")
+    parents = {first.key: Artifact(first.key, tmp_path / "first", first)}
+    rule = {"name": "constant", "gates_K": [0.5, 0.25, 0.5, 1.0]}
+    spec = spec_of(learner, None, frozen=(first.key, first.key), init_from=(first.key,), fresh=1, rule=rule)
+    assert spec.parents == (first.key,) * 3
+    policy = learner.start(spec, TASK, parents)
+    assert policy.K == 4
+    assert policy.bank.trainable == policy.bank.names[2:]
+    batch = learner.collect(policy, TASK, spec, 0)
+    assert (batch.responses.gates_NK == torch.tensor([0.5, 0.25, 0.5, 1.0])).all()
+    learner.train(spec, TASK, tmp_path / "second", parents=parents)
+    assert weights(tmp_path / "first") == weights(parents[first.key].path)
+    found = Artifact(spec.key, tmp_path / "second", spec).adapters
+    assert len(found) == 2
+    assert weights(found[0]) != weights(tmp_path / "first")
+    wrong = spec_of(learner, None, init_from=(first.key,), fresh=1, rule=rule)
+    with pytest.raises(ConfigError, match="one gate per adapter"):
+        learner.train(wrong, TASK, tmp_path / "third", parents=parents)
+    with pytest.raises(ConfigError, match="trains an adapter"):
+        learner.train(spec_of(learner, frozen=(first.key,), fresh=0), TASK, tmp_path / "fourth", parents=parents)
 
 
 # Prompts, streams, stopping

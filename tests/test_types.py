@@ -41,7 +41,7 @@ def test_canonical_json_is_pinned():
     """Keys name directories that outlive this version."""
     assert canonical_json({"b": 1e-3, "a": (1, None, True), "ä": "é"}) == '{"a":[1,null,true],"b":0.001,"ä":"é"}'
     assert key_of({"b": 1, "a": [0.1]}) == "d7582fcee4f8f93004bd"
-    assert SPEC.key == "f0ad9c24e16c44f7320c"
+    assert SPEC.key == "0f1c2a6a86345812b670"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -65,6 +65,10 @@ def test_specs_are_their_content():
         {"scalariser": {"name": "tchebycheff"}},
         {"scalarise_at": "advantage"},
         {"init_from": ("b", "a")},
+        {"init_from": ("b",), "frozen": ("a",)},
+        {"weighting": {"name": "balanced"}},
+        {"fresh": 1},
+        {"rule": {"name": "identity"}},
     ]
     others = [TrainSpec(**{**SPEC.__dict__, **change}) for change in changes]
     assert len({spec.key for spec in [SPEC, *others]}) == 1 + len(changes)

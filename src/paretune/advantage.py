@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["EPS", "advantages", "group_mean", "leave_one_out", "spread"]
+__all__ = ["EPS", "advantages", "group_covariance", "group_mean", "leave_one_out", "spread"]
 
 EPS = 1e-4  # added to every standard deviation before dividing, as in TRL
 
@@ -47,6 +47,18 @@ def spread(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     mean = np.where(scored, values, 0.0).sum(axis=axis, keepdims=True) / np.maximum(n, 1)
     square = np.where(scored, (values - mean) ** 2, 0.0).sum(axis=axis, keepdims=True)
     return np.sqrt(square / np.maximum(n - 1, 1))
+
+
+def group_covariance(rewards_NM: np.ndarray, *, group: int) -> np.ndarray:
+    """(M, M) covariance of the objectives within a prompt's group, mean over groups; rows with an unscored objective are left out."""
+    m = rewards_NM.shape[1]
+    each_PGM = rewards_NM.reshape(-1, group, m)
+    whole_PG1 = ~np.isnan(each_PGM).any(-1, keepdims=True)
+    number_P11 = whole_PG1.sum(1, keepdims=True)
+    kept_PGM = np.where(whole_PG1, each_PGM, 0.0)
+    centred_PGM = np.where(whole_PG1, kept_PGM - kept_PGM.sum(1, keepdims=True) / np.maximum(number_P11, 1), 0.0)
+    degrees = np.maximum(number_P11[:, 0, 0] - 1, 0).sum()
+    return np.einsum("pgj,pgk->jk", centred_PGM, centred_PGM) / max(degrees, 1)
 
 
 def advantages(

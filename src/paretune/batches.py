@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.learner import gates_of
 from paretune.lora import soup_state
 from paretune.policy import Policy
 from paretune.rollout import encode, row_uniforms, sample, texts
 from paretune.seeds import generator
-from paretune.tasks import Task, sample_preferences
+from paretune.tasks import Task, spread_preferences
 from paretune.types import Prompt, TrainSpec
 
-__all__ = ["Responses", "draw", "prompt_order"]
+__all__ = ["Responses", "draw", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -28,6 +29,7 @@ MERGE_LIMIT = 2**28  # bytes of weights
 class Responses:
     """N = P * G rows, group by group. Tensors are on the policy's device; see `rollout.Generation` for those of the responses."""
 
+    prompts: Sequence[Prompt]  # of the N rows
     prompt_ids_PT: Tensor
     prompt_mask_PT: Tensor
     tokens_NT: Tensor
@@ -43,17 +45,16 @@ def draw(
 ) -> Responses:
     """`group` responses to each of the `prompts` training prompts from place `first` of their endless seeded order.
 
-    A pure function of the policy's weights, `spec.seed` and `step`. The gate is 1 under a fixed preference (one adapter); where
-    `spec.preference` is None each prompt gets a preference of its own, which is the gate of its rows.
+    A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
+    its own; `spec.rule` says which gates its rows have.
     """
     known = task.prompts("train")
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
-    w_NM = _preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
-    gates_NK = torch.ones(len(w_NM), 1) if spec.preference is not None else torch.from_numpy(w_NM).float()
-    gates_NK = gates_NK.to(policy.device)
+    w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
+    gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
     ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
     rows = [prompt for prompt in chosen for _ in range(group)]
-    with _merged(policy, one=spec.preference is not None) as merged:
+    with _merged(policy, one=policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
         made = sample(
             policy,
             ids_PT,
@@ -65,7 +66,7 @@ def draw(
             temperature=temperature,
         )
     rewards_NM = task.score(rows, texts(policy.tokenizer, made))
-    return Responses(ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
+    return Responses(rows, ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
 
 
 @contextlib.contextmanager
@@ -115,8 +116,8 @@ def _streams(prompts: Sequence[Prompt], group: int) -> tuple[list[str], list[int
     return digests, occurrences
 
 
-def _preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
+def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
     """(n, M) the fixed preference, or one sampled for each prompt of the step."""
     if spec.preference is None:
-        return sample_preferences(generator(spec.seed, "preferences", step), n, count)
+        return spread_preferences(generator(spec.seed, "preferences", step), n, count)
     return np.tile(np.asarray(spec.preference, dtype=np.float64), (n, 1))

@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.batches import preferences
 from paretune.checkpoint import Progress, TrainLog, is_finished, load_checkpoint, save_checkpoint
 from paretune.errors import ConfigError
-from paretune.learner import Learner, converged
+from paretune.learner import Learner, converged, gates_of
 from paretune.ledger import Cost, read_cost
 from paretune.mixing import ParameterMix
 from paretune.registry import LEARNERS
 from paretune.scalarise import check_scalariser
-from paretune.seeds import generator
-from paretune.tasks import Task, sample_preferences
+from paretune.tasks import Task
 from paretune.tasks.exact import ExactTask
 from paretune.types import Artifact, TrainSpec
+from paretune.weightings import Seen, State, weighting_of
 
 __all__ = ["ExactGradient"]
 
@@ -40,6 +41,7 @@ class _Run:
     tokens: int = 0
     seconds: float = 0.0
     log_length: int = 0
+    weighting: State | None = None
     validations: list[float] = field(default_factory=list)
 
 
@@ -87,6 +89,7 @@ class ExactGradient(Learner):
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
         check_scalariser(spec.scalariser)
+        weighting_of(spec)
         policy = self.start(spec, task, parents or {})
         weights = policy.bank.parameters()
         optimiser = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
@@ -94,7 +97,7 @@ class ExactGradient(Learner):
         began, per_step = time.monotonic() - run.seconds, task.inputs("train").input_ids_PT.numel()
         with TrainLog(work / "train.jsonl", length=run.log_length, began=began, tokens=run.tokens, progress=progress) as log:
             while run.step < self.steps and not converged(run.validations, self.stop_window, self.stop_cv):
-                value, rewards_M, kl = self.update(policy, optimiser, task, spec, run.step)
+                value, rewards_M, kl, run.weighting = self.update(policy, optimiser, task, spec, run.step, run.weighting)
                 run.step, run.tokens = run.step + 1, run.tokens + per_step
                 run.validations = [*run.validations, value][-self.stop_window :]
                 last = run.step == self.steps or converged(run.validations, self.stop_window, self.stop_cv)
@@ -110,27 +113,42 @@ class ExactGradient(Learner):
         return self.finish(spec, policy, work, cost)
 
     def update(
-        self, policy: ParameterMix, optimiser: torch.optim.Optimizer, task: ExactTask, spec: TrainSpec, step: int
-    ) -> tuple[float, np.ndarray, float]:
-        """One step up; returns J_w, the expected rewards (M,) and the KL in nats before it, means over prompts."""
+        self,
+        policy: ParameterMix,
+        optimiser: torch.optim.Optimizer,
+        task: ExactTask,
+        spec: TrainSpec,
+        step: int,
+        state: State | None = None,
+    ) -> tuple[float, np.ndarray, float, State]:
+        """One step up; returns J_w, the expected rewards (M,) and the KL in nats before it, means, and the weighting's state."""
         for group in optimiser.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        prompts, m = task.prompt_count, task.objectives.count
-        if spec.preference is not None:
-            w_PM, gates_PK = np.tile(spec.preference, (prompts, 1)), torch.ones(prompts, 1)
-        else:
-            w_PM = sample_preferences(generator(spec.seed, "preferences", step), prompts, m)
-            gates_PK = torch.from_numpy(w_PM).float()
-        reward_PM, kl_P = enumerated_returns(policy, task, gates_PK.to(policy.device))
-        utility = (torch.from_numpy(w_PM).to(reward_PM) * reward_PM).sum(1).sub(task.beta * kl_P).mean()
+        w_PM = preferences(spec, step, task.prompt_count, task.objectives.count)
+        gates_PK = torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device)
+        reward_PM, kl_P, covariance_MM = enumerated_returns(policy, task, gates_PK)
+        return_PM = reward_PM - task.beta * kl_P[:, None]
+        weighting = weighting_of(spec)
+        seen = Seen(
+            step=step,
+            steps=self.steps,
+            w_NM=w_PM,
+            returns_NM=return_PM.detach().cpu().numpy(),
+            covariance_MM=covariance_MM,
+            prompts=task.prompts("train"),
+            low_M=np.array(task.objectives.low),
+            high_M=np.array(task.objectives.high),
+        )
+        weights_PM, state = weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
+        utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
         (-utility).backward()
         optimiser.step()
-        return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item()
+        return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 
 
-def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient."""
+def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> tuple[Tensor, Tensor, np.ndarray]:
+    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient; covariance of the rewards (M, M)."""
 
     def forward(ids_PT: Tensor, mask_11TT: Tensor, positions_PT: Tensor) -> Tensor:
         ids_PT, mask_11TT, positions_PT = (x.to(policy.device) for x in (ids_PT, mask_11TT, positions_PT))
@@ -140,4 +158,8 @@ def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, 
     reference_PR = torch.from_numpy(task.reference_logp_PR(split)).to(logp_PR)
     rewards_PRM = torch.from_numpy(task.rewards_PRM(split)).to(logp_PR)
     p_PR = logp_PR.exp()
-    return torch.einsum("pr,prm->pm", p_PR, rewards_PRM), (p_PR * (logp_PR - reference_PR)).sum(1)
+    mean_PM = torch.einsum("pr,prm->pm", p_PR, rewards_PRM)
+    with torch.no_grad():
+        centred_PRM = rewards_PRM - mean_PM[:, None]
+        covariance_MM = torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)
+    return mean_PM, (p_PR * (logp_PR - reference_PR)).sum(1), covariance_MM.cpu().numpy()

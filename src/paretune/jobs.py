@@ -185,7 +185,7 @@ def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | Non
     if store.artifact(spec.key) is not None:
         return
     task, learner = tasks.get(spec.task), _rebuild(LEARNERS, spec.learner)
-    parents = _artifacts(store, spec.init_from)
+    parents = _artifacts(store, spec.parents)
     work = store.begin(spec.key)
     with disk_errors(store.root):
         write_json(work / "spec.json", spec.to_json())

@@ -1,48 +1,27 @@
-"""Learners: how one adapter is trained for one objective of training. The embedded default is one policy-gradient loop.
-
-    J_w(pi) = mean over prompts of E[w . r(x, y) - beta * (log pi(y|x) - log pi_ref(y|x))]
-
-`PolicyGradient` with its defaults climbs exactly this: responses are drawn from the policy itself, the KL penalty is part of each
-response's return, its baseline is the mean return of the *other* responses to the same prompt, and log-probabilities are summed over
-the response. Its expected gradient is the gradient of J_w, before clipping and Adam; the tests hold it to that.
-"""
+"""Learners: how adapters are trained for one objective of training. The loops themselves: `policy_gradient` and `exact_learner`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from paretune.advantage import advantages
-from paretune.batches import Responses, draw
-from paretune.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
-from paretune.errors import ConfigError, TrainingError
-from paretune.ledger import Cost, read_cost, write_cost
+from paretune.checkpoint import Progress, clear_checkpoint
+from paretune.errors import ConfigError
+from paretune.ledger import Cost, write_cost
 from paretune.lora import LoraBank
-from paretune.loss import kl_terms, policy_loss
 from paretune.mixing import ParameterMix
-from paretune.objectives import refuse_unscored
-from paretune.policy import Policy
-from paretune.registry import LEARNERS
-from paretune.rollout import token_logp
-from paretune.scalarise import check_scalariser, scalarise
-from paretune.seeds import seed_for
+from paretune.registry import RULES
 from paretune.tasks import Task
 from paretune.types import Artifact, TrainSpec
 
-__all__ = ["Batch", "Learner", "PolicyGradient", "converged"]
-
-WATCHED = 256  # completions over which `max_unscored` is judged, at least
-CHECKPOINT_SECONDS = 300.0  # long steps: a checkpoint at least this often, whatever `checkpoint_every`
+__all__ = ["Learner", "converged", "gates_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,310 +49,69 @@ class Learner(ABC):
     ) -> Cost:
         """Train what `spec` says into the directory `work`, resuming where it holds a checkpoint; returns what it cost.
 
-        Writes adapter_config.json and adapter_model.safetensors (plain PEFT), or one such folder per objective where `spec.preference`
-        is None; train.jsonl; ledger.json. `parents` are the artifacts of `spec.init_from` by key. Raises TrainingError or RewardError when
-        it cannot go on, with the last checkpoint kept.
+        Writes adapter_config.json and adapter_model.safetensors (plain PEFT), or such a folder adapter-<i> for each of several trained
+        adapters; train.jsonl; ledger.json. `parents` are the artifacts of `spec.parents` by key. Raises TrainingError or RewardError
+        when it cannot go on, with the last checkpoint kept.
         """
 
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
-        """The policy at step 0: fresh adapters, or those of the parents, on the task's model.
-
-        With a fixed preference there is one adapter and its gate is 1. With preferences that vary there is one adapter per objective
-        and the preference is the gate of each row.
-        """
+        """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
         loaded, tokenizer = task.load()
         model: Any = loaded
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
-        names = ["policy"] if spec.preference is not None else list(task.objectives.names)
-        if not spec.init_from:
-            bank = LoraBank.attach(model, names=names, rank=self.rank, alpha=self.alpha, targets=self.targets, seed=spec.seed)
-        elif len(spec.init_from) == len(names):
-            paths = {name: parents[key].path for name, key in zip(names, spec.init_from, strict=True)}
-            bank = LoraBank.load(model, paths, trainable=names)
-        else:
+        paths: dict[str, Path] = {}
+        for keys, kind in ((spec.frozen, "frozen"), (spec.init_from, "policy")):
+            found = [path for key in keys for path in parents[key].adapters]
+            paths |= {_adapter_name(kind, i, len(found)): path for i, path in enumerate(found)}
+        trained = [name for name in paths if name.startswith("policy")]
+        wanted = 1 if spec.preference is not None else task.objectives.count
+        fresh = max(0, wanted - len(trained)) if spec.fresh is None else spec.fresh
+        bank = LoraBank.load(model, paths, trainable=trained)
+        for i in range(fresh):
+            name = _adapter_name("fresh" if trained else "policy", i, fresh)
+            bank.add(name, seed=spec.seed, rank=self.rank, alpha=self.alpha, targets=self.targets)
+        if not bank.parameters():
             raise ConfigError(
-                "a training starts from as many adapters as it trains",
-                found=f"{len(spec.init_from)} parents for {len(names)} adapters",
-                remedy="give one parent per adapter, in order, or none",
+                "a training trains an adapter",
+                found="none: fresh = 0 and no init_from",
+                remedy="ask for fresh ones, or start from some",
             )
-        return ParameterMix(bank, tokenizer)
+        policy = ParameterMix(bank, tokenizer)
+        gates_of(spec, np.eye(task.objectives.count)[:1], policy.K)  # a rule for other adapters fails here
+        return policy
 
     def finish(self, spec: TrainSpec, policy: ParameterMix, work: Path, cost: Cost) -> Cost:
         """Write the adapters and the cost, then drop the checkpoint; in this order, a kill in between loses nothing."""
-        for name in policy.bank.names:
-            policy.bank.save(name, work if spec.preference is not None else work / name)
-        trained = sum(p.numel() * p.element_size() for p in policy.bank.parameters())
+        trained = policy.bank.trainable
+        for i, name in enumerate(trained):
+            policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
+        size = sum(p.numel() * p.element_size() for p in policy.bank.parameters())
         base = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         # Memory: weights, gradients and the optimiser's two moments; activations are not counted.
-        cost = dataclasses.replace(cost, memory_bytes=base + 3 * trained, storage_bytes=trained)
+        cost = dataclasses.replace(cost, memory_bytes=base + 3 * size, storage_bytes=size)
         write_cost(work, cost)
         clear_checkpoint(work)
         return cost
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's responses, N = P * G rows group by group, and what was made of them."""
-
-    responses: Responses
-    reference_logp_NT: Tensor
-    kl_N: np.ndarray  # sampled: log pi - log pi_ref of the whole response, nats
-    advantage_N: np.ndarray
-
-
-@dataclass
-class _Run:
-    """What a checkpoint must know beside tensors."""
-
-    key: str
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    updates: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    evaluations: int = 0
-    validation_samples: int = 0
-    log_length: int = 0
-    validations: list[float] = field(default_factory=list)
-    unscored: list[list[int]] = field(default_factory=list)  # per recent step: completions, then unscored ones per objective
-
-
-@LEARNERS.register("pg")
-@dataclass(frozen=True, kw_only=True)
-class PolicyGradient(Learner):
-    """The embedded policy-gradient loop on LoRA. A step draws `batch` responses, `group` to each of `batch // group` prompts.
-
-    Source: REINFORCE with a leave-one-out baseline (Kool et al. 2019; RLOO, 2402.14740), the KL penalty in the return.
-    Differs: whole responses are the actions; sums over tokens; no division by a group's spread.
-    Hides: `normalise="group"`, `kl_in="loss"`, `length="token_mean"`, `epochs` above 1 and `temperature` other than 1 are there for
-        comparison and climb something other than J_w; `normalise="batch"` rescales each step by one positive number.
-    """
-
-    samples: int = 40_000
-    batch: int = 64
-    group: int = 8
-    optimiser: Literal["muon", "adam"] = "muon"
-    lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
-    momentum: float = 0.9  # of "muon"
-    betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
-    clip_norm: float | None = 1.0
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: int = 0  # steps of linear warm-up
-    baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
-    normalise: Literal["none", "batch", "group"] = "none"
-    kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    length: Literal["sum", "token_mean"] = "sum"
-    epochs: int = 1  # updates on each batch; from the second on the ratio is clipped
-    ratio: Literal["sequence", "token"] = "sequence"
-    clip_eps: float = 0.2
-    micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
-    temperature: float = 1.0  # the policy that is trained is the tempered one
-    max_unscored: float = 0.10
-    stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` validation means is below
-    stop_window: int = 20
-    validate_every: int = 10
-    validation_samples: int = 64
-    log_every: int = 10
-    checkpoint_every: int = 100
-
-    def __post_init__(self):
-        rules = {
-            "batch is a multiple of group": self.batch % self.group == 0 and self.batch > 0,
-            "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
-            "samples are at least one batch": self.samples >= self.batch,
-            "epochs, stop_window, validate_every, log_every and checkpoint_every are at least 1": min(
-                self.epochs, self.stop_window, self.validate_every, self.log_every, self.checkpoint_every
-            )
-            >= 1,
-            "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
-            "max_unscored lies between 0 and 1": 0 <= self.max_unscored <= 1,
-            "k1 belongs in the reward: inside a loss its gradient has expectation 0": (self.kl_in, self.kl_estimator) != ("loss", "k1"),
-            "in the reward only k1 is unbiased; k2 and k3 belong in the loss": self.kl_in == "loss" or self.kl_estimator == "k1",
-        }
-        for rule, kept in rules.items():
-            if not kept:
-                names = [f.name for f in dataclasses.fields(self) if f.name in rule.replace(",", " ").replace(":", " ").split()]
-                shown = names or ["kl_in", "kl_estimator"]
-                found = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
-                raise ConfigError(rule, found=found, remedy="change one of them; `paretune show pg` prints the defaults")
-
-    @property
-    def steps(self) -> int:
-        """Batches drawn at most: whole ones only, so that `samples` is never exceeded."""
-        return self.samples // self.batch
-
-    def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
-        if is_finished(work):  # by a process that was killed before it could publish
-            return read_cost(work)
-        began = time.monotonic()
-        check_scalariser(spec.scalariser)
-        if spec.scalarise_at not in ("reward", "advantage"):
-            raise ConfigError(
-                "objectives are scalarised at the reward or at the advantage",
-                found=f"scalarise_at={spec.scalarise_at!r}",
-                remedy='use "reward" (sum, then normalise) or "advantage" (normalise, then sum)',
-            )
-        policy = self.start(spec, task, parents or {})
-        weights = policy.bank.parameters()
-        optimiser = self.new_optimiser(weights)
-        run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
-        saved = time.monotonic()
-        with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
-            window: list[dict[str, Any]] = []
-            while run.step < self.steps and not converged(run.validations, self.stop_window, self.stop_cv):
-                batch = self.collect(policy, task, spec, run.step)
-                self._count(run, policy, batch, task)
-                for group in optimiser.param_groups:
-                    group["lr"] = self.lr * self.pace(run.step)
-                for _ in range(self.epochs):
-                    loss, norm = self.update(policy, optimiser, batch, beta=task.beta, step=run.step)
-                run.step += 1
-                if self.stop_cv is not None and run.step % self.validate_every == 0:
-                    run.validations.append(self.validate(policy, task, spec, run))
-                window.append(
-                    {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm}
-                )
-                last = run.step == self.steps or converged(run.validations, self.stop_window, self.stop_cv)
-                if last or run.step % self.log_every == 0:
-                    log.write(self._record(task, run, window), steps=self.steps)
-                    window = []
-                if last or run.step % self.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    run.seconds, run.log_length, saved = log.seconds, log.length, time.monotonic()
-                    save_checkpoint(work, run.step, weights, optimiser, dataclasses.asdict(run))
-        cost = Cost(
-            samples=run.samples,
-            tokens=run.tokens,
-            steps=run.updates,
-            flops=run.flops,
-            seconds=run.seconds,
-            evaluations=run.evaluations,
-            validation_samples=run.validation_samples,
+def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
+    """(N, K) float64 gates of the `count` adapters for rows with the preferences `w_NM`; ConfigError for a rule of other adapters."""
+    if spec.rule is None:
+        gates_NK = np.ones((len(w_NM), 1)) if spec.preference is not None else np.asarray(w_NM, dtype=np.float64)
+    else:
+        gates_NK = RULES.build(spec.rule).gates(w_NM)
+    if gates_NK.shape[1] != count:
+        raise ConfigError(
+            "the rule of a training gives one gate per adapter",
+            found=f"{gates_NK.shape[1]} gates for {count} adapters (frozen, started from, fresh)",
+            remedy="give one parent or fresh adapter per gate, or name another rule",
         )
-        return self.finish(spec, policy, work, cost)
+    return gates_NK
 
-    def new_optimiser(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Muon (Jordan et al. 2024) orthogonalises each factor's update; both optimisers have no weight decay."""
-        if self.optimiser == "muon":
-            return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
-        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
 
-    def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Batch:
-        """Draw and score one batch; a pure function of the policy's weights and (spec.seed, step)."""
-        count = self.batch // self.group
-        made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
-        with torch.inference_mode():
-            reference_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=None)
-        reference_NT = reference_NT.clone()  # an ordinary tensor, which autograd may keep
-        kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-        penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
-        return Batch(made, reference_NT, kl_N, self.advantages(spec, task, made.rewards_NM, made.w_NM, penalty_N))
-
-    def advantages(self, spec: TrainSpec, task: Task, rewards_NM: np.ndarray, w_NM: np.ndarray, penalty_N: np.ndarray) -> np.ndarray:
-        """(N,) what each response is worth, compared with the others to its prompt; the only place where objectives are combined."""
-        if spec.scalariser["name"] == "linear":
-            returns_NM, weights_NM = rewards_NM - penalty_N[:, None], w_NM
-        else:
-            low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
-            single_N = scalarise(rewards_NM, w_NM, spec.scalariser, low_M=low_M, high_M=high_M) - penalty_N
-            returns_NM, weights_NM = single_N[:, None], np.ones((len(w_NM), 1))
-        return advantages(returns_NM, weights_NM, group=self.group, baseline=self.baseline, normalise=self.normalise, at=spec.scalarise_at)
-
-    def update(self, policy: Policy, optimiser: torch.optim.Optimizer, batch: Batch, *, beta: float, step: int) -> tuple[float, float]:
-        """One step of the optimiser; returns the loss and the norm of the gradient before clipping."""
-        optimiser.zero_grad(set_to_none=True)
-        loss = self.gradient(policy, batch, beta=beta)
-        limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], limit))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite(f"loss {loss:g}, gradient norm {norm:g}", step, self.lr)
-        optimiser.step()
-        return loss, norm
-
-    def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
-        """Add the gradient of the loss to `.grad` of the trained parameters, micro-batch by micro-batch; returns the loss."""
-        n, made = len(batch.kl_N), batch.responses
-        advantage_N = torch.from_numpy(batch.advantage_N).to(policy.device)
-        old_NT = made.logp_NT.float() if self.epochs > 1 else None
-        total = 0.0
-        for start in range(0, n, self.micro_batch or n):
-            rows = slice(start, min(n, start + (self.micro_batch or n)))
-            logp_NT = self._logp(policy, made, rows, gates_NK=made.gates_NK[rows])
-            mask_NT = made.mask_NT[rows]
-            loss = policy_loss(
-                logp_NT,
-                mask_NT,
-                advantage_N[rows],
-                rows=n,
-                old_logp_NT=None if old_NT is None else old_NT[rows],
-                clip_eps=self.clip_eps,
-                ratio=self.ratio,
-                length=self.length,
-            )
-            if self.kl_in == "loss":
-                terms_NT = kl_terms(logp_NT, batch.reference_logp_NT[rows], self.kl_estimator) * mask_NT
-                share_N1 = 1.0 if self.length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True)
-                loss = loss + beta * (terms_NT * share_N1).sum() / n
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def _logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None) -> Tensor:
-        """(rows, T) log-probabilities; whole groups share the reading of their prompt."""
-        ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, self.group
-        if rows.start % group or (rows.stop - rows.start) % group:
-            ids, mask, group = ids.repeat_interleave(group, 0)[rows], mask.repeat_interleave(group, 0)[rows], 1
-        else:
-            prompts = slice(rows.start // group, rows.stop // group)
-            ids, mask = ids[prompts], mask[prompts]
-        return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
-
-    def pace(self, step: int) -> float:
-        """The learning rate at `step`, as a share of `lr`."""
-        left = 1.0 - step / self.steps
-        shape = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
-        return shape * min(1.0, (step + 1) / max(self.warmup, 1))
-
-    def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: _Run) -> float:
-        """Mean scalarised reward of fresh responses to training prompts, from streams of their own; test prompts are never looked at."""
-        apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
-        made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
-        run.validation_samples += len(made.w_NM)
-        run.evaluations += 1
-        low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
-        return float(np.nanmean(scalarise(made.rewards_NM, made.w_NM, spec.scalariser, low_M=low_M, high_M=high_M)))
-
-    def _count(self, run: _Run, policy: Policy, batch: Batch, task: Task) -> None:
-        """Charge a batch to the run; stop where too many completions could not be scored."""
-        if not np.isfinite(batch.kl_N).all():
-            raise _not_finite("log-probabilities that are no numbers", run.step, self.lr)
-        made = batch.responses
-        n, generated = made.tokens_NT.shape
-        positions = made.prompt_ids_PT.numel() + n * generated
-        run.samples += n
-        run.tokens += int(made.mask_NT.sum())
-        run.updates += self.epochs
-        run.flops += (4 + 4 * self.epochs) * policy.model.num_parameters() * positions
-        run.unscored.append([n, *np.isnan(made.rewards_NM).sum(0).tolist()])
-        run.unscored = run.unscored[-math.ceil(WATCHED / self.batch) :]
-        seen, *unscored_M = np.sum(run.unscored, axis=0).tolist()
-        if seen >= WATCHED or run.step + 1 == self.steps:
-            refuse_unscored(task.objectives.names, unscored_M, seen, limit=self.max_unscored)
-
-    def _record(self, task: Task, run: _Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One line of the log: means over the steps since the last line."""
-        rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
-        unscored_M = np.isnan(rewards_NM).sum(0)
-        means_M = np.nansum(rewards_NM, axis=0) / np.maximum(len(rewards_NM) - unscored_M, 1)
-        known = unscored_M < len(rewards_NM)
-        names = task.objectives.names
-        record: dict[str, Any] = {"step": run.step, "samples": run.samples, "tokens": run.tokens}
-        record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known, strict=True)}
-        record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
-        record |= {name: float(np.mean([row[name] for row in window])) for name in ("kl", "loss", "gradient_norm")}
-        return record | {"lr": self.lr * self.pace(run.step - 1), **({"validation": run.validations[-1]} if run.validations else {})}
+def _adapter_name(kind: str, i: int, count: int) -> str:
+    return kind if count == 1 else f"{kind}-{i}"
 
 
 def converged(values: Sequence[float], window: int, below: float | None) -> bool:
@@ -382,14 +120,3 @@ def converged(values: Sequence[float], window: int, below: float | None) -> bool
         return False
     recent = np.asarray(values[-window:])
     return bool(recent.std() < below * abs(recent.mean()))
-
-
-def _not_finite(found: str, step: int, lr: float) -> TrainingError:
-    return TrainingError(
-        "loss and gradient of a training are finite",
-        found=f"{found}, at step {step}",
-        remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
-    )
-
-
-from paretune import exact_learner  # noqa: E402, F401  (registers "exact")

@@ -101,6 +101,11 @@ class LoraBank:
         """K."""
         return len(self.names)
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the adapters that are trained, in the order of axis K."""
+        return tuple(name for name in self.names if name in self._trainable)
+
     def add(
         self,
         name: str,

@@ -86,7 +86,7 @@ class Registry:
 
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry("learner", "paretune.learner", "paretune.exact_learner")
+LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner")
 RULES = Registry("combination rule", "paretune.mixing")
 METHODS = Registry("method", "paretune.methods")
 

@@ -96,7 +96,7 @@ def train_plan(method: Method, task: Task, learner: Learner, root: Path, *, seed
         for spec in wave:
             work = root / spec.key
             work.mkdir(parents=True)
-            parents = {key: done[key] for key in spec.init_from}
+            parents = {key: done[key] for key in spec.parents}
             LEARNERS.build(spec.learner).train(spec, task, work, parents=parents)
             done[spec.key] = Artifact(key=spec.key, path=work, spec=spec)
     raise ConformanceError(
@@ -125,9 +125,9 @@ def _planned(method: Method, task: Task, learner: Learner, done: dict[str, Artif
         if spec.preference is not None:
             attempt("spec.preference is a preference over the task's objectives", "non-negative weights that sum to 1, or None",
                      partial(Preference, task.objectives.names, spec.preference))  # fmt: skip
-        early = [key for key in spec.init_from if key not in done]
+        early = [key for key in spec.parents if key not in done]
         require(
-            not early, "a training starts from finished ones", f"init_from {early} not in `done`", "ask for the parent in an earlier wave"
+            not early, "a training starts from finished ones", f"parents {early} not in `done`", "ask for the parent in an earlier wave"
         )
     return plans[0]
 

@@ -220,9 +220,12 @@ class Estimate:
 class TrainSpec:
     """Everything a training depends on; its `key` names the directory of the result.
 
-    `task` and `learner` are descriptions made by `registry.describe` (name, version, every field, content hashes).
-    `preference` is the fixed (M,) weighting, or None where the learner samples a preference per row.
-    `init_from` are keys of artifacts that the training starts from or builds on, in order.
+    `task`, `learner`, `weighting` and `rule` are descriptions made by `registry.describe` (name, version, every field, content hashes).
+    `preference` is the fixed (M,) weighting, or None where the learner samples a preference for every prompt of a batch.
+
+    Axis K of the policy that is trained holds, in this order, the adapters of the artifacts `frozen` (they stay as they are), those of
+    `init_from` (trained on), and `fresh` new ones. `rule` turns the preference of a row into its K gates. With the defaults a fixed
+    preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective, gated by the preference.
     """
 
     task: Mapping[str, Any]
@@ -230,8 +233,17 @@ class TrainSpec:
     preference: tuple[float, ...] | None
     seed: int
     scalariser: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
-    scalarise_at: str = "reward"  # "reward" | "advantage" | "gradient"
+    scalarise_at: str = "reward"  # "reward" | "advantage"
+    weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})  # how weights follow from the preference, step by step
+    frozen: tuple[str, ...] = ()
     init_from: tuple[str, ...] = ()
+    fresh: int | None = None  # None: as many as the default needs beside those of `init_from`
+    rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Keys of all artifacts that must be finished before."""
+        return (*self.frozen, *self.init_from)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(canonical_json(asdict(self)))
@@ -240,7 +252,7 @@ class TrainSpec:
     def from_json(cls, data: Mapping[str, Any]) -> TrainSpec:
         given = dict(data)
         given["preference"] = None if given["preference"] is None else tuple(given["preference"])
-        given["init_from"] = tuple(given["init_from"])
+        given["frozen"], given["init_from"] = tuple(given["frozen"]), tuple(given["init_from"])
         return cls(**given)
 
     @property
@@ -256,8 +268,14 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published training: `path` holds the adapter in plain PEFT format, the spec, the log and the ledger."""
+    """A published training: `path` holds the adapters in plain PEFT format, the spec, the log and the ledger."""
 
     key: str
     path: Path
     spec: TrainSpec
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The folders of the adapters that it trained, in the order of axis K: `path` itself, or adapter-0, adapter-1, ... in it."""
+        several = [folder for folder in self.path.glob("adapter-*") if folder.is_dir()]
+        return sorted(several, key=lambda folder: int(folder.name.removeprefix("adapter-"))) or [self.path]

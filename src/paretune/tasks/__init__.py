@@ -19,7 +19,7 @@ from paretune.types import Objectives, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Task", "judged_preferences", "sample_preferences"]
+__all__ = ["Task", "judged_preferences", "sample_preferences", "spread_preferences"]
 
 JUDGED_M2 = 11
 JUDGED_OTHER = 66
@@ -87,6 +87,24 @@ def sample_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarr
         gap_N = np.abs(w_NM[:, None] - judged_WM[None]).max(-1).min(-1)
         kept = np.concatenate([kept, w_NM[gap_N > KEEP_OUT]])
     return kept[:n]
+
+
+def spread_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
+    """(n, M) as `sample_preferences`, each uniform on the simplex, but spread evenly over it together: for the preferences of one batch.
+
+    A randomly shifted additive sequence (Roberts 2018) in the cube, its sorted coordinates' gaps as weights, in a random order. What
+    lies near a judged preference is drawn again, alone.
+    """
+    base = 2.0
+    for _ in range(30):  # the positive root of x^M = x + 1
+        base = (1.0 + base) ** (1.0 / count)
+    step_D = base ** -np.arange(1.0, count)
+    cube_ND = (rng.random(count - 1) + np.arange(n)[:, None] * step_D) % 1.0
+    edges = np.concatenate([np.zeros((n, 1)), np.sort(cube_ND, axis=1), np.ones((n, 1))], axis=1)
+    w_NM = rng.permutation(np.diff(edges, axis=1), axis=0)
+    near_N = np.abs(w_NM[:, None] - judged_preferences(count)[None]).max(-1).min(-1) <= KEEP_OUT
+    w_NM[near_N] = sample_preferences(rng, int(near_N.sum()), count)
+    return w_NM
 
 
 # Importing the package registers what ships with it.
