@@ -67,7 +67,7 @@ def test_specs_are_their_content():
         {"init_from": ("b", "a")},
         {"init_from": ("b",), "frozen": ("a",)},
         {"weighting": {"name": "balanced"}},
-        {"fresh": 1},
+        {"fresh": (1,)},
         {"rule": {"name": "identity"}},
     ]
     others = [TrainSpec(**{**SPEC.__dict__, **change}) for change in changes]

@@ -139,6 +139,9 @@ class PolicyGradient(Learner):
         """Batches drawn at most: whole ones only, so that `samples` is never exceeded."""
         return self.samples // self.batch
 
+    def scaled(self, effort: float) -> PolicyGradient:
+        return dataclasses.replace(self, samples=max(self.batch, round(self.samples * effort)))
+
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
