@@ -240,6 +240,7 @@ class TrainSpec:
     init_from: tuple[str, ...] = ()
     fresh: tuple[int, ...] | None = None  # None: what the default needs beside those of `init_from`, of the learner's rank
     rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
+    face: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -254,7 +255,8 @@ class TrainSpec:
         given = dict(data)
         given["preference"] = None if given["preference"] is None else tuple(given["preference"])
         given["frozen"], given["init_from"] = tuple(given["frozen"]), tuple(given["init_from"])
-        given["fresh"] = None if given["fresh"] is None else tuple(given["fresh"])
+        for name in ("fresh", "face"):
+            given[name] = None if given[name] is None else tuple(given[name])
         return cls(**given)
 
     @property
