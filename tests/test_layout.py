@@ -28,7 +28,7 @@ LEVELS = {
     2: ["registry", "config", "store", "ledger"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout"],
-    5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "exact_learner", "returns"],
+    5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: ["evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
     8: ["conformance", "testing", "report", "cli", "__main__"],
