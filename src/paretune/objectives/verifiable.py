@@ -23,6 +23,7 @@ __all__ = ["Answer", "Limit", "ToolCall", "final_answer", "same_answer"]
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # with or without thousands separators
 FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?|([-+]?\d+)/(\d+)")
 STATED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
+AFTER = re.compile(r"\s*(?:[.,;!?*$)](?!\d)|$|(?<=\s)[A-Za-z]{2})")  # what may follow a number that is the whole answer
 DRESSING = re.compile(r"\\(?:left|right|!|,|;|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
@@ -130,8 +131,10 @@ def final_answer(text: str, *, anywhere: bool = False) -> str | None:
         return text.rpartition("####")[2].strip().split("\n")[0].strip()
     stated = STATED.findall(text)
     if stated:
-        number = NUMBER.search(stated[-1]) if not FRACTION.search(stated[-1]) else None
-        return number[0] if number else str(stated[-1]).strip().rstrip(".")
+        said = str(stated[-1]).strip().strip("*$ ")
+        number = NUMBER.match(said)
+        alone = number is not None and AFTER.match(said[number.end() :])
+        return number[0] if number and alone else said.rstrip(".")
     numbers = NUMBER.findall(text) if anywhere else []
     return numbers[-1] if numbers else None
 
