@@ -216,7 +216,9 @@ def test_the_cache_answers_without_the_server_and_sums_up_the_cost(tmp_path):
     assert ask(judge(url, cache=str(cache), retries=0), ["ccc"]) == ([1.0], [])
 
 
-@pytest.mark.parametrize("change", [{"rubric": "How short?"}, {"model": "other"}, {"scale": [1, 12]}, {"columns": ["c"]}, {"temperature": 1}])
+@pytest.mark.parametrize(
+    "change", [{"rubric": "How short?"}, {"model": "other"}, {"scale": [1, 12]}, {"columns": ["c"]}, {"temperature": 1}]
+)
 def test_the_cache_is_keyed_by_all_that_is_sent(tmp_path, change):
     with JudgeServer(lambda *_: verdict(10)) as server:
         ask(judge(server, cache=str(tmp_path / "c")), ["x"])

@@ -13,9 +13,10 @@ from paretune.errors import ConfigError, RewardError
 from paretune.objectives import pretrained
 from paretune.objectives.models import RewardModel, measure
 from paretune.registry import OBJECTIVES, describe
+from paretune.seeds import forked_torch
 from paretune.testing import check_objective
 from paretune.types import Prompt
-from tiny_rewards import bert, causal, gpt2_reward
+from tiny_rewards import bert, bert_tokenizer, causal, gpt2_reward, gpt_tokenizer, save
 
 PROMPTS = ["\n\nHuman: hello\n\nAssistant:", "\n\nHuman: where is my parcel?\n\nAssistant:", "\n\nHuman: a joke\n\nAssistant:"] * 2
 TEXTS = [" It is on its way.", "", " sorry", " That is a funny joke about a cat.", " ends<end>", " x" * 30]
@@ -48,7 +49,8 @@ def by_hand(folder, *texts, special=True):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
     model.config.pad_token_id = None
     with torch.no_grad():
-        return model(**tokenizer(*texts, return_tensors="pt", add_special_tokens=special)).logits[0].double().numpy()
+        given = tokenizer(*([text] for text in texts), return_tensors="pt", add_special_tokens=special)  # in lists: an empty pair is a pair
+        return model(**given).logits[0].double().numpy()
 
 
 # ---- reward models
@@ -60,6 +62,39 @@ def test_a_batch_scores_as_each_text_does_alone(folders):
     wanted = [by_hand(folders["regression"], p, t)[0] for p, t in zip(PROMPTS, TEXTS, strict=True)]
     np.testing.assert_allclose(scores, wanted, atol=2e-5)
     assert np.ptp(wanted) > 0.1
+
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 140}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2", "Roberta", "Bart", "DebertaV2", "DistilBert"])
+def test_other_architectures_too(kind, tmp_path):
+    """Positions from padding ids (RoBERTa), scores from EOS (BART), rotary positions, no token types: each its own trap for a batch."""
+    import transformers
+
+    encoder = kind in ("Roberta", "Bart", "DebertaV2", "DistilBert")
+    tokenizer = bert_tokenizer() if encoder else gpt_tokenizer()
+    sizes = SIZES | ({"num_key_value_heads": 2, "head_dim": 8} if not encoder else {})
+    if kind == "Bart":
+        sizes = {
+            f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48), ("attention_heads", 4))
+        }
+        sizes |= {"d_model": 32, "max_position_embeddings": 140, "forced_eos_token_id": 2, "decoder_start_token_id": 2}
+    if kind == "DistilBert":
+        sizes = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48, "max_position_embeddings": 140}
+    ends = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1} if encoder else dict.fromkeys(("pad_token_id", "eos_token_id"), 0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), id2label={0: "no", 1: "yes"}, **sizes, **ends)
+    with forked_torch(0):
+        model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data.normal_(0, 0.2)
+    tokenizer.model_max_length = 128
+    folder = save(tmp_path / kind, model, tokenizer)
+    scores = build("reward-model", folder, label=1, batch=4)(PROMPTS, TEXTS)
+    wanted = [by_hand(folder, p, t)[1] for p, t in zip(PROMPTS, TEXTS, strict=True)]
+    np.testing.assert_allclose(scores, wanted, atol=5e-5)
+    assert np.ptp(wanted) > 1e-3
 
 
 def test_the_order_of_a_batch_changes_no_bit(folders):
@@ -137,6 +172,7 @@ def test_normalised_then_cut_at_the_range(folders):
     raw = by_hand(folders["regression"], "p", "t")[0]
     recorded = {"mean": raw - 3, "std": 2.0, "from": "by hand"}
     assert build("reward-model", folders["regression"], normalise=recorded)(["p"], ["t"])[0] == pytest.approx(1.5, abs=1e-4)
+    assert build("reward-model", folders["regression"], normalise=recorded, negate=True)(["p"], ["t"])[0] == pytest.approx(-1.5, abs=1e-4)
     assert build("reward-model", folders["regression"], normalise=recorded, low=-1, high=1)(["p"], ["t"]) == [1.0]
     assert build("reward-model", folders["regression"], low=raw + 1, high=raw + 2)(["p"], ["t"]) == [pytest.approx(raw + 1)]
 
@@ -328,7 +364,9 @@ def test_similarity_is_the_cosine_of_mean_pooled_embeddings(folders):
     answers = ["It is on its way.", ["no", " sorry"], "", None, "hello"]
     texts = [" It is on its way.", " sorry", "x", "x", " a much longer text than all of the others in this batch"]
     found = build("similarity", folders["encoder"], column="answer", batch=3)(["p"] * 5, texts, answer=answers)
-    wanted = [cosine(embedded(folders["encoder"], t), embedded(folders["encoder"], a)) for t, a in [(texts[0], answers[0]), (texts[4], "hello")]]
+    wanted = [
+        cosine(embedded(folders["encoder"], t), embedded(folders["encoder"], a)) for t, a in [(texts[0], answers[0]), (texts[4], "hello")]
+    ]
     np.testing.assert_allclose([found[0], found[4]], wanted, atol=1e-5)
     assert found[1] == pytest.approx(1.0)  # the closest of a list
     assert found[2:4] == [None, None]

@@ -142,8 +142,9 @@ def test_calls_are_matched_as_well_as_possible():
     assert build("tool-call")(["p"], [greedy], answer=[wanted]) == [pytest.approx(points / 5)]
 
 
-def test_a_reference_without_calls_says_nothing_about_correctness():
-    assert build("tool-call")(["p"], [NEWS], answer=["<think>t</think>\n<response>r</response>"]) == [None]
+def test_a_reference_without_calls_wants_none():
+    reference = "<think>t</think>\n<response>r</response>"
+    assert build("tool-call")(["p"] * 3, [NEWS, reference, "hello"], answer=[reference] * 3) == [0.0, 1.0, 1.0]
 
 
 def test_a_limit_is_a_step():

@@ -54,6 +54,7 @@ class RewardModel(ModelObjective):
     output: Literal["logit", "probability", "margin"] = "logit"  # margin: the log-odds of the label against all others
     input: str | tuple[str, ...] = "auto"  # auto, chat, a template, or two templates
     normalise: dict[str, Any] | None = None  # {mean, std, from}: (score - mean) / std; `paretune normalise` measures it
+    negate: bool = False  # for costs, where less is better: the sign changes after the normalisation
     head: str | None = None  # the name in the files of a head with one output, where it is not the one of transformers
 
     def __post_init__(self):
@@ -132,7 +133,7 @@ class RewardModel(ModelObjective):
         if self.normalise is not None:
             mean, std = self.normalise["mean"], self.normalise["std"]
             raw = [None if value is None else (value - mean) / std for value in raw]
-        return self.scored(raw)
+        return self.scored([-value if self.negate and value is not None else value for value in raw])
 
     def raw(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """What the head says, before normalisation and before it is cut at low and high."""

@@ -69,7 +69,7 @@ class ToolCall(TextObjective):
 
     Source: the rewards of ToolRL (2504.13958), format in {0, 1} and correctness in [-3, 3]; set low and high so.
     Differs: wanted and found calls are matched as well as possible, not greedily in order; "arguments" is read as "parameters";
-    white space between the parts is free; a reference without calls leaves correctness unscored, where the source gives 0.
+    white space between the parts is free; a reference without calls wants none, where the source gives 0 whatever is said.
     Hides: nothing is run: a call that would work with other values is wrong.
     """
 
@@ -87,7 +87,7 @@ class ToolCall(TextObjective):
             return float(_well_formed(text, call="<tool_call>" in str(given), response="<response>" in str(given)))
         wanted = _calls(str(given))
         if not wanted:
-            return None
+            return float("<tool_call>" not in text)
         found = _calls(text)
         return 0.0 if found is None else _agreement(wanted, found)
 

@@ -27,8 +27,8 @@ def read_transcript(where: str, text: str) -> Transcript:
     """Cut a transcript before the assistant's last words; ConfigError, with the place, where it is none."""
     marks = list(TURN.finditer(text))
     turns = []
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        said = text[mark.end() : None if following is None else following.start()]
+    for place, mark in enumerate(marks):
+        said = text[mark.end() : marks[place + 1].start() if place + 1 < len(marks) else None]
         turns.append((ROLES[mark[1]], said.strip()))
     begins = bool(marks) and not text[: marks[0].start()].strip()
     if not begins or "user" not in [role for role, _ in turns] or turns[-1][0] != "assistant":
