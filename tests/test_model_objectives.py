@@ -47,7 +47,7 @@ def by_hand(folder, *texts, special=True):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model.config.pad_token_id = None
+    model.config.pad_token_id = model.config.pad_token_id if model.config.is_encoder_decoder else None
     with torch.no_grad():
         given = tokenizer(*([text] for text in texts), return_tensors="pt", add_special_tokens=special)  # in lists: an empty pair is a pair
         return model(**given).logits[0].double().numpy()
