@@ -249,7 +249,7 @@ def test_what_was_answered_before_kill_9_is_not_asked_again(tmp_path):
         time.sleep(0.2)
         asked, known = set(server.texts), read_usage(cache).cached
         assert 12 <= len(asked) < 40
-        assert known >= len(asked) - 4  # at most what was under way: two threads, and two answers that were not yet written
+        assert known >= len(asked) - 2  # at most what was under way in the two threads
         server.bodies.clear()
         server.delay = 0.0
         objective = judge(server, rubric="r", cache=str(cache))

@@ -1,6 +1,7 @@
 """A language model as a judge: any OpenAI-compatible chat endpoint scores completions by a rubric.
 
-Every answer that was paid for is on disk before the next one is used, keyed by all that was sent; a killed run asks nothing twice.
+An answer is on disk, keyed by all that was sent, before its thread asks for another one: a killed run loses what was under way, and no
+more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 import time
 import warnings
 from collections import Counter
@@ -130,8 +132,16 @@ class Judge(Objective):
             missing = [key for key in wanted if key not in found]
             if not missing:
                 return found
+            writing = threading.Lock()
+
+            def settle(key: str) -> _Reply:
+                reply = self._ask(client, key, wanted[key])
+                with writing:
+                    _remember(store, key, reply)
+                return reply
+
             with _client(self.timeout, headers) as client, ThreadPoolExecutor(self.concurrency) as pool:
-                waiting = {pool.submit(self._ask, client, key, wanted[key]): key for key in missing}
+                waiting = {pool.submit(settle, key): key for key in missing}
                 try:
                     for done in as_completed(waiting):
                         key, reply = waiting[done], done.result()
@@ -140,7 +150,6 @@ class Judge(Objective):
                         self.usage.prompt_tokens += reply.prompt_tokens
                         self.usage.completion_tokens += reply.completion_tokens
                         failed += Counter([reply.failure] if reply.failure else [])
-                        _remember(store, key, reply)
                 finally:
                     for other in waiting:
                         other.cancel()
@@ -283,7 +292,7 @@ def _opened(path: str | None) -> Iterator[sqlite3.Connection | None]:
         return
     try:
         Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        store = sqlite3.connect(Path(path).expanduser(), timeout=60)
+        store = sqlite3.connect(Path(path).expanduser(), timeout=60, check_same_thread=False)  # its users take turns
         with store:
             store.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
             store.execute("CREATE TABLE IF NOT EXISTS asked (key TEXT, failure TEXT, requests INT, prompt INT, completion INT)")
