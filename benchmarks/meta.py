@@ -9,7 +9,8 @@ sampled  the same correlations, seeds 100-102 (at rho -.8 100-109): experts of 4
 m3       three objectives at rho -.4, seeds 100-102: experts of 40,000 samples, a bridge of 120,000.
 
 Attainment on training prompts; every figure is the worst over preferences, correlations and seeds unless its name says otherwise.
-Differences to EMORL are paired by preference; the interval of their mean is over the ten task seeds at rho -.8. Stopped, it goes on where it was.
+Differences to EMORL are paired by preference; the interval of their mean is over the ten task seeds at rho -.8. Stopped, it goes on
+where it was.
 """
 
 from __future__ import annotations

@@ -169,6 +169,7 @@ def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_trainin
     policy = learner.start(spec, TASK, parents)
     assert policy.K == 4
     assert policy.bank.trainable == policy.bank.names[2:]
+    assert {tuple(layer.scalings) for layer in policy.bank._layers} == {(2.0, 2.0, 2.0, 2.0)}, "of every rank alike"
     batch = learner.collect(policy, TASK, spec, 0)
     assert (batch.responses.gates_NK == torch.tensor([0.5, 0.25, 0.5, 1.0])).all()
     learner.train(spec, TASK, tmp_path / "second", parents=parents)

@@ -74,7 +74,8 @@ class Learner(ABC):
         bank = LoraBank.load(model, paths, trainable=trained)
         for i, rank in enumerate(fresh):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
-            bank.add(name, seed=spec.seed, rank=rank, alpha=self.alpha, targets=self.targets)
+            alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
+            bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         if not bank.parameters():
             raise ConfigError(
                 "a training trains an adapter",
