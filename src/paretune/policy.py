@@ -1,6 +1,6 @@
 """A policy: one model, one bank of adapters, and the level at which the adapters are combined; and a family of them on disk.
 
-The levels themselves stand in `mixing.py`. Every policy answers the same call, with a gate per row of the batch and adapter:
+The levels themselves stand in `mixing/`. Every policy answers the same call, with a gate per row of the batch and adapter:
 
     logits_NTV = policy.forward(ids_NT, attention_mask=mask, gates_NK=gates)
 
