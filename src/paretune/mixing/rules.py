@@ -11,7 +11,7 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.registry import RULES
 
-__all__ = ["Constant", "Identity", "Nearest", "Rule", "Table"]
+__all__ = ["Backbones", "Constant", "Identity", "Nearest", "Rule", "Table"]
 
 
 class Rule(ABC):
@@ -46,6 +46,36 @@ class Nearest(Rule):
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         return np.eye(len(self.points_KM))[_nearest_rows(w_WM, self.points_KM)]
+
+
+@RULES.register("backbones")
+@dataclass(frozen=True)
+class Backbones(Rule):
+    """Gates of adapters that were trained at the mixed preferences `points_KM` (K = M): the x that solves points^T x = w.
+
+    Where w lies outside of what the points span, gates are negative or above 1: the soup extrapolates. They sum to 1, times
+    1 + `extrapolation`, which moves the soup further away from the reference.
+    """
+
+    points_KM: tuple[tuple[float, ...], ...]
+    extrapolation: float = 0.0
+
+    def __post_init__(self):
+        _rectangle("backbones", "points_KM", self.points_KM)
+        points = np.asarray(self.points_KM)
+        if points.shape[0] != points.shape[1] or np.linalg.cond(points) > 1e6:
+            raise ConfigError(
+                "backbones: points_KM is one preference per objective, and none is a mixture of the others",
+                found=f"{points.shape[0]} points for {points.shape[1]} objectives, condition {np.linalg.cond(points):.3g}",
+                remedy="give every objective a backbone of its own, away from equal weights",
+            )
+        if not self.extrapolation > -1:
+            raise ConfigError("backbones: extrapolation is above -1", found=f"extrapolation = {self.extrapolation:g}", remedy="0 adds none")
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        inverse = np.linalg.inv(np.asarray(self.points_KM, dtype=np.float64).T)
+        # einsum, not a matrix product, whose rounding depends on how many rows there are
+        return (1 + self.extrapolation) * np.einsum("km,wm->wk", inverse, np.asarray(w_WM, dtype=np.float64))
 
 
 @RULES.register("constant")
