@@ -32,6 +32,10 @@ COMMANDS = {
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
+    "explain": {
+        *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
+        *{"--html", "--recipe", "--split", "--samples", "--plugin", "--json"},
+    },
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--json"},
     "check": {"ROOT", "--json"},
