@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["sensitivity_table", "token_table", "write_explanation"]
 
 HERE = Path(__file__).parent
-BAR, GAP, HALF = 8, 2, 30  # pixels: width of an expert's bar under a token, the space beside it, and the longest bar
+BAR, GAP, HALF = 8, 2, 24  # pixels: width of an expert's bar under a token, the space beside it, and the longest bar
 SHOWN = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+MARKS = {*SHOWN.values(), "\N{MIDDLE DOT}"}
+FAINT = 0.02  # of the largest contribution: a token that was moved by less stays white
 HOW = {
     "product": "Each expert's bar is its gate times the log-ratio of its own probability to the reference's. The normaliser is what makes "
     "the product of the experts a distribution again; it lifts all tokens of a position alike.",
@@ -133,8 +136,8 @@ def _tokens(explanation: Explanation, known: dict[str, Any], largest: float) -> 
         share = abs(values[lead]) / largest if lead is not None else 0.0
         made.append(
             {
-                "text": visible(token),
-                "background": _wash(parts[lead][1], share, against=values[lead] < 0) if lead is not None else "transparent",
+                "pieces": [(bool(marks), "".join(run)) for marks, run in groupby(visible(token), key=MARKS.__contains__)],
+                "background": _wash(parts[lead][1], share, against=values[lead] < 0) if lead is not None and share > FAINT else "white",
                 "bars": bars,
                 "width": max(len(bars), 1) * (BAR + GAP) + GAP,
                 "title": "\n".join(lines),
