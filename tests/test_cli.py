@@ -33,6 +33,10 @@ COMMANDS = {
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
     "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
+    "explain": {
+        *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
+        *{"--html", "--recipe", "--split", "--samples", "--plugin", "--json"},
+    },
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--json"},
     "check": {"ROOT", "--json"},

@@ -30,7 +30,7 @@ LEVELS = {
     4: ["fused", "lora", "policy", "mixing", "rollout"],
     5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
-    7: ["evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
+    7: ["evaluation", "explain", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
     8: ["conformance", "testing", "report", "cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
@@ -157,6 +157,7 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
+MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,8 @@ SAYS = ("Source:", "Differs:", "Hides:")
     [
         *(pytest.param(("paretune.metrics", name), id=name) for name in ("attainment", "regret", "utility_losses", "controllability")),
         *(pytest.param(("paretune.pareto", name), id=name) for name in ("hypervolume", "igd_plus", "epsilon")),
-        *(pytest.param(("paretune.mixing", name), id=name) for name in ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix")),
+        *(pytest.param(("paretune.mixing", name), id=name) for name in MIXERS),
+        *(pytest.param(("paretune.mixing.merged", name), id=name) for name in ("trim", "dare", "ties")),
         *(pytest.param(("paretune.search", name), id=name) for name in ("hierarchical_grid", "hierarchical_simplex")),
         *(pytest.param((LEARNERS[name].__module__, LEARNERS[name].__qualname__), id=name) for name in LEARNERS),
     ],

@@ -1,6 +1,6 @@
 """A policy: one model, one bank of adapters, and the level at which the adapters are combined; and a family of them on disk.
 
-The levels themselves stand in `mixing.py`. Every policy answers the same call, with a gate per row of the batch and adapter:
+The levels themselves stand in `mixing/`. Every policy answers the same call, with a gate per row of the batch and adapter:
 
     logits_NTV = policy.forward(ids_NT, attention_mask=mask, gates_NK=gates)
 
@@ -29,7 +29,7 @@ from paretune.lora import CONFIG_FILE, WEIGHTS_FILE, LoraBank
 from paretune.registry import RULES, TASKS, Registry, describe
 from paretune.types import Objectives, Preference, Prompt
 
-__all__ = ["LEVELS", "Family", "Policy"]
+__all__ = ["LEVELS", "Family", "Policy", "build_level"]
 
 LEVELS = Registry("mixing level", "paretune.mixing")
 FAMILY_FILE, FAMILY_FORMAT = "family.json", 1
@@ -52,6 +52,11 @@ class Policy(ABC):
     @property
     def level(self) -> str:
         return self.registered_name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the level's constructor was given beside bank and tokenizer: JSON, written into the family's file."""
+        return {}
 
     @property
     def K(self) -> int:
@@ -151,6 +156,12 @@ class Policy(ABC):
     def _logits(self, inputs: dict[str, Any], last_only: int) -> Tensor:
         """The model's own logits; only those of the last `last_only` positions are computed; 0 is all."""
         return self.model(**inputs, logits_to_keep=int(last_only)).logits
+
+
+def build_level(level: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
+    """The policy of a level, given as its name or as {"name": ..., setting: value, ...}."""
+    settings = {"name": level} if isinstance(level, str) else dict(level)
+    return LEVELS[settings.pop("name")](bank, tokenizer, **settings)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -268,7 +279,7 @@ class Family:
                 self.policy.bank.save(name, folder)
         card = {
             "format": FAMILY_FORMAT,
-            "level": self.policy.level,
+            "level": {"name": self.policy.level, **self.policy.settings} if self.policy.settings else self.policy.level,
             "rule": describe(self.rule),
             "objectives": asdict(self.objectives),
             "base": dict(self.base),
@@ -300,7 +311,7 @@ class Family:
         if device is not None:
             model = model.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
-        policy = LEVELS[card["level"]](LoraBank.load(model, adapters), tokenizer)
+        policy = build_level(card["level"], LoraBank.load(model, adapters), tokenizer)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"])
 

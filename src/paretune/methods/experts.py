@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paretune.policy import Family, Policy
     from paretune.tasks import Task
 
-__all__ = ["Experts", "adapters_for", "build_policy", "family_meta", "training", "vertex_trainings"]
+__all__ = ["Experts", "OnExperts", "adapters_for", "build_policy", "family_meta", "training", "vertex_trainings"]
 
 
 def training(task: Task, learner: Learner, w_M: Sequence[float] | np.ndarray, seed: int) -> TrainSpec:
@@ -37,13 +37,13 @@ def adapters_for(specs: Mapping[str, TrainSpec], done: Mapping[str, Artifact]) -
     return {name: done[spec.key].path for name, spec in specs.items()}
 
 
-def build_policy(task: Task, level: str, adapters: Mapping[str, Any]) -> Policy:
-    """The policy over a fresh copy of the reference model with these adapters (axis K in their order)."""
+def build_policy(task: Task, level: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
+    """The policy over a fresh copy of the reference model with these adapters (axis K in their order); see `policy.build_level`."""
     from paretune.lora import LoraBank
-    from paretune.policy import LEVELS
+    from paretune.policy import build_level
 
     model, tokenizer = task.load()
-    return LEVELS[level](LoraBank.load(model, adapters), tokenizer)
+    return build_level(level, LoraBank.load(model, adapters), tokenizer)
 
 
 def family_meta(method: Method, task: Task, *, seed: int, experts: Sequence[int] | None = None) -> dict[str, Any]:
@@ -52,9 +52,30 @@ def family_meta(method: Method, task: Task, *, seed: int, experts: Sequence[int]
     return meta if experts is None else {**meta, "experts": list(experts)}
 
 
+class OnExperts(Method):
+    """One expert per objective, with the preference as their gates; subclasses say at which level they are mixed."""
+
+    symmetric: ClassVar[bool] = True
+
+    def level(self) -> str | Mapping[str, Any]:
+        """The mixing level, by name or with its settings."""
+        raise AssertionError("subclasses name their level")
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return list(vertex_trainings(task, learner, seed).values())
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.mixing import Identity
+        from paretune.policy import Family
+
+        adapters = adapters_for(vertex_trainings(task, learner, seed), done)
+        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
+        return Family(build_policy(task, self.level(), adapters), Identity(), task.objectives, task.base(), adapters, meta)
+
+
 @METHODS.register("experts")
 @dataclass(frozen=True)
-class Experts(Method):
+class Experts(OnExperts):
     """M experts, one per objective; a preference is the vector of their gates.
 
     mixer: "parameter" is the exact delta soup, "factor" the soup of the factors as its authors' code does it, "logit" the product of
@@ -76,15 +97,6 @@ class Experts(Method):
         forwards_per_token="parameter, factor: 1; logit, hidden: M",
         zero_shot=True,
     )
-    symmetric: ClassVar[bool] = True
 
-    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(vertex_trainings(task, learner, seed).values())
-
-    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Identity
-        from paretune.policy import Family
-
-        adapters = adapters_for(vertex_trainings(task, learner, seed), done)
-        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        return Family(build_policy(task, self.mixer, adapters), Identity(), task.objectives, task.base(), adapters, meta)
+    def level(self) -> str:
+        return self.mixer

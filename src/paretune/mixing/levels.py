@@ -1,41 +1,16 @@
-"""Where adapters are combined (the mixing levels), and how a preference becomes gates (the rules).
-
-    parameter   the exact soup W + sum_k g_k s_k B_k A_k, per row                         1 forward per token
-    factor      (sum_k g_k B_k)(sum_k g_k A_k), as published for soups; one soup a batch  1 forward
-    logit       softmax of sum_k g_k log pi_k, token by token                             K forwards, in one stacked batch
-    hidden      the model's own head on sum_k g_k h_k, h after the final norm             K forwards of the decoder, 1 of the head
-    reference   no adapter                                                                1 forward
-
-At g = e_k every level is expert k. Hidden equals logit where the head is frozen, linear, without bias or soft cap: W sum g h = sum g W h;
-elsewhere no such claim. At the logit and hidden levels gates that are all 0 mean the uniform policy, not the reference.
-"""
+"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.mixing`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy import LEVELS, Policy
-from paretune.registry import RULES
 
-__all__ = [
-    "Constant",
-    "FactorMix",
-    "HiddenMix",
-    "Identity",
-    "LogitMix",
-    "Nearest",
-    "ParameterMix",
-    "ReferencePolicy",
-    "Rule",
-    "Table",
-]
+__all__ = ["FactorMix", "HiddenMix", "LogitMix", "ParameterMix", "ReferencePolicy"]
 
 
 @LEVELS.register("parameter")
@@ -184,89 +159,4 @@ def _own(cache: Any, gates: Tensor | None) -> None:
             "at the parameter level a cache belongs to the gates that filled it",
             found="other gates than those of the cached tokens",
             remedy="make a new cache for every preference; parts are shared over preferences at the logit and hidden levels only",
-        )
-
-
-class Rule(ABC):
-    """Preferences -> gates. Registered in RULES; a frozen dataclass of numbers, so that a family can be written as JSON."""
-
-    registered_name: ClassVar[str]
-    version: ClassVar[int]
-
-    @abstractmethod
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        """(W, K) float64 gates of W preferences."""
-
-
-@RULES.register("identity")
-@dataclass(frozen=True)
-class Identity(Rule):
-    """Adapter k has the weight of objective k."""
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.array(w_WM, dtype=np.float64)
-
-
-@RULES.register("nearest")
-@dataclass(frozen=True)
-class Nearest(Rule):
-    """The one adapter that was trained nearest (Euclid) to the preference: `points_KM`; ties go to the first."""
-
-    points_KM: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self):
-        _rectangle("nearest", "points_KM", self.points_KM)
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.eye(len(self.points_KM))[_nearest_rows(w_WM, self.points_KM)]
-
-
-@RULES.register("constant")
-@dataclass(frozen=True)
-class Constant(Rule):
-    """The same gates at every preference: one expert, uniform weights."""
-
-    gates_K: tuple[float, ...]
-
-    def __post_init__(self):
-        if not np.isfinite(self.gates_K).all():
-            raise ConfigError("gates are finite numbers", found=f"gates_K = {list(self.gates_K)}", remedy="give one number per adapter")
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.tile(np.asarray(self.gates_K, dtype=np.float64), (len(w_WM), 1))
-
-
-@RULES.register("table")
-@dataclass(frozen=True)
-class Table(Rule):
-    """What a search found: gates at some preferences, `gates_WK` at `w_WM`; any other preference takes the nearest row."""
-
-    w_WM: tuple[tuple[float, ...], ...]
-    gates_WK: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self):
-        _rectangle("table", "w_WM", self.w_WM)
-        _rectangle("table", "gates_WK", self.gates_WK)
-        if len(self.w_WM) != len(self.gates_WK):
-            raise ConfigError(
-                "a table has one row of gates per preference",
-                found=f"{len(self.w_WM)} preferences, {len(self.gates_WK)} rows of gates",
-                remedy="give one row each",
-            )
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.asarray(self.gates_WK, dtype=np.float64)[_nearest_rows(w_WM, self.w_WM)]
-
-
-def _nearest_rows(w_WM: np.ndarray, points_KM: tuple[tuple[float, ...], ...]) -> np.ndarray:
-    distance_WK = ((np.asarray(w_WM)[:, None] - np.asarray(points_KM)[None]) ** 2).sum(-1)
-    return distance_WK.argmin(1)
-
-
-def _rectangle(rule: str, field: str, rows: tuple[tuple[float, ...], ...]) -> None:
-    if not rows or len({len(row) for row in rows}) != 1 or not all(np.isfinite(row).all() for row in rows):
-        raise ConfigError(
-            f"{rule}: {field} is a table of finite numbers with rows of one length",
-            found=f"{len(rows)} rows of lengths {sorted({len(row) for row in rows})}",
-            remedy="give at least one row, all of one length",
         )

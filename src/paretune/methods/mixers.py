@@ -1,0 +1,86 @@
+"""Other ways to mix the shared experts' predictions: by other divergences, against the worst case, or at a layer in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from paretune.errors import ConfigError
+from paretune.methods import Card
+from paretune.methods.experts import OnExperts
+from paretune.registry import METHODS
+
+__all__ = ["HiddenLayer", "ModDivergence", "Rmod"]
+
+
+@METHODS.register("mod-divergence")
+@dataclass(frozen=True)
+class ModDivergence(OnExperts):
+    """The experts' next-token distributions, mixed as a divergence other than the reverse KL asks for; see `mixing.DivergenceMix`."""
+
+    divergence: Literal["forward-kl", "alpha", "js"] = "forward-kl"
+    alpha: float = 0.5
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, next-token distributions mixed by forward KL (harmonic mean), an alpha-divergence or JS",
+        source="MOD (2406.18853), its divergences beside the reverse KL",
+        differs="1/alpha is kept, which the authors' code leaves out; the normaliser is a factor outside, as in the source's formulas; "
+        "for JS the reference runs beside the experts, and its closed form is ours",
+        hides="the experts were trained under the reverse KL, so that this answers another game than theirs",
+        trainings="M",
+        forwards_per_token="M; js: M + 1",
+        zero_shot=True,
+    )
+
+    def level(self) -> Mapping[str, Any]:
+        return {"name": "divergence", "divergence": self.divergence, "alpha": self.alpha}
+
+
+@METHODS.register("rmod")
+@dataclass(frozen=True)
+class Rmod(OnExperts):
+    """Decoding against the worst-case weights within `radius` of the preference; see `mixing.RobustMix`."""
+
+    radius: float = 1.0
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, logits mixed at the worst weights for each token: robust, and at radius 1 without a preference",
+        source="RMOD (2503.08796)",
+        differs="the experts' log-ratios stand for trained value functions; the game is played and solved exactly at every token, not for "
+        "blocks of sampled candidates; a radius below 1 keeps the worst weights near the preference",
+        hides="at radius 1 every preference gets the same policy: read the worst objective, not attainment; without value functions it "
+        "does not see which objective has fallen behind so far",
+        trainings="M",
+        forwards_per_token="M",
+        zero_shot=True,
+    )
+
+    def level(self) -> Mapping[str, Any]:
+        return {"name": "robust", "radius": self.radius}
+
+
+@METHODS.register("hidden-layer")
+@dataclass(frozen=True)
+class HiddenLayer(OnExperts):
+    """Hidden states of the experts, mixed at one layer; the layers above run once under the soup. See `mixing.HiddenLayerMix`."""
+
+    layer: int = 1
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, hidden states mixed at a layer; below it the experts run apart, above it their soup runs once",
+        source="EMORL (2505.02579) for the last layer; the layers below are our extension",
+        differs="any layer, with a KV cache; the preference is the weights, without a search",
+        hides="layer 0 is the delta soup and the last layer is logit mixing (shared linear head), so that only what lies between is new",
+        trainings="M",
+        forwards_per_token="(layer M + L - layer) / L",
+        zero_shot=True,
+    )
+
+    def level(self) -> Mapping[str, Any]:
+        if self.layer < 0:
+            raise ConfigError("method hidden-layer: layer is at least 0", found=f"layer = {self.layer}", remedy="0 is the soup")
+        return {"name": "hidden-layer", "layer": self.layer}

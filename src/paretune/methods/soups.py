@@ -1,0 +1,132 @@
+"""Soups beyond the weighted sum: TIES and DARE merges of the shared experts, and Bone Soups, whose trainings are mixed already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.methods import Card, Method
+from paretune.methods.experts import OnExperts, adapters_for, build_policy, family_meta, training
+from paretune.registry import METHODS
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["BoneSoup", "Dare", "Ties"]
+
+_DIFFERS = (
+    "what is merged is the exact change B A of every matrix, entries kept per matrix; the preference is the weights, as in mergekit, and "
+    "takes part in the election of signs"
+)
+_HIDES = "a vertex is the expert after pruning, not the expert; the merge is dense and made anew for every preference"
+
+
+@METHODS.register("ties")
+@dataclass(frozen=True)
+class Ties(OnExperts):
+    """Trim, elect signs, merge what agrees; see `mixing.MergedMix`."""
+
+    density: float = 0.8
+    normalise: bool = False
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, a TIES soup: largest entries kept, one sign elected per entry, what agrees is merged",
+        source="TIES-Merging (2306.01708)",
+        differs=_DIFFERS + "; the default keeps 80 % of the entries (the source: 20 %) and sums what agrees instead of averaging it, both "
+        "chosen on development seeds",
+        hides=_HIDES,
+        trainings="M",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def level(self) -> Mapping[str, Any]:
+        return {"name": "merged", "how": "ties", "density": self.density, "normalise": self.normalise}
+
+
+@METHODS.register("dare")
+@dataclass(frozen=True)
+class Dare(OnExperts):
+    """Drop at random and rescale, then sum, or elect signs first; see `mixing.MergedMix`."""
+
+    density: float = 0.8
+    signs: bool = False
+    mask_seed: int = 0
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one expert per objective, a DARE soup: entries dropped at random, the rest scaled up, summed (or merged as by TIES)",
+        source="DARE (2311.03099)",
+        differs=_DIFFERS + "; the default keeps 80 % of the entries (the source drops up to 99 % of full fine-tunings)",
+        hides=_HIDES + "; one draw of the masks: another seed is another policy",
+        trainings="M",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+    symmetric: ClassVar[bool] = False
+
+    def level(self) -> Mapping[str, Any]:
+        how = "dare-ties" if self.signs else "dare"
+        return {"name": "merged", "how": how, "density": self.density, "normalise": False, "seed": self.mask_seed}
+
+
+@METHODS.register("bone-soup")
+@dataclass(frozen=True)
+class BoneSoup(Method):
+    """Backbones trained at mixed preferences: `share` for one objective each, the rest evenly for the others. Rows of B.
+
+    The gates x solve B^T x = w, so that the soup of the backbones' own preferences is w; outside of what they span, x extrapolates.
+    """
+
+    share: float = 0.8
+    extrapolation: float = 0.0
+    mixer: Literal["parameter", "logit"] = "parameter"
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="one training per objective at a mixed preference; a soup whose gates bring their mixture to the wanted preference",
+        source="Bone Soups (2502.10762)",
+        differs="share is .8, by the worst attainment on a development seed; the source chooses from .6, .7, .8 by the hypervolume of "
+        "short trainings. For M > 2 the rest is shared evenly. The soup is of the exact changes, unmerged. mixer logit is ours",
+        hides="preferences beyond the backbones are extrapolated with negative gates; one's own objective alone was never trained",
+        trainings="M",
+        forwards_per_token="parameter: 1; logit: M",
+        zero_shot=True,
+    )
+    symmetric: ClassVar[bool] = True
+
+    def points_KM(self, count: int) -> np.ndarray:
+        """The preferences of the trainings."""
+        if not 1 / count < self.share <= 1:
+            raise ConfigError(
+                "method bone-soup: share is above 1 / M and at most 1",
+                found=f"share = {self.share:g} for {count} objectives",
+                remedy="the source uses .6 to .8; 1 gives plain experts",
+            )
+        rest = (1 - self.share) / (count - 1)
+        return np.where(np.eye(count, dtype=bool), self.share, rest)
+
+    def _specs(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
+        points_KM = self.points_KM(task.objectives.count)
+        return {f"bone-{name}": training(task, learner, w_M, seed) for name, w_M in zip(task.objectives.names, points_KM, strict=True)}
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return list(self._specs(task, learner, seed).values())
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.mixing import Backbones
+        from paretune.policy import Family
+
+        adapters = adapters_for(self._specs(task, learner, seed), done)
+        points_KM = tuple(tuple(map(float, row)) for row in self.points_KM(task.objectives.count))
+        rule = Backbones(points_KM=points_KM, extrapolation=self.extrapolation)
+        policy = build_policy(task, self.mixer, adapters)
+        return Family(policy, rule, task.objectives, task.base(), adapters, family_meta(self, task, seed=seed))

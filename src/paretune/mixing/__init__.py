@@ -1,0 +1,40 @@
+"""Where adapters are combined (the mixing levels), and how a preference becomes gates (the rules).
+
+    parameter   the exact soup W + sum_k g_k s_k B_k A_k, per row                         1 forward per token
+    factor      (sum_k g_k B_k)(sum_k g_k A_k), as published for soups; one soup a batch  1 forward
+    logit       softmax of sum_k g_k log pi_k, token by token                             K forwards, in one stacked batch
+    hidden      the model's own head on sum_k g_k h_k, h after the final norm             K forwards of the decoder, 1 of the head
+    hidden-layer  states mixed below a layer of one's choice, the soup above              between 1 and K forwards
+    divergence  MOD's other means of the experts' distributions: harmonic, alpha, JS      K forwards (JS: K + 1)
+    robust      the product of the experts at the worst-case weights, token by token      K forwards
+    merged      TIES and DARE soups of the dense changes; one merge a batch               1 forward
+    reference   no adapter                                                                1 forward
+
+At g = e_k every level is expert k, except robust, and merged where it drops entries. Hidden equals logit where the head is frozen,
+linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim. At the logit and hidden levels gates that are all 0
+mean the uniform policy, not the reference.
+"""
+
+from paretune.mixing.divergence import DivergenceMix, RobustMix
+from paretune.mixing.layer import HiddenLayerMix
+from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
+from paretune.mixing.merged import MergedMix
+from paretune.mixing.rules import Backbones, Constant, Identity, Nearest, Rule, Table
+
+__all__ = [
+    "Backbones",
+    "Constant",
+    "DivergenceMix",
+    "FactorMix",
+    "HiddenLayerMix",
+    "HiddenMix",
+    "Identity",
+    "LogitMix",
+    "MergedMix",
+    "Nearest",
+    "ParameterMix",
+    "ReferencePolicy",
+    "RobustMix",
+    "Rule",
+    "Table",
+]

@@ -1,0 +1,129 @@
+"""How a preference becomes gates: the combination rules that need no training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.registry import RULES
+
+__all__ = ["Backbones", "Constant", "Identity", "Nearest", "Rule", "Table"]
+
+
+class Rule(ABC):
+    """Preferences -> gates. Registered in RULES; a frozen dataclass of numbers, so that a family can be written as JSON."""
+
+    registered_name: ClassVar[str]
+    version: ClassVar[int]
+
+    @abstractmethod
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        """(W, K) float64 gates of W preferences."""
+
+
+@RULES.register("identity")
+@dataclass(frozen=True)
+class Identity(Rule):
+    """Adapter k has the weight of objective k."""
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.array(w_WM, dtype=np.float64)
+
+
+@RULES.register("nearest")
+@dataclass(frozen=True)
+class Nearest(Rule):
+    """The one adapter that was trained nearest (Euclid) to the preference: `points_KM`; ties go to the first."""
+
+    points_KM: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        _rectangle("nearest", "points_KM", self.points_KM)
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.eye(len(self.points_KM))[_nearest_rows(w_WM, self.points_KM)]
+
+
+@RULES.register("backbones")
+@dataclass(frozen=True)
+class Backbones(Rule):
+    """Gates of adapters that were trained at the mixed preferences `points_KM` (K = M): the x that solves points^T x = w.
+
+    Where w lies outside of what the points span, gates are negative or above 1: the soup extrapolates. They sum to 1, times
+    1 + `extrapolation`, which moves the soup further away from the reference.
+    """
+
+    points_KM: tuple[tuple[float, ...], ...]
+    extrapolation: float = 0.0
+
+    def __post_init__(self):
+        _rectangle("backbones", "points_KM", self.points_KM)
+        points = np.asarray(self.points_KM)
+        if points.shape[0] != points.shape[1] or np.linalg.cond(points) > 1e6:
+            raise ConfigError(
+                "backbones: points_KM is one preference per objective, and none is a mixture of the others",
+                found=f"{points.shape[0]} points for {points.shape[1]} objectives, condition {np.linalg.cond(points):.3g}",
+                remedy="give every objective a backbone of its own, away from equal weights",
+            )
+        if not self.extrapolation > -1:
+            raise ConfigError("backbones: extrapolation is above -1", found=f"extrapolation = {self.extrapolation:g}", remedy="0 adds none")
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        inverse = np.linalg.inv(np.asarray(self.points_KM, dtype=np.float64).T)
+        # einsum, not a matrix product, whose rounding depends on how many rows there are
+        return (1 + self.extrapolation) * np.einsum("km,wm->wk", inverse, np.asarray(w_WM, dtype=np.float64))
+
+
+@RULES.register("constant")
+@dataclass(frozen=True)
+class Constant(Rule):
+    """The same gates at every preference: one expert, uniform weights."""
+
+    gates_K: tuple[float, ...]
+
+    def __post_init__(self):
+        if not np.isfinite(self.gates_K).all():
+            raise ConfigError("gates are finite numbers", found=f"gates_K = {list(self.gates_K)}", remedy="give one number per adapter")
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.tile(np.asarray(self.gates_K, dtype=np.float64), (len(w_WM), 1))
+
+
+@RULES.register("table")
+@dataclass(frozen=True)
+class Table(Rule):
+    """What a search found: gates at some preferences, `gates_WK` at `w_WM`; any other preference takes the nearest row."""
+
+    w_WM: tuple[tuple[float, ...], ...]
+    gates_WK: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        _rectangle("table", "w_WM", self.w_WM)
+        _rectangle("table", "gates_WK", self.gates_WK)
+        if len(self.w_WM) != len(self.gates_WK):
+            raise ConfigError(
+                "a table has one row of gates per preference",
+                found=f"{len(self.w_WM)} preferences, {len(self.gates_WK)} rows of gates",
+                remedy="give one row each",
+            )
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.asarray(self.gates_WK, dtype=np.float64)[_nearest_rows(w_WM, self.w_WM)]
+
+
+def _nearest_rows(w_WM: np.ndarray, points_KM: tuple[tuple[float, ...], ...]) -> np.ndarray:
+    distance_WK = ((np.asarray(w_WM)[:, None] - np.asarray(points_KM)[None]) ** 2).sum(-1)
+    return distance_WK.argmin(1)
+
+
+def _rectangle(rule: str, field: str, rows: tuple[tuple[float, ...], ...]) -> None:
+    if not rows or len({len(row) for row in rows}) != 1 or not all(np.isfinite(row).all() for row in rows):
+        raise ConfigError(
+            f"{rule}: {field} is a table of finite numbers with rows of one length",
+            found=f"{len(rows)} rows of lengths {sorted({len(row) for row in rows})}",
+            remedy="give at least one row, all of one length",
+        )
