@@ -15,6 +15,7 @@ import pytest
 
 from paretune.methods import FAMILIES
 from paretune.registry import LEARNERS, METHODS
+from paretune.search import SEARCHERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "paretune"
@@ -157,6 +158,7 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
+SEARCHES = [search.__name__ for search in SEARCHERS.values()]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ SAYS = ("Source:", "Differs:", "Hides:")
         *(pytest.param(("paretune.metrics", name), id=name) for name in ("attainment", "regret", "utility_losses", "controllability")),
         *(pytest.param(("paretune.pareto", name), id=name) for name in ("hypervolume", "igd_plus", "epsilon")),
         *(pytest.param(("paretune.mixing", name), id=name) for name in ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix")),
-        *(pytest.param(("paretune.search", name), id=name) for name in ("hierarchical_grid", "hierarchical_simplex")),
+        *(pytest.param(("paretune.search", name), id=name) for name in SEARCHES),
         *(pytest.param((LEARNERS[name].__module__, LEARNERS[name].__qualname__), id=name) for name in LEARNERS),
     ],
 )
