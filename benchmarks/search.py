@@ -1,17 +1,17 @@
 """Outer-level searches against the published one: evaluations until within 0.01 of the best weights, where weights = preference are bad.
 
-    python benchmarks/search.py [--root DIR] [--out benchmarks/results/search.json] [--seeds 100 101 ...] [--soups 1]
+    python benchmarks/search.py [--root DIR] [--out benchmarks/results/search.json] [--seeds 100 101 ...]
 
 Scores are attainments of J_w on training prompts, exact, on exact-v1 with its default dials, at the first judged
-preferences that qualify, 8 for each task seed (ten seeds at M = 3, five at M = 5):
+preferences that qualify for each task seed (six, four for soups; how many seeds stands in SEEDS):
 
     optimal   the optimal experts pi*_k, their logits mixed
     unequal   the same, but expert k is optimal for another price of KL, beta / t_k, t_k between 1/2 and 3: experts from elsewhere
     soup      experts of 60 exact steps, their parameters mixed (every evaluation is a run of the model: one task seed, M = 3 only)
     choice    synthetic: experts of unequal strength on one choice among 64; the best weights are known, w_k / t_k; M = 2 to 8
 
-A case is a preference where alpha = w is at least 0.05 below a dense grid's best; the grid covers [0, 1]^M: all points of 9 (M = 3) or 5
-(M = 5) per axis, and a fine lattice of the simplex at eight scales. A search has arrived within 0.01 of the best of that grid, of its top
+A case is a preference where alpha = w is at least 0.05 below a dense grid's best; the grid covers [0, 1]^M: all points of 9 (M = 3) or 4
+(M = 5) per axis, and a lattice of the simplex at eight scales (coarser for soups). A search has arrived within 0.01 of the best of that grid, of its top
 refined by a local search, and of every point that any searcher came by. Only `grid`, `model` and `optuna` look in the whole box; the others
 keep the sum of the weights at 1, so that they cannot arrive where the best sum is another. "grid cached" scores shared corners once.
 
@@ -42,12 +42,12 @@ from paretune.tasks.exact import ExactTask
 from paretune.testing import train_plan
 
 RHO = {3: -0.4, 5: -0.2}
+SEEDS = (("optimal", 3, 10), ("unequal", 3, 5), ("optimal", 5, 3), ("unequal", 5, 3), ("soup", 3, 1))  # family, M, task seeds
 GAP, NEAR = 0.05, 0.01
-AXIS = {3: 9, 5: 5}  # points per axis of the dense grid in the box
-EDGE = {3: 25, 5: 11}  # points per edge of the dense lattice of the simplex
-EDGE_SOUP = 9  # each point is a run of the model
+AXIS, EDGE = {3: 9, 5: 4}, {3: 25, 5: 9}  # points per axis of the dense grid in the box, and per edge of the simplex's lattice
+SOUP = (7, 9)  # the same where each point is a run of the model
 SCALES = (0.125, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0, 1.1)
-CASES = 8  # at most so many of a task seed, in the order of the judged preferences
+CASES = {"optimal": 6, "unequal": 6, "soup": 4}  # at most so many of a task seed, in the order of the judged preferences
 CHOICES = 64
 TRIALS = 40  # of each Optuna sampler, on the first three synthetic cases of M = 3 and 5
 STRENGTHS = (0.5, 3.0)
@@ -112,10 +112,9 @@ def choice(seed: int, m: int) -> tuple[Vector, np.ndarray, np.ndarray, float, fl
     return returns, w_M, w_M / strength_M, float(returns(np.zeros(m))[0]), float(returns(w_M / strength_M)[0])
 
 
-def dense(m: int, edge: int) -> Iterator[np.ndarray]:
+def dense(m: int, axis: int, edge: int) -> Iterator[np.ndarray]:
     """The points of the dense grid in [0, 1]^m."""
-    axis = np.linspace(0.0, 1.0, AXIS[m])
-    yield from (np.array(point) for point in itertools.product(axis, repeat=m))
+    yield from (np.array(point) for point in itertools.product(np.linspace(0.0, 1.0, axis), repeat=m))
     lattice = simplex_lattice(m, edge)
     for scale in SCALES:
         yield from (point for point in scale * lattice if point.max() <= 1.0)
@@ -147,7 +146,7 @@ def exact_cases(family: str, m: int, seed: int, root: Path) -> list[dict[str, An
     else:
         drawn_K = np.exp(generator(seed, "strengths", m).uniform(*np.log(STRENGTHS), size=m))
         known = Known(mixed_optima(task, drawn_K if family == "unequal" else np.ones(m)))
-    for point in dense(m, EDGE_SOUP if family == "soup" else EDGE[m]):
+    for point in dense(m, *(SOUP if family == "soup" else (AXIS[m], EDGE[m]))):
         known(point)
     points = np.stack([np.frombuffer(name) for name in known.table])
     grid_NM = known.all()
@@ -167,7 +166,7 @@ def exact_cases(family: str, m: int, seed: int, root: Path) -> list[dict[str, An
         model_search(score, m, start=points[first], radius=0.06)
         best = float(((known.all() - start_M) @ w_M).max() / top)
         rows.append(row(found, score(w_M), best, w_M, grid_best=round(grid_best, 4), preference=number))
-        if len(rows) == CASES:
+        if len(rows) == CASES[family]:
             break
     return rows
 
@@ -210,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("paretune-runs/search"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(100, 110)))
-    parser.add_argument("--soups", type=int, default=1, help="how many of the task seeds, for soups")
+    parser.add_argument("--family", help="only this one of the families on exact-v1")
     parser.add_argument("--choices", type=int, default=10, help="synthetic cases for each M")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -229,14 +228,8 @@ def main() -> None:
     for m in (2, 3, 4, 5, 6, 8):
         count = given.choices if m < 6 else min(given.choices, 3)  # the published search takes 3^M points a level
         rows[f"choice m{m}"] = kept(f"choice-{m}-{count}", lambda m=m, count=count: choice_cases(m, count))
-    for family, m, seeds in (
-        ("optimal", 3, given.seeds),
-        ("unequal", 3, given.seeds),
-        ("optimal", 5, given.seeds[:5]),
-        ("unequal", 5, given.seeds[:5]),
-        ("soup", 3, given.seeds[: given.soups]),
-    ):
-        for seed in seeds:
+    for family, m, seeds in SEEDS:
+        for seed in given.seeds[:seeds] if given.family in (None, family) else ():
             make = lambda f=family, m=m, s=seed: exact_cases(f, m, s, given.root)  # noqa: E731
             cases = [{"seed": seed, **r} for r in kept(f"{family}-{m}-{seed}", make)]
             rows[f"{family} m{m}"] = rows.get(f"{family} m{m}", []) + cases
