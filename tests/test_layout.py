@@ -15,6 +15,7 @@ import pytest
 
 from paretune.methods import FAMILIES
 from paretune.registry import LEARNERS, METHODS
+from paretune.search import SEARCHERS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "paretune"
@@ -157,7 +158,11 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
+<<<<<<< HEAD
 MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix")
+=======
+SEARCHES = [search.__name__ for search in SEARCHERS.values()]
+>>>>>>> search
 
 
 @pytest.mark.parametrize(
@@ -165,9 +170,14 @@ MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix"
     [
         *(pytest.param(("paretune.metrics", name), id=name) for name in ("attainment", "regret", "utility_losses", "controllability")),
         *(pytest.param(("paretune.pareto", name), id=name) for name in ("hypervolume", "igd_plus", "epsilon")),
+<<<<<<< HEAD
         *(pytest.param(("paretune.mixing", name), id=name) for name in MIXERS),
         *(pytest.param(("paretune.mixing.merged", name), id=name) for name in ("trim", "dare", "ties")),
         *(pytest.param(("paretune.search", name), id=name) for name in ("hierarchical_grid", "hierarchical_simplex")),
+=======
+        *(pytest.param(("paretune.mixing", name), id=name) for name in ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix")),
+        *(pytest.param(("paretune.search", name), id=name) for name in SEARCHES),
+>>>>>>> search
         *(pytest.param((LEARNERS[name].__module__, LEARNERS[name].__qualname__), id=name) for name in LEARNERS),
     ],
 )

@@ -37,6 +37,9 @@ TARGETS = (
     ("sampled_worst_attainment", "expert.py", "experts by the sampled learner, 40,000 samples: worst attainment", 0.94),
     ("exact_worst_attainment", "expert.py", "experts by the exact learner: worst attainment", 0.975),
     ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
+    ("evaluations_ratio_m3", "search.py", "outer search, M = 3: evaluations of the published one divided by ours", 5),
+    ("evaluations_ratio_m5", "search.py", "the same at M = 5", 20),
+    ("evaluations_ratio_m8", "search.py", "the same at M = 8, synthetic score", None),
     ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: share of the plain model's tokens per second", 0.30),
     ("logit_vs_published_loop", "decode.py", "the same against the published loop (3 full copies, no cache), times", None),
     (

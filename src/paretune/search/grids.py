@@ -1,56 +1,45 @@
-"""Outer-level searchers: where in a box or a simplex of mixing weights is a score largest? No language model in here.
-
-Every call of the score is counted, because each one is a run of the mixed policy on validation prompts.
-"""
+"""Searches by grids: the published one in a box, ours on the simplex, and the lattice of preferences."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from paretune.errors import ParetuneError
+from paretune.search.base import Evaluations, Score, SearchResult, Spent
 
-__all__ = ["Score", "SearchResult", "box_cells", "hierarchical_grid", "hierarchical_simplex", "simplex_cells", "simplex_lattice"]
-
-Score = Callable[[np.ndarray], float]
-"""(K,) mixing weights -> a number to be maximised; NaN where it cannot be scored."""
+__all__ = ["box_cells", "hierarchical_grid", "hierarchical_simplex", "simplex_cells", "simplex_lattice"]
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """The best point ever scored (the first of equals), its score, and what finding it cost."""
-
-    best_K: np.ndarray
-    value: float
-    evaluations: int  # calls of the score
-    unscored: int  # of those, how many gave NaN
-    cells: tuple[np.ndarray, ...]  # the corners of the cell chosen at each level, outermost first
-
-
-def hierarchical_grid(score: Score, count: int, *, levels: int = 5, cache: bool = False) -> SearchResult:
+def hierarchical_grid(
+    score: Score, count: int, *, start: np.ndarray | None = None, budget: int | None = None, levels: int = 5, cache: bool = False
+) -> SearchResult:
     """Search [0, 1]^count: score 3 points per axis of the current box, then go into the sub-box whose corners score most in sum.
 
     Without a cache every level scores all its 3^count points, so `levels * 3^count` evaluations; with it a point that a level shares
-    with an earlier one is not scored again. Equal sums go to the first cell in counting order, the last axis fastest.
+    with an earlier one is not scored again (coordinates are dyadic fractions, so that equal points are equal bit by bit). Equal sums go to
+    the first cell in counting order, the last axis fastest. `start` (none as published) is scored first and steers nothing.
 
     Source: EMORL, arXiv 2505.02579: the authors' code, where count = 3 is written out. Differs: any number of axes, any score; NaN
     excludes the cells it touches. Hides: the largest *sum* follows the average of a region, so a narrow peak is missed; the weights
     need not sum to 1, and their scale is a temperature.
     """
-    return _descend(score, np.stack([np.zeros(count), np.ones(count)]), _split_box, levels=levels, cache=cache)
+    evaluations = Evaluations(score, budget=budget, cache=cache)
+    return _descend(evaluations, start, np.stack([np.zeros(count), np.ones(count)]), _split_box, levels=levels)
 
 
-def hierarchical_simplex(score: Score, count: int, *, levels: int = 5, cache: bool = True) -> SearchResult:
+def hierarchical_simplex(
+    score: Score, count: int, *, start: np.ndarray | None = None, budget: int | None = None, levels: int = 5, cache: bool = True
+) -> SearchResult:
     """The same search among weights that sum to 1: each level cuts the simplex into 2^(count - 1) equal cells at its edges' midpoints.
 
     Source: ours, after EMORL; the cut is the edgewise subdivision of Edelsbrunner & Grayson 2000. Differs: no dimension is spent on
     the weights' scale, and shared corners are scored once. Hides: the cut prefers the order of the axes where count > 3 (cells of
     equal volume but not of equal shape).
     """
-    return _descend(score, np.eye(count), _split_simplex, levels=levels, cache=cache)
+    evaluations = Evaluations(score, budget=budget, cache=cache)
+    return _descend(evaluations, start, np.eye(count), _split_simplex, levels=levels)
 
 
 def simplex_lattice(count: int, points: int) -> np.ndarray:
@@ -120,33 +109,29 @@ def _split_simplex(corners_KK: np.ndarray) -> tuple[np.ndarray, _Cells]:
 
 
 def _descend(
-    score: Score, region: np.ndarray, split: Callable[[np.ndarray], tuple[np.ndarray, _Cells]], *, levels: int, cache: bool
+    evaluations: Evaluations,
+    start: np.ndarray | None,
+    region: np.ndarray,
+    split: Callable[[np.ndarray], tuple[np.ndarray, _Cells]],
+    *,
+    levels: int,
 ) -> SearchResult:
     assert levels >= 1
-    known: dict[bytes, float] = {}  # coordinates are dyadic fractions, so equal points are equal bit by bit
-    best_K: np.ndarray | None = None
-    best, calls, unscored = -np.inf, 0, 0
     chosen: list[np.ndarray] = []
-    for _ in range(levels):
-        points, cells = split(region)
-        values = []
-        for point in points:
-            name = point.tobytes()
-            if not (cache and name in known):
-                known[name] = float(score(point.copy()))
-                calls += 1
-                unscored += int(np.isnan(known[name]))
-            values.append(known[name])
-            if known[name] > best or (best_K is None and not np.isnan(known[name])):
-                best_K, best = point, known[name]
-        sums = [float(sum(values[row] for row in rows)) for _, rows in cells]
-        if np.isnan(sums).all():
-            raise ParetuneError(
-                "a search needs scores to follow",
-                found=f"every cell of level {len(chosen) + 1} has a corner without a score ({unscored} of {calls} evaluations gave NaN)",
-                remedy="look at the objectives: most completions could not be scored",
-            )
-        region = cells[int(np.nanargmax(sums))][0]
-        chosen.append(region)
-    assert best_K is not None
-    return SearchResult(best_K=best_K, value=best, evaluations=calls, unscored=unscored, cells=tuple(chosen))
+    try:
+        if start is not None:
+            evaluations(start)
+        for _ in range(levels):
+            points, cells = split(region)
+            values = [evaluations(point) for point in points]
+            sums = [float(sum(values[row] for row in rows)) for _, rows in cells]
+            if np.isnan(sums).all():
+                raise evaluations.nothing_to_follow(
+                    f"every cell of level {len(chosen) + 1} has a corner without a score "
+                    f"({evaluations.unscored} of {len(evaluations.values)} evaluations gave NaN)"
+                )
+            region = cells[int(np.nanargmax(sums))][0]
+            chosen.append(region)
+    except Spent:
+        pass
+    return evaluations.result(tuple(chosen))
