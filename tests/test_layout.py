@@ -158,11 +158,8 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
-<<<<<<< HEAD
 MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix")
-=======
 SEARCHES = [search.__name__ for search in SEARCHERS.values()]
->>>>>>> search
 
 
 @pytest.mark.parametrize(
@@ -170,14 +167,9 @@ SEARCHES = [search.__name__ for search in SEARCHERS.values()]
     [
         *(pytest.param(("paretune.metrics", name), id=name) for name in ("attainment", "regret", "utility_losses", "controllability")),
         *(pytest.param(("paretune.pareto", name), id=name) for name in ("hypervolume", "igd_plus", "epsilon")),
-<<<<<<< HEAD
         *(pytest.param(("paretune.mixing", name), id=name) for name in MIXERS),
         *(pytest.param(("paretune.mixing.merged", name), id=name) for name in ("trim", "dare", "ties")),
-        *(pytest.param(("paretune.search", name), id=name) for name in ("hierarchical_grid", "hierarchical_simplex")),
-=======
-        *(pytest.param(("paretune.mixing", name), id=name) for name in ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix")),
         *(pytest.param(("paretune.search", name), id=name) for name in SEARCHES),
->>>>>>> search
         *(pytest.param((LEARNERS[name].__module__, LEARNERS[name].__qualname__), id=name) for name in LEARNERS),
     ],
 )

@@ -56,4 +56,17 @@ class Method(ABC):
         """The family of policies made of the finished trainings."""
 
 
-from paretune.methods import baselines, bridge, calibrated, conditioned, distilled, emorl, experts, extended, linear, mixers, placed, soups  # noqa: E402, F401
+from paretune.methods import (  # noqa: E402, F401
+    baselines,
+    bridge,
+    calibrated,
+    conditioned,
+    distilled,
+    emorl,
+    experts,
+    extended,
+    linear,
+    mixers,
+    placed,
+    soups,
+)

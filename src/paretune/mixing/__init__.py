@@ -19,7 +19,7 @@ from paretune.mixing.divergence import DivergenceMix, RobustMix
 from paretune.mixing.layer import HiddenLayerMix
 from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
 from paretune.mixing.merged import MergedMix
-from paretune.mixing.rules import Backbones, Constant, Identity, Nearest, Rule, Table
+from paretune.mixing.rules import Backbones, Constant, Identity, Interpolated, Nearest, Rule, Table
 
 __all__ = [
     "Backbones",
@@ -29,6 +29,7 @@ __all__ = [
     "HiddenLayerMix",
     "HiddenMix",
     "Identity",
+    "Interpolated",
     "LogitMix",
     "MergedMix",
     "Nearest",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.registry import RULES
 
-__all__ = ["Backbones", "Constant", "Identity", "Nearest", "Rule", "Table"]
+__all__ = ["Backbones", "Constant", "Identity", "Interpolated", "Nearest", "Rule", "Table"]
 
 
 class Rule(ABC):
@@ -113,6 +114,52 @@ class Table(Rule):
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         return np.asarray(self.gates_WK, dtype=np.float64)[_nearest_rows(w_WM, self.w_WM)]
+
+
+@RULES.register("interpolated")
+@dataclass(frozen=True)
+class Interpolated(Rule):
+    """A smooth map through gates that were found at some preferences, one adapter per objective; exact at the vertices, in [0, 1].
+
+    gates(w) = w + sum_i c_i |w - w_i|^3 + a linear part, so a line where the gates found are w itself: the natural cubic spline for two
+    objectives, its like for more. With `smoothing` above 0 it may pass beside the gates found, but at a vertex never.
+    """
+
+    w_WM: tuple[tuple[float, ...], ...]
+    gates_WK: tuple[tuple[float, ...], ...]
+    smoothing: float = 0.0
+
+    def __post_init__(self):
+        _rectangle("interpolated", "w_WM", self.w_WM)
+        _rectangle("interpolated", "gates_WK", self.gates_WK)
+        shapes = [np.shape(self.w_WM), np.shape(self.gates_WK)]
+        vertices = {int(np.argmax(w_M)) for w_M in self.w_WM if max(w_M) == 1.0}
+        distinct = len(set(self.w_WM)) == len(self.w_WM)
+        if shapes[0] != shapes[1] or len(vertices) != shapes[0][1] or not distinct or not self.smoothing >= 0:
+            raise ConfigError(
+                "interpolated: distinct preferences with all vertices, a gate for each objective at each, smoothing of at least 0",
+                found=f"preferences {shapes[0]}, gates {shapes[1]}, smoothing {self.smoothing}",
+                remedy="give one row of gates per preference, and those of every vertex",
+            )
+
+    @cached_property
+    def _spline(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Centres (W, M), their coefficients (W, K) and the linear part (M, K)."""
+        w_WM, gates_WK = np.asarray(self.w_WM), np.asarray(self.gates_WK)
+        count, m = w_WM.shape
+        cubes_WW = (((w_WM[:, None] - w_WM[None]) ** 2).sum(-1)) ** 1.5
+        slack_W = np.where(w_WM.max(1) == 1.0, 0.0, self.smoothing)
+        system = np.block([[cubes_WW + np.diag(slack_W), w_WM], [w_WM.T, np.zeros((m, m))]])
+        solved = np.linalg.solve(system, np.concatenate([gates_WK - w_WM, np.zeros((m, m))]))
+        return w_WM, solved[:count], solved[count:]
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        centres_WM, cubes_WK, linear_MK = self._spline
+        rows = []
+        for w_M in np.asarray(w_WM, dtype=np.float64):  # row by row: the same bits in any batch
+            near_W = (((centres_WM - w_M) ** 2).sum(1)) ** 1.5
+            rows.append(w_M + near_W @ cubes_WK + w_M @ linear_MK)
+        return np.clip(np.array(rows).reshape(-1, centres_WM.shape[1]), 0.0, 1.0)
 
 
 def _nearest_rows(w_WM: np.ndarray, points_KM: tuple[tuple[float, ...], ...]) -> np.ndarray:
