@@ -64,9 +64,8 @@ def _sweep(results: Results) -> list[str]:
     better = [label for label, (_, ahead) in told.items() if ahead.low > 0]
     on = f"than {linear} on the same {told[best][0]} task seeds ({group.label}, {PROMPTS[group.headline]})"
     text = Column("", "", "change").show(told[best][1])
-    said = [
-        f"{len(better)} of {len(told)} methods {'has' if len(better) == 1 else 'have'} a higher worst attainment {on}, most of all {best}: {text}."
-    ]
+    count = f"{len(better)} of {len(told)} methods {'has' if len(better) == 1 else 'have'}"
+    said = [f"{count} a higher worst attainment {on}, most of all {best}: {text}."]
     if not better:
         said = [f"No method has a surely higher worst attainment {on}; nearest is {best}: {text}."]
     return [*said, *_single(results, group, linear, set(better))]

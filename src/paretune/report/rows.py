@@ -1,4 +1,4 @@
-"""Results small enough to be committed: one flat row per setting and method, for `paretune relate` and for whoever reads JSON.
+"""Results small enough to be committed: one flat row per setting and method, as JSON, for programs that give advice from them.
 
     {"format": 1, "suite", "statistic", "level", "commits", "task_seeds", "rows": [
       {"task", "dials", "setting", "objectives", "method", "name", "fields", "family", "learner", "n_seeds",
