@@ -199,7 +199,8 @@ def test_only_seeds_that_every_method_has_are_drawn_together(tmp_path):
 def test_every_csv_holds_the_table_in_full(results, root, tmp_path):
     write_report(root, out=tmp_path)
     written = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "tables").glob("*.csv")}
-    assert set(written) == {"leaderboard", "glance", "fronts", "attainment", "cost", "loss", "relations"}
+    compared = {"comparison", "pairs", "profiles"}
+    assert set(written) == {"leaderboard", "glance", "fronts", "attainment", "cost", "loss", "relations"} | compared
     for row, there in zip(leaderboard(results).rows, written["leaderboard"], strict=True):
         for column in LEADERBOARD:
             value = row.get(column.key)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binomtest, bootstrap, mannwhitneyu, norm, trim_mean
 
 from paretune import stats
 from paretune.seeds import generator
@@ -100,3 +100,186 @@ def test_probability_of_improvement():
     assert stats.probability_of_improvement([2.0] * 10, [1.0] * 10, seed=0).value == 1.0
     wins = (a[:, None] > b[None]).mean() + 0.5 * (a[:, None] == b[None]).mean()
     assert got.value == pytest.approx(wins)
+
+
+def test_iqm_is_the_trimmed_mean_of_scipy():
+    for n in (1, 3, 4, 10, 11, 30):
+        values = generator(n, "test iqm").normal(size=(5, n))
+        assert stats.iqm(values) == pytest.approx(trim_mean(values, 0.25, axis=1))
+
+
+# Units with a name: one value in every stratum, drawn together
+
+
+def shared(units=12, strata=3, spread=0.1):
+    """(U, D) values whose strata nearly agree, and the names of units and strata of the raveled table."""
+    rng = generator(0, "test units", units, strata)
+    table_UD = rng.normal(size=(units, 1)) + spread * rng.normal(size=(units, strata)) + np.arange(strata)
+    return table_UD, [f"seed {u}" for u in range(units) for _ in range(strata)], [f"dial {d}" for _ in range(units) for d in range(strata)]
+
+
+@pytest.mark.parametrize("statistic", ["mean", "iqm"])
+def test_units_are_drawn_as_scipy_draws_paired_samples(statistic):
+    table_UD, units, dials = shared()
+    got = stats.estimate(table_UD.ravel(), seed=0, strata_N=dials, units_N=units, statistic=statistic, resamples=20_000)
+
+    def reduce(*columns, axis=-1):
+        together = np.concatenate(columns, axis=-1)
+        return together.mean(-1) if statistic == "mean" else trim_mean(together, 0.25, axis=-1)
+
+    ci = bootstrap(
+        tuple(table_UD.T), reduce, paired=True, vectorized=True, method="percentile", n_resamples=20_000, rng=generator(1, "oracle")
+    ).confidence_interval
+    assert (got.value, got.n) == (pytest.approx(reduce(*table_UD.T)), 12)
+    assert (got.low, got.high) == (pytest.approx(ci.low, abs=0.03), pytest.approx(ci.high, abs=0.03))
+    assert got.high - got.low > 0.7, "the tolerance is small against the width"
+
+
+def test_strata_that_share_their_units_are_no_new_evidence():
+    """Nine strata that agree: as independent they would make the interval three times narrower than one of them has it."""
+    table_UD, units, dials = shared(units=20, strata=9, spread=0.01)
+    level = table_UD - np.arange(9)
+    together = stats.estimate(level.ravel(), seed=0, strata_N=dials, units_N=units)
+    apart = stats.estimate(level.ravel(), seed=0, strata_N=dials)
+    alone = stats.estimate(level[:, 0], seed=0)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / 3, rel=0.2)
+
+
+def test_the_order_of_values_and_names_says_nothing():
+    table_UD, units, dials = shared()
+    order = generator(0, "test order").permutation(table_UD.size)
+    straight = stats.estimate(table_UD.ravel(), seed=0, strata_N=dials, units_N=units, statistic="iqm")
+    turned = stats.estimate(
+        table_UD.ravel()[order], seed=0, strata_N=[dials[k] for k in order], units_N=[units[k] for k in order], statistic="iqm"
+    )
+    assert (straight.low, straight.high, straight.n) == (turned.low, turned.high, turned.n)
+    assert straight.value == pytest.approx(turned.value)
+
+
+def test_nine_units_are_too_few_however_many_strata_they_have():
+    table_UD, units, dials = shared(units=9, strata=5)
+    got = stats.estimate(table_UD.ravel(), seed=0, strata_N=dials, units_N=units)
+    assert (got.value, got.n) == (pytest.approx(table_UD.mean()), 9)
+    assert math.isnan(got.low)
+    assert math.isnan(got.high)
+    profile = stats.performance_profile(table_UD.ravel(), [0.0, 1.0], seed=0, strata_N=dials, units_N=units)
+    assert profile.n == 9
+    assert np.isfinite(profile.share_T).all()
+    assert np.isnan([*profile.low_T, *profile.high_T]).all()
+    wins = stats.share_of_wins(table_UD.ravel(), -table_UD.ravel(), strata_N=dials, units_N=units)
+    assert (wins.n, math.isnan(wins.low)) == (9, True)
+
+
+def test_a_unit_without_a_value_in_some_stratum_is_refused():
+    table_UD, units, dials = shared()
+    with pytest.raises(AssertionError, match="one value in every stratum"):
+        stats.estimate(table_UD.ravel()[1:], seed=0, strata_N=dials[1:], units_N=units[1:])
+    with pytest.raises(AssertionError, match="one value in every stratum"):
+        stats.estimate([1.0, 2.0], seed=0, units_N=["a", "a"])
+
+
+def test_a_difference_turned_round_has_the_interval_turned_round():
+    table_UD, units, dials = shared()
+    other = table_UD.ravel() ** 2
+    got = stats.paired_difference(table_UD.ravel(), other, seed=3, strata_N=dials, units_N=units)
+    back = stats.paired_difference(other, table_UD.ravel(), seed=3, strata_N=dials, units_N=units)
+    assert (back.value, back.low, back.high) == pytest.approx((-got.value, -got.high, -got.low))
+    assert got.low < got.value < got.high
+
+
+def test_nan_among_the_units_is_unknown():
+    values = [1.0] * 11 + [math.nan]
+    for got in (stats.estimate(values, seed=0, units_N=range(12)), stats.share_of_wins(values, [0.0] * 12)):
+        assert np.isnan([got.value, got.low, got.high]).all()
+    profile = stats.performance_profile(values, [0.5], seed=0)
+    assert np.isnan([profile.share_T, profile.low_T, profile.high_T]).all()
+    assert np.isnan(stats.performance_profile([], [0.5], seed=0).share_T).all()
+    assert math.isnan(stats.estimate([], seed=0, units_N=[]).value)
+    assert math.isnan(stats.share_of_wins([], []).value)
+
+
+# Improvement
+
+
+def test_probability_of_improvement_is_mann_whitneys():
+    rng = generator(0, "test mann whitney")
+    a, b = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)  # with ties
+    assert stats.probability_of_improvement(a, b, seed=0).value == pytest.approx(mannwhitneyu(a, b).statistic / (40 * 30))
+    strata_a, strata_b = np.arange(40) % 2, np.arange(30) % 2
+    within = [mannwhitneyu(a[strata_a == k], b[strata_b == k]).statistic / (20 * 15) for k in (0, 1)]
+    got = stats.probability_of_improvement(a, b, seed=0, strata_a=strata_a, strata_b=strata_b)
+    assert got.value == pytest.approx(np.mean(within))
+    assert got.low < got.value < got.high
+
+
+def test_improvement_compares_within_strata_only():
+    """a is better in both strata, whose levels are far apart: pooled, half of the pairs would compare nothing but the strata."""
+    strata = np.repeat(["easy", "hard"], 10)
+    b = np.where(strata == "easy", 10.0, 0.0) + np.tile(np.arange(10) / 100, 2)
+    assert stats.probability_of_improvement(b + 1, b, seed=0, strata_a=strata, strata_b=strata).value == 1.0
+    assert stats.probability_of_improvement(b + 1, b, seed=0).value == pytest.approx(0.75)
+    with pytest.raises(AssertionError, match="the same strata"):
+        stats.probability_of_improvement(b, b, seed=0, strata_a=strata, strata_b=["easy"] * 20)
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (7, 25)])
+def test_share_of_wins_has_the_exact_binomial_interval(wins, n):
+    a, b = np.where(np.arange(n) < wins, 1.0, -1.0), np.zeros(n)
+    got, want = stats.share_of_wins(a, b), binomtest(wins, n).proportion_ci(0.95, "exact")
+    assert (got.value, got.n) == (wins / n, n)
+    assert (got.low, got.high) == pytest.approx((want.low, want.high))
+    back = stats.share_of_wins(b, a)
+    assert (back.low, back.high) == pytest.approx((1 - got.high, 1 - got.low))
+
+
+def test_wins_on_shared_units_are_not_hidden_by_how_units_differ():
+    """Always ahead by a little on tasks that differ by much: certain on the same task, a coin on different ones."""
+    b = generator(0, "test wins").normal(0, 10, 40)
+    assert stats.share_of_wins(b + 0.1, b).value == 1.0
+    assert stats.probability_of_improvement(b + 0.1, b, seed=0).value == pytest.approx(0.5, abs=0.02)
+
+
+def test_ties_and_strata_make_wins_fractional():
+    assert stats.share_of_wins([1.0] * 10, [1.0] * 10).value == 0.5
+    units, strata = list(range(10)) * 2, ["a"] * 10 + ["b"] * 10
+    got = stats.share_of_wins([1.0] * 10 + [-1.0] * 10, [0.0] * 20, strata_N=strata, units_N=units)
+    assert (got.value, got.n) == (0.5, 10)
+    want = binomtest(5, 10).proportion_ci(0.95, "exact")
+    assert (got.low, got.high) == pytest.approx((want.low, want.high))
+
+
+# Profiles
+
+
+def test_a_profile_is_the_share_above_and_its_area_is_the_mean():
+    values = generator(0, "test profile").random(30)
+    taus = np.linspace(0, 1, 2001)
+    profile = stats.performance_profile(values, taus, seed=0)
+    assert (np.diff(profile.share_T) <= 0).all()
+    assert profile.share_T[taus <= values.min() - 1e-3].min() == 1.0
+    assert profile.share_T[-1] == 0.0
+    assert profile.share_T[:-1].sum() / 2000 == pytest.approx(values.mean(), abs=1e-3)
+    assert (profile.low_T <= profile.share_T).all()
+    assert (profile.share_T <= profile.high_T).all()
+    assert stats.performance_profile([0.5] * 10, [0.5], seed=0).share_T == [0.0], "above is strict"
+
+
+def test_the_band_of_a_profile_is_the_interval_of_a_share():
+    values = generator(0, "test band").random(200)
+    profile = stats.performance_profile(values, [0.3, 0.5], seed=0, resamples=20_000)
+    for share, low, high in zip(profile.share_T, profile.low_T, profile.high_T, strict=True):
+        half = norm.ppf(0.975) * np.sqrt(share * (1 - share) / 200)
+        assert (low, high) == (pytest.approx(share - half, abs=0.01), pytest.approx(share + half, abs=0.01))
+    above = (values > 0.5).astype(float)
+    alone = stats.estimate(above, seed=0, units_N=[f"{k:03}" for k in range(200)], resamples=20_000)
+    assert (profile.low_T[1], profile.high_T[1]) == pytest.approx((alone.low, alone.high))
+
+
+def test_strata_of_a_profile_are_drawn_with_their_unit():
+    table_UD, units, dials = shared(units=20, strata=9, spread=0.0)
+    level = table_UD - np.arange(9)
+    together = stats.performance_profile(level.ravel(), [0.0], seed=0, strata_N=dials, units_N=units)
+    alone = stats.performance_profile(level[:, 0], [0.0], seed=0, units_N=units[::9])
+    assert (together.low_T, together.high_T) == (pytest.approx(alone.low_T), pytest.approx(alone.high_T))
+    assert together.n == 20

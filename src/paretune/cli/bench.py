@@ -43,10 +43,11 @@ def report(
     root: Annotated[Path, typer.Argument(help="A run directory.")],
     suite: Annotated[str | None, typer.Option(help="Only the cells of this suite.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write. Default: ROOT/reports/<suite>.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Also write one row per setting and method to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write index.html (one page, no network) and tables/*.csv from what a run directory holds."""
-    _report(root, suite, out, as_json=as_json)
+    _report(root, suite, out, as_json=as_json, rows=rows)
 
 
 @app.command()
@@ -91,16 +92,23 @@ def _bench(
         raise typer.Exit(1)
 
 
-def _report(root: Path, suite: str | None, out: Path | None, *, as_json: bool, run: dict[str, Any] | None = None) -> None:
+def _report(
+    root: Path, suite: str | None, out: Path | None, *, as_json: bool, rows: Path | None = None, run: dict[str, Any] | None = None
+) -> None:
+    from paretune.report.comparison import comparison_table
     from paretune.report.data import load
     from paretune.report.page import write_page
+    from paretune.report.rows import write_rows
     from paretune.report.tables import leaderboard
     from paretune.report.terminal import console, print_leaderboard
 
     results = load(root, suite=suite)
     page = write_page(results, out or root / "reports" / results.name)
+    if rows is not None:
+        say(f"rows: {write_rows(results, rows)}")
     if as_json:
-        print_json({"report": str(page), "leaderboard": leaderboard(results).to_json(), **({"run": run} if run else {})})
+        tables = {table.name: table.to_json() for table in (leaderboard(results), comparison_table(results))}
+        print_json({"report": str(page), **tables, **({"run": run} if run else {})})
         return
     print_leaderboard(results, console())
     typer.echo(f"\nreport: {page}")

@@ -19,7 +19,7 @@ from paretune.errors import ConfigError, StoreError, nearest
 from paretune.store import ARTIFACTS, CELLS, WIP, Store
 from paretune.types import canonical_json
 
-__all__ = ["PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
+__all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
 
 SPLITS = ("train", "test")
 PROMPTS = {"train": "training prompts", "test": "test prompts"}
@@ -47,6 +47,11 @@ class Cell:
     @property
     def metrics(self) -> Mapping[str, Any]:
         return self.record["metrics"]
+
+    @property
+    def unit(self) -> str:
+        """What was drawn independently: the task's seed, or that of the trainings where the task has none."""
+        return str(self.task.get("seed", self.record.get("seed")))
 
     def measured(self, split: str) -> Mapping[str, Any]:
         """The metrics of one split; empty where it was not measured."""
@@ -79,11 +84,11 @@ class Setting:
         plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
         return "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
 
-    @property
+    @cached_property
     def objectives(self) -> list[str]:
         return list(self.cells[0].metrics["objectives"])
 
-    @property
+    @cached_property
     def exact(self) -> bool:
         return all(cell.metrics["exact"] for cell in self.cells)
 
@@ -92,7 +97,7 @@ class Setting:
         """What methods are compared by: "attainment" where the optimum is known, else "gain" over the reference."""
         return "attainment" if self.exact else "gain"
 
-    @property
+    @cached_property
     def splits(self) -> tuple[str, ...]:
         """What was measured, the headline's split first."""
         order = SPLITS if self.exact else SPLITS[::-1]
@@ -116,15 +121,15 @@ class Setting:
                 rows.append([value["value"] if isinstance(value, Mapping) else value for value in values])
         return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
 
-    @property
+    @cached_property
     def task_seeds(self) -> list[Any]:
         return sorted({cell.task.get("seed", 0) for cell in self.cells})
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(cell.label for cell in self.cells))
 
-    @property
+    @cached_property
     def shared_seeds(self) -> list[Any]:
         """The task seeds at which every method was measured: means over these can be drawn in one picture."""
         have = [{cell.task.get("seed", 0) for cell in self.of(label)} for label in self.labels]
@@ -132,7 +137,11 @@ class Setting:
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
-        return [cell for cell in self.cells if cell.label == label]
+        return self._of.get(label, [])
+
+    @cached_property
+    def _of(self) -> dict[str, list[Cell]]:
+        return {label: [cell for cell in self.cells if cell.label == label] for label in self.labels}
 
     def front(self, split: str) -> dict[str, np.ndarray] | None:
         """Means over the shared seeds of the exact front's points, (K, M) at the same K preferences, and of the reference's returns (M,).
@@ -181,10 +190,12 @@ class Results:
         tasks = [group[0].task for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
         many = len({t["name"] for t in tasks}) > 1
+        usual = {k: _usual([canonical_json(t.get(k)) for t in tasks]) for k in varying if k != "rho"}
         found = []
         for group in groups.values():
             task = group[0].task
-            parts = ([str(task["name"])] if many or not varying else []) + [f"{k} = {_short(task[k])}" for k in varying if k in task]
+            shown = [k for k in varying if k in task and canonical_json(task[k]) != usual.get(k)] or [k for k in varying[:1] if k in task]
+            parts = ([str(task["name"])] if many or not shown else []) + [f"{k} = {_short(task[k])}" for k in shown]
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
             dials = {k: v for k, v in task.items() if k not in NOT_DIALS}
             found.append(Setting(", ".join(parts), str(task["name"]), dials, order))
@@ -244,6 +255,12 @@ def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for thing in things for key in thing))
+
+
+def _usual(values: Sequence[str]) -> str | None:
+    """The value that more than half of the settings have: it goes without saying. None where there is none."""
+    most = max(set(values), key=values.count)
+    return most if 2 * values.count(most) > len(values) else None
 
 
 def _order(key: str, value: Any) -> tuple[int, float, str]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from paretune.report.comparison import ALL, Group, baselines, comparison_table, estimate_of, groups, pair_table
 from paretune.report.data import PROMPTS, Results, Setting
 from paretune.report.series import glance_table, loss_table
-from paretune.report.tables import CEILING, headline, leaderboard, minus
+from paretune.report.tables import CEILING, Column, headline, leaderboard, minus
 
 __all__ = ["findings"]
 
@@ -23,7 +24,15 @@ def findings(results: Results) -> list[str]:
     board = [{**row, "worst": worst} for row in rows if (worst := headline(row)) is not None]
     if not board:
         return []
-    sentences = [_best(results), *_order(results, board), *_same(results), *_hidden(board), *_generalises(board)]
+    sentences = [
+        _best(results),
+        *_sweep(results),
+        *_levels(results),
+        *_order(results, board),
+        *_same(results),
+        *_hidden(board),
+        *_generalises(board),
+    ]
     return [s for s in sentences if s]
 
 
@@ -35,6 +44,71 @@ def _best(results: Results) -> str:
     where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
     text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
     return text + (f", at {where.label}." if len(settings) > 1 else ".")
+
+
+def _sweep(results: Results) -> list[str]:
+    """Who beats the linear sweep on the same task seeds, and does a single policy at its cost? Only where intervals can tell."""
+    group = next((g for g in groups(results) if g.exact and g.label == ALL), next((g for g in groups(results) if g.exact), None))
+    if group is None or "linear" not in [group.of(label)[0].record["method"]["name"] for label in baselines(group)]:
+        return []
+    linear = baselines(group)[0]
+    rows = [
+        (row["method"], row["seeds"], estimate_of(row, "difference_worst"))
+        for row in pair_table(results).rows
+        if (row["setting"], row["prompts"], row["against"]) == (group.label, group.headline, linear)
+    ]
+    told = {label: (n, ahead) for label, n, ahead in rows if results.families[label] != "baseline" and ahead and np.isfinite(ahead.low)}
+    if not told:
+        return []
+    best = max(told, key=lambda label: told[label][1].value)
+    better = [label for label, (_, ahead) in told.items() if ahead.low > 0]
+    on = f"than {linear} on the same {told[best][0]} task seeds ({group.label}, {PROMPTS[group.headline]})"
+    text = Column("", "", "change").show(told[best][1])
+    count = f"{len(better)} of {len(told)} methods {'has' if len(better) == 1 else 'have'}"
+    said = [f"{count} a higher worst attainment {on}, most of all {best}: {text}."]
+    if not better:
+        said = [f"No method has a surely higher worst attainment {on}; nearest is {best}: {text}."]
+    return [*said, *_single(results, group, linear, set(better))]
+
+
+def _single(results: Results, group: Group, linear: str, better: set[str]) -> list[str]:
+    """Does any single-policy method beat the linear sweep for no more samples (or tokens, where none were drawn)?"""
+    table = comparison_table(results).rows
+    rows = {row["method"]: row for row in table if (row["setting"], row["prompts"]) == (group.label, group.headline)}
+    unit = "samples" if rows[linear]["samples_total"] else "tokens"
+    alike = [
+        label
+        for label, row in rows.items()
+        if row["family"] == "single-policy" and label != linear and row[f"{unit}_total"] <= 1.01 * rows[linear][f"{unit}_total"]
+    ]
+    if not alike:
+        return []
+    won = [label for label in alike if label in better]
+    many = len(alike) > 1
+    which = f"{len(alike)} single-policy method{'s' if many else ''} that need{'' if many else 's'} no more {unit} than {linear}"
+    if not won:
+        return [f"Of the {which}, none is surely better."]
+    return [f"Of the {which}, {len(won)} {'is' if len(won) == 1 else 'are'} surely better: {', '.join(won)}."]
+
+
+def _levels(results: Results) -> list[str]:
+    """Where the level at which the same experts are combined matters most, and where least; over several task seeds only."""
+    mixers = {str(c.record["method"]["mixer"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
+    worst: dict[str, dict[str, float]] = {}
+    wanted = {group.label: group.headline for group in groups(results) if group.exact and group.label != ALL}
+    for row in comparison_table(results).rows:
+        if row["method"] in mixers.values() and wanted.get(row["setting"]) == row["prompts"]:
+            worst.setdefault(row["setting"], {})[row["method"]] = row["worst_iqm"]
+    spread = {place: max(found.values()) - min(found.values()) for place, found in worst.items() if len(found) > 1}
+    if not spread:
+        return []
+    most, least = max(spread, key=lambda place: spread[place]), min(spread, key=lambda place: spread[place])
+    low, high = (pick(worst[most], key=lambda label: worst[most][label]) for pick in (min, max))
+    text = (
+        f"The level of combination matters most at {most}: the worst attainment (IQM) of the same experts goes from {_n(worst[most][low])} "
+        f"({low}) to {_n(worst[most][high])} ({high})"
+    )
+    return [f"{text}; it matters least at {least}, where the levels differ by {_n(spread[least])}." if least != most else f"{text}."]
 
 
 def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:

@@ -8,13 +8,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from paretune.report.compared import DRAWN, board_tables, difference_heats, note, profile_figures, relationship_tables
+from paretune.report.comparison import comparison_table, enough_for_intervals, pair_table, profile_table
 from paretune.report.data import PROMPTS, Results
 from paretune.report.figures import Figure, attainment_figures, cost_figures, front_figures, loss_figures
 from paretune.report.findings import findings
 from paretune.report.plot import looks
 from paretune.report.series import attainment_table, failure_table, front_table, glance_table, loss_table, relation_table
 from paretune.report.svg import to_svg
-from paretune.report.tables import CEILING, Column, Table, cost_table, leaderboard, minus
+from paretune.report.tables import CEILING, Column, Table, cost_table, leaderboard, minus, signed
+from paretune.types import Estimate
 
 __all__ = ["write_page"]
 
@@ -52,7 +55,10 @@ def write_page(results: Results, folder: Path) -> Path:
 
 def _tables(results: Results) -> list[Table]:
     """Every table with a row; what was not measured is left out."""
-    makers = (leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table)
+    makers = (
+        *(leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table),
+        *(comparison_table, pair_table, profile_table),
+    )
     return [table for make in makers if results.cells or make is failure_table if (table := make(results)).rows]
 
 
@@ -66,6 +72,7 @@ def _render(results: Results, tables: dict[str, Table], sections: list[Section])
     environment.filters["minus"], environment.filters["whole"] = minus, lambda text: text.replace(" = ", "\u00a0=\u00a0")
     environment.filters["prompts"] = PROMPTS.__getitem__
     environment.filters["tint"], environment.filters["groupby_runs"] = tint, _runs
+    environment.filters["signed"], environment.filters["level"] = signed, _level
     return environment.get_template("page.html.j2").render(
         results=results,
         intro=_intro(results),
@@ -76,6 +83,7 @@ def _render(results: Results, tables: dict[str, Table], sections: list[Section])
         looks=looks(results.families),
         ceiling=CEILING,
         sections=sections,
+        comparison=_comparison(results),
         relations=_relations(results),
         facts=_facts(results),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
@@ -140,6 +148,7 @@ def _sections(results: Results) -> list[Section]:
         return []
     exact = any(setting.exact for setting in results.settings)
     seeds = max(len(s.shared_seeds) for s in results.settings)
+    bands = ", with 95 % bands point by point" if enough_for_intervals(results)[0] else ""
     over = f" Points are means over {seeds} task seeds." if seeds > 1 else ""
     found = [
         Section(
@@ -157,6 +166,15 @@ def _sections(results: Results) -> list[Section]:
             "be good in the middle, too." + (" Baselines that fall far below are drawn at the lower edge." if exact else "") + over,
             attainment_figures(results),
             "attainment",
+        ),
+        Section(
+            "profiles",
+            "Performance profiles",
+            "Up and to the right is better: for every threshold, the share of runs (task seeds) whose worst value over the judged "
+            "preferences is above it. A curve above another one everywhere is better by any measure that grows with quality. "
+            f"Drawn are the best {DRAWN} methods and the baselines{bands}.",
+            profile_figures(results),
+            "profiles",
         ),
         Section(
             "cost",
@@ -177,6 +195,20 @@ def _sections(results: Results) -> list[Section]:
         ),
     ]
     return [section for section in found if section.figures]
+
+
+def _comparison(results: Results) -> dict[str, Any] | None:
+    """Everything of the section over task seeds; None where there are no two seeds, or no two methods."""
+    if not note(results):
+        return None
+    return {
+        "note": note(results),
+        "enough": enough_for_intervals(results)[0],
+        "prompts": results.prompts,
+        "relationships": relationship_tables(results),
+        "boards": board_tables(results),
+        "heats": difference_heats(results),
+    }
 
 
 def _relations(results: Results) -> list[dict[str, Any]]:
@@ -215,6 +247,12 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     facts += [("learner", text.replace('"', "")) for text in learners]
     packages = sorted({f"{name} {version}" for e in env for name, version in (e.get("packages") or {}).items() if version})
     return [*facts, ("packages", ", ".join(packages))] if packages else facts
+
+
+def _level(value: Any, times: float = 1.0) -> float | None:
+    """The number that a cell is coloured by: an estimate's value, enlarged where it is a difference."""
+    number = value.value if isinstance(value, Estimate) else value
+    return None if number is None else times * number
 
 
 def _runs(columns: list[Column]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The scatter figures as small SVG files, for papers, slides and the README: the same descriptions that the page gives to plotly.
 
-Only what `plot.py` makes is understood: lines and markers, labels with leaders, horizontal lines, linear and logarithmic axes.
+Only what `plot.py` makes is understood: lines, bands and markers, labels with leaders, horizontal lines, linear and logarithmic axes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _panel(view: Mapping[str, Any]) -> Iterator[str]:
         yield f'<line x1="0" x2="{PLOT[0]}" y1="{y.at(line["y0"])}" y2="{y.at(line["y0"])}" {_stroke(line["line"])}/>'
     for trace in view["data"]:
         points = [(x.at(a), y.at(b)) for a, b in zip(trace["x"], trace["y"], strict=True)]
-        if "lines" in trace["mode"] and len(points) > 1:
+        if trace.get("fill") == "toself":
+            yield f'<polygon points="{" ".join(f"{a},{b}" for a, b in points)}" fill="{trace["fillcolor"]}"/>'
+        elif "lines" in trace["mode"] and len(points) > 1:
             path = " ".join(f"{a},{b}" for a, b in points)
             yield f'<polyline points="{path}" fill="none" stroke-linejoin="round" {_stroke(trace["line"])}/>'
         if "markers" in trace["mode"]:

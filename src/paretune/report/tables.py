@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from paretune.report.data import PROMPTS, SPLITS, Cell, Results, Setting
+from paretune.types import Estimate
 
 __all__ = [
     "CEILING",
     "Column",
     "Table",
+    "all_samples",
     "cost_table",
     "headline",
     "leaderboard",
     "minus",
     "short_count",
+    "signed",
 ]
 
 CEILING = "the exact optimum"
@@ -28,8 +31,8 @@ CEILING = "the exact optimum"
 
 @dataclass(frozen=True)
 class Column:
-    """`kind` says how a value is shown: text | share (attainment, 1 is all) | number | count | yes. In `group`, {prompts} stands for those
-    of the headline."""
+    """`kind` says how a value is shown: text | share (attainment, 1 is all) | change (of one) | number | count | yes. In `group`,
+    {prompts} stands for those of the headline."""
 
     key: str
     title: str
@@ -38,18 +41,28 @@ class Column:
     group: str = ""
 
     def show(self, value: Any) -> str:
-        """The value as a reader sees it; an unknown one is a dash."""
+        """The value as a reader sees it, an estimate with its interval; an unknown one is a dash."""
+        if isinstance(value, Estimate):
+            return " ".join(text for text in (self.show(value.value), self.interval(value)) if text)
         if value is None or (isinstance(value, float) and not np.isfinite(value)):
             return "–"
         if self.kind == "yes":
             return "yes" if value else "no"
         if self.kind == "share":
             return minus(f"{value:.2f}")
+        if self.kind == "change":
+            return signed(value)
         if self.kind == "number":
             return minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}")
         if self.kind == "count":
             return short_count(value)
         return str(value)
+
+    def interval(self, value: Any) -> str:
+        """[low, high] of an estimate; "" where it has none."""
+        if not isinstance(value, Estimate) or not np.isfinite([value.low, value.high]).all():
+            return ""
+        return f"[{self.show(value.low)}, {self.show(value.high)}]"
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,12 @@ class Table:
 def minus(text: str) -> str:
     """A number with a real minus sign, and without one where it is zero."""
     return text.replace("-", "\u2212" if float(text) != 0 else "")
+
+
+def signed(value: float) -> str:
+    """A difference: +0.43, −0.05, 0.00."""
+    text = f"{value:+.2f}"
+    return minus(text) if float(text) else "0.00"
 
 
 def short_count(value: float) -> str:
@@ -189,9 +208,9 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
         "controllability": _reduce(_mean, cells, on, "controllability"),
         "trainings": len(cells[0].record["trainings"]),
         "forwards_per_token": cells[0].record.get("forwards_per_token"),
-        "samples_total": _mean([_all_samples(c, "total") for c in cells]),
+        "samples_total": _mean([all_samples(c, "total") for c in cells]),
         "tokens_total": _mean([c.cost("total")["tokens"] for c in cells]),
-        "samples_path": _mean([_all_samples(c, "critical_path") for c in cells]),
+        "samples_path": _mean([all_samples(c, "critical_path") for c in cells]),
         "tokens_path": _mean([c.cost("critical_path")["tokens"] for c in cells]),
         "evaluations": _mean([c.cost("total")["evaluations"] for c in cells]),
         "seconds_total": _mean([c.cost("total")["seconds"] for c in cells]),
@@ -221,7 +240,8 @@ def _ceiling(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def _all_samples(cell: Cell, kind: str) -> float:
+def all_samples(cell: Cell, kind: str) -> float:
+    """Responses drawn for training, and for validation and search; `kind` as in `Cell.cost`."""
     return cell.cost(kind)["samples"] + cell.cost(kind)["validation_samples"]
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from paretune.report.compared import against_tables, note
 from paretune.report.data import PROMPTS, Results
 from paretune.report.findings import findings
 from paretune.report.plot import looks
@@ -77,10 +78,37 @@ def print_leaderboard(results: Results, to: Console) -> None:
             grid.add_row(_name(row["method"], known), *(_cell(column, row) for column in columns), style=style)
         to.print(grid)
         to.print()
+    _comparison(results, to)
     for sentence in findings(results):
         to.print(Text(f"• {sentence}"))
     for failure in results.failures:
         to.print(Text.assemble(("failed ", "bold red"), f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
+
+
+def _comparison(results: Results, to: Console) -> None:
+    """Scores over task seeds and differences from a baseline; the last columns go first where the terminal is narrow."""
+    known = looks(results.families)
+    for group, table in against_tables(results):
+        seeds = max(row["seeds"] for row in table.rows)
+        columns, texts = table.shown[1:], [[column.show(row.get(column.key)) for column in table.shown[1:]] for row in table.rows]
+        widths = [
+            max(*[len(line[k]) for line in texts], *[len(part) for part in column.title.split(", ")]) + 2
+            for k, column in enumerate(columns)
+        ]
+        room = to.width - max(len(row["method"]) for row in table.rows) - 4
+        count = max(k for k in range(len(widths) + 1) if k < 2 or sum(widths[:k]) <= room)
+        title = Text.assemble((f"{group.label}, over task seeds", "bold"), f"  ({PROMPTS[group.headline]}, {seeds} seeds)")
+        grid = Grid(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        grid.add_column("method", no_wrap=True, vertical="bottom")
+        for column in columns[:count]:
+            grid.add_column(column.title.replace(", ", ",\n"), justify="right", vertical="bottom", no_wrap=True)
+        for row, line in zip(table.rows, texts, strict=True):
+            grid.add_row(_name(row["method"], known), *line[:count], style="dim" if row["family"] == "baseline" else "")
+        to.print(grid)
+        to.print()
+    if note(results):
+        to.print(Text(note(results)))
+        to.print()
 
 
 def _width(column: Column) -> int:
