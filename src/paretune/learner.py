@@ -37,9 +37,15 @@ class Learner(ABC):
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
 
-    @abstractmethod
     def scaled(self, effort: float) -> Learner:
         """The same learner with `effort` times the budget: samples, or steps where nothing is sampled."""
+        if effort != 1:
+            raise ConfigError(
+                "a method with an effort scales the budget of its learner",
+                found=f"learner {self.registered_name}, which does not say how",
+                remedy="give it a `scaled` method, or leave effort at 1",
+            )
+        return self
 
     @abstractmethod
     def train(
