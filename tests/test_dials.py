@@ -9,7 +9,7 @@ import pytest
 from paretune.batches import draw
 from paretune.errors import TaskError
 from paretune.exact_learner import ExactGradient
-from paretune.learner import PolicyGradient
+from paretune.policy_gradient import PolicyGradient
 from paretune.registry import TASKS, describe
 from paretune.seeds import generator
 from paretune.tasks.dials import add_noise, pays_rarely, stretch, verify_noise

@@ -22,7 +22,7 @@ and those of `tasks.dials`, off by default:
                      of it; rho then holds for the scores whose best responses pay, because the correlation of a rare event with
                      anything is small; `verified` has both
     noise            `observe`, which learners call, adds Gaussian noise of this times the objective's spread, from named seeds, within
-                     10 %; `score`, `rewards_PRM`, the front and every exact number stay without noise
+                     10 %; `score`, `rewards_PRM`, the front and every exact number, a search's too, stay without noise
     context          a prompt that begins with the first letter of the alphabet has correlation rho + context, one that begins with
                      the second rho - context, each within 0.03; half of each split, so that what is learned on training
                      prompts holds on test prompts. `contexts` says which is which, `features` has the letters
@@ -211,11 +211,14 @@ class ExactTask(Task):
         return (rewards_PM - self.beta * kl_P[:, None]).mean(0)
 
     def front(self, split: str, w_KM: np.ndarray | None = None) -> Front:
-        """The exact front at the preferences `w_KM` (default: 101 for two objectives; vertices and 300 seeded interior ones for more)."""
+        """The exact front at the preferences `w_KM` (default: 101 for two objectives; vertices and 300 seeded interior ones for more).
+
+        For 7 and 8 objectives 60 interior ones: the exact hypervolume of 300 points takes minutes there.
+        """
         if w_KM is None:
             m = self.objective_count
             first = np.linspace(0.0, 1.0, 101)
-            more = generator(0, "front", m).dirichlet(np.ones(m), size=300)
+            more = generator(0, "front", m).dirichlet(np.ones(m), size=300 if m < 7 else 60)
             w_KM = np.stack([first, 1 - first], axis=1) if m == 2 else np.concatenate([np.eye(m), more])
         points_KM = np.stack([self.J_M(self.optimum_logp_PR(w_M, split), split) for w_M in w_KM])
         return Front(points_KM=points_KM, w_KM=w_KM, policies="kl", beta=self.beta, proof="closed form")
