@@ -40,6 +40,10 @@ COMMANDS = {
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
+    "relate": {
+        *("TARGET", "OVERRIDES", "--probe", "--probe-steps", "--prompts", "--group", "--budget", "--results", "--out", "--seed"),
+        *("--plugin", "--json"),
+    },
 }
 
 SUITE = {

@@ -16,7 +16,7 @@ from paretune.learner import gates_of
 from paretune.lora import soup_state
 from paretune.policy import Policy
 from paretune.rollout import encode, row_uniforms, sample, texts
-from paretune.seeds import generator
+from paretune.seeds import generator, seed_for
 from paretune.tasks import Task, spread_preferences
 from paretune.types import Prompt, TrainSpec
 
@@ -54,6 +54,7 @@ def draw(
     gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
     ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
     rows = [prompt for prompt in chosen for _ in range(group)]
+    digests, occurrences = _streams(chosen, group)
     with _merged(policy, one=policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
         made = sample(
             policy,
@@ -62,10 +63,11 @@ def draw(
             group=group,
             gates_NK=None if merged else gates_NK,
             max_new_tokens=task.max_new_tokens,
-            uniforms_NT=row_uniforms(spec.seed, step, *_streams(chosen, group), task.max_new_tokens),
+            uniforms_NT=row_uniforms(spec.seed, step, digests, occurrences, task.max_new_tokens),
             temperature=temperature,
         )
-    rewards_NM = task.score(rows, texts(policy.tokenizer, made))
+    noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in zip(digests, occurrences, strict=True)]
+    rewards_NM = task.observe(rows, texts(policy.tokenizer, made), streams=noise)
     return Responses(rows, ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
 
 

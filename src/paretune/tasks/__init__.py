@@ -55,6 +55,10 @@ class Task(ABC):
         Raises RewardError where an objective raises or returns something that is no score.
         """
 
+    def observe(self, prompts: Sequence[Prompt], completions: Sequence[str], *, streams: Sequence[int]) -> np.ndarray:
+        """(N, M) what a learner sees of `score`: the same, unless the task's rewards are noisy. `streams` names one seed per row."""
+        return self.score(prompts, completions)
+
     def base(self) -> Mapping[str, Any]:
         """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
         from paretune.registry import describe

@@ -13,6 +13,19 @@ The dials, verified when the rewards are first built (a task that misses one rai
     interaction      how much neighbouring symbols matter to each other in the rewards (stopping, squashing and the language
                      itself couple symbols too, so token-by-token mixing is not exact even at 0)
     strength         nats from the reference to each objective's own optimum
+
+and those of `tasks.dials`, off by default:
+
+    scale            objective_1 has this times the spread of each other objective, within 1 %. Ranges are sqrt(scale) and
+                     1 / sqrt(scale), beta stays: the strength of objective_1 grows, that of the others shrinks
+    sparse           the last objective pays 0 or one payoff, and pays at this rate under the reference, mean over prompts, within 10 %
+                     of it; rho then holds for the scores whose best responses pay, because the correlation of a rare event with
+                     anything is small; `verified` has both
+    noise            `observe`, which learners call, adds Gaussian noise of this times the objective's spread, from named seeds, within
+                     10 %; `score`, `rewards_PRM`, the front and every exact number, a search's too, stay without noise
+    context          a prompt that begins with the first letter of the alphabet has correlation rho + context, one that begins with
+                     the second rho - context, each within 0.03; half of each split, so that what is learned on training
+                     prompts holds on test prompts. `contexts` says which is which, `features` has the letters
 """
 
 from __future__ import annotations
@@ -31,8 +44,9 @@ from paretune.objectives import score_all
 from paretune.registry import TASKS
 from paretune.seeds import generator
 from paretune.tasks import Task
+from paretune.tasks.dials import CONTEXTS, add_noise, check_dials, choose_prompts, factors, pays_rarely, stretch, verify_noise
 from paretune.tasks.reference import ReferenceSpec, alphabet_of, load_reference, sample_language
-from paretune.tasks.rewards import correlations, fields, mix_to_correlation
+from paretune.tasks.rewards import correlations, correlations_P, fields, mix_to_correlation, spreads
 from paretune.tasks.tree import PrefixTree, TreeInputs
 from paretune.types import Front, Objectives, Prompt
 
@@ -64,6 +78,10 @@ class ExactTask(Task):
     width: int = 128
     layers: int = 2
     seed: int = 0
+    scale: float = 1.0
+    sparse: float = 0.0
+    noise: float = 0.0
+    context: float = 0.0
 
     is_exact: ClassVar[bool] = True
 
@@ -78,6 +96,10 @@ class ExactTask(Task):
             "alphabet": (self.alphabet, 2, 26),
             "length": (self.length, 1, 8),
             "prompt_count": (self.prompt_count, 1, 512),
+            "scale": (self.scale, 1.0, 100.0),
+            "sparse": (self.sparse, 1e-3 if self.sparse else 0.0, 0.5),
+            "noise": (self.noise, 0.0, 10.0),
+            "context": (self.context, 0.0, 0.99),
         }
         for name, (value, low, high) in ranges.items():
             if not low <= value <= high:
@@ -98,13 +120,15 @@ class ExactTask(Task):
                 found=f"2 x {self.prompt_count} prompts from {self.alphabet} symbols",
                 remedy=f"at most {self.alphabet**3 // 2} prompts, or a larger alphabet",
             )
+        check_dials(self)
 
     # What every task has
 
     @property
     def objectives(self) -> Objectives:  # type: ignore[override]
         m = self.objective_count
-        return Objectives(names=tuple(f"objective_{k + 1}" for k in range(m)), low=(0.0,) * m, high=(1.0,) * m)
+        names = tuple(f"objective_{k + 1}" for k in range(m))
+        return Objectives(names=names, low=(0.0,) * m, high=tuple(factors(m, self.scale).tolist()))
 
     @property
     def max_new_tokens(self) -> int:  # type: ignore[override]
@@ -119,7 +143,20 @@ class ExactTask(Task):
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         return score_all([(name, self._objective(k)) for k, name in enumerate(self.objectives.names)], prompts, completions)
 
+    def observe(self, prompts: Sequence[Prompt], completions: Sequence[str], *, streams: Sequence[int]) -> np.ndarray:
+        rewards_NM = self.score(prompts, completions)
+        return add_noise(rewards_NM, self.noise * self._spread_M, streams) if self.noise else rewards_NM
+
     # What only an exact task knows
+
+    def contexts(self, split: str) -> np.ndarray:
+        """(P,) the context of each prompt: 0 has correlation rho + context, 1 has rho - context. All 0 where context is off."""
+        return self._contexts_P[self._rows[split]]
+
+    def features(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """(N, 3 A) what a router may read of a prompt: its letters, one indicator per place and letter. The context is linear in it."""
+        letters = alphabet_of(self.alphabet)
+        return np.stack([np.eye(len(letters))[[letters.index(c) for c in str(p.text)]].ravel() for p in prompts])
 
     @cached_property
     def tree(self) -> PrefixTree:
@@ -174,11 +211,14 @@ class ExactTask(Task):
         return (rewards_PM - self.beta * kl_P[:, None]).mean(0)
 
     def front(self, split: str, w_KM: np.ndarray | None = None) -> Front:
-        """The exact front at the preferences `w_KM` (default: 101 for two objectives; vertices and 300 seeded interior ones for more)."""
+        """The exact front at the preferences `w_KM` (default: 101 for two objectives; vertices and 300 seeded interior ones for more).
+
+        For 7 and 8 objectives 60 interior ones: the exact hypervolume of 300 points takes minutes there.
+        """
         if w_KM is None:
             m = self.objective_count
             first = np.linspace(0.0, 1.0, 101)
-            more = generator(0, "front", m).dirichlet(np.ones(m), size=300)
+            more = generator(0, "front", m).dirichlet(np.ones(m), size=300 if m < 7 else 60)
             w_KM = np.stack([first, 1 - first], axis=1) if m == 2 else np.concatenate([np.eye(m), more])
         points_KM = np.stack([self.J_M(self.optimum_logp_PR(w_M, split), split) for w_M in w_KM])
         return Front(points_KM=points_KM, w_KM=w_KM, policies="kl", beta=self.beta, proof="closed form")
@@ -199,11 +239,31 @@ class ExactTask(Task):
             for w_M in self.judged():
                 best = w_M @ (self.J_M(self.optimum_logp_PR(w_M, split), split) - start_M)
                 limits.append(w_M @ (self.J_M(self.composition_limit_logp_PR(w_M, split), split) - start_M) / best)
+            rows = self._rows[split]
             found[split] = {
                 "correlations": correlations(self.rewards_PRM(split), logp_PR).round(4).tolist(),
+                **self._verified_dials(rows, self._dense_all_PRM[rows], self._rewards_all_PRM[rows], logp_PR),
                 "strength_nats": [round(float(s), 4) for s in optima],
                 "worst_composition_limit": round(float(min(limits)), 4),
             }
+        return found
+
+    def _verified_dials(self, rows: np.ndarray, dense_PRM: np.ndarray, rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> dict[str, Any]:
+        """The further dials on the prompts `rows`, as far as they are on."""
+        found: dict[str, Any] = {}
+        if self.scale != 1:
+            found["spreads"] = spreads(rewards_PRM, logp_PR).round(4).tolist()
+        if self.sparse:
+            paid_PR = rewards_PRM[:, :, -1] > 0
+            found["rate"] = round(float((np.exp(logp_PR) * paid_PR).sum(1).mean()), 5)
+            found["payoff"] = round(float(rewards_PRM[:, :, -1].max()), 4)
+            found["dense_correlations"] = correlations(dense_PRM, logp_PR).round(4).tolist()
+        if self.noise:
+            found["noise"] = verify_noise(self.noise, self.objective_count, self.seed)
+        if self.context:
+            here_P = self._contexts_P[rows]
+            each = [correlations(dense_PRM[here_P == c], logp_PR[here_P == c]) for c in range(CONTEXTS)]
+            found["context_correlations"] = [c.round(4).tolist() for c in each]
         return found
 
     # How it is made
@@ -215,27 +275,37 @@ class ExactTask(Task):
     @cached_property
     def _prompts_PT(self) -> np.ndarray:
         """(2P, 3) distinct prompts of both splits, drawn from the reference's language."""
-        drawn = sample_language(self._reference, generator(self.seed, "prompts"), 400 * self.prompt_count, self._reference.context)
-        _, first = np.unique(drawn, axis=0, return_index=True)
-        distinct = drawn[np.sort(first)][: 2 * self.prompt_count]
-        if len(distinct) < 2 * self.prompt_count:
-            raise TaskError("prompts are distinct", found=f"{len(distinct)} distinct ones", remedy="ask for fewer prompts")
-        return distinct
+        count = (400 if not self.context else 200 * self.alphabet) * self.prompt_count
+        drawn = sample_language(self._reference, generator(self.seed, "prompts"), count, self._reference.context)
+        return choose_prompts(drawn, self.prompt_count, contexts=bool(self.context))
+
+    @cached_property
+    def _contexts_P(self) -> np.ndarray:
+        """(2P,) the context of every prompt of both splits."""
+        return self._prompts_PT[:, 0] if self.context else np.zeros(2 * self.prompt_count, dtype=np.int64)
 
     @cached_property
     def _rows(self) -> dict[str, np.ndarray]:
-        """Which of the 2P prompts belong to each split: of 500 seeded splits the one whose halves are closest to rho."""
+        """Which of the 2P prompts belong to each split: of 500 seeded splits the one whose halves are closest to rho.
+
+        Both halves have their share of each context, and are compared context by context.
+        """
         pairs = ~np.eye(self.objective_count, dtype=bool)
-        off_P = np.stack(
-            [
-                correlations(self._rewards_all_PRM[p : p + 1], self._reference_all_PR[p : p + 1])[pairs] - self.rho
-                for p in range(2 * self.prompt_count)
-            ]
-        )
+        off_P = np.stack([c_MM[pairs] for c_MM in correlations_P(self._dense_all_PRM, self._reference_all_PR)]) - self._rho_P[:, None]
         rng = generator(self.seed, "split")
-        orders = [rng.permutation(2 * self.prompt_count) for _ in range(500)]
-        order = min(orders, key=lambda rows: np.abs(off_P[rows].reshape(2, self.prompt_count, -1).mean(1)).max())
-        return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, 2), strict=True)}
+        if not self.context:
+            orders = [rng.permutation(2 * self.prompt_count) for _ in range(500)]
+            order = min(orders, key=lambda rows: np.abs(off_P[rows].reshape(2, self.prompt_count, -1).mean(1)).max())
+            return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, 2), strict=True)}
+        halves: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        for context in range(CONTEXTS):
+            here = np.flatnonzero(self._contexts_P == context)
+            cut = (len(here) + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
+            orders = [rng.permutation(here) for _ in range(500)]
+            order = min(orders, key=lambda rows: max(np.abs(off_P[part].mean(0)).max() for part in (rows[:cut], rows[cut:])))
+            halves["train"].append(order[:cut])
+            halves["test"].append(order[cut:])
+        return {split: np.sort(np.concatenate(parts)) for split, parts in halves.items()}
 
     @cached_property
     def _inputs(self) -> dict[str, TreeInputs]:
@@ -254,10 +324,36 @@ class ExactTask(Task):
             parts.append(self.tree.response_logp(logits.double().log_softmax(-1)))
         return torch.cat(parts).numpy()
 
+    @property
+    def _rho_P(self) -> np.ndarray:
+        """(2P,) the correlation that each prompt is to have."""
+        return self.rho + self.context * np.array([1.0, -1.0])[self._contexts_P]
+
+    @cached_property
+    def _dense_all_PRM(self) -> np.ndarray:
+        """Rewards in (0, 1) of the wanted correlation and strength, context by context, before scale and sparsity."""
+        fields_PRM = fields(self.tree, self._prompts_PT, self.objective_count, self.interaction, self.seed)
+        rewards_PRM = np.empty_like(fields_PRM)
+        for rho in np.unique(self._rho_P):
+            here = self._rho_P == rho
+            rewards_PRM[here] = mix_to_correlation(fields_PRM[here], self._reference_all_PR[here], float(rho), self.strength, self.beta)
+        return rewards_PRM
+
     @cached_property
     def _rewards_all_PRM(self) -> np.ndarray:
-        fields_PRM = fields(self.tree, self._prompts_PT, self.objective_count, self.interaction, self.seed)
-        return mix_to_correlation(fields_PRM, self._reference_all_PR, self.rho, self.strength, self.beta)
+        rewards_PRM, logp_PR = self._dense_all_PRM, self._reference_all_PR
+        if self.noise:
+            verify_noise(self.noise, self.objective_count, self.seed)
+        if self.scale != 1:
+            rewards_PRM = stretch(rewards_PRM, logp_PR, self.scale)
+        if self.sparse:
+            rare_PR = pays_rarely(rewards_PRM[:, :, -1], logp_PR, self.sparse, self.strength, self.beta)
+            rewards_PRM = np.concatenate([rewards_PRM[:, :, :-1], rare_PR[:, :, None]], axis=2)
+        return rewards_PRM
+
+    @cached_property
+    def _spread_M(self) -> np.ndarray:
+        return spreads(self._rewards_all_PRM, self._reference_all_PR)
 
     @cached_property
     def _tables(self) -> dict[str, dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ from paretune.errors import TaskError
 from paretune.seeds import generator
 from paretune.tasks.tree import PrefixTree
 
-__all__ = ["correlations", "fields", "gains_for", "mix_to_correlation"]
+__all__ = ["correlations", "correlations_P", "fields", "gains_for", "mix_to_correlation", "spreads"]
 
 TOLERANCE = 0.03  # of a correlation, mean over prompts
 
@@ -45,9 +45,20 @@ def fields(tree: PrefixTree, prompts_PT: np.ndarray, count: int, interaction: fl
 
 def correlations(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
     """(M, M) Pearson correlation of the objectives under the policy `logp_PR`, mean over prompts."""
+    return correlations_P(rewards_PRM, logp_PR).mean(0)
+
+
+def correlations_P(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
+    """(P, M, M) Pearson correlation of the objectives, prompt by prompt; NaN where an objective is constant."""
     covariance_PMM = _covariance(rewards_PRM, logp_PR)
     deviation_PM = np.sqrt(np.einsum("pmm->pm", covariance_PMM))
-    return (covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])).mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])
+
+
+def spreads(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
+    """(M,) standard deviation of each objective among the responses to one prompt: root of the mean variance over prompts."""
+    return np.sqrt(np.einsum("pmm->pm", _covariance(rewards_PRM, logp_PR)).mean(0))
 
 
 def mix_to_correlation(fields_PRM: np.ndarray, logp_PR: np.ndarray, rho: float, strength: float, beta: float) -> np.ndarray:
