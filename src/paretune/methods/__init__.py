@@ -68,5 +68,7 @@ from paretune.methods import (  # noqa: E402, F401
     linear,
     mixers,
     placed,
+    single,
     soups,
+    support,
 )

@@ -19,10 +19,11 @@ from paretune.mixing.divergence import DivergenceMix, RobustMix
 from paretune.mixing.layer import HiddenLayerMix
 from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
 from paretune.mixing.merged import MergedMix
-from paretune.mixing.rules import Backbones, Constant, Identity, Interpolated, Nearest, Rule, Table
+from paretune.mixing.rules import Backbones, Best, Constant, Identity, Interpolated, Nearest, Rule, Table
 
 __all__ = [
     "Backbones",
+    "Best",
     "Constant",
     "DivergenceMix",
     "FactorMix",
