@@ -250,6 +250,7 @@ class WarmSweep(Sweep):
             raise ConfigError("method warm-sweep: share is above 0 and at most 1", found=f"share = {self.share:g}", remedy="share = 0.5")
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        task.judged()
         return [spec for spec in self._specs(task, learner, seed).values() if all(key in done for key in spec.parents)]
 
     def _specs(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:

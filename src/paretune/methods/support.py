@@ -86,6 +86,7 @@ class OptimisticSupport(Method):
             )
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        task.judged()  # refuses a single objective
         m = task.objectives.count
         if self.estimate == "bound" and self.budget < m:
             raise ConfigError(

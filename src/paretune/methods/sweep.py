@@ -64,6 +64,7 @@ class Sweep(Method):
         return task.judged() if self.points == 0 else simplex_lattice(task.objectives.count, self.points)
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        task.judged()  # refuses a single objective before anything is trained
         return list(self._specs(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:

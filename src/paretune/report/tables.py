@@ -130,6 +130,14 @@ LEADERBOARD = (
     Column("gain_high", "high", "number", "upper end of its 95 % interval", "gain, {prompts}"),
     Column("gain_worst", "worst", "number", "the lowest gain at a judged preference", "gain, {prompts}"),
     Column(
+        "own_utility_worst",
+        "own utility, worst",
+        "share",
+        "the lowest attainment of the utility that the method was trained for, where that is not w . J; the linear one does not judge it",
+        HEADLINE,
+    ),
+    Column("violation_worst", "violation", "number", "the largest shortfall of a constraint, in units of return; 0 keeps all", HEADLINE),
+    Column(
         "hypervolume_share",
         "hyper\u00advolume share",
         "share",
@@ -200,6 +208,8 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
             "gain_worst": _lowest_gain(cells, on),
         }
     return row | {
+        "own_utility_worst": _reduce(min, cells, on, "own_utility", "attainment", "worst"),
+        "violation_worst": _reduce(max, cells, on, "own_utility", "violation", "worst"),
         "hypervolume_share": _reduce(_mean, cells, on, "hypervolume", "share"),
         "igd_plus": _reduce(_mean, cells, on, "igd_plus", "value"),
         "regret_worst": _reduce(max, cells, on, "regret", "worst"),
