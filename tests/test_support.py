@@ -131,7 +131,7 @@ def test_three_objectives_are_spread_over_the_simplex():
 
 
 def test_curvature_is_exact_for_rewards_that_are_normal():
-    """Missing at w from the best policy of v is (w - v)' S (w - v) / (2 beta): with S = 1 the best two serve [0, 1] from both sides alike."""
+    """Missing at w from the best policy of v is (w - v)' S (w - v) / (2 beta): with S = 1 the best two mirror each other."""
     reference = Measured(np.zeros(2), np.eye(2), Cost())
     grid = support._spread(2, 101)
     first = next_planned(
