@@ -25,7 +25,7 @@ CODE = [p for folder in ("src", "tests", "benchmarks", "tools", "examples") for 
 LEVELS = {
     0: ["paretune", "types", "errors", "seeds"],
     1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics"],
-    2: ["registry", "config", "store", "ledger"],
+    2: ["registry", "utilities", "config", "store", "ledger"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout"],
     5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "exact_learner", "returns"],

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from paretune.learner import Learner, converged, gates_of
 from paretune.ledger import Cost, read_cost
 from paretune.mixing import ParameterMix
 from paretune.registry import LEARNERS
-from paretune.scalarise import check_scalariser
+from paretune.scalarise import check_scalariser, scalarise
 from paretune.tasks import Task
 from paretune.tasks.exact import ExactTask
+from paretune.tasks.optimum import landmarks
 from paretune.types import Artifact, TrainSpec
 from paretune.weightings import Seen, State, weighting_of
 
@@ -88,8 +90,7 @@ class ExactGradient(Learner):
             )
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
-        check_scalariser(spec.scalariser)
-        weighting_of(spec)
+        _check(spec)
         policy = self.start(spec, task, parents or {})
         weights = policy.bank.parameters()
         optimiser = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
@@ -126,7 +127,9 @@ class ExactGradient(Learner):
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         w_PM = preferences(spec, step, task.prompt_count, task.objectives.count)
         gates_PK = torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device)
-        reward_PM, kl_P, covariance_MM = enumerated_returns(policy, task, gates_PK)
+        score_PR = None if spec.scalariser["name"] == "linear" else _scores(task, spec.scalariser, w_PM)
+        reward_PM, kl_P, covariance_MM = enumerated_returns(policy, task, gates_PK, score_PR=score_PR)
+        reward_PM, score_P = reward_PM[:, : task.objectives.count], reward_PM[:, -1]
         return_PM = reward_PM - task.beta * kl_P[:, None]
         weighting = weighting_of(spec)
         seen = Seen(
@@ -138,17 +141,44 @@ class ExactGradient(Learner):
             prompts=task.prompts("train"),
             low_M=np.array(task.objectives.low),
             high_M=np.array(task.objectives.high),
+            exact=True,
+            landmarks=landmarks(task),
         )
         weights_PM, state = weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
+        if score_PR is not None:
+            utility = (score_P - task.beta * kl_P).mean()
         optimiser.zero_grad(set_to_none=True)
         (-utility).backward()
         optimiser.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 
 
-def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> tuple[Tensor, Tensor, np.ndarray]:
-    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient; covariance of the rewards (M, M)."""
+def _check(spec: TrainSpec) -> None:
+    check_scalariser(spec.scalariser)
+    if weighting_of(spec).registered_name != "fixed" and spec.scalariser["name"] != "linear":
+        raise ConfigError(
+            "the exact learner weighs a scalariser other than linear with the preference itself",
+            found=f"scalariser {spec.scalariser['name']} with the weighting {spec.weighting['name']}",
+            remedy='use the weighting "fixed", or the scalariser "linear"',
+        )
+
+
+def _scores(task: ExactTask, scalariser: Mapping[str, Any], w_PM: np.ndarray) -> np.ndarray:
+    """(P, R) what every response to every training prompt is worth to a scalariser."""
+    rewards_PRM = task.rewards_PRM("train")
+    low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
+    w_NM = w_PM.repeat(rewards_PRM.shape[1], axis=0)
+    return scalarise(rewards_PRM.reshape(len(w_NM), -1), w_NM, scalariser, low_M=low_M, high_M=high_M).reshape(rewards_PRM.shape[:2])
+
+
+def enumerated_returns(
+    policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train", *, score_PR: np.ndarray | None = None
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient; covariance of the rewards (M, M).
+
+    With `score_PR` its expectation is a last column of the first.
+    """
 
     def forward(ids_PT: Tensor, mask_11TT: Tensor, positions_PT: Tensor) -> Tensor:
         ids_PT, mask_11TT, positions_PT = (x.to(policy.device) for x in (ids_PT, mask_11TT, positions_PT))
@@ -162,4 +192,6 @@ def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, 
     with torch.no_grad():
         centred_PRM = rewards_PRM - mean_PM[:, None]
         covariance_MM = torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)
+    if score_PR is not None:
+        mean_PM = torch.cat([mean_PM, (p_PR * torch.from_numpy(score_PR).to(p_PR)).sum(1, keepdim=True)], 1)
     return mean_PM, (p_PR * (logp_PR - reference_PR)).sum(1), covariance_MM.cpu().numpy()

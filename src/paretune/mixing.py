@@ -25,6 +25,7 @@ from paretune.policy import LEVELS, Policy
 from paretune.registry import RULES
 
 __all__ = [
+    "Best",
     "Constant",
     "FactorMix",
     "HiddenMix",
@@ -219,6 +220,20 @@ class Nearest(Rule):
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         return np.eye(len(self.points_KM))[_nearest_rows(w_WM, self.points_KM)]
+
+
+@RULES.register("best")
+@dataclass(frozen=True)
+class Best(Rule):
+    """The one adapter whose measured returns `returns_KM` are worth most at the preference; ties go to the first."""
+
+    returns_KM: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        _rectangle("best", "returns_KM", self.returns_KM)
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.eye(len(self.returns_KM))[(np.asarray(w_WM) @ np.asarray(self.returns_KM).T).argmax(1)]
 
 
 @RULES.register("constant")

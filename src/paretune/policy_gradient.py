@@ -34,6 +34,7 @@ from paretune.rollout import token_logp
 from paretune.scalarise import check_scalariser, scalarise
 from paretune.seeds import seed_for
 from paretune.tasks import Task
+from paretune.tasks.optimum import landmarks
 from paretune.types import TrainSpec
 from paretune.weightings import Seen, State, weighting_of
 
@@ -223,6 +224,7 @@ class PolicyGradient(Learner):
             prompts=made.prompts,
             low_M=np.array(task.objectives.low),
             high_M=np.array(task.objectives.high),
+            landmarks=landmarks(task) if task.is_exact else None,
         )
         return weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
 

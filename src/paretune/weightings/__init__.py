@@ -18,6 +18,7 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.registry import Registry
 from paretune.types import Prompt, TrainSpec
+from paretune.utilities import Landmarks
 
 __all__ = ["WEIGHTINGS", "Balanced", "Fixed", "Seen", "State", "Weighting", "weighting_of"]
 
@@ -39,6 +40,8 @@ class Seen:
     prompts: Sequence[Prompt]  # of the rows
     low_M: np.ndarray  # the objectives' ranges
     high_M: np.ndarray
+    exact: bool = False  # True: `returns_NM` are expectations
+    landmarks: Landmarks | None = None  # on exact tasks
 
 
 class Weighting(ABC):
@@ -119,3 +122,6 @@ def weighting_of(spec: TrainSpec) -> Weighting:
             remedy='give the training a preference, or use the weighting "fixed" or "balanced"',
         )
     return weighting
+
+
+from paretune.weightings import utility  # noqa: E402, F401
