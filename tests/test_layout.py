@@ -30,7 +30,7 @@ LEVELS = {
     4: ["fused", "lora", "policy", "mixing", "rollout"],
     5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "exact_learner", "returns"],
     6: ["methods", "search"],
-    7: ["evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
+    7: ["own_utility", "evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
     8: ["conformance", "testing", "report", "cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

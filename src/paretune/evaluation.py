@@ -27,6 +27,7 @@ from paretune import metrics
 from paretune.errors import ConfigError
 from paretune.ledger import Cost
 from paretune.metrics import plain, summary
+from paretune.own_utility import exact_own_utility, sampled_own_utility
 from paretune.pareto import hypervolume, igd_plus
 from paretune.returns import ExactReturns, Sampled, sampled_returns
 from paretune.stats import MIN_UNITS, estimate
@@ -152,6 +153,7 @@ def _exact(task: ExactTask, family: Family, split: str, w_WM: np.ndarray, gates_
         "utility_loss": {"expected": expected, "maximum": maximum},
         "controllability": metrics.controllability(points_WM, optimum_WM) if len(w_WM) > 1 else np.nan,
         "loss": _loss(task, family, returns, w_WM, gates_WK, attainment_W, start_W, best_W),
+        "own_utility": exact_own_utility(task, family, returns, w_WM, gates_WK, points_WM),
     }
 
 
@@ -211,6 +213,7 @@ def _sampled(
             "share_of_optimum": None,
         },
         **nothing,
+        "own_utility": sampled_own_utility(task, family, curve, start),
     }
 
 

@@ -277,6 +277,8 @@ class LogProduct:
 
     floor: float = 1e-4
     ceiling: float = 0.9999
+    registered_name: ClassVar[str]
+    version: ClassVar[int]
 
     def __post_init__(self):
         check_scalariser(self.scalariser)

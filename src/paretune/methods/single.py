@@ -60,7 +60,7 @@ class Tchebycheff(_Climbing):
         summary="one training per preference of a lattice for the softened worst distance from the ideal point; the nearest one answers",
         source="smooth Tchebycheff scalarisation (2402.19078)",
         differs="at the level of expected returns, estimated by a running mean of batches where they are not exact; weights are "
-        "shares M w_k; a weight of 0 leaves its objective out; the ideal point is exact on exact tasks, else the ranges' ends unless declared",
+        "shares M w_k; a weight of 0 leaves its objective out; the ideal point is exact on exact tasks, else declared, or the ranges' ends",
         hides=_TWICE + "; mu softens the worst case by up to mu log M",
         trainings=SWEEP_TRAININGS,
         forwards_per_token="1",
