@@ -94,6 +94,7 @@ def _torchjd(name: str, g_MM: np.ndarray, w_M: np.ndarray, seed: int, c: float) 
         return weighting(torch.from_numpy(g_MM)).numpy()
 
 
+@lru_cache(maxsize=8)
 def check_aggregator(name: str) -> None:
     """ConfigError where the aggregator's library is missing."""
     if name in ("nash_mtl", "imtl_g"):

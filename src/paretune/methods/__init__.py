@@ -56,4 +56,4 @@ class Method(ABC):
         """The family of policies made of the finished trainings."""
 
 
-from paretune.methods import baselines, emorl, experts, linear, single, support  # noqa: E402, F401
+from paretune.methods import adaptive, baselines, emorl, experts, gradient, linear, normalised, single, support  # noqa: E402, F401

@@ -8,9 +8,11 @@ checkpoint, so that a resumed training goes on with the same weights.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +20,7 @@ import numpy as np
 from paretune.aggregation import check_aggregation
 from paretune.errors import ConfigError
 from paretune.registry import Registry
-from paretune.types import Prompt, TrainSpec
+from paretune.types import Prompt, TrainSpec, canonical_json
 from paretune.utilities import Landmarks
 
 __all__ = ["WEIGHTINGS", "Balanced", "Fixed", "Seen", "State", "Weighting", "check_combination", "weighting_of"]
@@ -55,7 +57,7 @@ class Weighting(ABC):
     takes_sampled_preferences: ClassVar[bool] = False  # True where rows may differ in their preference
     needs_gramian: ClassVar[bool] = False  # True: weights are the same for all rows, and the step is the sum of the objectives' gradients
 
-    def check(self) -> None:  # noqa: B027: most need nothing
+    def check(self) -> None:  # noqa: B027
         """ConfigError where this installation cannot run it; asked before anything runs."""
 
     def start(self, count: int) -> State:
@@ -121,7 +123,7 @@ class Balanced(Weighting):
 
 def weighting_of(spec: TrainSpec) -> Weighting:
     """The weighting that a training names; ConfigError where it does not fit the training's preferences."""
-    weighting: Weighting = WEIGHTINGS.build(spec.weighting)
+    weighting = _built(canonical_json(spec.weighting))
     weighting.check()
     if spec.preference is None and not weighting.takes_sampled_preferences:
         raise ConfigError(
@@ -130,6 +132,12 @@ def weighting_of(spec: TrainSpec) -> Weighting:
             remedy='give the training a preference, or use the weighting "fixed" or "balanced"',
         )
     return weighting
+
+
+@lru_cache(maxsize=64)
+def _built(description: str) -> Weighting:
+    """Every step asks for its weighting, and building one takes milliseconds."""
+    return WEIGHTINGS.build(json.loads(description))
 
 
 def check_combination(spec: TrainSpec) -> None:
