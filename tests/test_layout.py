@@ -24,11 +24,11 @@ CODE = [p for folder in ("src", "tests", "benchmarks", "tools", "examples") for 
 # Imports point to the same level or down. A package's entry stands for all modules inside it.
 LEVELS = {
     0: ["paretune", "types", "errors", "seeds"],
-    1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics"],
+    1: ["pareto", "scalarise", "advantage", "aggregation", "gramian", "loss", "stats", "metrics"],
     2: ["registry", "utilities", "config", "store", "ledger"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout"],
-    5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "exact_learner", "returns"],
+    5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: ["own_utility", "evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
     8: ["conformance", "testing", "report", "cli", "__main__"],
