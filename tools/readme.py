@@ -167,9 +167,8 @@ def _figures() -> str:
     lines = ["| what | script | at least | measured |", "|---|---|---:|---:|"]
     for name, script, what, least in TARGETS:
         if name in measured:
-            lines.append(
-                f"| {what} | `benchmarks/{script}` | {'' if least is None else least if isinstance(least, str) else f'{least:g}'} | {measured[name]:.3g} |"
-            )
+            wanted = "" if least is None else least if isinstance(least, str) else f"{least:g}"
+            lines.append(f"| {what} | `benchmarks/{script}` | {wanted} | {measured[name]:.3g} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No figures are committed yet.\n"
 
 

@@ -46,8 +46,8 @@ class Adaptive(Sweep):
         summary="a sweep whose weights adapt: gradient influence, covariance targets, an Exp3 bandit, or a bandit over prompt features",
         source="gradient influence (2509.11452); CTWA (2602.06869); DynaOpt's Exp3 (2403.13578); LinUCB and Thompson sampling over prompts "
         "(2510.02850, LASeR)",
-        differs="all start at the preference and multiply it, so that an objective with weight 0 stays out and weights sum to 1; returns of "
-        "the training batches, with KL, stand for the validation sets of the sources; influence is in units of the mean squared gradient; "
+        differs="all start at the preference and multiply it, so that an objective with weight 0 stays out and weights sum to 1; returns "
+        "of the training batches, with KL, stand for the validation sets of the sources; influence is in units of the mean square; "
         "CTWA's statistic is a correlation; the contextual bandits tilt the preference for a prompt instead of selecting a reward",
         hides="what is climbed in the end is not w . J for the w that is asked for; the source's settings suit its scale of rewards and "
         "number of steps, and `settings` are tuned or not tuned per task",

@@ -38,7 +38,7 @@ class Gradient(Sweep):
         source="MGDA (Sener & Koltun 2018), PCGrad (2001.06782), CAGrad (2110.14048), Nash-MTL (2202.01017), IMTL-G (Liu et al. 2021), "
         "UPGrad (2406.16232), Aligned-MTL (Senushkin et al. 2023)",
         differs="none of the sources but UPGrad's and Aligned-MTL's has a preference: it scales the gradients for pcgrad and cagrad, "
-        "divides them for mgda, and enters the defining equations of nash_mtl and imtl_g, which do not see a scale; gradients are those of the "
+        "divides them for mgda, and enters the equations of nash_mtl and imtl_g, which do not see a scale; gradients are those of the "
         "LoRA factors, of returns with KL; weights are scaled to absolute sum 1",
         hides="they stop wherever gradients oppose each other, which is anywhere on the front, so the preference decides less than the "
         "start does; estimated gradients hardly ever oppose each other exactly; needs the extra `gradient` but for nash_mtl and imtl_g",
