@@ -95,6 +95,13 @@ def test_a_misspelt_key_is_told_its_nearest_name(tmp_path):
         ({"prompts": {"path": "a", "dataset": "b"}}, "prompts come from a path or from a dataset", "path=", "give one of them"),
         ({"prompts": {"path": "prompts.jsonl", "system": "x"}}, "a system message goes with chat: true", "chat: false", "chat: true"),
         ({"prompts": {"dataset": "./nowhere"}}, "the prompts' dataset can be loaded", "nowhere", "load_dataset"),
+        (
+            {"prompts": {"dataset": "no/where"}},
+            "the prompts' dataset can be loaded",
+            "'no/where'",
+            "hf download no/where --repo-type dataset",
+        ),
+        ({"preferences": 1}, "preferences: is a number of points per edge, or a list of weights", "1", "preferences: 11"),
     ],
 )
 def test_fields_that_are_wrong(tiny, tmp_path, changes, rule, found, remedy):
@@ -239,7 +246,8 @@ def test_reward_files_that_are_wrong(tiny, tmp_path, use, text, rule, found, rem
             "p.csv, line 3: 1 fields for 2 columns",
         ),
         ("p.csv", b"prompt,prompt\na,b\n", "the columns of a CSV file have distinct names", "p.csv, line 1"),
-        ("p.parquet", b"PAR1", "prompts are JSON lines (.jsonl) or CSV (.csv)", "p.parquet"),
+        ("p.xlsx", b"PK", "prompts are JSON lines (.jsonl), JSON (.json), CSV (.csv) or Parquet (.parquet)", "p.xlsx"),
+        ("p.parquet", b"PAR1", "a Parquet file can be read", "p.parquet: "),
     ],
 )
 def test_prompt_files_that_are_wrong(tiny, tmp_path, name, data, rule, found):

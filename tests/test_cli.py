@@ -31,6 +31,7 @@ COMMANDS = {
     "ls": {"KIND", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
+    "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--json"},

@@ -25,10 +25,10 @@ CODE = [p for folder in ("src", "tests", "benchmarks", "tools", "examples") for 
 LEVELS = {
     0: ["paretune", "types", "errors", "seeds"],
     1: ["pareto", "scalarise", "advantage", "aggregation", "gramian", "loss", "stats", "metrics"],
-    2: ["registry", "utilities", "config", "store", "ledger"],
+    2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout"],
-    5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "exact_learner", "returns"],
+    5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: ["own_utility", "evaluation", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
     8: ["conformance", "testing", "report", "cli", "__main__"],

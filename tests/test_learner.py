@@ -164,11 +164,12 @@ def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_trainin
     learner.train(first, TASK, tmp_path / "first")
     parents = {first.key: Artifact(first.key, tmp_path / "first", first)}
     rule = {"name": "constant", "gates_K": [0.5, 0.25, 0.5, 1.0]}
-    spec = spec_of(learner, None, frozen=(first.key, first.key), init_from=(first.key,), fresh=1, rule=rule)
+    spec = spec_of(learner, None, frozen=(first.key, first.key), init_from=(first.key,), fresh=(3,), rule=rule)
     assert spec.parents == (first.key,) * 3
     policy = learner.start(spec, TASK, parents)
     assert policy.K == 4
     assert policy.bank.trainable == policy.bank.names[2:]
+    assert {tuple(layer.scalings) for layer in policy.bank._layers} == {(2.0, 2.0, 2.0, 2.0)}, "of every rank alike"
     batch = learner.collect(policy, TASK, spec, 0)
     assert (batch.responses.gates_NK == torch.tensor([0.5, 0.25, 0.5, 1.0])).all()
     learner.train(spec, TASK, tmp_path / "second", parents=parents)
@@ -176,11 +177,11 @@ def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_trainin
     found = Artifact(spec.key, tmp_path / "second", spec).adapters
     assert len(found) == 2
     assert weights(found[0]) != weights(tmp_path / "first")
-    wrong = spec_of(learner, None, init_from=(first.key,), fresh=1, rule=rule)
+    wrong = spec_of(learner, None, init_from=(first.key,), fresh=(3,), rule=rule)
     with pytest.raises(ConfigError, match="one gate per adapter"):
         learner.train(wrong, TASK, tmp_path / "third", parents=parents)
     with pytest.raises(ConfigError, match="trains an adapter"):
-        learner.train(spec_of(learner, frozen=(first.key,), fresh=0), TASK, tmp_path / "fourth", parents=parents)
+        learner.train(spec_of(learner, frozen=(first.key,), fresh=()), TASK, tmp_path / "fourth", parents=parents)
 
 
 # Prompts, streams, stopping

@@ -57,6 +57,8 @@ TARGETS = (
 OTHERS = {
     "Makefile": "make demo, make test",
     "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
+    "docs/recipes.md": "how to bring your own model, prompts, rewards and judge",
+    "examples/recipes/": "the literature's tasks as recipes: HH-RLHF, summaries, safety, counselling, tool calls, mathematics",
     "docs/design.md": "why things are as they are; the metrics, the run directory, how to add a method",
     "benchmarks/results/": "committed results; quick.json is the leaderboard above",
     "examples/support_desk/recipe.yaml": "a worked recipe: your own model, prompts and objectives",

@@ -119,5 +119,8 @@ def _streams(prompts: Sequence[Prompt], group: int) -> tuple[list[str], list[int
 def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
     """(n, M) the fixed preference, or one sampled for each prompt of the step."""
     if spec.preference is None:
-        return spread_preferences(generator(spec.seed, "preferences", step), n, count)
+        face = list(range(count) if spec.face is None else spec.face)
+        w_NM = np.zeros((n, count))
+        w_NM[:, face] = spread_preferences(generator(spec.seed, "preferences", step), n, len(face))
+        return w_NM
     return np.tile(np.asarray(spec.preference, dtype=np.float64), (n, 1))

@@ -224,7 +224,8 @@ def _check_calls(objective: Any, columns: Mapping[str, Any], *, chat: bool) -> N
     require(_same(scores(everything), first), rule, "two calls differ", "no randomness, no state")
     require(_same(scores(everything[::-1])[::-1], first), rule, "another order of the batch gave other scores", "score each row by itself")
     alone = [scores([i])[0] for i in everything]
-    require(_same(alone, first), rule, "a completion scored alone got another score", "no comparison within the batch")
+    rounding = getattr(objective, "rounding", 0.0)
+    require(_same(alone, first, rounding), rule, "a completion scored alone got another score", "no comparison within the batch")
     require(scores([]) == [], "no completions get no scores", "something else", "return one score per completion")
 
 
@@ -244,8 +245,9 @@ def _checked_scores(objective: Any, returned: Any, count: int, remedy: str) -> l
     return list(returned)
 
 
-def _same(one: Sequence[float | None], two: Sequence[float | None]) -> bool:
-    return [_known(score) for score in one] == [_known(score) for score in two]
+def _same(one: Sequence[float | None], two: Sequence[float | None], rounding: float = 0.0) -> bool:
+    pairs = [(_known(a), _known(b)) for a, b in zip(one, two, strict=True)]
+    return all(a == b or (a is not None and b is not None and abs(a - b) <= rounding) for a, b in pairs)
 
 
 def _known(score: float | None) -> float | None:

@@ -76,6 +76,9 @@ class ExactGradient(Learner):
                 remedy="`paretune show exact` prints the defaults",
             )
 
+    def scaled(self, effort: float) -> ExactGradient:
+        return dataclasses.replace(self, steps=max(1, round(self.steps * effort)))
+
     def train(
         self,
         spec: TrainSpec,

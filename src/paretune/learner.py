@@ -38,6 +38,10 @@ class Learner(ABC):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
 
     @abstractmethod
+    def scaled(self, effort: float) -> Learner:
+        """The same learner with `effort` times the budget: samples, or steps where nothing is sampled."""
+
+    @abstractmethod
     def train(
         self,
         spec: TrainSpec,
@@ -66,15 +70,16 @@ class Learner(ABC):
             paths |= {_adapter_name(kind, i, len(found)): path for i, path in enumerate(found)}
         trained = [name for name in paths if name.startswith("policy")]
         wanted = 1 if spec.preference is not None else task.objectives.count
-        fresh = max(0, wanted - len(trained)) if spec.fresh is None else spec.fresh
+        fresh = (self.rank,) * max(0, wanted - len(trained)) if spec.fresh is None else spec.fresh
         bank = LoraBank.load(model, paths, trainable=trained)
-        for i in range(fresh):
-            name = _adapter_name("fresh" if trained else "policy", i, fresh)
-            bank.add(name, seed=spec.seed, rank=self.rank, alpha=self.alpha, targets=self.targets)
+        for i, rank in enumerate(fresh):
+            name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
+            alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
+            bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         if not bank.parameters():
             raise ConfigError(
                 "a training trains an adapter",
-                found="none: fresh = 0 and no init_from",
+                found="none: no fresh ones and no init_from",
                 remedy="ask for fresh ones, or start from some",
             )
         policy = ParameterMix(bank, tokenizer)

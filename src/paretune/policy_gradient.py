@@ -56,7 +56,7 @@ class Batch:
     weights_NM: np.ndarray
     advantage_N: np.ndarray
     state: State  # of the weighting, after this batch
-    jacobian: Jacobian | None = None  # the objectives' gradients, where the weighting asked for them
+    jacobian: Jacobian | None = field(default=None, kw_only=True)  # the objectives' gradients, where the weighting asked for them
 
 
 @dataclass
@@ -142,6 +142,9 @@ class PolicyGradient(Learner):
     def steps(self) -> int:
         """Batches drawn at most: whole ones only, so that `samples` is never exceeded."""
         return self.samples // self.batch
+
+    def scaled(self, effort: float) -> PolicyGradient:
+        return dataclasses.replace(self, samples=max(self.batch, round(self.samples * effort)))
 
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         if is_finished(work):  # by a process that was killed before it could publish

@@ -86,8 +86,8 @@ class Registry:
 
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner")
-RULES = Registry("combination rule", "paretune.mixing")
+LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation")
+RULES = Registry("combination rule", "paretune.mixing", "paretune.methods")
 METHODS = Registry("method", "paretune.methods")
 
 

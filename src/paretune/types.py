@@ -224,8 +224,9 @@ class TrainSpec:
     `preference` is the fixed (M,) weighting, or None where the learner samples a preference for every prompt of a batch.
 
     Axis K of the policy that is trained holds, in this order, the adapters of the artifacts `frozen` (they stay as they are), those of
-    `init_from` (trained on), and `fresh` new ones. `rule` turns the preference of a row into its K gates. With the defaults a fixed
-    preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective, gated by the preference.
+    `init_from` (trained on), and new ones of the ranks `fresh`. `rule` turns the preference of a row into its K gates. With the
+    defaults a fixed preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective, gated by the
+    preference.
     """
 
     task: Mapping[str, Any]
@@ -238,8 +239,9 @@ class TrainSpec:
     weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})  # how weights follow from the preference, step by step
     frozen: tuple[str, ...] = ()
     init_from: tuple[str, ...] = ()
-    fresh: int | None = None  # None: as many as the default needs beside those of `init_from`
+    fresh: tuple[int, ...] | None = None  # None: what the default needs beside those of `init_from`, of the learner's rank
     rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
+    face: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -254,6 +256,8 @@ class TrainSpec:
         given = dict(data)
         given["preference"] = None if given["preference"] is None else tuple(given["preference"])
         given["frozen"], given["init_from"] = tuple(given["frozen"]), tuple(given["init_from"])
+        for name in ("fresh", "face"):
+            given[name] = None if given[name] is None else tuple(given[name])
         return cls(**given)
 
     @property

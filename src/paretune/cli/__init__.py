@@ -22,4 +22,4 @@ def main() -> None:
     app()
 
 
-from paretune.cli import bench, catalogue, family  # noqa: E402, F401
+from paretune.cli import bench, catalogue, family, normalise  # noqa: E402, F401

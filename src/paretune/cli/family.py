@@ -39,6 +39,8 @@ def fit(
         say(f"this family was fitted before: {folder}")
         family = Family.load(folder)
     else:
+        for reason, count in plan.task.prompt_source.left_out.items():
+            say(f"prompts left out, {reason}: {count}")
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers)
         family.save(folder)
     rows = _measure(plan, family, samples) if samples else None
@@ -86,18 +88,23 @@ def _family_name(plan: Recipe) -> str:
 
 
 def _measure(plan: Recipe, family: Family, samples: int) -> Table:
-    """Mean scores and KL on test prompts: the reference, each objective alone, and all alike."""
+    """Mean scores and KL on test prompts, at the recipe's preferences, or for each objective alone and for all alike."""
     import numpy as np
 
     from paretune.evaluation import evaluate
     from paretune.report.tables import Column, Table
+    from paretune.search import simplex_lattice
 
     count, names = family.objectives.count, family.objectives.names
-    w_WM = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
+    if plan.preferences is None:
+        w_WM = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
+        labels = [*(f"{name} only" for name in names), "all alike"]
+    else:
+        w_WM = simplex_lattice(count, plan.preferences) if isinstance(plan.preferences, int) else np.array(plan.preferences)
+        labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
     say(f"measuring {len(w_WM)} preferences, {samples} responses each")
     measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
     columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
-    labels = [*(f"{name} only" for name in names), "all alike"]
     rows: list[dict[str, Any]] = []
     for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):
         rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), "kl": kl})

@@ -56,4 +56,19 @@ class Method(ABC):
         """The family of policies made of the finished trainings."""
 
 
-from paretune.methods import adaptive, baselines, emorl, experts, gradient, linear, normalised, single, support  # noqa: E402, F401
+from paretune.methods import (  # noqa: E402, F401
+    adaptive,
+    baselines,
+    bridge,
+    conditioned,
+    distilled,
+    emorl,
+    experts,
+    extended,
+    gradient,
+    linear,
+    normalised,
+    placed,
+    single,
+    support,
+)

@@ -39,6 +39,9 @@ class Objective(ABC):
     low: float
     high: float
 
+    rounding: ClassVar[float] = 0.0  # how much a score may change with the other texts of its batch: 0 unless a model computes it
+    places: ClassVar[Mapping[str, str]] = {}  # fields that hold a "path", or a "model" (a path or a name on the hub)
+
     @property
     def __name__(self) -> str:
         """What trainers print beside the score."""
@@ -51,6 +54,9 @@ class Objective(ABC):
     def needs(self) -> tuple[str, ...]:
         """The columns that must be there, beside those that the signature of `__call__` names."""
         return ()
+
+    def check(self) -> None:  # noqa: B027
+        """Raise ConfigError for what can be found wrong before anything runs and without loading a model."""
 
     def squashed(self, fraction: float) -> float:
         """From [0, 1] to [low, high]."""
@@ -218,4 +224,4 @@ def _short(value: Any) -> str:
 
 
 # Importing the package registers what ships with it.
-from paretune.objectives import functions, text  # noqa: E402, F401
+from paretune.objectives import functions, judge, models, text, verifiable  # noqa: E402, F401

@@ -92,18 +92,23 @@ def sample_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarr
 def spread_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarray:
     """(n, M) as `sample_preferences`, each uniform on the simplex, but spread evenly over it together: for the preferences of one batch.
 
-    A randomly shifted additive sequence (Roberts 2018) in the cube, its sorted coordinates' gaps as weights, in a random order. What
-    lies near a judged preference is drawn again, alone.
+    A randomly shifted additive sequence (Roberts 2018) in the cube, its sorted coordinates' gaps as weights, in a random order. A point
+    within 0.005 of a judged preference is mirrored out of that box: passing it over would leave a hole.
     """
     base = 2.0
-    for _ in range(30):  # the positive root of x^M = x + 1
+    for _ in range(60):  # the positive root of x^M = x + 1
         base = (1.0 + base) ** (1.0 / count)
-    step_D = base ** -np.arange(1.0, count)
-    cube_ND = (rng.random(count - 1) + np.arange(n)[:, None] * step_D) % 1.0
-    edges = np.concatenate([np.zeros((n, 1)), np.sort(cube_ND, axis=1), np.ones((n, 1))], axis=1)
-    w_NM = rng.permutation(np.diff(edges, axis=1), axis=0)
-    near_N = np.abs(w_NM[:, None] - judged_preferences(count)[None]).max(-1).min(-1) <= KEEP_OUT
-    w_NM[near_N] = sample_preferences(rng, int(near_N.sum()), count)
+    step_D, shift_D = base ** -np.arange(1.0, count), rng.random(count - 1)
+    cuts = np.sort((shift_D + np.arange(n)[:, None] * step_D) % 1.0, axis=1)
+    w_NM = rng.permutation(np.diff(cuts, axis=1, prepend=0.0, append=1.0), axis=0)
+    judged_WM = judged_preferences(count)
+    near_N = np.abs(w_NM[:, None] - judged_WM).max(-1).argmin(-1)
+    away_NM = w_NM - judged_WM[near_N]
+    gap_N1 = np.abs(away_NM).max(-1, keepdims=True)
+    out_NM = judged_WM[near_N] + away_NM / np.maximum(gap_N1, 1e-12) * (2 * KEEP_OUT + 1e-6 - gap_N1)
+    w_NM = np.where(gap_N1 <= KEEP_OUT, out_NM, w_NM)
+    lost_N = (w_NM < 0).any(-1) | (np.abs(w_NM[:, None] - judged_WM).max(-1).min(-1) <= KEEP_OUT)
+    w_NM[lost_N] = sample_preferences(rng, int(lost_N.sum()), count)  # out of the simplex, or into another box: rare
     return w_NM
 
 

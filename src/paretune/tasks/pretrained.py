@@ -6,77 +6,17 @@ where the tokenizer has none), and all its EOS ids in `model.generation_config.e
 
 from __future__ import annotations
 
-import hashlib
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
+from paretune.hub import check_pretrained, content_of, is_local, place, unloadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_pretrained", "content_of", "context_length", "is_local", "load_pretrained", "load_tokenizer"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-KEPT = (".safetensors", ".json", ".model", ".jinja", ".txt", ".py")  # what a model directory means; not its notes and pictures
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
-
-
-def is_local(model: str) -> bool:
-    """Whether `model` is a path: it looks like one, or it is there. Everything else is the name of a model on the hub."""
-    return model.startswith((".", "/", "~")) or Path(model).is_absolute() or Path(model).exists() or not HUB_ID.fullmatch(model)
-
-
-def check_pretrained(model: str) -> None:
-    """ConfigError if `model` is a directory that cannot be a reference model. Names on the hub are checked when they are loaded."""
-    if not is_local(model):
-        return
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            "the model is a directory, or the name of a model on the hub",
-            found=f"{'a file' if folder.exists() else 'nothing'} at {folder}",
-            remedy="paths in a recipe are relative to the recipe's own folder; a hub name reads owner/model",
-        )
-    names = sorted(p.name for p in folder.iterdir() if p.is_file())
-    if "config.json" not in names:
-        adapter = "adapter_config.json" in names
-        raise ConfigError(
-            "a model directory has a config.json",
-            found="an adapter without its base model" if adapter else f"{folder.name}: {_listed(names)}",
-            remedy="merge the adapter into its base and save that" if adapter else "save the model there with save_pretrained",
-        )
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = [name for name in names if name.endswith(PICKLES)]
-        raise ConfigError(
-            "weights are read from safetensors only, because a pickle can run code",
-            found=f"{folder.name}: {_listed(pickles or names)}",
-            remedy="load it where you trust it, and write it again: model.save_pretrained(folder, safe_serialization=True)",
-        )
-    if not any(name in TOKENIZER_FILES for name in names):
-        raise ConfigError(
-            "a model directory has its tokenizer beside the weights",
-            found=f"{folder.name}: {_listed(names)}",
-            remedy="save it there: AutoTokenizer.from_pretrained(the base model).save_pretrained(folder)",
-        )
-
-
-def content_of(model: str, revision: str | None) -> dict[str, str]:
-    """File -> hash of a local model; {"commit": hash} of one on the hub, so that a moved branch is another model."""
-    if is_local(model):
-        files = sorted(p for p in Path(model).expanduser().iterdir() if p.is_file() and p.suffix in KEPT)
-        return {p.name: _hash(p) for p in files}
-    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return {"commit": revision}
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    try:
-        found = cached_file(model, "config.json", revision=revision)
-    except Exception as error:
-        raise _unloadable(model, revision, error) from error
-    return {"commit": str(extract_commit_hash(found, None))}
+REFERENCE = "the reference model"
 
 
 def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
@@ -84,9 +24,9 @@ def context_length(model: str, *, revision: str | None = None, trust_remote_code
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(_place(model), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _unloadable(model, revision, error) from error
+        raise unloadable(REFERENCE, model, revision, error) from error
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -96,9 +36,9 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
 
     check_pretrained(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_place(model), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _unloadable(model, revision, error) from error
+        raise unloadable(REFERENCE, model, revision, error) from error
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -112,10 +52,10 @@ def load_pretrained(
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            _place(model), revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=dtype
+            place(model), revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=dtype
         )
     except Exception as error:
-        raise _unloadable(model, revision, error) from error
+        raise unloadable(REFERENCE, model, revision, error) from error
     rows = int(loaded.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
         raise ConfigError(
@@ -142,30 +82,3 @@ def _set_special_tokens(model: str, loaded: PreTrainedModel, tokenizer: PreTrain
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     loaded.generation_config.eos_token_id = ends
     loaded.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def _place(model: str) -> str:
-    return str(Path(model).expanduser()) if is_local(model) else model
-
-
-def _unloadable(model: str, revision: str | None, error: Exception) -> ConfigError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    remedy = "check the name; without a network the model must be in the cache, or a local directory with safetensors weights"
-    if "trust_remote_code" in str(error):
-        remedy = "read that code first; then set trust_remote_code: true in the recipe"
-    elif is_local(model):
-        remedy = "load it by hand with AutoModelForCausalLM.from_pretrained and use_safetensors=True to see the whole message"
-    return ConfigError(
-        "the reference model can be loaded",
-        found=f"{model}{'' if revision is None else '@' + revision}: {type(error).__name__}: {' '.join(lines[:2])}",
-        remedy=remedy,
-    )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:20]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "no files"

@@ -1,4 +1,4 @@
-"""Prompts of one's own: read from JSON lines, CSV or a `datasets` name, checked line by line, and split for testing.
+"""Prompts of one's own: read from JSON, CSV or Parquet files or a `datasets` name, checked line by line, and split for testing.
 
 Every mistake in a file names the file and the line. A prompt is plain text or a list of chat messages; all the columns of its row
 go to the objectives by name.
@@ -6,26 +6,28 @@ go to the objectives by name.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import itertools
 import json
-import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import how_to_get, is_local
 from paretune.objectives import RESERVED
+from paretune.objectives.templates import names_in
 from paretune.seeds import seed_for
+from paretune.tasks.rows import Row, read_rows, short
+from paretune.tasks.transcripts import read_transcript
 from paretune.types import Prompt
 
 __all__ = ["PromptSource", "read_rows"]
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("prompts.jsonl, line 3"), and its columns
+REPLY = "reply"  # the column that takes what a transcript's assistant said last
 MESSAGES = '[{"role": "user", "content": "..."}]'
 
 
@@ -33,18 +35,24 @@ MESSAGES = '[{"role": "user", "content": "..."}]'
 class PromptSource:
     """Where prompts come from: a file (`path`) or a `dataset` (a hub name or a local folder that `datasets` can load)."""
 
-    path: str | None = None  # .jsonl, .json (one object per line) or .csv
+    path: str | None = None  # .jsonl, .json (an array, or one object per line), .csv or .parquet
     dataset: str | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     column: str = "prompt"  # its values are texts, or lists of messages
+    map: dict[str, str] = field(default_factory=dict)  # new column: where it is, as {answer: reward_model.ground_truth}
+    transcript: Literal["text", "messages"] | None = None  # the column holds "Human: ... Assistant: ..."; its last words become `reply`
     template: str | None = None  # e.g. "Customer: {prompt}\nReply:", in place of `column`
     chat: bool = False  # wrap a plain text as one user message
     system: str | None = None  # with chat: a system message before it
     test: str | float = 0.2  # a share of the prompts, or another file, or another split of the dataset
     seed: int = 0  # which prompts are for testing
     limit: int | None = None  # only the first ones of each file or split
+    shortest: int = 0  # characters of a prompt; shorter ones are left out
+    longest: int | None = None  # characters of a prompt; longer ones are left out
+    unique: bool = False  # keep one of equal prompts, and of those for training and testing the one for training
+    skip: bool = False  # leave out rows without a usable prompt, instead of stopping at the first
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -65,6 +73,12 @@ class PromptSource:
             raise ConfigError("a system message goes with chat: true", found="chat: false", remedy="add chat: true to prompts")
         if self.limit is not None and self.limit < 1:
             raise ConfigError("limit is at least 1", found=f"limit={self.limit}", remedy="leave limit out to use every prompt")
+        if self.transcript is not None and (self.template is not None or self.chat):
+            raise ConfigError(
+                "a transcript is the whole prompt",
+                found=f"transcript: {self.transcript} with {'chat' if self.chat else 'template'}",
+                remedy="transcript: messages gives a conversation for the chat template, transcript: text leaves it as it is",
+            )
 
     @cached_property
     def splits(self) -> Mapping[str, tuple[Prompt, ...]]:
@@ -73,12 +87,17 @@ class PromptSource:
         if not isinstance(self.test, str):
             return _split(prompts, share=self.test, seed=self.seed)
         test = self._read(self.test, self.split) if self.dataset is None else self._read(self.dataset, self.test)
+        if self.unique:
+            seen = {p.digest for p in prompts}
+            self.left_out["used for training"] += sum(p.digest in seen for p in test)
+            test = tuple(p for p in test if p.digest not in seen)
+            self._some(test, str(self.test))
         common = {p.digest for p in prompts} & {p.digest for p in test}
         if common:
             raise ConfigError(
                 "no prompt is used for training and for testing",
                 found=f"{len(common)} prompts are in both",
-                remedy="remove them from one, or give a share, for example test: 0.2, and one file",
+                remedy="remove them from one, set unique: true, or give a share, for example test: 0.2, and one file",
             )
         return {"train": prompts, "test": test}
 
@@ -92,6 +111,11 @@ class PromptSource:
     def conversational(self) -> bool:
         return self.splits["train"][0].messages is not None
 
+    @cached_property
+    def left_out(self) -> Counter[str]:
+        """Reason -> rows that became no prompt; filled by reading `splits`."""
+        return Counter()
+
     def content(self) -> dict[str, str]:
         """Split -> hash of its prompts and all their columns."""
         return {name: _digest(prompts) for name, prompts in self.splits.items()}
@@ -99,17 +123,63 @@ class PromptSource:
     def _read(self, place: str | None, split: str) -> tuple[Prompt, ...]:
         assert place is not None
         rows = read_rows(Path(place).expanduser()) if self.dataset is None else self._dataset_rows(split)
-        prompts = tuple(self._prompt(where, row) for where, row in itertools.islice(rows, self.limit))
         name = Path(place).name if self.dataset is None else f"{place}, split {split}"
-        if not prompts:
-            raise ConfigError(
-                "there is at least one prompt", found=f"none in {name}", remedy="write one JSON object per line, or choose another file"
-            )
+        prompts = tuple(itertools.islice(self._kept(rows), self.limit))
+        self._some(prompts, name)
         if len({p.messages is None for p in prompts}) > 1:
             raise ConfigError(
                 "the prompts are all texts or all lists of messages", found=f"both in {name}", remedy="write the texts as " + MESSAGES
             )
         return prompts
+
+    def _some(self, prompts: Sequence[Prompt], name: str) -> None:
+        if not prompts:
+            left_out = ", ".join(f"{reason}: {count}" for reason, count in self.left_out.items())
+            raise ConfigError(
+                "there is at least one prompt",
+                found=f"none in {name}" + (f" (left out: {left_out})" if left_out else ""),
+                remedy="write one JSON object per line, or choose another file",
+            )
+
+    def _kept(self, rows: Iterator[Row]) -> Iterator[Prompt]:
+        """The prompts that pass the filters, in order; the others are counted."""
+        seen: set[str] = set()
+        for where, row in rows:
+            try:
+                prompt = self._prompt(where, self._mapped(where, row))
+            except ConfigError:
+                if not self.skip:
+                    raise
+                self.left_out["no prompt"] += 1
+                continue
+            length = len(prompt.text or "") + sum(len(m["content"]) for m in prompt.messages or ())
+            digest = prompt.digest if self.unique else ""
+            if length < self.shortest:
+                self.left_out["too short"] += 1
+            elif self.longest is not None and length > self.longest:
+                self.left_out["too long"] += 1
+            elif self.unique and digest in seen:
+                self.left_out["repeated"] += 1
+            else:
+                seen.add(digest)
+                yield prompt
+
+    def _mapped(self, where: str, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with the columns of `map`; a place reads `column.key.key`, with numbers for the items of a list."""
+        made = {}
+        for name, wanted in self.map.items():
+            value: Any = row
+            for step in [wanted] if wanted in row else wanted.split("."):
+                known = [str(n) for n in range(len(value))] if isinstance(value, list) else list(value) if isinstance(value, dict) else []
+                if step not in known:
+                    raise ConfigError(
+                        f"every prompt has what the column {name!r} is mapped to, {wanted}",
+                        found=f"no {step!r}; there are {', '.join(map(repr, known[:12])) or 'no keys'} in {where}",
+                        remedy=f"correct map: ({nearest(step, known)})" if known else "correct map:",
+                    )
+                value = value[int(step)] if isinstance(value, list) else value[step]
+            made[name] = value
+        return {**row, **made}
 
     def _dataset_rows(self, split: str) -> Iterator[Row]:
         import datasets
@@ -117,16 +187,24 @@ class PromptSource:
         try:
             rows = datasets.load_dataset(self.dataset, self.config, split=split, revision=self.revision)
         except Exception as error:  # a dozen kinds, from the network, the hub, the file formats and the names of splits
+            name = str(self.dataset)
+            local = "check the folder, config: and split: with datasets.load_dataset"
             raise ConfigError(
                 "the prompts' dataset can be loaded",
-                found=f"{self.dataset!r}, config {self.config!r}, split {split!r}: {type(error).__name__}: {error}",
-                remedy="check the names with datasets.load_dataset; without a network the dataset must be a folder, or in the cache",
+                found=f"{name!r}, config {self.config!r}, split {split!r}: {type(error).__name__}: {error}",
+                remedy=local if is_local(name) else how_to_get(name, key="dataset", revision=self.revision, data=True),
             ) from error
         return ((f"{self.dataset}, split {split}, row {place}", dict(row)) for place, row in enumerate(rows))
 
     def _prompt(self, where: str, row: dict[str, Any]) -> Prompt:
         value = self._value(where, row)
         columns = {name: item for name, item in row.items() if name not in RESERVED}
+        if self.transcript is not None:
+            if not isinstance(value, str):
+                raise ConfigError("a transcript is a text", found=f"a {type(value).__name__} in {where}", remedy="leave transcript: out")
+            read = read_transcript(where, value)
+            columns[REPLY] = read.reply
+            return Prompt(text=read.text, columns=columns) if self.transcript == "text" else Prompt(messages=read.messages, columns=columns)
         if isinstance(value, str):
             if not value.strip():
                 raise ConfigError("a prompt has some text", found=f"an empty one in {where}", remedy="remove that line")
@@ -139,7 +217,7 @@ class PromptSource:
         return Prompt(messages=tuple(value), columns=columns)
 
     def _value(self, where: str, row: dict[str, Any]) -> Any:
-        wanted = [self.column] if self.template is None else _names_in(self.template)
+        wanted = [self.column] if self.template is None else names_in(self.template)
         for name in wanted:
             if name not in row:
                 raise ConfigError(
@@ -147,92 +225,9 @@ class PromptSource:
                     found=f"the columns {', '.join(map(repr, row)) or 'of an empty object'} in {where}",
                     remedy=f"name it with column: ({nearest(name, map(str, row))})",
                 )
+            if row[name] is None:
+                raise ConfigError("a prompt has some text", found=f"nothing in the column {name!r} of {where}", remedy="remove that line")
         return row[self.column] if self.template is None else self.template.format_map(row)
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON-lines or CSV file; ConfigError, with the line, at the first that is broken."""
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".ndjson": _json_rows, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
-        raise ConfigError("prompts are JSON lines (.jsonl) or CSV (.csv)", found=path.name, remedy="convert the file, or rename it")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            "the prompt file can be read",
-            found=f"{path}: {error.strerror}",
-            remedy="paths in a recipe are relative to the recipe's own folder",
-        ) from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            "prompt files are UTF-8", found=f"{path.name}, line {line}: byte {data[error.start]:#x}", remedy="save the file as UTF-8"
-        ) from None
-    return readers[path.suffix.lower()](path.name, text)
-
-
-def _json_rows(name: str, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a JSON string may hold U+2028
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            row = json.loads(line, parse_constant=_no_constant)
-        except ValueError as error:
-            raise ConfigError(
-                "every line of a JSON-lines file is one JSON object",
-                found=f"{where}: {error}",
-                remedy=f"mend that line: {_short(line)}",
-            ) from None
-        if not isinstance(row, dict):
-            raise ConfigError(
-                "every line of a JSON-lines file is one JSON object",
-                found=f"{where}: a {type(row).__name__}",
-                remedy='write {"prompt": "..."} on one line per prompt',
-            )
-        yield where, row
-
-
-def _csv_rows(name: str, text: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
-    try:
-        for fields in reader:
-            where = f"{name}, line {reader.line_num}"
-            if not any(fields):
-                continue
-            if not header:
-                header = fields
-                if len(set(header)) != len(header) or "" in header:
-                    raise ConfigError(
-                        "the columns of a CSV file have distinct names", found=f"{where}: {', '.join(header)}", remedy="rename one"
-                    )
-            elif len(fields) != len(header):
-                raise ConfigError(
-                    "every line of a CSV file has as many fields as its header",
-                    found=f"{where}: {len(fields)} fields for {len(header)} columns",
-                    remedy="put texts that hold commas or line ends in double quotes",
-                )
-            else:
-                yield where, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise ConfigError(
-            "prompts in CSV can be parsed", found=f"{name}, line {reader.line_num}: {error}", remedy="check the quotes on that line"
-        ) from None
-
-
-def _names_in(template: str) -> list[str]:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise ConfigError(
-            "a template is text with {column} in it", found=f"{template!r}: {error}", remedy="write a literal brace twice: {{ or }}"
-        ) from None
-    if not names:
-        raise ConfigError("a template names at least one column", found=repr(template), remedy='for example "Question: {prompt}"')
-    return names
 
 
 def _check_messages(where: str, value: Any) -> None:
@@ -242,7 +237,7 @@ def _check_messages(where: str, value: Any) -> None:
     if not good or not value or value[-1]["role"] == "assistant":
         raise ConfigError(
             "a prompt is a text, or messages of which the last is not the assistant's",
-            found=f"{_short(json.dumps(value, default=str, ensure_ascii=False))} in {where}",
+            found=f"{short(json.dumps(value, default=str, ensure_ascii=False))} in {where}",
             remedy="write " + MESSAGES,
         )
 
@@ -266,11 +261,3 @@ def _split(prompts: tuple[Prompt, ...], *, share: float, seed: int) -> dict[str,
 def _digest(prompts: Sequence[Prompt]) -> str:
     rows = [[p.text, p.messages, p.columns] for p in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-def _no_constant(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

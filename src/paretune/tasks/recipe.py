@@ -24,7 +24,7 @@ from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, describe
 from paretune.tasks import Task
 from paretune.tasks.pretrained import check_pretrained, content_of, context_length, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource
-from paretune.types import Objectives, Prompt
+from paretune.types import Objectives, Preference, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,6 +184,7 @@ class Recipe:
     learner: Any
     seed: int
     root: Path
+    preferences: int | tuple[tuple[float, ...], ...] | None = None  # where the result is measured: points per edge, or weights
 
 
 TASK_KEYS = {
@@ -191,7 +192,7 @@ TASK_KEYS = {
     "prompts": "prompt_source",
     "objectives": "objective_specs",
 }
-RUN_KEYS = ("method", "learner", "seed", "output")
+RUN_KEYS = ("method", "learner", "seed", "output", "preferences")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -211,7 +212,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     with document.at("learner"):
         learner = LEARNERS.build(_named(given.get("learner"), "pg"))
     task.check()
-    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=Path(given["output"]))
+    with document.at("preferences"):
+        preferences = _preferences(given.get("preferences"), task.objectives.names)
+    root = Path(given["output"])
+    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, preferences=preferences)
+
+
+def _preferences(given: Any, names: Sequence[str]) -> int | tuple[tuple[float, ...], ...] | None:
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
+        return given
+    if not isinstance(given, list) or not given or not all(isinstance(row, list | dict) for row in given):
+        raise ConfigError(
+            "preferences: is a number of points per edge, or a list of weights",
+            found=repr(given),
+            remedy="for example preferences: 11, or preferences: [[1, 0], [0.5, 0.5], [0, 1]]",
+        )
+    return tuple(Preference.of(names, row).weights for row in given)
 
 
 def _named(given: Any, default: str) -> Any:
@@ -264,7 +280,9 @@ def _build_task(document: config.Document) -> RecipeTask:
         check_pretrained(task.model)
     for place, spec in enumerate(given["objectives"]):
         with document.at("objectives", place):
-            check_callable(_name_of(spec), _objective(spec), None)
+            objective = _objective(spec)
+            check_callable(_name_of(spec), objective, None)
+            objective.check()
     with document.at("prompts"):
         assert task.prompt_source.splits
     return task
@@ -291,3 +309,8 @@ def _anchor(document: config.Document, folder: Path) -> None:
         if isinstance(spec.get("use"), str) and ":" in spec["use"]:
             file, _, function = spec["use"].rpartition(":")
             spec["use"] = f"{absolute(file, 'objectives', place, 'use')}:{function}"
+            continue
+        known = spec.get("use") in list(OBJECTIVES)
+        for key, kind in getattr(OBJECTIVES[spec["use"]], "places", {}).items() if known else ():
+            if key in spec:
+                spec[key] = absolute(spec[key], "objectives", place, key, always=kind == "path")

@@ -1,0 +1,43 @@
+"""One policy conditioned on the preference, zero-shot at the judged preferences: exact-v1, rho -.8, seeds 100-102, both learners.
+
+    python benchmarks/conditioned.py [--root DIR] [--workers 1] [--out benchmarks/results/conditioned.json]
+
+One training per structure, from scratch: 120,000 samples, or 200 exact steps. Attainment on training prompts, worst over preferences
+and seeds; the figures are those of `clp`, one adapter per objective. Stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from cells import attainment_W, cells_of, row_of
+from common import emit
+
+LEARNERS = {"sampled": {"name": "pg", "samples": 120_000}, "exact": {"name": "exact"}}
+SUITE = {
+    "tasks": [{"name": "exact-v1", "rho": -0.8}],
+    "methods": [{"name": "conditioned", "structure": ["clp", "panacea"]}],
+    "seeds": [100, 101, 102],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("paretune-runs/conditioned"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    figures, rows = {}, []
+    for kind, learner in LEARNERS.items():
+        cells = cells_of({**SUITE, "name": f"conditioned-{kind}", "learner": learner}, given.root / kind, given.workers)
+        rows += [{"learner": kind, **row_of(cell, lambda cell: {"structure": cell["method"]["structure"]})} for cell in cells]
+        for structure, name in (("clp", f"conditioned_{kind}_worst"), ("panacea", f"panacea_{kind}_worst")):
+            figures[name] = min(np.nanmin(attainment_W(cell)) for cell in cells if cell["method"]["structure"] == structure)
+    emit(figures, out=given.out, rows=rows, suite=SUITE, learners=LEARNERS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Experts and a bridge: one more adapter that repairs the soup between the experts, at the cost of one model and one more training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.methods import Card, Method
+from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
+from paretune.mixing import Rule
+from paretune.registry import METHODS, RULES, describe
+from paretune.types import Artifact, TrainSpec
+from paretune.weightings import Balanced, Fixed
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Bridge", "BridgeRule", "interaction", "sampled_weighting"]
+
+
+def interaction(w_WM: np.ndarray) -> np.ndarray:
+    """(W, 1) how far a preference is from all vertices: M/(M-1) * (1 - sum w_k^2), 0 at the vertices and 1 at the centre."""
+    w_WM = np.asarray(w_WM, dtype=np.float64)
+    m = w_WM.shape[1]
+    return m / (m - 1) * (1.0 - (w_WM**2).sum(1, keepdims=True))
+
+
+@RULES.register("bridge")
+@dataclass(frozen=True)
+class BridgeRule(Rule):
+    """Gates of M experts and one bridge: the preference, and its `interaction`."""
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.asarray(w_WM, dtype=np.float64), interaction(w_WM)], axis=1)
+
+
+def sampled_weighting(balance: float) -> Mapping[str, Any]:
+    """The weighting of a training over sampled preferences; 0 is none."""
+    return describe(Balanced(power=balance) if balance else Fixed())
+
+
+@METHODS.register("bridge")
+@dataclass(frozen=True)
+class Bridge(Method):
+    """M frozen experts as an exact soup, and one adapter between them, trained over sampled preferences under its gate.
+
+    effort: the budget of the bridge's training, in budgets of one expert. rank: the bridge's; 0 is the learner's.
+    balance: scale preferences by what there is to gain at them, see the weighting "balanced"; 0 is plain sampling.
+    """
+
+    effort: float = 1.0
+    rank: int = 0
+    balance: float = 0.0
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="a soup of experts and one more adapter, gated by how mixed the preference is, that repairs the soup in between",
+        source="ours; experts and soup as in rewarded soups (2306.04488), preferences sampled as in CLP (2407.15762)",
+        differs="the experts stay as they are and the gate is 0 at the vertices, so that nothing is lost there; preferences of a batch are "
+        "spread over the simplex",
+        hides="the bridge's training sees every preference: with effort 1 it costs as much as one expert; at the vertices it can gain "
+        "nothing on the experts",
+        trainings="M + 1",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0 or self.rank < 0:
+            raise ConfigError(
+                "method bridge: effort is positive, rank at least 0",
+                found=f"effort = {self.effort:g}, rank = {self.rank}",
+                remedy="effort = 1 costs as much as one expert; rank = 0 is the learner's",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        experts = list(vertex_trainings(task, learner, seed).values())
+        return [*experts, self._bridge(task, learner, seed)] if all(spec.key in done for spec in experts) else experts
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.policy import Family
+
+        adapters = adapters_for({**vertex_trainings(task, learner, seed), "bridge": self._bridge(task, learner, seed)}, done)
+        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
+        return Family(build_policy(task, "parameter", adapters), BridgeRule(), task.objectives, task.base(), adapters, meta)
+
+    def _bridge(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
+        return TrainSpec(
+            task=describe(task),
+            learner=describe(learner.scaled(self.effort)),
+            preference=None,
+            seed=seed,
+            weighting=sampled_weighting(self.balance),
+            frozen=tuple(spec.key for spec in vertex_trainings(task, learner, seed).values()),
+            fresh=(self.rank or learner.rank,),
+            rule=describe(BridgeRule()),
+        )

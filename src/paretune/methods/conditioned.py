@@ -1,0 +1,110 @@
+"""One policy for all preferences: adapters trained together, from scratch, while a preference is sampled for every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.methods import Card, Method
+from paretune.methods.bridge import BridgeRule, sampled_weighting
+from paretune.methods.experts import build_policy, family_meta
+from paretune.mixing import Identity, Rule
+from paretune.registry import METHODS, RULES, describe
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Conditioned", "SharedRule"]
+
+
+@RULES.register("shared")
+@dataclass(frozen=True)
+class SharedRule(Rule):
+    """Gate 1 for the adapter that all preferences share, then `scale` times the preference for those of the objectives."""
+
+    scale: float = 1.0
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        w_WM = np.asarray(w_WM, dtype=np.float64)
+        return np.concatenate([np.ones((len(w_WM), 1)), self.scale * w_WM], axis=1)
+
+
+@METHODS.register("conditioned")
+@dataclass(frozen=True)
+class Conditioned(Method):
+    """One training over all preferences. What the preference changes is the `structure`:
+
+    clp       one adapter per objective, gated by the preference
+    bridge    the same and one more, gated by how mixed the preference is
+    panacea   a shared adapter, and `private` ranks per objective whose singular values are `scale` times the preference
+
+    effort: the training's budget, in budgets of the learner. balance: see `bridge`.
+    """
+
+    structure: Literal["clp", "bridge", "panacea"] = "clp"
+    effort: float = 1.0
+    balance: float = 0.0
+    private: int = 1
+    scale: float = 4.0
+
+    card: ClassVar[Card] = Card(
+        family="multi-policy",
+        summary="one policy conditioned on the preference through the gates of its adapters, trained with preferences sampled per prompt",
+        source="clp: CLP (2407.15762); panacea: Panacea (2402.02030); bridge: ours",
+        differs="clp mixes LoRA deltas, not all parameters; panacea has a plain LoRA beside the gated ranks (its learnt singular values "
+        "are absorbed), linear utilities only, and scale is fixed where the source learns a scale per layer; preferences of a batch are "
+        "spread over the simplex",
+        hides="one training has to learn all preferences: compare at equal samples, not at equal trainings; the adapters are as many as "
+        "M experts'",
+        trainings="1",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0 or self.private < 1 or self.scale <= 0:
+            raise ConfigError(
+                "method conditioned: effort and scale are positive, private is at least 1",
+                found=f"effort = {self.effort:g}, scale = {self.scale:g}, private = {self.private}",
+                remedy="`paretune show conditioned` prints the defaults",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return [self._spec(task, learner, seed)]
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.policy import Family
+
+        found = done[self._spec(task, learner, seed).key].adapters
+        adapters = {f"part-{i}": path for i, path in enumerate(found)}
+        rule, _ = self._structure(task, learner)
+        meta = family_meta(self, task, seed=seed)
+        return Family(build_policy(task, "parameter", adapters), rule, task.objectives, task.base(), adapters, meta)
+
+    def _structure(self, task: Task, learner: Learner) -> tuple[Rule, tuple[int, ...]]:
+        """The rule of gates, and the ranks of the adapters."""
+        m, rank = task.objectives.count, learner.rank
+        if self.structure == "clp":
+            return Identity(), (rank,) * m
+        if self.structure == "bridge":
+            return BridgeRule(), (rank,) * (m + 1)
+        return SharedRule(scale=self.scale), (rank, *(self.private,) * m)
+
+    def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
+        rule, ranks = self._structure(task, learner)
+        return TrainSpec(
+            task=describe(task),
+            learner=describe(learner.scaled(self.effort)),
+            preference=None,
+            seed=seed,
+            weighting=sampled_weighting(self.balance),
+            fresh=ranks,
+            rule=describe(rule),
+        )

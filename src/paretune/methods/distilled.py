@@ -1,0 +1,98 @@
+"""Distillation: what mixing several experts gives at several forwards per token, learnt by one steerable student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.methods import Card, Method
+from paretune.methods.bridge import BridgeRule
+from paretune.methods.experts import build_policy, family_meta
+from paretune.methods.placed import Barycentric, Placed
+from paretune.mixing import Rule
+from paretune.registry import METHODS, RULES, describe
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Distilled", "StudentRule"]
+
+
+@RULES.register("student")
+@dataclass(frozen=True)
+class StudentRule(Rule):
+    """No gate for the first `teachers` adapters, then those of a bridge: how a student samples while its teachers stand beside it."""
+
+    teachers: int
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros((len(w_WM), self.teachers)), BridgeRule().gates(w_WM)], axis=1)
+
+
+@METHODS.register("distilled")
+@dataclass(frozen=True)
+class Distilled(Method):
+    """The logit mixture of a `placed` family, distilled into M adapters and a bridge that start from the experts at the vertices.
+
+    more: experts between the vertices, see `placed`; 0 distils plain logit mixing. effort: the budget of the distillation.
+    """
+
+    more: int = 1
+    effort: float = 1.0
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="the token-level mixture of experts, neighbours of the preference, distilled on-policy into one steerable student",
+        source="on-policy distillation from weighted teachers, MOPD (2606.30406); the teachers' mixture as in MOD (2406.18853)",
+        differs="one student for all preferences, gated as a bridge; teachers at mixed preferences beside single objectives; "
+        "the KL of a token is summed over the vocabulary",
+        hides="the student is no better than the mixture that it copies; no reward is asked for while it learns, but all teachers run",
+        trainings="M + more + 1",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0 or self.more < 0:
+            raise ConfigError(
+                "method distilled: effort is positive, more is at least 0",
+                found=f"effort = {self.effort:g}, more = {self.more}",
+                remedy="more = 1 places one expert between the vertices",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        teachers = Placed(more=self.more).plan(task, learner, done, seed)
+        ready = len(teachers) == task.objectives.count + self.more and all(spec.key in done for spec in teachers)
+        return [*teachers, self._student(task, learner, teachers, seed)] if ready else teachers
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.policy import Family
+
+        teachers = Placed(more=self.more).plan(task, learner, done, seed)
+        found = done[self._student(task, learner, teachers, seed).key].adapters
+        adapters = {f"part-{i}": path for i, path in enumerate(found)}
+        meta = family_meta(self, task, seed=seed)
+        return Family(build_policy(task, "parameter", adapters), BridgeRule(), task.objectives, task.base(), adapters, meta)
+
+    def _student(self, task: Task, learner: Learner, teachers: Sequence[TrainSpec], seed: int) -> TrainSpec:
+        from paretune.distillation import Distillation
+
+        keys = tuple(spec.key for spec in teachers)
+        rule = Barycentric(points_KM=tuple(tuple(spec.preference or ()) for spec in teachers))
+        return TrainSpec(
+            task=describe(task),
+            learner=describe(Distillation.like(learner, describe(rule)).scaled(self.effort)),
+            preference=None,
+            seed=seed,
+            frozen=keys,
+            init_from=keys[: task.objectives.count],
+            fresh=(learner.rank,),
+            rule=describe(StudentRule(teachers=len(keys))),
+        )

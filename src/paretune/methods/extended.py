@@ -1,0 +1,133 @@
+"""An objective added later: a family for the other objectives is kept as it is, and two trainings make it one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError, nearest
+from paretune.methods import Card, Method
+from paretune.methods.bridge import sampled_weighting
+from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
+from paretune.mixing import Rule
+from paretune.registry import METHODS, RULES, describe
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Extended", "ExtendedRule"]
+
+
+@RULES.register("extended")
+@dataclass(frozen=True)
+class ExtendedRule(Rule):
+    """Gates of M experts, the old family's bridge, and the new one; `new` is the place of the added objective.
+
+    With o the weights of the old objectives, m of them: the old bridge has m/(m-1) * ((sum o)^2 - sum o^2), which is its own gate where
+    the added objective has no weight; the new one has 4 v (1 - v), v the weight of the added objective, which is 0 there. A single old
+    objective has no bridge. `stage` "old" is what the old family was trained under: its experts and its bridge.
+    """
+
+    new: int
+    stage: str = "new"  # "old": without the new bridge
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        w_WM = np.asarray(w_WM, dtype=np.float64)
+        old_WM = np.delete(w_WM, self.new, axis=1)
+        m = old_WM.shape[1]
+        added_W1 = w_WM[:, self.new : self.new + 1]
+        new_W1 = 4.0 * added_W1 * (1.0 - added_W1)
+        if m == 1:
+            return np.concatenate([w_WM, new_W1], axis=1)
+        old_W1 = m / (m - 1) * (old_WM.sum(1, keepdims=True) ** 2 - (old_WM**2).sum(1, keepdims=True))
+        if self.stage == "old":
+            return np.concatenate([old_WM, old_W1], axis=1)
+        return np.concatenate([w_WM, old_W1, new_W1], axis=1)
+
+
+@METHODS.register("extended")
+@dataclass(frozen=True)
+class Extended(Method):
+    """First a `bridge` family of all objectives but `new`; then the expert of `new`, and a second bridge towards it.
+
+    new: name or number of the added objective; empty is the last. effort, balance: as in `bridge`, for both bridges.
+    """
+
+    new: str = ""
+    effort: float = 1.0
+    balance: float = 0.0
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="a bridge family to which an objective is added later: two more trainings, and nothing old is trained again",
+        source="ours",
+        differs="nothing old changes: where the added objective has no weight, the answers are those of the old family",
+        hides="the two last trainings are what adding costs, all of them what the whole cost; two bridges where one from scratch has one; "
+        "the objectives must share prompts and reference",
+        trainings="M + 2 (M + 1 for M = 2), of which 2 for the added objective",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0:
+            raise ConfigError(
+                "method extended: effort is positive", found=f"effort = {self.effort:g}", remedy="1 costs as much as an expert"
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        experts = list(vertex_trainings(task, learner, seed).values())
+        added = experts.pop(self._place(task))
+        bridges = self._bridges(task, learner, seed)
+        waves = [experts, [bridges["old"]] if "old" in bridges else [], [added], [bridges["new"]]]
+        asked: list[TrainSpec] = []
+        for wave in waves:
+            asked += wave
+            if any(spec.key not in done for spec in wave):
+                break
+        return asked
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.policy import Family
+
+        bridges = self._bridges(task, learner, seed)
+        adapters = adapters_for({**vertex_trainings(task, learner, seed), **bridges}, done)
+        rule = ExtendedRule(new=self._place(task))
+        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
+        return Family(build_policy(task, "parameter", adapters), rule, task.objectives, task.base(), adapters, meta)
+
+    def _place(self, task: Task) -> int:
+        names = task.objectives.names
+        if self.new == "" or self.new in names:
+            return names.index(self.new) if self.new else len(names) - 1
+        if self.new.isdigit() and int(self.new) < len(names):
+            return int(self.new)
+        raise ConfigError("method extended: new is an objective", found=repr(self.new), remedy=nearest(self.new, names))
+
+    def _bridges(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
+        """The trainings of the old family's bridge, where it has one, and of the new one."""
+        place = self._place(task)
+        experts = [spec.key for spec in vertex_trainings(task, learner, seed).values()]
+        others = [k for k in range(len(experts)) if k != place]
+        found: dict[str, TrainSpec] = {}
+        for stage, frozen, face in (("old", [experts[k] for k in others], tuple(others)), ("new", experts, None)):
+            if stage == "old" and len(others) == 1:
+                continue
+            found[stage] = TrainSpec(
+                task=describe(task),
+                learner=describe(learner.scaled(self.effort)),
+                preference=None,
+                seed=seed,
+                weighting=sampled_weighting(self.balance),
+                frozen=(*frozen, *(spec.key for spec in found.values())),
+                fresh=(learner.rank,),
+                rule=describe(ExtendedRule(new=place, stage=stage)),
+                face=face,
+            )
+        return found

@@ -1,0 +1,187 @@
+"""Adaptive placement: the next expert is trained where the family so far may lose most; neighbours are mixed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.ledger import Cost
+from paretune.methods import Card, Method
+from paretune.methods.experts import adapters_for, build_policy, family_meta, training
+from paretune.mixing import Rule
+from paretune.registry import METHODS, RULES
+from paretune.returns import ExactReturns, sampled_returns
+from paretune.search import simplex_lattice
+from paretune.seeds import seed_for
+from paretune.tasks import KEEP_OUT
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family, Policy
+    from paretune.tasks import Task
+
+__all__ = ["Barycentric", "Placed", "barycentric_gates", "optimistic_regret"]
+
+SPLIT = "train"
+
+
+def barycentric_gates(points_KM: np.ndarray, w_WM: np.ndarray) -> np.ndarray:
+    """(W, K) gates >= 0 that sum to 1 with sum_k g_k p_k = w, on the corners of one cell of the points' triangulation.
+
+    For two objectives these are the two neighbours; for more, the corners of the Delaunay cell that holds w. The vertices of the
+    simplex must be among the points.
+    """
+    points_KM, w_WM = np.asarray(points_KM, dtype=np.float64), np.asarray(w_WM, dtype=np.float64)
+    gates_WK = np.zeros((len(w_WM), len(points_KM)))
+    if points_KM.shape[1] == 2:
+        order = np.argsort(points_KM[:, 0])
+        x_K = points_KM[order, 0]
+        right_W = np.clip(np.searchsorted(x_K, w_WM[:, 0]), 1, len(x_K) - 1)
+        share_W = (w_WM[:, 0] - x_K[right_W - 1]) / (x_K[right_W] - x_K[right_W - 1])
+        rows = np.arange(len(w_WM))
+        gates_WK[rows, order[right_W - 1]] = 1 - share_W
+        gates_WK[rows, order[right_W]] = share_W
+        return gates_WK
+    from scipy.spatial import Delaunay
+
+    cells = Delaunay(points_KM[:, :-1])
+    for row, w_M in enumerate(w_WM):
+        best: tuple[float, np.ndarray, np.ndarray] | None = None
+        for corners in cells.simplices:
+            share_M = np.linalg.lstsq(points_KM[corners].T, w_M, rcond=None)[0]
+            inside = float(share_M.min())
+            if best is None or inside > best[0]:  # the cell that holds it; on a face shared by two, the first
+                best = (inside, corners, share_M)
+        assert best is not None
+        gates_WK[row, best[1]] = np.clip(best[2], 0.0, None) / np.clip(best[2], 0.0, None).sum()
+    return gates_WK
+
+
+@RULES.register("barycentric")
+@dataclass(frozen=True)
+class Barycentric(Rule):
+    """Expert k was trained at `points_KM[k]`; a preference is mixed of the corners of the cell that holds it."""
+
+    points_KM: tuple[tuple[float, ...], ...]
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return barycentric_gates(np.asarray(self.points_KM), w_WM)
+
+
+def optimistic_regret(values_K: np.ndarray, gates_WK: np.ndarray, utility_W: np.ndarray) -> np.ndarray:
+    """(W,) at most how much there is to gain at each preference: sum_k g_k V_k - U(w).
+
+    The best utility is convex in w (a maximum of linear functions), so between trained preferences it lies below the interpolation of
+    its values there. `values_K` are the trained policies' own utilities, which stand for the best ones.
+
+    Source: the bound of optimistic linear support (Roijers 2016), on one cell. Differs: measured utilities stand for optimal ones.
+    Hides: where trainings fall short of their optimum the bound may be below what is possible.
+    """
+    return gates_WK @ values_K - utility_W
+
+
+@METHODS.register("placed")
+@dataclass(frozen=True)
+class Placed(Method):
+    """Experts at the vertices and at `more` preferences, each chosen where the family so far has the largest optimistic regret.
+
+    Candidates are a lattice with `points` per edge, without what lies near a judged preference. mixer: "logit" mixes neighbours token by
+    token, "parameter" is their exact soup. samples: responses per candidate where the task is not exact.
+    """
+
+    more: int = 1
+    mixer: Literal["logit", "parameter"] = "logit"
+    points: int = 9
+    samples: int = 64
+
+    card: ClassVar[Card] = Card(
+        family="meta-policy",
+        summary="experts at the vertices and wherever the family so far may lose most; the neighbours of a preference are mixed",
+        source="ours; mixing as in MOD (2406.18853), the bound from optimistic linear support (Roijers 2016)",
+        differs="experts at mixed preferences beside those of single objectives; gates are the preference's place among its neighbours",
+        hides="every expert more is a training more, one wave after the other, and at the logit level a forward more per token (all run, "
+        "though at most M have a gate); candidates are measured on training prompts",
+        trainings="M + more",
+        forwards_per_token="logit: M + more; parameter: 1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.more < 0 or self.points < 3 or self.samples < 1:
+            raise ConfigError(
+                "method placed: more is at least 0, points at least 3, samples at least 1",
+                found=f"more = {self.more}, points = {self.points}, samples = {self.samples}",
+                remedy="more = 1 adds one expert between the vertices",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return list(self._placed(task, learner, done, seed)[0].values())
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        specs, cost = self._placed(task, learner, done, seed)
+        adapters = adapters_for(specs, done)
+        rule = PlacedRule(points_KM=tuple(tuple(spec.preference or ()) for spec in specs.values()))
+        rule.spend(cost)
+        meta = {**family_meta(self, task, seed=seed), "placed_at": [list(p) for p in rule.points_KM]}
+        from paretune.policy import Family
+
+        return Family(build_policy(task, self.mixer, adapters), rule, task.objectives, task.base(), adapters, meta)
+
+    def _placed(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> tuple[dict[str, TrainSpec], Cost]:
+        """The trainings of this and all earlier waves, and what choosing them cost."""
+        specs = {f"expert-{k}": training(task, learner, e_M, seed) for k, e_M in enumerate(np.eye(task.objectives.count))}
+        cost = Cost()
+        candidates_WM = self._candidates(task)
+        for _ in range(self.more):
+            if any(spec.key not in done for spec in specs.values()):
+                break
+            points_KM = np.array([spec.preference for spec in specs.values()])
+            left_WM = candidates_WM[np.abs(candidates_WM[:, None] - points_KM).max(-1).min(-1) > 1e-9]
+            policy = build_policy(task, self.mixer, adapters_for(specs, done))
+            gates_WK = np.concatenate([np.eye(len(points_KM)), barycentric_gates(points_KM, left_WM)])
+            asked_WM = np.concatenate([points_KM, left_WM])
+            utility_W, spent = _utility(task, policy, gates_WK, asked_WM, self.samples, seed)
+            cost = cost.then(spent)
+            k = len(points_KM)
+            gain_W = optimistic_regret(utility_W[:k], gates_WK[k:], utility_W[k:])
+            specs[f"expert-{k}"] = training(task, learner, left_WM[int(np.nanargmax(gain_W))], seed)
+        return specs, cost
+
+    def _candidates(self, task: Task) -> np.ndarray:
+        """(W, M) preferences that may be trained at: never near a judged one."""
+        w_WM = simplex_lattice(task.objectives.count, self.points)
+        kept = w_WM[np.abs(w_WM[:, None] - task.judged()).max(-1).min(-1) > KEEP_OUT]
+        if len(kept) < task.objectives.count + self.more:
+            raise ConfigError(
+                "method placed needs a candidate for every expert",
+                found=f"{len(kept)} candidates for {task.objectives.count + self.more} experts",
+                remedy="raise points",
+            )
+        return kept
+
+
+class PlacedRule(Barycentric):
+    """The rule with what its choice cost, which the ledger asks for; on disk it is a plain "barycentric"."""
+
+    def spend(self, cost: Cost) -> None:
+        self.__dict__["_spent"] = cost
+
+    def cost(self, w_WM: np.ndarray) -> Cost:
+        return self.__dict__["_spent"]
+
+
+def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, Cost]:
+    """(W,) J_w on training prompts: exact where the task is, else from samples with shared noise."""
+    if task.is_exact:
+        exact: Any = task
+        rewards_WPM, kl_WP = ExactReturns(exact, policy, SPLIT).at(gates_WK)
+        rewards_WM, kl_W, drawn = rewards_WPM.mean(1), kl_WP.mean(1), 0
+    else:
+        made = sampled_returns(task, policy, SPLIT, gates_WK, samples=samples, seed=seed_for(seed, "placement"))
+        rewards_WM, kl_W, drawn = np.nanmean(made.rewards_WSM, axis=1), made.kl_WS.mean(1), samples * len(gates_WK)
+    return (w_WM * (rewards_WM - task.beta * kl_W[:, None])).sum(1), Cost(evaluations=len(gates_WK), validation_samples=drawn)

@@ -1,0 +1,333 @@
+"""Objectives that are models: a reward model or classifier, similarity to a reference, and fluency under another language model.
+
+Weights are loaded at first use, once per process, and known by their content. What is measured is stretched or cut to [low, high].
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from paretune.errors import ConfigError, nearest
+from paretune.objectives import text_of
+from paretune.objectives.pretrained import Encoded, ModelObjective, run
+from paretune.objectives.templates import names_in
+from paretune.registry import OBJECTIVES
+from paretune.types import Prompt, key_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+__all__ = ["Fluency", "RewardModel", "Similarity", "measure"]
+
+GIVEN = ("prompt", "completion", "transcript")  # what a template may name beside columns and special tokens
+SPECIAL = ("bos", "eos", "sep")
+PAIR = ("{prompt}", "{completion}")
+TURNS = {"user": "Human", "assistant": "Assistant"}
+
+
+@OBJECTIVES.register("reward-model")
+@dataclass(frozen=True, kw_only=True)
+class RewardModel(ModelObjective):
+    """The score of a sequence-classification model: a reward model with one output, or one class of a classifier.
+
+    `input` is what it reads: "chat" (its tokenizer's chat template around the conversation and the completion), one template, or a
+    list of two for a text pair. A template may name {completion}, {prompt}, {transcript} (the conversation as "Human:" and
+    "Assistant:" turns), the columns of the prompts, and {bos}, {eos} and {sep} of the tokenizer. "auto" is chat where the tokenizer has
+    a template, and the pair of prompt and completion where it has none.
+
+    Source: AutoModelForSequenceClassification of transformers, as reward models are published.
+    Differs: too long texts lose their beginning and not their end, which is what is judged. Scores are cut at low and high.
+    Hides: a score means only what the model was trained to tell apart; far from its training texts it can be farmed. Batches of other
+    texts change a score by rounding (about 1e-6 in float32).
+    """
+
+    loader: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    label: str | int | None = None  # the class that is wanted, where the head has several
+    output: Literal["logit", "probability", "margin"] = "logit"  # margin: the log-odds of the label against all others
+    input: str | tuple[str, ...] = "auto"  # auto, chat, a template, or two templates
+    normalise: dict[str, Any] | None = None  # {mean, std, from}: (score - mean) / std; `paretune normalise` measures it
+    negate: bool = False  # for costs, where less is better: the sign changes after the normalisation
+    head: str | None = None  # the name in the files of a head with one output, where it is not the one of transformers
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_normalise(self)
+        if self.templates is None:
+            return
+        if len(self.templates) not in (1, 2):
+            raise self.refuse("input is one template or two", found=repr(list(self.templates)), remedy=f"for example input: {list(PAIR)}")
+        if "completion" not in [name for template in self.templates for name in names_in(template)]:
+            raise self.refuse("input names the {completion}", found=repr(list(self.templates)), remedy='for example input: "{completion}"')
+
+    @property
+    def templates(self) -> tuple[str, ...] | None:
+        """None for chat and auto."""
+        if isinstance(self.input, str):
+            return None if self.input in ("auto", "chat") else (self.input,)
+        return self.input
+
+    def needs(self) -> tuple[str, ...]:
+        names = [name for template in self.templates or () for name in names_in(template)]
+        return tuple(dict.fromkeys(name for name in names if name not in (*GIVEN, *SPECIAL)))
+
+    def check_config(self, config: PreTrainedConfig) -> None:
+        built = getattr(config, "architectures", None) or []
+        if built and not any("SequenceClassification" in name for name in built) and self.head is None and not self.trust_remote_code:
+            raise self._wrong_head(", ".join(built))
+        self.place_of_label(config)
+
+    def place_of_label(self, config: PreTrainedConfig) -> int:
+        """Which output is read."""
+        names: Any = config.id2label or {}
+        labels = [str(names.get(n, n)) for n in range(config.num_labels or 0)]
+        listed = f"the head has {len(labels)} outputs: {', '.join(labels[:12])}"
+        if len(labels) == 1:
+            if self.label is not None or self.output == "margin":
+                named = f"label={self.label!r}" if self.label is not None else "output='margin'"
+                raise self.refuse(
+                    "a head with one output has no labels to choose from",
+                    found=f"{named}; {self.model} has one output",
+                    remedy="leave label and margin out: the one output is the score",
+                )
+            return 0
+        if self.label is None:
+            raise self.refuse(
+                "label says which output is the score", found=f"no label; {listed}", remedy=f"for example label: {labels[-1]}"
+            )
+        if isinstance(self.label, int) and 0 <= self.label < len(labels):
+            return self.label
+        if self.label not in labels:
+            raise self.refuse(
+                "label is one of the head's", found=f"label={self.label!r}; {listed}", remedy=nearest(str(self.label), labels)
+            )
+        return labels.index(str(self.label))
+
+    def load_options(self) -> dict[str, Any]:
+        return {} if self.head is None else {"key_mapping": {rf"^{re.escape(self.head)}\.": "score."}, **self.config_options()}
+
+    def config_options(self) -> dict[str, Any]:
+        return {} if self.head is None else {"num_labels": 1}
+
+    def check_missing(self, missing: Sequence[str]) -> None:
+        if missing:
+            raise self._wrong_head(f"without {', '.join(missing[:4])}")
+
+    def _wrong_head(self, found: str) -> ConfigError:
+        return self.refuse(
+            "the model has a head for sequence classification",
+            found=f"{self.model}: {found}",
+            remedy="name a reward model or classifier that AutoModelForSequenceClassification wrote (head: says how its head is called in "
+            "the files); a model that writes its verdict is a judge (use: judge)",
+        )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        raw = self.raw(prompts, completions, **columns)
+        if self.normalise is not None:
+            mean, std = self.normalise["mean"], self.normalise["std"]
+            raw = [None if value is None else (value - mean) / std for value in raw]
+        return self.scored([-value if self.negate and value is not None else value for value in raw])
+
+    def raw(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """What the head says, before normalisation and before it is cut at low and high."""
+        needed = {name: columns[name] for name in self.needs()}
+        scores: list[float | None] = [None] * len(completions)
+        known = [n for n in range(len(completions)) if all(values[n] is not None for values in needed.values())]
+        rows = self._rows(prompts, completions, needed, known)
+        wanted = self.place_of_label(self.loaded.model.config)
+        several = getattr(self.loaded.model.config, "problem_type", None) == "multi_label_classification"
+        for places, _, output in run(self, rows):
+            for place, score in zip(places, _read(output.logits.float(), wanted, self.output, several).tolist(), strict=True):
+                scores[known[place]] = score
+        return scores
+
+    def _rows(self, prompts: Sequence[Any], completions: Sequence[Any], needed: Mapping[str, Any], known: Sequence[int]) -> list[Encoded]:
+        tokenizer = self.loaded.tokenizer
+        if self.input == "chat" and not tokenizer.chat_template:
+            raise self.refuse(
+                "input: chat needs a tokenizer with a chat template",
+                found=f"none in the tokenizer of {self.model}",
+                remedy=f"write what it reads, for example input: {list(PAIR)}",
+            )
+        if self.templates is None and tokenizer.chat_template:
+            chats = [[*_conversation(prompts[n]), {"role": "assistant", "content": text_of(completions[n])}] for n in known]
+            return self.encoded([[str(tokenizer.apply_chat_template(chat, tokenize=False))] for chat in chats], special=False)
+        special = {name: getattr(tokenizer, f"{name}_token") or "" for name in SPECIAL}
+        texts = []
+        for n in known:
+            given = {"prompt": text_of(prompts[n]), "completion": text_of(completions[n]), "transcript": _transcript(prompts[n])}
+            row = {**{name: values[n] for name, values in needed.items()}, **special, **given}
+            texts.append([template.format_map(row) for template in self.templates or PAIR])
+        return self.encoded(texts)
+
+
+@OBJECTIVES.register("similarity")
+@dataclass(frozen=True, kw_only=True)
+class Similarity(ModelObjective):
+    """How close the completion is in meaning to a reference: the cosine of mean-pooled embeddings of an encoder, in [-1, 1].
+
+    The reference is a `column` of the prompts (a text, or a list of which the closest counts) or one `text` for all.
+
+    Source: mean pooling and cosine as in Sentence-BERT (1908.10084).
+    Differs: nothing but the pooling is taken over; a model that needs another one, or dense layers on top, is not measured as intended.
+    Hides: a negation or a wrong name hardly moves an embedding; copying the reference is the best answer; most pairs of texts score
+    well above 0. A reference that is empty leaves the completion unscored.
+    """
+
+    loader: ClassVar[str] = "AutoModel"
+
+    low: float = -1.0
+    high: float = 1.0
+    column: str | None = None
+    text: str | None = None
+    prefix: str = ""  # some encoders want "query: " before every text
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.column is None) == (self.text is None):
+            raise self.refuse(
+                "the reference is a column of the prompts or a text: exactly one of them",
+                found=f"column={self.column!r}, text={self.text!r}",
+                remedy="for example column: answer",
+            )
+
+    def needs(self) -> tuple[str, ...]:
+        return () if self.column is None else (self.column,)
+
+    def check_config(self, config: PreTrainedConfig) -> None:
+        if config.is_encoder_decoder:
+            raise self.refuse(
+                "embeddings come from an encoder", found=f"{self.model} is an encoder with a decoder", remedy="name a sentence encoder"
+            )
+
+    def check_missing(self, missing: Sequence[str]) -> None:
+        super().check_missing([name for name in missing if "pooler" not in name])  # mean pooling does not use it
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        given = [self.text] * len(completions) if self.column is None else columns[self.column]
+        wanted = [[str(text) for text in _listed(value) if text is not None and str(text).strip()] for value in given]
+        texts = [text_of(completion) for completion in completions]
+        known = list(dict.fromkeys([*texts, *(text for row in wanted for text in row)]))
+        vectors = dict(zip(known, self._embed(known), strict=True))
+        return self.scored(
+            [max((_cosine(vectors[text], vectors[w]) for w in row), default=None) for text, row in zip(texts, wanted, strict=True)]
+        )
+
+    def _embed(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Zeros where there is no token to pool."""
+        found = [np.zeros(1)] * len(texts)
+        for places, given, output in run(self, self.encoded([[self.prefix + text] for text in texts])):
+            mask_NT1 = given["attention_mask"].unsqueeze(-1)
+            pooled = (output.last_hidden_state.float() * mask_NT1).sum(1) / mask_NT1.sum(1)
+            for place, vector in zip(places, pooled.double().cpu().numpy(), strict=True):
+                found[place] = vector
+        return found
+
+
+@OBJECTIVES.register("fluency")
+@dataclass(frozen=True, kw_only=True)
+class Fluency(ModelObjective):
+    """How likely a language model finds the completion after its prompt: (cap - perplexity) / cap, stretched to [low, high].
+
+    Source: the fluency score of EMORL (2505.02579): (50 - perplexity) / 50 under GPT-2.
+    Differs: the perplexity is over the completion's tokens only, not over the prompt's; at perplexities above `cap` the fraction is 0.
+    Hides: dull and repeated text is likely text. An empty completion has no tokens and gets the lowest score.
+    """
+
+    loader: ClassVar[str] = "AutoModelForCausalLM"
+
+    low: float = 0.0
+    high: float = 1.0
+    cap: float = 50.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.cap > 1:
+            raise self.refuse("cap, the perplexity that earns nothing, is above 1", found=f"cap={self.cap:g}", remedy="cap: 50")
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        tokenizer, longest = self.loaded.tokenizer, self.loaded.longest
+        rows: list[Encoded] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before = tokenizer(text_of(prompt))["input_ids"] or [tokenizer.eos_token_id or 0]  # something to predict the first token from
+            after = tokenizer(text_of(completion), add_special_tokens=False)["input_ids"][: None if longest is None else longest - 1]
+            kept = before if longest is None else before[-max(longest - len(after), 1) :]
+            rows.append((kept + after if after else [], [0] * len(kept) + [1] * len(after)))
+        fractions: list[float | None] = [0.0] * len(rows)
+        for places, given, output in run(self, rows):
+            for place, row_TV, ids_T in zip(places, output.logits.float(), given["input_ids"], strict=True):
+                start, end = rows[place][1].index(1), len(rows[place][0])
+                logp = row_TV[start - 1 : end - 1].log_softmax(-1).gather(-1, ids_T[start:end, None]).mean()
+                fractions[place] = max(0.0, (self.cap - math.exp(min(-float(logp), 700.0))) / self.cap)
+        return [None if f is None else self.squashed(f) for f in fractions]
+
+
+def measure(objective: RewardModel, prompts: Sequence[Prompt], completions: Sequence[str], *, source: str) -> dict[str, Any]:
+    """{mean, std, from} of the raw scores of `completions`, ready for `normalise:`; `source` says where the texts came from."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    scores = np.array(objective.raw([prompt.raw for prompt in prompts], completions, **columns), dtype=np.float64)
+    kept = scores[np.isfinite(scores)]
+    if len(kept) < 2 or not kept.std() > 0:
+        raise ConfigError(
+            "a mean and a standard deviation need two different scores",
+            found=f"{len(kept)} scores of {len(scores)} completions, all alike" if len(kept) else f"no score of {len(scores)} completions",
+            remedy="measure on more texts",
+        )
+    model = key_of(objective.content())[:8]
+    provenance = f"{source}: {len(kept)} scores, {len(scores) - len(kept)} unscored; model content {model}"
+    return {"mean": float(f"{kept.mean():.6g}"), "std": float(f"{kept.std():.6g}"), "from": provenance}
+
+
+def _check_normalise(objective: RewardModel) -> None:
+    given = objective.normalise
+    if given is None:
+        return
+    rule = "normalise gives mean, std and from"
+    example = '`paretune normalise` measures it; or {mean: 0.3, std: 1.2, from: "where the numbers come from"}'
+    if set(given) != {"mean", "std", "from"}:
+        raise objective.refuse(rule, found=f"the keys {', '.join(map(str, given)) or 'none'}", remedy=example)
+    numbers = all(isinstance(given[k], int | float) and not isinstance(given[k], bool) and math.isfinite(given[k]) for k in ("mean", "std"))
+    if not numbers or given["std"] <= 0 or not isinstance(given["from"], str) or not given["from"].strip():
+        raise objective.refuse(f"{rule}: two finite numbers, std above 0, and words", found=repr(given), remedy=example)
+
+
+def _read(logits_NC: Tensor, wanted: int, output: str, several: bool) -> Tensor:
+    """(N,) what is asked of the head's outputs; `several` where its classes do not exclude each other."""
+    chosen_N = logits_NC[:, wanted]
+    alone = several or logits_NC.shape[1] == 1
+    if output == "probability":
+        return chosen_N.sigmoid() if alone else logits_NC.softmax(-1)[:, wanted]
+    if output == "margin" and not alone:
+        others = [c for c in range(logits_NC.shape[1]) if c != wanted]
+        return chosen_N - logits_NC[:, others].logsumexp(-1)
+    return chosen_N
+
+
+def _conversation(prompt: Any) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _transcript(prompt: Any) -> str:
+    """The conversation as the HH data write it, up to the place where the assistant goes on."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("Human:"):
+        return prompt
+    turns = [f"{TURNS.get(message['role'], message['role'].capitalize())}: {message['content']}" for message in _conversation(prompt)]
+    return "".join(f"\n\n{turn}" for turn in turns) + "\n\nAssistant:"
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """NaN where one of them is zero."""
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if a.shape == b.shape and size > 0 else math.nan

@@ -1,0 +1,83 @@
+"""A chat-completions endpoint on 127.0.0.1 that answers as a test tells it to, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def verdict(score, *, reason="fine", usage=(10, 5)):
+    """What a well-behaved endpoint answers."""
+    content = json.dumps({"reason": reason, "score": score})
+    return 200, {"choices": [{"message": {"role": "assistant", "content": content}}],
+                 "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]}}  # fmt: skip
+
+
+def says(content):
+    return 200, {"choices": [{"message": {"role": "assistant", "content": content}}]}
+
+
+class JudgeServer:
+    """`answer(text, attempt)` gives (status, JSON or raw text[, headers]); `text` is what stands in <response>, attempt counts from 0."""
+
+    def __init__(self, answer, *, delay=0.0):
+        self.answer, self.delay = answer, delay
+        self.bodies, self.headers, self.paths = [], [], []
+        self.active = self.most = 0
+        self.lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                owner.handle(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def texts(self):
+        return [text_in(body) for body in self.bodies]
+
+    def handle(self, request):
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        with self.lock:
+            attempt = sum(text_in(other) == text_in(body) for other in self.bodies)
+            self.bodies.append(body)
+            self.headers.append(dict(request.headers))
+            self.paths.append(request.path)
+            self.active += 1
+            self.most = max(self.most, self.active)
+        if self.delay:
+            time.sleep(self.delay)
+        status, content, *headers = self.answer(text_in(body), attempt)
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        with self.lock:
+            self.active -= 1
+        try:
+            request.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                request.send_header(name, value)
+            request.send_header("Content-Length", str(len(data)))
+            request.end_headers()
+            request.wfile.write(data)
+        except OSError:  # who asked is gone
+            pass
+
+
+def text_in(body):
+    content = body["messages"][-1]["content"]
+    return content.split("<response>\n")[1].split("\n</response>")[0]

@@ -1,0 +1,73 @@
+"""Distillation: what is minimised, by the identity that it rests on, and that the student becomes its teachers' mixture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from oracles import small_task
+from paretune.distillation import Distillation, mixture_kl
+from paretune.errors import ConfigError
+from paretune.evaluation import evaluate
+from paretune.methods.distilled import StudentRule
+from paretune.policy_gradient import PolicyGradient
+from paretune.registry import METHODS
+from paretune.seeds import forked_torch
+from paretune.testing import check_method, quick_learner, quick_task, train_plan
+
+
+def test_the_weighted_sum_over_teachers_is_the_kl_to_their_mixture_and_a_constant():
+    with forked_torch(0):
+        teachers = torch.randn(3, 4, 2, 7)
+        students = torch.randn(2, 4, 2, 7)
+    w = torch.tensor([0.2, 0.5, 0.3])
+    mixture = (w[:, None, None, None] * teachers.log_softmax(-1)).sum(0)
+    rest = []
+    for student in students:
+        apart = sum(w_k * mixture_kl(student, teacher) for w_k, teacher in zip(w, teachers, strict=True))
+        rest.append(apart - mixture_kl(student, mixture))
+    torch.testing.assert_close(rest[0], rest[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rest[0], -mixture.logsumexp(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixture_kl(mixture + 3.0, mixture), torch.zeros(4, 2), atol=1e-6, rtol=0)
+
+
+def test_the_student_samples_without_its_teachers():
+    assert StudentRule(teachers=2).gates(np.array([[0.5, 0.5]])).tolist() == [[0, 0, 0.5, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_student_becomes_the_mixture_at_one_forward(tmp_path, more):
+    """From the soup, which does harm under conflict, to what the mixture of the same experts reaches at every judged preference."""
+    task, learner = small_task(rho=-0.8), quick_learner(steps=60)
+    method = METHODS.build({"name": "distilled", "more": more, "effort": 2.0})
+    done = train_plan(method, task, learner, tmp_path, seed=0)
+    student = method.policy(task, learner, done, 0)
+    assert student.policy.forwards_per_token == 1
+    mixture = METHODS.build({"name": "placed", "more": more}).policy(task, learner, done, 0)
+    soup = METHODS.build({"name": "experts", "mixer": "parameter"}).policy(task, learner, done, 0)
+    found = {
+        name: np.array(evaluate(task, one, splits=["train"]).metrics["splits"]["train"]["attainment"]["per_preference"])
+        for name, one in (("student", student), ("mixture", mixture), ("soup", soup))
+    }
+    assert np.abs(found["student"] - found["mixture"]).max() < 0.15 * np.abs(found["soup"] - found["mixture"]).max() + 0.02
+
+
+def test_it_takes_over_the_shape_and_budget_of_another_learner():
+    rule = {"name": "identity"}
+    from_sampled = Distillation.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", stop_cv=0.1), rule)
+    assert (from_sampled.samples, from_sampled.rank, from_sampled.kl_in, from_sampled.stop_cv) == (640, 3, "reward", None)
+    assert Distillation.like(quick_learner(steps=7), rule).steps == 7
+    assert from_sampled.scaled(2.0).teacher == rule
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_conformance(count):
+    check_method("distilled", task=quick_task(objective_count=count))
+
+
+def test_what_a_user_can_get_wrong():
+    with pytest.raises(ConfigError, match="one epoch a batch"):
+        Distillation(epochs=2)
+    with pytest.raises(ConfigError, match="effort is positive"):
+        METHODS.build({"name": "distilled", "effort": 0})

@@ -1,0 +1,84 @@
+"""Every example of docs/recipes.md: its files are written, read and used; its commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from judge_server import JudgeServer, verdict
+from paretune.cli import app
+from paretune.tasks.recipe import load_recipe
+from recipe_files import tiny_model, write_lines
+from tiny_rewards import bert, causal, gpt2_reward
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+
+
+def block(kind, mark):
+    (found,) = [text for language, text in BLOCKS if language == kind and mark in text]
+    return found
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The page's prompts, objectives and judge in one recipe, with a server in the judge's place."""
+    gpt2_reward(tmp_path / "reward")
+    bert(tmp_path / "classifier")
+    bert(tmp_path / "encoder", "BertModel")
+    causal(tmp_path / "small-lm")
+    (tmp_path / "rewards.py").write_text(block("python", "# rewards.py"))
+    row = json.loads(block("json", "capital of France"))
+    write_lines(tmp_path / "prompts.jsonl", [{**row, "question": f"{row['question']} {n}"} for n in range(8)])
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    monkeypatch.chdir(tmp_path)
+    with JudgeServer(lambda *_: verdict(10)) as server:
+        judge = yaml.safe_load(block("yaml", "# judge.yaml")) | {"url": server.url}
+        given = {
+            "model": str(tiny_model()),
+            "prompts": yaml.safe_load(block("yaml", "# prompts.yaml")),
+            "objectives": [*yaml.safe_load(block("yaml", "# objectives.yaml")), judge],
+            "max_new_tokens": 8,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+        yield tmp_path / "recipe.yaml"
+
+
+def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
+    task = load_recipe(recipe).task
+    prompt = task.prompts("train")[0]
+    assert [m["role"] for m in prompt.messages] == ["system", "user"]
+    assert prompt.columns["answer"] == "Paris"
+    scores = dict(zip(task.objectives.names, task.score([prompt], ["The answer is Paris"])[0], strict=True))
+    assert scores["correct"] == scores["short"] == scores["helpful"] == 1.0
+    assert set(scores) == {"correct", "brief", "short", "close", "fluent", "good", "funny", "own", "helpful"}
+    assert all(
+        low <= scores[n] <= high for n, low, high in zip(task.objectives.names, task.objectives.low, task.objectives.high, strict=True)
+    )
+    capsys.readouterr()
+    exec(compile(block("python", "read_usage"), "docs/recipes.md", "exec"), {})
+    assert capsys.readouterr().out == "1 10 5 {}\n"
+
+
+def test_the_command_of_the_page_prints_what_can_be_pasted(recipe):
+    ran = CliRunner().invoke(app, ["normalise", str(recipe), "--samples", "2", "--limit", "3"])
+    assert ran.exit_code == 0, ran.output
+    assert re.search(r"^good: normalise: \{mean: .*, std: .*, from: \".*\"\}$", ran.stdout, re.MULTILINE)
+
+
+def test_the_table_lists_every_recipe_with_its_objectives():
+    rows = dict(re.findall(r"^\| `(\S+\.yaml)` \| (.*?) \|", PAGE, re.MULTILINE))
+    found = {}
+    for path in sorted((ROOT / "examples" / "recipes").glob("*.yaml")):
+        found[path.name] = ", ".join(spec["name"] for spec in yaml.safe_load(path.read_text(encoding="utf-8"))["objectives"])
+    assert rows == found
+
+
+def test_settings_that_the_page_names_exist():
+    ran = CliRunner().invoke(app, ["show", "reward-model", "--json"])
+    names = {field["name"] for field in json.loads(ran.stdout)[0]["fields"]}
+    assert {"device", "dtype", "batch", "max_tokens", "negate", "output", "input", "normalise", "label"} <= names

@@ -1,0 +1,238 @@
+"""Prompts from every kind of file: Parquet, JSON arrays, nested columns, transcripts, filters; and what the messages say."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from paretune.errors import ConfigError
+from paretune.registry import TASKS
+from paretune.tasks.prompts import PromptSource
+from paretune.tasks.transcripts import read_transcript
+from recipe_files import write_lines
+
+HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."
+NESTED = [{"prompt": f"p{n}", "reward_model": {"ground_truth": f"a{n}", "style": "rule"}, "turns": [{"text": f"t{n}"}]} for n in range(5)]
+
+
+def parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def everything(source):
+    return {p.text or p.messages[-1]["content"]: p for prompts in source.splits.values() for p in prompts}
+
+
+def refused(**fields):
+    with pytest.raises(ConfigError) as caught:
+        assert PromptSource(**fields).splits
+    return caught.value
+
+
+# ---- files
+
+
+def test_parquet_json_lines_and_a_json_array_say_the_same(tmp_path):
+    parquet(tmp_path / "p.parquet", NESTED)
+    write_lines(tmp_path / "p.jsonl", NESTED)
+    (tmp_path / "p.json").write_text(json.dumps(NESTED))
+    found = [
+        PromptSource(path=str(tmp_path / name), map={"answer": "reward_model.ground_truth"}) for name in ("p.parquet", "p.jsonl", "p.json")
+    ]
+    assert found[0].splits == found[1].splits == found[2].splits
+    assert found[0].content() == found[1].content() == found[2].content()
+    assert everything(found[0])["p3"].columns["answer"] == "a3"
+
+
+def test_parquet_holds_messages(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"q{n}"}], "answer": n} for n in range(3)]
+    source = PromptSource(path=str(parquet(tmp_path / "p.parquet", rows)))
+    assert source.conversational
+    assert everything(source)["q1"].raw == [{"role": "user", "content": "q1"}]
+
+
+def test_a_change_of_a_value_in_parquet_changes_the_hash(tmp_path):
+    hashes = set()
+    for answer in ("a", "b"):
+        source = PromptSource(path=str(parquet(tmp_path / "p.parquet", [{"prompt": "p", "a": answer}, {"prompt": "q", "a": "x"}])))
+        hashes.add(json.dumps(source.content()))
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "rule", "found"),
+    [
+        (
+            "p.parquet",
+            b"version https://git-lfs.github.com/spec/v1",
+            "a Parquet file can be read",
+            "p.parquet: Parquet magic bytes not found",
+        ),
+        ("p.json", b'[{"prompt": "a"}, {"prompt"', "a JSON file can be parsed", "p.json: Expecting"),
+        ("p.json", b'[{"prompt": "a"}, 3]', "a JSON array of prompts holds objects", "p.json, item 1: a int"),
+        ("p.json", b'[{"prompt": "a", "x": NaN}]', "a JSON file can be parsed", "NaN is not JSON"),
+        ("p.txt", b"hello", "prompts are JSON lines (.jsonl), JSON (.json), CSV (.csv) or Parquet (.parquet)", "p.txt"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, name, data, rule, found):
+    (tmp_path / name).write_bytes(data)
+    error = refused(path=str(tmp_path / name))
+    assert rule in error.rule
+    assert found in error.found
+
+
+def test_without_the_prompt_column_the_columns_are_listed(tmp_path):
+    error = refused(path=str(parquet(tmp_path / "p.parquet", [{"question": "q", "answers": [1]}])))
+    assert error.rule == "every prompt has the column 'prompt'"
+    assert error.found == "the columns 'question', 'answers' in p.parquet, row 0"
+
+
+def test_no_network_says_what_to_download_and_where_to_put_it():
+    error = refused(dataset="Anthropic/hh-rlhf", revision="main")
+    assert error.rule == "the prompts' dataset can be loaded"
+    assert "'Anthropic/hh-rlhf', config None, split 'train'" in error.found
+    assert "`hf download Anthropic/hh-rlhf --repo-type dataset --revision main --local-dir hh-rlhf`" in error.remedy
+    assert error.remedy.endswith("copy the folder here, and write dataset: with its path")
+
+
+def test_what_was_downloaded_is_read_in_its_place(tmp_path, monkeypatch):
+    """A folder as `hf download` leaves it: compressed JSON lines per split, and a card that names configurations."""
+    import gzip
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "hh-rlhf"
+    folder.mkdir()
+    files = "".join(f"  - {{split: {name}, path: '{name}.jsonl.gz'}}\n" for name in ("train", "test"))
+    card = f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(card)
+    for split, words in (("train", "hello"), ("test", "bye")):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"chosen": HH.replace("hello", words), "rejected": HH}) + "\n")
+    source = PromptSource(dataset=str(folder), config="main", column="chosen", transcript="messages", test="test")
+    assert source.splits["train"][0].messages[0]["content"] == "hello"
+    assert source.splits["test"][0].messages[0]["content"] == "bye"
+    error = refused(dataset=str(folder), config="main", split="trian", column="chosen")
+    assert "split 'trian'" in error.found
+    assert "check the folder, config: and split:" in error.remedy
+
+
+# ---- columns
+
+
+def test_mapped_columns_feed_objectives_templates_and_the_prompt(tmp_path):
+    path = str(write_lines(tmp_path / "p.jsonl", NESTED))
+    source = PromptSource(path=path, map={"first": "turns.0.text", "answer": "reward_model.ground_truth"}, template="{first}?")
+    prompt = everything(source)["t2?"]
+    assert (prompt.columns["first"], prompt.columns["answer"], prompt.columns["turns"]) == ("t2", "a2", [{"text": "t2"}])
+    assert "t4" in everything(PromptSource(path=path, map={"first": "turns.0.text"}, column="first"))
+    assert set(source.columns) == {"first", "answer", "reward_model", "turns"}
+
+
+def test_a_column_may_have_a_dot_in_its_name(tmp_path):
+    path = str(write_lines(tmp_path / "p.jsonl", [{"prompt": f"p{n}", "a.b": n} for n in range(3)]))
+    assert everything(PromptSource(path=path, map={"c": "a.b"}))["p2"].columns["c"] == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("reward_modl.ground_truth", "no 'reward_modl'; there are 'prompt', 'reward_model', 'turns' in p.jsonl, line 1"),
+        ("reward_model.truth", "no 'truth'; there are 'ground_truth', 'style' in p.jsonl, line 1"),
+        ("turns.1.text", "no '1'; there are '0' in p.jsonl, line 1"),
+        ("prompt.x", "no 'x'; there are no keys in p.jsonl, line 1"),
+    ],
+)
+def test_maps_that_lead_nowhere(tmp_path, wanted, found):
+    error = refused(path=str(write_lines(tmp_path / "p.jsonl", NESTED)), map={"answer": wanted})
+    assert error.rule == f"every prompt has what the column 'answer' is mapped to, {wanted}"
+    assert error.found == found
+
+
+# ---- transcripts
+
+
+def test_a_transcript_ends_before_the_last_answer():
+    read = read_transcript("here", HH)
+    assert read.messages == (
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hi! How\n\ncan I help?"},
+        {"role": "user", "content": "a joke"},
+    )
+    assert read.text == HH[: -len(" No.")]
+    assert read.reply == "No."
+    assert read_transcript("here", "Human: hi\n\nAssistant:").reply == ""
+
+
+def test_transcripts_as_text_and_as_messages(tmp_path):
+    path = str(write_lines(tmp_path / "p.jsonl", [{"chosen": HH}, {"chosen": HH.replace("joke", "poem")}]))
+    for form, raw in (("text", HH[: -len(" No.")]), ("messages", [dict(m) for m in read_transcript("here", HH).messages])):
+        prompts = [p for s in PromptSource(path=path, column="chosen", transcript=form).splits.values() for p in s]
+        mine = next(p for p in prompts if "joke" in json.dumps(p.raw))
+        assert mine.raw == raw
+        assert mine.columns == {"chosen": HH, "reply": "No."}
+
+
+@pytest.mark.parametrize(
+    "text", ["hello", "\n\nHuman: hello", "\n\nAssistant: hello", "Well.\n\nHuman: a\n\nAssistant: b", "Human: a Assistant: b"]
+)
+def test_texts_that_are_no_transcripts(tmp_path, text):
+    path = str(write_lines(tmp_path / "p.jsonl", [{"prompt": HH}, {"prompt": text}]))
+    error = refused(path=path, transcript="text")
+    assert error.rule.startswith("a transcript reads Human: ... Assistant: ...")
+    assert "p.jsonl, line 2" in error.found
+
+
+def test_transcripts_go_with_nothing_else(tmp_path):
+    for fields in ({"chat": True}, {"template": "{prompt}"}):
+        assert refused(path="p.jsonl", transcript="text", **fields).rule == "a transcript is the whole prompt"
+    path = str(write_lines(tmp_path / "p.jsonl", [{"prompt": 3}]))
+    assert "a int in p.jsonl, line 1" in refused(path=path, transcript="text").found
+
+
+# ---- filters
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    texts = ["twelve chars", "short", "a text that is longer than twenty characters", "twelve chars", "another one!", "  ", None]
+    path = str(write_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in texts]))
+    source = PromptSource(path=path, shortest=6, longest=20, unique=True, skip=True)
+    assert set(everything(source)) == {"twelve chars", "another one!"}
+    assert source.left_out == {"too short": 1, "too long": 1, "repeated": 1, "no prompt": 2}
+    assert "a prompt has some text" in refused(path=path).rule
+    limited = PromptSource(path=path, shortest=6, unique=True, skip=True, limit=2)
+    assert len(everything(limited)) == 2  # of those that are kept
+
+
+def test_nothing_left_says_why(tmp_path):
+    path = str(write_lines(tmp_path / "p.jsonl", [{"prompt": "short"}] * 3))
+    error = refused(path=path, shortest=100)
+    assert error.found == "none in p.jsonl (left out: too short: 3)"
+
+
+def test_unique_prompts_for_testing_are_not_those_for_training(tmp_path):
+    train = str(write_lines(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}]))
+    test = str(write_lines(tmp_path / "test.jsonl", [{"prompt": "b"}, {"prompt": "c"}]))
+    assert "set unique: true" in refused(path=train, test=test).remedy
+    source = PromptSource(path=train, test=test, unique=True)
+    assert [[p.text for p in source.splits[name]] for name in ("train", "test")] == [["a", "b"], ["c"]]
+    assert source.left_out == {"repeated": 1, "used for training": 1}
+    assert "used for training: 2" in refused(path=train, test=train, unique=True).found
+
+
+def test_lengths_count_all_messages(tmp_path):
+    rows = [{"prompt": [{"role": "system", "content": "x" * 8}, {"role": "user", "content": f"{n:02}"}]} for n in range(4)]
+    path = str(write_lines(tmp_path / "p.jsonl", rows))
+    assert len(everything(PromptSource(path=path, shortest=10))) == 4
+    assert "too short: 4" in refused(path=path, shortest=11).found
+
+
+def test_a_worker_reads_the_same_prompts(tmp_path):
+    path = str(write_lines(tmp_path / "p.jsonl", NESTED))
+    specs = [{"name": "a", "use": "length"}, {"name": "b", "use": "lexical", "column": "answer"}]
+    source = {"path": path, "map": {"answer": "reward_model.ground_truth"}, "unique": True}
+    task = TASKS.build({"name": "recipe", "model": "m", "prompt_source": source, "objective_specs": specs})
+    assert task.prompt_source == PromptSource(**source)
+    assert task.prompts("train")[0].columns["answer"].startswith("a")

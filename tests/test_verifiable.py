@@ -1,0 +1,163 @@
+"""Final answers and tool calls: what counts as equal, what is found in a text, and the published points."""
+
+import json
+
+import pytest
+
+from paretune.errors import ConfigError
+from paretune.objectives.verifiable import final_answer, same_answer
+from paretune.registry import OBJECTIVES
+from paretune.testing import check_objective
+
+
+def build(name, **fields):
+    return OBJECTIVES.build({"name": name, **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"So \boxed{1} is wrong, and it is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\text{\{a, b\}}}", r"\text{\{a, b\}}"),
+        (r"\boxed{3", None),
+        ("<think>4</think>\n<answer> 42 </answer>", "42"),
+        ("Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72", "72"),
+        ("#### 72\nThat is all.", "72"),
+        ("The answer is 1,234 dollars.", "1,234"),
+        ("the final answer: x + 1.", "x + 1"),
+        ("The answer is 3/4.", "3/4"),
+        ("The answer is **5**.", "5"),
+        ("Answer: $2x + 1$", "2x + 1"),
+        ("Answer: 12", "12"),
+        ("There are 7 cats and 8 dogs", None),
+        ("", None),
+    ],
+)
+def test_where_the_final_answer_stands(text, found):
+    assert final_answer(text) == found
+
+
+def test_the_last_number_only_where_it_was_asked_for():
+    assert final_answer("There are 7 cats and 8 dogs", anywhere=True) == "8"
+    assert final_answer("no number", anywhere=True) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("72", "72.0", True),
+        ("1,234", "1234", True),
+        ("1,2", "12", False),
+        ("$18", "18", True),
+        ("0.5", r"\frac{1}{2}", True),
+        (r"\dfrac12", "1/2", True),
+        (r"-\frac{3}{4}", "-.75", True),
+        ("50\\%", "50", True),
+        (r"5\text{ cm}", "5", True),
+        ("0.333", "1/3", False),
+        ("1/0", "0", False),
+        (r"\left( 1, 2 \right)", "(1,2)", True),
+        ("x+1", "1+x", False),
+        ("", "", False),
+        ("Monday", "monday.", True),
+        ("72", "7", False),
+    ],
+)
+def test_when_two_answers_are_the_same(one, other, same):
+    assert same_answer(one, other) is same
+    assert same_answer(other, one) is same
+
+
+def test_the_answer_is_right_wrong_or_unknown():
+    objective = build("answer", column="solution")
+    solutions = [r"Thus \boxed{12}", "#### 5", "x+1", None, ""]
+    texts = ["so \\boxed{12.0}", "the answer is 6", "\\boxed{x + 1}", "\\boxed{1}", "\\boxed{1}"]
+    assert objective(["p"] * 5, texts, solution=solutions) == [1.0, 0.0, 1.0, None, None]
+    assert objective(["p"], ["I do not know"], solution=["5"]) == [0.0]
+    assert build("answer", anywhere=True, low=-1)(["p", "p"], ["it is 5", "it is 6"], answer=["5", "5"]) == [1.0, -1.0]
+
+
+def call(name, **parameters):
+    return json.dumps({"name": name, "parameters": parameters})
+
+
+def answer(*calls, think="<think>t</think>\n", response=""):
+    return think + "<tool_call>\n" + "\n".join(calls) + "\n</tool_call>" + response
+
+
+NEWS = answer(call("GetNews", page="1"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "score"),
+    [
+        (NEWS, answer("anything"), 1.0),
+        (NEWS, NEWS + "\n<response>done</response>", 0.0),
+        (NEWS, answer(call("f"), think=""), 0.0),
+        (NEWS, "well: " + NEWS, 0.0),
+        (NEWS, NEWS + NEWS, 0.0),
+        (NEWS, "<think>a</think><think>b</think>\n<tool_call>x</tool_call>", 0.0),
+        ("<think>t</think>\n<response>r</response>", "<think>because</think>\n<response>hello</response>", 1.0),
+        ("<think>t</think>\n<response>r</response>", NEWS, 0.0),
+        (NEWS + "\n<response>r</response>", NEWS + "\n<response>hello</response>", 1.0),
+        (NEWS + "\n<response>r</response>", "<think>t</think>\n<response>r</response>\n<tool_call>\nx\n</tool_call>", 0.0),
+        ("<think>t</think>", "<think>only</think>", 1.0),
+        (None, NEWS, None),
+    ],
+)
+def test_the_format_is_that_of_the_reference(reference, text, score):
+    assert build("tool-call", measure="format")(["p"], [text], answer=[reference]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        (NEWS, 3),  # 1 for the name, 1 for the parameter's name, 1 for its value
+        (answer(call("GetNews", page="2")), 2),
+        (answer(call("GetNews", page="1", size="3")), 1 + 1 / 2 + 1),
+        (answer(call("GetNews")), 1),
+        (answer(call("Other", page="1")), 0),
+        (answer(call("GetNews", page="1"), call("Other")), 1 / 2 + 2),
+        ("<tool_call>" + json.dumps({"name": "GetNews", "arguments": {"page": "1"}}) + "</tool_call>", 3),
+        ("no call", 0),
+        (answer("{broken"), 0),
+        (answer('["GetNews"]'), 0),
+        (answer('{"name": 3, "parameters": {}}'), 0),
+        (answer('{"name": "GetNews", "parameters": "page"}'), 0),
+    ],
+)
+def test_correctness_is_the_share_of_the_published_points(text, points):
+    """ToolRL: -3 + 6 * points / 3 for one wanted call with one parameter."""
+    found = build("tool-call", low=-3, high=3)(["p"], [text], answer=[NEWS])
+    assert found == [pytest.approx(-3 + 6 * points / 3)]
+
+
+def test_calls_are_matched_as_well_as_possible():
+    """The first wanted call fits both found ones equally well by name; taking the first found one would leave the second with nothing."""
+    wanted = answer(call("f", a=1), call("f", b=2))
+    swapped = answer(call("f", b=2), call("f", a=1))
+    assert build("tool-call")(["p"], [swapped], answer=[wanted]) == [1.0]
+    greedy = answer(call("f", a=9, b=2), call("f", a=1))
+    points = 1 + 2 + (1 / 2 + 1)  # names; a=1 with the second; b=2 with the first, which names one parameter too many
+    assert build("tool-call")(["p"], [greedy], answer=[wanted]) == [pytest.approx(points / 5)]
+
+
+def test_a_reference_without_calls_wants_none():
+    reference = "<think>t</think>\n<response>r</response>"
+    assert build("tool-call")(["p"] * 3, [NEWS, reference, "hello"], answer=[reference] * 3) == [0.0, 1.0, 1.0]
+
+
+def test_a_limit_is_a_step():
+    texts = ["one two three", "one two three four"]
+    assert build("limit", most=3, unit="words")(["p", "p"], texts) == [1.0, 0.0]
+    assert build("limit", most=13, unit="characters", low=-1)(["p", "p"], texts) == [1.0, -1.0]
+    assert build("limit", most=4000)(["p", "p"], texts, completion_ids=[[0] * 4000, [0] * 4001]) == [1.0, 0.0]
+    with pytest.raises(ConfigError, match="most is at least 1"):
+        build("limit", most=0)
+
+
+def test_they_keep_the_promises_of_an_objective():
+    check_objective(build("answer"), columns={"answer": "5"})
+    check_objective(build("tool-call"), columns={"answer": NEWS})
+    check_objective(build("tool-call", measure="format"), columns={"answer": NEWS})
+    check_objective(build("limit", most=10))
