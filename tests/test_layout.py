@@ -25,11 +25,11 @@ CODE = [p for folder in ("src", "tests", "benchmarks", "tools", "examples") for 
 # Imports point to the same level or down. A package's entry stands for all modules inside it.
 LEVELS = {
     0: ["paretune", "types", "errors", "seeds"],
-    1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics"],
+    1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics", "aggregation", "gramian"],
     2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout"],
-    5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "distillation", "exact_learner", "returns"],
+    5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: [
         "own_utility",

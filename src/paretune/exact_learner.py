@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.aggregation import aggregate_advantages
 from paretune.batches import preferences
 from paretune.checkpoint import Progress, TrainLog, is_finished, load_checkpoint, save_checkpoint
 from paretune.errors import ConfigError
+from paretune.jacobian import autograd_jacobian
 from paretune.learner import Learner, converged, gates_of
 from paretune.ledger import Cost, read_cost
 from paretune.mixing import ParameterMix
@@ -29,9 +32,9 @@ from paretune.tasks import Task
 from paretune.tasks.exact import ExactTask
 from paretune.tasks.optimum import landmarks
 from paretune.types import Artifact, TrainSpec
-from paretune.weightings import Seen, State, weighting_of
+from paretune.weightings import Seen, State, check_combination, weighting_of
 
-__all__ = ["ExactGradient"]
+__all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
 
 @dataclass
@@ -130,35 +133,43 @@ class ExactGradient(Learner):
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         w_PM = preferences(spec, step, task.prompt_count, task.objectives.count)
         gates_PK = torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device)
-        score_PR = None if spec.scalariser["name"] == "linear" else _scores(task, spec.scalariser, w_PM)
-        reward_PM, kl_P, covariance_MM = enumerated_returns(policy, task, gates_PK, score_PR=score_PR)
-        reward_PM, score_P = reward_PM[:, : task.objectives.count], reward_PM[:, -1]
+        all_of = enumerated(policy, task, gates_PK)
+        reward_PM, kl_P = all_of.rewards_PM, all_of.kl_P
         return_PM = reward_PM - task.beta * kl_P[:, None]
-        weighting = weighting_of(spec)
+        weighting, parameters = weighting_of(spec), policy.bank.parameters()
+        jacobian = autograd_jacobian(return_PM.mean(0), parameters) if weighting.needs_gramian else None
         seen = Seen(
             step=step,
             steps=self.steps,
             w_NM=w_PM,
             returns_NM=return_PM.detach().cpu().numpy(),
-            covariance_MM=covariance_MM,
+            covariance_MM=all_of.covariance_MM,
             prompts=task.prompts("train"),
             low_M=np.array(task.objectives.low),
             high_M=np.array(task.objectives.high),
             exact=True,
             landmarks=landmarks(task),
+            seed=spec.seed,
+            gramian_MM=None if jacobian is None else jacobian.gramian_MM,
         )
         weights_PM, state = weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
-        if score_PR is not None:
-            utility = (score_P - task.beta * kl_P).mean()
+        if spec.scalariser["name"] != "linear":
+            scores_PR = torch.from_numpy(_scores(task, spec.scalariser, w_PM)).to(all_of.p_PR)
+            utility = ((all_of.p_PR * scores_PR).sum(1) - task.beta * kl_P).mean()
         optimiser.zero_grad(set_to_none=True)
-        (-utility).backward()
+        if jacobian is not None:
+            jacobian.descend(parameters, weights_PM[0])
+        else:
+            climbed = aggregated(all_of, spec, weights_PM, beta=task.beta) if spec.aggregation["name"] != "learner" else utility
+            (-climbed).backward()
         optimiser.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 
 
 def _check(spec: TrainSpec) -> None:
     check_scalariser(spec.scalariser)
+    check_combination(spec)
     if weighting_of(spec).registered_name != "fixed" and spec.scalariser["name"] != "linear":
         raise ConfigError(
             "the exact learner weighs a scalariser other than linear with the preference itself",
@@ -175,13 +186,35 @@ def _scores(task: ExactTask, scalariser: Mapping[str, Any], w_PM: np.ndarray) ->
     return scalarise(rewards_PRM.reshape(len(w_NM), -1), w_NM, scalariser, low_M=low_M, high_M=high_M).reshape(rewards_PRM.shape[:2])
 
 
-def enumerated_returns(
-    policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train", *, score_PR: np.ndarray | None = None
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient; covariance of the rewards (M, M).
+@dataclass(frozen=True)
+class Enumerated:
+    """Every response to every prompt, float64: log-probabilities with gradient, under the policy and the reference, and rewards."""
 
-    With `score_PR` its expectation is a last column of the first.
-    """
+    logp_PR: Tensor
+    reference_PR: Tensor
+    rewards_PRM: Tensor
+
+    @cached_property
+    def p_PR(self) -> Tensor:
+        return self.logp_PR.exp()
+
+    @cached_property
+    def rewards_PM(self) -> Tensor:
+        return torch.einsum("pr,prm->pm", self.p_PR, self.rewards_PRM)
+
+    @cached_property
+    def kl_P(self) -> Tensor:
+        return (self.p_PR * (self.logp_PR - self.reference_PR)).sum(1)
+
+    @property
+    def covariance_MM(self) -> np.ndarray:
+        p_PR, mean_PM = self.p_PR.detach(), self.rewards_PM.detach()
+        centred_PRM = self.rewards_PRM - mean_PM[:, None]
+        return (torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)).cpu().numpy()
+
+
+def enumerated(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> Enumerated:
+    """What the policy does with every response, in one forward."""
 
     def forward(ids_PT: Tensor, mask_11TT: Tensor, positions_PT: Tensor) -> Tensor:
         ids_PT, mask_11TT, positions_PT = (x.to(policy.device) for x in (ids_PT, mask_11TT, positions_PT))
@@ -189,12 +222,22 @@ def enumerated_returns(
 
     logp_PR = task.logp_PR(forward, split)
     reference_PR = torch.from_numpy(task.reference_logp_PR(split)).to(logp_PR)
-    rewards_PRM = torch.from_numpy(task.rewards_PRM(split)).to(logp_PR)
-    p_PR = logp_PR.exp()
-    mean_PM = torch.einsum("pr,prm->pm", p_PR, rewards_PRM)
+    return Enumerated(logp_PR, reference_PR, torch.from_numpy(task.rewards_PRM(split)).to(logp_PR))
+
+
+def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> tuple[Tensor, Tensor, np.ndarray]:
+    """Expected rewards (P, M) and KL to the reference (P,) in nats, exact, float64, with gradient; covariance of the rewards (M, M)."""
+    found = enumerated(policy, task, gates_PK, split)
+    return found.rewards_PM, found.kl_P, found.covariance_MM
+
+
+def aggregated(found: Enumerated, spec: TrainSpec, weights_PM: np.ndarray, *, beta: float) -> Tensor:
+    """A number whose gradient is the expected policy gradient under the training's aggregation, for groups without end."""
     with torch.no_grad():
-        centred_PRM = rewards_PRM - mean_PM[:, None]
-        covariance_MM = torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)
-    if score_PR is not None:
-        mean_PM = torch.cat([mean_PM, (p_PR * torch.from_numpy(score_PR).to(p_PR)).sum(1, keepdim=True)], 1)
-    return mean_PM, (p_PR * (logp_PR - reference_PR)).sum(1), covariance_MM.cpu().numpy()
+        returns_PRM = found.rewards_PRM - beta * (found.logp_PR - found.reference_PR)[:, :, None]
+    p, r, m = returns_PRM.shape
+    weights_NM = np.repeat(weights_PM, r, axis=0)
+    mass_N = found.p_PR.detach().reshape(-1).cpu().numpy()
+    advantage_N = aggregate_advantages(spec.aggregation, returns_PRM.reshape(-1, m).cpu().numpy(), weights_NM, group=r, mass_N=mass_N)
+    advantage_PR = torch.from_numpy(advantage_N.reshape(p, r)).to(found.logp_PR)
+    return (found.p_PR.detach() * advantage_PR * found.logp_PR).sum(1).mean()

@@ -102,6 +102,11 @@ class LoraBank:
         return len(self.names)
 
     @property
+    def layers(self) -> Sequence[FusedLayer]:
+        """The LoRA layers, in the order of the model."""
+        return self._layers
+
+    @property
     def trainable(self) -> tuple[str, ...]:
         """The names of the adapters that are trained, in the order of axis K."""
         return tuple(name for name in self.names if name in self._trainable)

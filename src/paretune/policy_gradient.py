@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.advantage import advantages, group_covariance
+from paretune.advantage import advantages, group_covariance, group_mean, leave_one_out
+from paretune.aggregation import aggregate_advantages
 from paretune.batches import Responses, draw
 from paretune.checkpoint import TrainLog, is_finished, load_checkpoint, save_checkpoint
 from paretune.errors import ConfigError, TrainingError
+from paretune.jacobian import Jacobian, response_jacobian
 from paretune.learner import Learner, converged
 from paretune.ledger import Cost, read_cost
 from paretune.loss import kl_terms, policy_loss
@@ -36,7 +38,7 @@ from paretune.seeds import seed_for
 from paretune.tasks import Task
 from paretune.tasks.optimum import landmarks
 from paretune.types import TrainSpec
-from paretune.weightings import Seen, State, weighting_of
+from paretune.weightings import Seen, State, check_combination, weighting_of
 
 __all__ = ["Batch", "PolicyGradient"]
 
@@ -54,6 +56,7 @@ class Batch:
     weights_NM: np.ndarray
     advantage_N: np.ndarray
     state: State  # of the weighting, after this batch
+    jacobian: Jacobian | None = field(default=None, kw_only=True)  # the objectives' gradients, where the weighting asked for them
 
 
 @dataclass
@@ -154,7 +157,8 @@ class PolicyGradient(Learner):
                 found=f"scalarise_at={spec.scalarise_at!r}",
                 remedy='use "reward" (sum, then normalise) or "advantage" (normalise, then sum)',
             )
-        weighting_of(spec)
+        check_combination(spec)
+        self._check_gradients(spec)
         policy = self.start(spec, task, parents or {})
         weights = policy.bank.parameters()
         optimiser = self.new_optimiser(weights)
@@ -208,13 +212,37 @@ class PolicyGradient(Learner):
             reference_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=None)
         reference_NT = reference_NT.clone()  # an ordinary tensor, which autograd may keep
         kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-        weights_NM, state = self.weights(spec, task, made, kl_N, step, state)
         penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
+        jacobian = None
+        if weighting_of(spec).needs_gramian:
+            jacobian = self.jacobian(policy, made, made.rewards_NM - penalty_N[:, None])
+            if not np.isfinite(jacobian.gramian_MM).all():
+                raise _not_finite("gradients of the objectives that are no numbers", step, self.lr)
+        weights_NM, state = self.weights(spec, task, made, kl_N, step, state, None if jacobian is None else jacobian.gramian_MM)
         advantage_N = self.advantages(spec, task, made.rewards_NM, weights_NM, penalty_N)
-        return Batch(made, reference_NT, kl_N, weights_NM, advantage_N, state)
+        return Batch(made, reference_NT, kl_N, weights_NM, advantage_N, state, jacobian=jacobian)
+
+    def jacobian(self, policy: Policy, made: Responses, returns_NM: np.ndarray) -> Jacobian:
+        """The estimated gradients of the objectives' returns, by one backward."""
+        each_PGM = {"leave_one_out": leave_one_out, "group_mean": group_mean}[self.baseline](
+            returns_NM.reshape(-1, self.group, returns_NM.shape[1])
+        )
+        credit_NM = np.nan_to_num(each_PGM, nan=0.0).reshape(returns_NM.shape)
+        mask_NT = made.mask_NT.float()
+        share_NT = mask_NT / len(mask_NT) / (1.0 if self.length == "sum" else mask_NT.sum(1, keepdim=True).clamp(min=1.0))
+        return response_jacobian(
+            policy, made, credit_NM, share_NT, group=self.group, temperature=self.temperature, micro_batch=self.micro_batch
+        )
 
     def weights(
-        self, spec: TrainSpec, task: Task, made: Responses, kl_N: np.ndarray, step: int, state: State | None
+        self,
+        spec: TrainSpec,
+        task: Task,
+        made: Responses,
+        kl_N: np.ndarray,
+        step: int,
+        state: State | None,
+        gramian_MM: np.ndarray | None = None,
     ) -> tuple[np.ndarray, State]:
         """(N, M) the weights of this step, and the weighting's next state."""
         weighting = weighting_of(spec)
@@ -228,11 +256,15 @@ class PolicyGradient(Learner):
             low_M=np.array(task.objectives.low),
             high_M=np.array(task.objectives.high),
             landmarks=landmarks(task) if task.is_exact else None,
+            seed=spec.seed,
+            gramian_MM=gramian_MM,
         )
         return weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
 
     def advantages(self, spec: TrainSpec, task: Task, rewards_NM: np.ndarray, weights_NM: np.ndarray, penalty_N: np.ndarray) -> np.ndarray:
         """(N,) what each response is worth, compared with the others to its prompt; the only place where objectives are combined."""
+        if spec.aggregation["name"] != "learner":
+            return aggregate_advantages(spec.aggregation, rewards_NM - penalty_N[:, None], weights_NM, group=self.group)
         if spec.scalariser["name"] == "linear":
             returns_NM = rewards_NM - penalty_N[:, None]
         else:
@@ -255,6 +287,9 @@ class PolicyGradient(Learner):
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the loss to `.grad` of the trained parameters, micro-batch by micro-batch; returns the loss."""
         n, made = len(batch.kl_N), batch.responses
+        if batch.jacobian is not None:  # all that is needed has been computed
+            batch.jacobian.descend(policy.bank.parameters(), batch.weights_NM[0])
+            return -float(batch.advantage_N.mean())
         advantage_N = torch.from_numpy(batch.advantage_N).to(policy.device)
         old_NT = made.logp_NT.float() if self.epochs > 1 else None
         total = 0.0
@@ -289,6 +324,14 @@ class PolicyGradient(Learner):
             prompts = slice(rows.start // group, rows.stop // group)
             ids, mask = ids[prompts], mask[prompts]
         return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
+
+    def _check_gradients(self, spec: TrainSpec) -> None:
+        if weighting_of(spec).needs_gramian and (self.epochs, self.kl_in, self.normalise) != (1, "reward", "none"):
+            raise ConfigError(
+                f"weighting {weighting_of(spec).registered_name} needs the gradients of the returns J_k themselves",
+                found=f"epochs={self.epochs}, kl_in={self.kl_in!r}, normalise={self.normalise!r}",
+                remedy='use epochs=1, kl_in="reward" and normalise="none", the defaults',
+            )
 
     def pace(self, step: int) -> float:
         """The learning rate at `step`, as a share of `lr`."""

@@ -235,6 +235,7 @@ class TrainSpec:
     seed: int
     scalariser: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
     scalarise_at: str = "reward"  # "reward" | "advantage"
+    aggregation: Mapping[str, Any] = field(default_factory=lambda: {"name": "learner"})  # see `paretune.aggregation`
     weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})  # how weights follow from the preference, step by step
     frozen: tuple[str, ...] = ()
     init_from: tuple[str, ...] = ()

@@ -57,6 +57,7 @@ class Method(ABC):
 
 
 from paretune.methods import (  # noqa: E402, F401
+    adaptive,
     baselines,
     bridge,
     calibrated,
@@ -65,8 +66,10 @@ from paretune.methods import (  # noqa: E402, F401
     emorl,
     experts,
     extended,
+    gradient,
     linear,
     mixers,
+    normalised,
     placed,
     single,
     soups,

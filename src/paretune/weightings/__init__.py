@@ -8,19 +8,22 @@ checkpoint, so that a resumed training goes on with the same weights.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
+from paretune.aggregation import check_aggregation
 from paretune.errors import ConfigError
 from paretune.registry import Registry
-from paretune.types import Prompt, TrainSpec
+from paretune.types import Prompt, TrainSpec, canonical_json
 from paretune.utilities import Landmarks
 
-__all__ = ["WEIGHTINGS", "Balanced", "Fixed", "Seen", "State", "Weighting", "weighting_of"]
+__all__ = ["WEIGHTINGS", "Balanced", "Fixed", "Seen", "State", "Weighting", "check_combination", "weighting_of"]
 
 WEIGHTINGS = Registry("weighting", "paretune.weightings")
 
@@ -42,6 +45,8 @@ class Seen:
     high_M: np.ndarray
     exact: bool = False  # True: `returns_NM` are expectations
     landmarks: Landmarks | None = None  # on exact tasks
+    seed: int = 0  # of the training, for weightings that draw
+    gramian_MM: np.ndarray | None = None  # inner products of the gradients of J_k; only for weightings with `needs_gramian`
 
 
 class Weighting(ABC):
@@ -50,6 +55,10 @@ class Weighting(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
     takes_sampled_preferences: ClassVar[bool] = False  # True where rows may differ in their preference
+    needs_gramian: ClassVar[bool] = False  # True: weights are the same for all rows, and the step is the sum of the objectives' gradients
+
+    def check(self) -> None:  # noqa: B027
+        """ConfigError where this installation cannot run it; asked before anything runs."""
 
     def start(self, count: int) -> State:
         """The state before the first step, for `count` objectives."""
@@ -57,7 +66,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        """(N, M) non-negative weights of this step, and the next state. A pure function."""
+        """(N, M) weights of this step, and the next state. A pure function. Not negative, but for weightings with `needs_gramian`."""
 
 
 @WEIGHTINGS.register("fixed")
@@ -114,7 +123,8 @@ class Balanced(Weighting):
 
 def weighting_of(spec: TrainSpec) -> Weighting:
     """The weighting that a training names; ConfigError where it does not fit the training's preferences."""
-    weighting: Weighting = WEIGHTINGS.build(spec.weighting)
+    weighting = _built(canonical_json(spec.weighting))
+    weighting.check()
     if spec.preference is None and not weighting.takes_sampled_preferences:
         raise ConfigError(
             f"weighting {weighting.registered_name} follows one preference through a training",
@@ -124,4 +134,21 @@ def weighting_of(spec: TrainSpec) -> Weighting:
     return weighting
 
 
-from paretune.weightings import utility  # noqa: E402, F401
+@lru_cache(maxsize=64)
+def _built(description: str) -> Weighting:
+    """Every step asks for its weighting, and building one takes milliseconds."""
+    return WEIGHTINGS.build(json.loads(description))
+
+
+def check_combination(spec: TrainSpec) -> None:
+    """ConfigError where a training's weighting, aggregation and scalariser cannot go together, or one of them cannot be."""
+    weighting, own = weighting_of(spec), check_aggregation(spec)
+    if weighting.needs_gramian and (own or spec.scalariser["name"] != "linear" or spec.scalarise_at != "reward"):
+        raise ConfigError(
+            f"weighting {weighting.registered_name} combines the gradients of the returns J_k",
+            found=f"aggregation {spec.aggregation['name']}, scalariser {spec.scalariser['name']}, scalarise_at={spec.scalarise_at!r}",
+            remedy="leave these three at their defaults, or choose a weighting that needs no gradients",
+        )
+
+
+from paretune.weightings import adaptive, bandit, gradient, utility  # noqa: E402, F401

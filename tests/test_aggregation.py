@@ -1,0 +1,194 @@
+"""Aggregations by hand, against `advantages` (which TRL checks), and what all of them keep: names, missing scores, constant rewards."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from learner_cases import SMALL, TASK, flat, log_of, moved, spec_of
+from paretune import aggregation
+from paretune.advantage import advantages
+from paretune.aggregation import AGGREGATIONS, aggregate_advantages, check_aggregation
+from paretune.errors import ConfigError
+from paretune.exact_learner import ExactGradient, aggregated, enumerated
+from paretune.policy_gradient import PolicyGradient
+from paretune.seeds import generator
+
+NAN = np.nan
+ALL = [*({"name": name} for name in AGGREGATIONS), {"name": "gd2po", "form": "snr", "tau": 0.6}]
+W = np.array([0.75, 0.25])
+HAND = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])  # one group; both spreads are 1 / sqrt(3)
+
+
+def ours(given, returns, w=W, **settings):
+    returns = np.asarray(returns, dtype=float)
+    given = {"name": given} if isinstance(given, str) else given
+    return aggregate_advantages(given, returns, np.tile(w, (len(returns), 1)), group=settings.pop("group", 4), **settings)
+
+
+def drawn(groups=3, group=4, m=2, seed=0):
+    return generator(seed, "aggregation").normal(size=(groups * group, m)) * (1 + np.arange(m))
+
+
+ROOT3 = 3**0.5
+BY_HAND = {
+    "grpo": np.array([-0.5, -0.25, 0.25, 0.5]) / np.sqrt((0.25 + 0.0625) * 2 / 3),
+    "mo_grpo": np.array([-0.5, -0.25, 0.25, 0.5]) * ROOT3,
+    "gdpo": np.array([-0.5, -0.25, 0.25, 0.5]) / np.sqrt((0.25 + 0.0625) * 2 / 3),  # whitened: the spread is 1
+    "gd2po": np.array([-1.0, 0.0, 0.0, 1.0]) / 2**0.5,  # rows 1 and 2 disagree; the spread of two is the distance / sqrt(2)
+    "dvao": np.array([-0.5, -0.25, 0.25, 0.5]) * ROOT3,
+    "rdpo": np.array([-1.0, -0.5, 0.5, 1.0]),  # two levels at ranks 1/4 and 3/4, uncorrelated: whitened to -1 and 1
+    "pama": np.array([0.0, 0.0, 0.5, 0.5]) * ROOT3,  # equal means, so the objective with the larger weight is further behind
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_by_hand(name):
+    np.testing.assert_allclose(ours(name, HAND), BY_HAND[name], rtol=5e-4)
+
+
+def test_the_snr_form_drops_only_what_nearly_cancels():
+    """Rows 1 and 2 have |sum| / sum| | = (0.75 - 0.25) / 1 = 0.5."""
+    np.testing.assert_allclose(ours({"name": "gd2po", "form": "snr", "tau": 0.4}, HAND), ours("gdpo", HAND))
+    np.testing.assert_allclose(ours({"name": "gd2po", "form": "snr", "tau": 0.6}, HAND), ours("gd2po", HAND))
+
+
+def test_a_group_that_disagrees_more_counts_less():
+    """Two groups, one in agreement: its two extremes are kept with all their weight, those of the other with half of it."""
+    agreed = HAND[[0, 0, 3, 3]]
+    got = ours("gd2po", np.concatenate([HAND, agreed]))
+    assert got[3] / got[7] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_dvao_divides_by_the_spread_that_objectives_in_agreement_would_have():
+    wide = HAND * [1.0, 10.0]
+    centred = wide - wide.mean(0)
+    np.testing.assert_allclose(ours("dvao", wide), centred @ W / ((0.75 + 2.5) / ROOT3), rtol=5e-4)
+    together = HAND[[0, 0, 3, 3]] * [1.0, 10.0]
+    np.testing.assert_allclose(ours("dvao", together), ours("grpo", together), rtol=5e-4)
+
+
+def test_rdpo_counts_objectives_that_agree_once():
+    """Two copies of one reward: one direction of length 1, split evenly."""
+    np.testing.assert_allclose(ours("rdpo", HAND[:, [0, 0]]), np.array([-1, -1, 1, 1]) / 2**0.5, rtol=1e-3)
+
+
+def test_two_of_them_are_those_that_trl_checks():
+    for seed in range(3):
+        returns, w = drawn(seed=seed), np.tile(W, (12, 1))
+        plain = {"group": 4, "baseline": "group_mean", "normalise": "group"}
+        np.testing.assert_allclose(ours("grpo", returns), advantages(returns, w, **plain), atol=1e-9)
+        np.testing.assert_allclose(ours("gdpo", returns), advantages(returns, w, at="advantage", **plain), atol=1e-9)
+        returns[[2, 7], [0, 1]] = NAN
+        np.testing.assert_allclose(ours("gdpo", returns), advantages(returns, w, at="advantage", **plain), atol=1e-9)
+
+
+@pytest.mark.parametrize("given", ALL, ids=lambda given: "-".join(map(str, given.values())))
+def test_names_order_and_scale_of_objectives_responses_and_prompts(given):
+    returns, w = drawn(m=3), np.array([0.5, 0.3, 0.2])
+    plain = ours(given, returns, w)
+    assert np.abs(plain).max() > 0.1
+    np.testing.assert_allclose(ours(given, returns[:, ::-1], w[::-1]), plain, atol=1e-9)
+    order = np.array([2, 0, 3, 1, 9, 8, 11, 10, 5, 6, 7, 4])  # within groups, and the groups themselves
+    np.testing.assert_allclose(ours(given, returns[order], w), plain[order], atol=1e-9)
+    np.testing.assert_allclose(ours(given, returns + np.array([5.0, -3.0, 0.1]), w), plain, atol=1e-9)
+    np.testing.assert_allclose(ours(given, 50 * returns, w), ours(given, 100 * returns, w), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["grpo", "mo_grpo", "gdpo", "gd2po", "dvao"])
+def test_one_objective_leaves_the_z_score(name):
+    """Up to the positive number by which the whitening ones divide: the spread of z-scores over the batch."""
+    returns = drawn(m=1)
+    groups = returns.reshape(3, 4)
+    z = ((groups - groups.mean(1, keepdims=True)) / groups.std(1, ddof=1, keepdims=True)).ravel()
+    scale = z.std(ddof=1) if name in ("gdpo", "gd2po") else 1.0
+    np.testing.assert_allclose(ours(name, returns, np.ones(1)), z / scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("given", ALL, ids=lambda given: "-".join(map(str, given.values())))
+def test_constant_rewards_and_missing_scores(given):
+    constant = drawn()
+    constant[:, 1] = 0.4
+    for returns in (constant, np.full((12, 2), 0.4), np.full((12, 2), NAN)):
+        got = ours(given, returns)
+        assert np.isfinite(got).all()
+        assert np.abs(got).max() < 10
+    assert (ours(given, np.full((12, 2), NAN)) == 0).all()
+    assert (ours(given, np.full((12, 2), 0.4)) == 0).all()
+    holed = drawn()
+    holed[0], holed[5, 0] = NAN, NAN
+    got = ours(given, holed)
+    assert np.isfinite(got).all()
+    assert got[0] == 0, "nothing is known of it"
+    lost = np.array([[0.0, NAN], [1.0, NAN], [2.0, NAN], [3.0, NAN]])
+    if given["name"] not in ("rdpo", "pama"):
+        got = ours(given, lost)
+        np.testing.assert_allclose(got / got[3], np.array([-1.5, -0.5, 0.5, 1.5]) / 1.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("given", ALL, ids=lambda given: "-".join(map(str, given.values())))
+def test_probabilities_are_what_samples_converge_to(given):
+    """Rows as often as they are probable, 400 times over, so that n - 1 is n."""
+    returns = drawn(groups=2)
+    mass = np.tile([0.5, 0.25, 0.125, 0.125], 2)
+    often = np.concatenate([np.repeat(np.arange(4) + 4 * p, [4, 2, 1, 1]) for p in (0, 1)])
+    many = np.concatenate([np.tile(often[:8], 400), np.tile(often[8:], 400)])
+    counted = ours(given, returns[many], group=3200)
+    exact = ours(given, returns, mass_N=mass)
+    np.testing.assert_allclose(counted, exact[many], atol=2e-3 * max(1.0, np.abs(exact).max()))
+
+
+def test_the_exact_learner_climbs_what_an_aggregation_says(monkeypatch):
+    """An aggregation that only subtracts the mean leaves the gradient of J_w, to the last digit."""
+    monkeypatch.setitem(AGGREGATIONS, "plain", lambda g: g.weighted(g.returns_PGM - g.moments(g.returns_PGM, 1)[0]))
+    learner = ExactGradient(rank=2, alpha=4)
+    policy = moved(learner)
+    found = enumerated(policy, TASK, torch.ones(2, 1))
+    weights_PM = np.tile([0.3, 0.7], (2, 1))
+    value = aggregated(found, spec_of(learner, aggregation={"name": "plain"}), weights_PM, beta=TASK.beta)
+    value.backward(retain_graph=True)
+    got = flat(policy)
+    policy.model.zero_grad()
+    ((found.rewards_PM - TASK.beta * found.kl_P[:, None]) @ torch.tensor([0.3, 0.7], dtype=torch.float64)).mean().backward()
+    np.testing.assert_allclose(got, flat(policy), atol=1e-6 * np.abs(got).max())
+
+
+def test_both_learners_follow_it(tmp_path):
+    """The sampled learner's advantages are the aggregation of its returns; the exact one's step differs from that of J_w."""
+    learner = PolicyGradient(**SMALL)
+    spec = spec_of(learner, aggregation={"name": "mo_grpo"})
+    policy = moved(learner)
+    batch = learner.collect(policy, TASK, spec, 0)
+    returns = batch.responses.rewards_NM - TASK.beta * batch.kl_N[:, None]
+    np.testing.assert_allclose(batch.advantage_N, ours("mo_grpo", returns, np.array([0.3, 0.7])))
+    exact = ExactGradient(rank=2, alpha=4, steps=4, log_every=4)
+    for name in ("learner", *AGGREGATIONS):
+        exact.train(spec_of(exact, aggregation={"name": name}), TASK, tmp_path / name)
+    values = {name: log_of(tmp_path / name)[-1]["value"] for name in ("learner", *AGGREGATIONS)}
+    assert len(set(values.values())) == len(values), values
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"aggregation": {"name": "gdppo"}}, "gdppo"),
+        ({"aggregation": {"name": "gdpo", "tau": 0.1}}, "tau"),
+        ({"aggregation": {"name": "gd2po", "form": "soft"}}, "soft"),
+        ({"aggregation": {"name": "gd2po", "tau": 2.0}}, "tau=2.0"),
+        ({"aggregation": {"name": "gdpo"}, "scalarise_at": "advantage"}, "scalarise_at='advantage'"),
+        ({"aggregation": {"name": "gdpo"}, "scalariser": {"name": "log_product"}}, "log_product"),
+    ],
+)
+@pytest.mark.parametrize("learner", [PolicyGradient(**SMALL), ExactGradient(rank=2, alpha=4)])
+def test_what_cannot_be_is_refused(tmp_path, learner, settings, found):
+    with pytest.raises(ConfigError) as error:
+        learner.train(spec_of(learner, **settings), TASK, tmp_path)
+    assert found in error.value.found
+
+
+def test_every_aggregation_says_source_differs_hides():
+    for function in AGGREGATIONS.values():
+        assert all(word in inspect.getdoc(function) for word in ("Source:", "Differs:", "Hides:")), function
+    assert set(AGGREGATIONS) <= set(aggregation.__all__)
+    assert not check_aggregation(spec_of(PolicyGradient(**SMALL)))
