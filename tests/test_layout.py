@@ -28,7 +28,7 @@ LEVELS = {
     1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics"],
     2: ["registry", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
-    4: ["fused", "lora", "policy", "mixing", "rollout"],
+    4: ["trunk", "plain_lora", "fused", "lora", "routing", "policy", "mixing", "rollout"],
     5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: ["evaluation", "explain", "jobs", "schedule", "cluster", "display", "suite_file", "suite"],
