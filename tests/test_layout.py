@@ -28,7 +28,7 @@ LEVELS = {
     1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics", "aggregation", "gramian"],
     2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
-    4: ["fused", "lora", "policy", "mixing", "rollout"],
+    4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "routing"],
     5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
     7: [

@@ -139,6 +139,77 @@ def test_the_forms_of_gates_agree_and_tokens_have_their_own(paths):
     assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_siblings_share_one_product_and_nothing_else(unequal):
+    """Query, key and value are given one tensor; whatever is called in whatever order, each gets what it computes alone."""
+    bank, gates = LoraBank.load(llama(), unequal), [some_gates(4, 3, seed=s) for s in (1, 2)]
+    attention = bank.base.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    group = [layer for layer in bank.layers if layer.module in layers]
+    assert all(layer.siblings == tuple(group) for layer in group)
+    assert [len(layer.members) for layer in group] == [3, 2, 2]
+    x, other = (torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+
+    def alone(layer, x, gates_NK):
+        y = layer.base_layer(x)
+        for k, label in enumerate(["k000", "k001", "k002"]):
+            if label in layer.lora_A:
+                y = y + gates_NK[:, None, k : k + 1] * layer.scaling[label] * layer.lora_B[label](layer.lora_A[label](x))
+        return y
+
+    with torch.no_grad():
+        for order in ([0, 1, 2], [2, 0, 1], [0, 0, 1, 1, 2, 0]):
+            with bank.gates(gates[0]):
+                for i in order:
+                    assert torch.allclose(layers[i](x), alone(layers[i], x, gates[0]), atol=1e-5)
+        with bank.gates(gates[0]):
+            layers[0](x)
+            assert torch.allclose(layers[1](other), alone(layers[1], other, gates[0]), atol=1e-5)  # equal in shape, not the same tensor
+            layers[0](x)
+            with bank.gates(gates[1]):
+                assert torch.allclose(layers[1](x), alone(layers[1], x, gates[1]), atol=1e-5)
+            assert torch.allclose(layers[2](x), alone(layers[2], x, gates[0]), atol=1e-5)
+        with bank.gates(gates[1]):
+            layers[0](x)
+        bank.parameters_of(0)[1].mul_(3)  # between two contexts
+        with bank.gates(gates[1]):
+            for layer in layers:
+                assert torch.allclose(layer(x), alone(layer, x, gates[1]), atol=1e-5)
+    products = []
+    with torch.no_grad(), bank.gates(gates[0]):
+        mode = bank._switch.mode
+        mode.hidden = lambda layers, x, a_IR, own=mode.hidden: products.append(len(layers)) or own(layers, x, a_IR)
+        bank.base(input_ids=some_ids())
+    assert products == [3, 1, 2, 1] * 2
+
+
+def test_where_one_sibling_trains_each_computes_alone(paths):
+    bank, ids_NT, ones = LoraBank.load(llama(), paths), some_ids(), torch.ones(4, 3)
+    before = run(bank, ids_NT, ones)
+    key = bank.base.model.layers[0].self_attn.k_proj.lora_A["k000"].weight
+    key.requires_grad_(True)
+    assert gap(before, run(bank, ids_NT, ones)) < 1e-6
+    with torch.no_grad(), bank.gates(ones):
+        key.data.mul_(3)  # as a fused optimiser writes: no version tells
+        assert gap(before, bank.base(input_ids=ids_NT).logits) > 1e-4
+
+
+def test_unchanged_looks_at_parameters_once(paths):
+    bank, ids_NT, ones = LoraBank.load(llama(), paths), some_ids(), torch.ones(4, 3)
+    before = run(bank, ids_NT, ones)
+    with bank.unchanged():
+        assert gap(before, run(bank, ids_NT, ones)) == 0
+        with torch.no_grad():
+            bank.parameters_of(1)[1].mul_(2)
+        assert gap(before, run(bank, ids_NT, ones)) == 0, "the promise was broken; what was kept is used"
+        with bank.unchanged():
+            pass
+    assert gap(before, run(bank, ids_NT, ones)) > 1e-3
+    with torch.no_grad():
+        bank.parameters_of(1)[1].div_(2)
+    with bank.unchanged():  # a change before it is seen
+        assert gap(before, run(bank, ids_NT, ones)) < 1e-6
+
+
 def test_blocks_run_each_adapter_alone(unequal):
     bank, ids_NT = LoraBank.load(llama(), unequal), some_ids()
     with torch.no_grad(), bank.blocks():

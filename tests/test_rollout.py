@@ -1,5 +1,6 @@
 """Sampling and scoring: distributions against enumeration, rows against batches, ends, padding, prompts."""
 
+import contextlib
 import types
 
 import numpy as np
@@ -137,8 +138,9 @@ def scripted(logits_TV, eos):
         return logits_TV[next(step)].expand(len(ids), 1, -1).clone()
 
     model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=50))
+    bank = types.SimpleNamespace(unchanged=contextlib.nullcontext)
     return types.SimpleNamespace(
-        forward=forward, new_cache=lambda n: None, device=torch.device("cpu"), eos_ids=eos, pad_id=eos[0], model=model
+        forward=forward, new_cache=lambda n: None, device=torch.device("cpu"), eos_ids=eos, pad_id=eos[0], model=model, bank=bank
     )
 
 

@@ -4,15 +4,20 @@ PEFT holds and stores the parameters; the computing is ours. Every LoRA layer co
 
     y = W x + sum_k g_k s_k B_k A_k x
 
-with all A_k as one matrix, the gates on the K * rank numbers in between, and all B_k as one matrix. Where every adapter of a layer is
-frozen these are kept; otherwise they are made anew in each call, because optimisers may write into parameters without a trace (Adam with
-`fused=True` leaves a tensor's version as it was). The bank looks at all parameters whenever a context is entered, so that writing into
-frozen ones is seen from the next context on (through `copy_` under `no_grad`; through `p.data` nothing can be seen).
+with all A_k as one matrix, the gates on the K * rank numbers in between, and all B_k as one matrix. Sibling layers that are given the same
+input (query, key and value; gate and up) share one product with their A where nothing is trained: decoding one token is many small
+operations, and their number is what it costs.
+
+Where every adapter of a layer is frozen these matrices are kept; otherwise they are made anew in each call, because optimisers may write
+into parameters without a trace (Adam with `fused=True` leaves a tensor's version as it was). The bank looks at all parameters whenever a
+context is entered, so that writing into frozen ones is seen from the next context on (through `copy_` under `no_grad`; through `p.data`
+nothing can be seen).
 Axes: I inputs, O outputs, r one adapter's rank, R the ranks of all adapters of a layer.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +27,29 @@ from torch.nn import functional
 
 from paretune.errors import ConfigError
 
-__all__ = ["Blocks", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Switch"]
+__all__ = ["Blocks", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
+
+
+# Layers of one module that transformers calls with one and the same tensor, and that are worth one product for all.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Switch:
-    """What all layers of one bank look at: the mode of the innermost context, None outside of any."""
+    """What all layers of one bank look at: the mode of the innermost context, None outside of any.
 
-    mode: Mode | None = None
+    `ready` is what the first of some siblings computed for the others, from their common input `x`.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Mode | None = None
+        self.x: Tensor | None = None
+        self.ready: dict[FusedLayer, Tensor] = {}
+
+    def turn(self, mode: Mode | None) -> Mode | None:
+        """Set the mode; returns the one before."""
+        before, self.mode, self.x = self.mode, mode, None
+        self.ready.clear()
+        return before
 
 
 class Reference:
@@ -44,26 +65,52 @@ class Gated:
     def __init__(self, gates: Tensor):
         self.gates = gates
         self._by_rank: dict[Any, Tensor] = {}
+        self._scaled: dict[FusedLayer, tuple[Tensor, Tensor]] = {}
 
     def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
+        return _add_product(y, layer.gated(self, x), layer.b_RO())
+
+    def hidden(self, layers: Sequence[FusedLayer], x: Tensor, a_IR: Tensor) -> Tensor:
+        """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
-        a_RI, b_RO = layer.concatenated()
-        h = functional.linear(x.to(a_RI.dtype), a_RI) * self._ranks(layer, a_RI.dtype)
-        return _add_product(y, h, b_RO)
+        x_BI = x.reshape(-1, x.shape[-1]).to(a_IR.dtype)
+        if (
+            self.gates.dim() < 3
+            and self.gates.numel() == self.gates.shape[-1]
+            and not (self.gates.requires_grad or torch.is_grad_enabled())
+        ):
+            return x_BI @ self._scaled_a(layers, a_IR)
+        ranks, h = self._ranks(layers, a_IR.dtype), x_BI @ a_IR
+        if ranks.dim() == 2 and len(ranks) < len(h):  # rows of several tokens
+            return (h.view(*x.shape[:2], -1) * ranks[:, None]).view(h.shape)
+        return h * (ranks.view(h.shape) if ranks.dim() == 3 else ranks)
 
-    def _ranks(self, layer: FusedLayer, dtype: torch.dtype) -> Tensor:
-        """The gates times the adapters' scalings, repeated for each rank; shared by all layers with the same ranks and scalings."""
-        key = (layer.pattern, dtype)
+    def _scaled_a(self, layers: Sequence[FusedLayer], a_IR: Tensor) -> Tensor:
+        """One gate vector for all rows: A times its gates, kept while A is the same, so that a token costs no product of h and gates."""
+        known = self._scaled.get(layers[0])
+        if known is None or known[0] is not a_IR:
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._scaled[layers[0]] = a_IR, a_IR * self._ranks(layers, a_IR.dtype)
+        return known[1]
+
+    def _ranks(self, layers: Sequence[FusedLayer], dtype: torch.dtype) -> Tensor:
+        """The gates times the adapters' scalings, repeated for each rank; shared by all layers with the same ranks and scalings.
+
+        The only place that turns gates into factors of h: gates that differ between layers or ranks enter here.
+        """
+        key = (*[layer.pattern for layer in layers], dtype)
         if key in self._by_rank:
             return self._by_rank[key]
-        owner, scale = layer.pattern_tensors(self.gates.device)
         with torch.inference_mode(False):  # usable in a graph later
-            made = (self.gates[..., owner] * scale).to(dtype)
-            made = made[:, None] if made.dim() == 2 else made
+            made = []
+            for layer in layers:
+                owner, scale = layer.pattern_tensors(self.gates.device)
+                made.append(self.gates[..., owner] * scale)
+            ranks = _cat(made, -1).to(dtype)
         if not self.gates.requires_grad:  # else each use needs a graph of its own
-            self._by_rank[key] = made
-        return made
+            self._by_rank[key] = ranks
+        return ranks
 
 
 class Blocks:
@@ -95,24 +142,48 @@ class Factor:
 
     def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
         a_rI, b_rO = layer.factor(self)
-        return _add_product(y, functional.linear(x.to(a_rI.dtype), a_rI), b_rO)
+        return _add_product(y, functional.linear(x.reshape(-1, x.shape[-1]).to(a_rI.dtype), a_rI), b_rO)
 
 
-Mode = Reference | Gated | Blocks | Factor
+class Routed:
+    """Gates that the forward itself makes: those set at decoder layer `starts[i]` hold from there on, up to the next start.
+
+    Below the first start no adapter acts. What a start was given in the last forward stays until the next: layers may be recomputed.
+    """
+
+    def __init__(self, starts: Sequence[int]):
+        self.starts = sorted(starts)
+        self.made: dict[int, Gated] = {}
+
+    def set(self, start: int, gates_NTK: Tensor) -> None:
+        self.made[start] = Gated(gates_NTK)
+
+    def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
+        assert layer.depth is not None, "the bank refuses layers outside of the stack"
+        i = bisect.bisect_right(self.starts, layer.depth)
+        return self.made[self.starts[i - 1]].apply(layer, x, y) if i else y
+
+
+Mode = Reference | Gated | Routed | Blocks | Factor
 
 
 def _add_product(y: Tensor, h: Tensor, b_RO: Tensor) -> Tensor:
-    """y + h @ b, in y's dtype, in place where no graph is recorded (y is the base layer's own fresh output)."""
+    """y + h @ b, in y's dtype, in place where no graph is recorded (y is the base layer's own fresh output); h is (rows * tokens, R)."""
     if y.dtype != h.dtype:
-        return (y + h @ b_RO).to(y.dtype)
-    y_BO, h_BR = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-    return (torch.addmm(y_BO, h_BR, b_RO) if torch.is_grad_enabled() else y_BO.addmm_(h_BR, b_RO)).view(y.shape)
+        return (y + (h @ b_RO).view(y.shape)).to(y.dtype)
+    if torch.is_grad_enabled():
+        return torch.addmm(y.view(-1, y.shape[-1]), h, b_RO).view(y.shape)
+    y.view(-1, y.shape[-1]).addmm_(h, b_RO)
+    return y
 
 
 class FusedLayer:
-    """One LoRA layer of PEFT under the gates of `switch`. `names` are the adapters along axis K; a layer may lack some of them."""
+    """One LoRA layer of PEFT under the gates of `switch`. `names` are the adapters along axis K; a layer may lack some of them.
 
-    def __init__(self, switch: Switch, names: Sequence[str], name: str, module: Any):
+    `depth` is that of the decoder layer around it, the number of decoder layers for the head, None where that is not known.
+    """
+
+    def __init__(self, switch: Switch, names: Sequence[str], name: str, module: Any, depth: int | None = None):
         self.switch, self.count, self.name, self.module, self.base = switch, len(names), name, module, module.base_layer
         self.members = [k for k, adapter in enumerate(names) if adapter in module.lora_A]
         adapters = [names[k] for k in self.members]
@@ -122,6 +193,9 @@ class FusedLayer:
         self.drops = any(module.lora_dropout[adapter].p > 0 for adapter in adapters if hasattr(module.lora_dropout[adapter], "p"))
         self.ranks = [a.shape[0] for a in self.a]
         self.pattern = f"{self.members} {self.ranks} {self.scalings}"  # text: its hash is computed once
+        self.depth = depth
+        self.siblings: tuple[FusedLayer, ...] = (self,)
+        self.widths = [sum(self.ranks)]  # of the siblings' parts of h
         self._pattern: tuple[Tensor, Tensor] | None = None
         self.forget()
 
@@ -135,11 +209,34 @@ class FusedLayer:
         assert mode is not None
         return mode.apply(self, x, y)
 
-    def concatenated(self) -> tuple[Tensor, Tensor]:
-        """(R, I) and (R, O): all adapters side by side."""
-        return self._keep("cat", None, lambda: (_cat(self.a, 0), _cat(self.b, 1).t()))
+    def gated(self, mode: Gated, x: Tensor) -> Tensor:
+        """`mode.hidden` of this layer: alone, or what the first of its siblings computed for all when it was given the same x."""
+        switch = self.switch
+        if switch.x is x:
+            h = switch.ready.pop(self, None)  # each takes its own once
+            if h is not None:
+                return h
+        if len(self.siblings) == 1 or torch.is_grad_enabled() or not all(layer._frozen for layer in self.siblings):
+            return mode.hidden((self,), x, self.a_IR())
+        h = mode.hidden(self.siblings, x, self._keep("siblings", None, self._a_of_siblings)[0])
+        switch.x = x
+        switch.ready = dict(zip(self.siblings, h.split_with_sizes(self.widths, 1), strict=True))
+        return switch.ready.pop(self)
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
+    def a_IR(self) -> Tensor:
+        """All adapters side by side, kept in the layout that is fast for few rows."""
+        return self._keep("a", None, lambda: (_cat(self.a, 0).t(),))[0]
+
+    def b_RO(self) -> Tensor:
+        return self._keep("b", None, self._b_of_all)[0]
+
+    def _b_of_all(self) -> tuple[Tensor, ...]:
+        return (_cat(self.b, 1).t(),)
+
+    def _a_of_siblings(self) -> tuple[Tensor, ...]:
+        return (_cat([a for layer in self.siblings for a in layer.a], 0).t(),)
+
+    def stacked(self) -> tuple[Tensor, ...]:
         """(K, r, I) and (K, r, O), scaled; padded with zeros to the largest rank, all zeros where an adapter has nothing here."""
 
         def build() -> tuple[Tensor, Tensor]:
@@ -153,7 +250,7 @@ class FusedLayer:
 
         return self._keep("stack", None, build)
 
-    def factor(self, mode: Factor) -> tuple[Tensor, Tensor]:
+    def factor(self, mode: Factor) -> tuple[Tensor, ...]:
         """(r, I) and (r, O) of the factor-wise average, scaled."""
         if self.members != list(range(self.count)) or len(set(self.ranks)) > 1 or len(set(self.scalings)) > 1:
             raise ConfigError(
@@ -181,16 +278,15 @@ class FusedLayer:
     def forget(self) -> None:
         """Parameters have changed, or what is trained."""
         self._frozen = not any(p.requires_grad for p in (*self.a, *self.b))
-        self._kept: dict[str, tuple[object, tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
 
-    def _keep(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if not self._frozen:
-            return build()
+    def _keep(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         known = self._kept.get(kind)
         if known is None or known[0] is not owner:
+            if not self._frozen:
+                return build()
             with torch.inference_mode(False), torch.no_grad():  # usable in a graph later (gates that are trained)
-                first, second = build()
-                known = self._kept[kind] = (owner, (first.contiguous(), second.contiguous()))
+                known = self._kept[kind] = (owner, tuple(made.contiguous() for made in build()))
         return known[1]
 
     def _refuse(self, kwargs: Mapping[str, Any]) -> None:
@@ -215,6 +311,20 @@ class FusedLayer:
             found=f"{self.name} has lora_dropout > 0 in train mode",
             remedy="set lora_dropout=0, or call model.eval(): masks per adapter would break the mixture",
         )
+
+
+def join_siblings(layers: Sequence[FusedLayer]) -> None:
+    """Let layers know their siblings: those of SIBLINGS in one module, with something to compute."""
+    found: dict[tuple[str, tuple[str, ...]], list[FusedLayer]] = {}
+    for layer in layers:
+        parent, _, leaf = layer.name.rpartition(".")
+        for kinds in SIBLINGS:
+            if leaf in kinds and layer.members:
+                found.setdefault((parent, kinds), []).append(layer)
+    for group in found.values():
+        if len({(a.shape[1], a.dtype, a.device) for layer in group for a in layer.a}) == 1:
+            for layer in group:
+                layer.siblings, layer.widths = tuple(group), [sum(each.ranks) for each in group]
 
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:

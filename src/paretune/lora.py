@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,14 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, nearest
-from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch
+from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
+from paretune.plain_lora import check_config, check_trainable
 from paretune.seeds import forked_torch, seed_for
+from paretune.trunk import decoder_layers
 
 __all__ = ["LoraBank", "soup_state"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Settings of PEFT that make an adapter more than B A x: variants, other trained tensors, initialisations that change the base weights.
-NOT_PLAIN = (
-    *(
-        "use_dora",
-        "use_bdlora",
-        "use_qalora",
-        "arrow_config",
-        "alora_invocation_tokens",
-        "velora_config",
-        "monteclora_config",
-        "kasa_config",
-    ),
-    *("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "init_lora_weights"),
-)
 Gates = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -60,9 +48,11 @@ class LoraBank:
         self._trainable: set[str] = set()
         self._switch = Switch()
         self._layers: list[FusedLayer] = []
+        self.prefix, self.stack = decoder_layers(base)  # the decoder's layers, where it is clear which they are
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
-        self._stamp: list[tuple[int, int, bool]] = []
+        self._stamp: list[list[Any]] = []
+        self._held = False
         self._refresh()
 
     @classmethod
@@ -81,7 +71,7 @@ class LoraBank:
 
         `targets` is "all-linear" (every linear layer but the head) or names of modules. `names` may be empty: the reference alone.
         """
-        _check_trainable(names, trainable)
+        check_trainable(names, trainable)
         bank = cls(model)
         for name in names:
             bank.add(name, seed=seed, rank=rank, alpha=alpha, targets=targets, trainable=trainable is None or name in trainable)
@@ -90,7 +80,7 @@ class LoraBank:
     @classmethod
     def load(cls, model: Any, paths: Mapping[str, str | Path], *, trainable: Sequence[str] = ()) -> LoraBank:
         """Adapters from plain PEFT directories (safetensors only), in the order of `paths`."""
-        _check_trainable(paths, trainable)
+        check_trainable(paths, trainable)
         bank = cls(model)
         for name, path in paths.items():
             bank.add_from(name, path, trainable=name in trainable)
@@ -164,7 +154,7 @@ class LoraBank:
     def _install(self, name: str, config: Any, seed: int, trainable: bool) -> None:
         from peft import get_peft_model
 
-        _check_config(name, config, self.names)
+        check_config(name, config, self.names)
         label = _label(self.count)
         with forked_torch(seed):
             if self.model is self.base:
@@ -199,16 +189,29 @@ class LoraBank:
                 for label in trained & set(module.lora_A):
                     module.lora_A[label].requires_grad_(True)
                     module.lora_B[label].requires_grad_(True)
-                layer = FusedLayer(self._switch, labels, name, module)
+                layer = FusedLayer(self._switch, labels, name, module, self._depth(name, module))
                 module.__dict__["forward"] = layer.forward
                 self._layers.append(layer)
+        join_siblings(self._layers)
         self._tensors = [p for k in range(self.count) for p in self.parameters_of(k)]
+
+    def _depth(self, name: str, module: Any) -> int | None:
+        """The decoder layer that a module is in; the count of layers for the head; None where that is not known."""
+        if module is self.base.get_output_embeddings():
+            return len(self.stack)
+        inside = self.prefix and name.startswith(f"{self.prefix}.")
+        return int(name[len(self.prefix) + 1 :].split(".")[0]) if inside else None
 
     def detach(self) -> None:
         """Give every layer PEFT's own forward back; the bank can no longer be used."""
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
         self._layers, self._last, self._tensors, self._stamp = [], None, [], []
+
+    @property
+    def layers(self) -> Sequence[FusedLayer]:
+        """Every layer that has an adapter."""
+        return self._layers
 
     def parameters(self) -> list[Tensor]:
         """The trainable tensors, adapter by adapter in the order of the layers."""
@@ -226,33 +229,51 @@ class LoraBank:
     @contextlib.contextmanager
     def gates(self, gates: Gates | None) -> Iterator[None]:
         """Gates of shape (K,) for the whole batch, (N, K) per row or (N, T, K) per token; None is the reference, without adapters."""
-        with self._mode(Reference() if gates is None else self._made(Gated, gates, dims=(1, 2, 3))):
+        with self.mode(Reference() if gates is None else self._made(Gated, gates, dims=(1, 2, 3))):
             yield
 
     @contextlib.contextmanager
     def blocks(self) -> Iterator[None]:
         """The batch is K equal blocks of rows (K * N rows, adapter by adapter); block k is under adapter k alone."""
-        with self._mode(Blocks(self.count)):
+        with self.mode(Blocks(self.count)):
             yield
 
     @contextlib.contextmanager
     def factor(self, gates_K: Gates) -> Iterator[None]:
         """A and B averaged separately, as in the rewarded-soups code; one gate vector for the whole batch."""
-        with self._mode(self._made(Factor, gates_K, dims=(1,))):
+        with self.mode(self._made(Factor, gates_K, dims=(1,))):
             yield
 
     @contextlib.contextmanager
-    def _mode(self, mode: Mode) -> Iterator[None]:
-        stamp = [(p._version, p.data_ptr(), p.requires_grad) for p in self._tensors]
+    def unchanged(self) -> Iterator[None]:
+        """Within, nobody writes into adapters (a decoding loop): they are looked at once, not at every context."""
+        self._look()
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def _look(self) -> None:
+        """Forget what was made of parameters that have been written into, moved, frozen or thawed since."""
+        if self._held:
+            return
+        tensors = self._tensors  # three flat lists: this is done for every forward
+        stamp: list[list[Any]] = [[p._version for p in tensors], [p.data_ptr() for p in tensors], [p.requires_grad for p in tensors]]
         if stamp != self._stamp:
             self._stamp = stamp
             for layer in self._layers:
                 layer.forget()
-        before, self._switch.mode = self._switch.mode, mode
+
+    @contextlib.contextmanager
+    def mode(self, mode: Mode) -> Iterator[None]:
+        """What the layers compute within; `gates`, `blocks`, `factor` and `routing.routed` make the mode."""
+        self._look()
+        before = self._switch.turn(mode)
         try:
             yield
         finally:
-            self._switch.mode = before
+            self._switch.turn(before)
 
     def _made(self, kind: type[Gated] | type[Factor], gates: Gates, *, dims: tuple[int, ...]) -> Gated | Factor:
         """The mode of `gates`; the same gates again (a decoding loop) give the same mode, with what it has already expanded."""
@@ -335,9 +356,9 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
             if how == "factor":
                 a_rI, b_rO = layer.factor(Factor(weights))
             else:
-                a_rI, b_rO = layer.concatenated()
+                a_IR, b_rO = layer.a_IR(), layer.b_RO()
                 owner, scale = layer.pattern_tensors(weights.device)
-                a_rI = a_rI * (weights[owner] * scale)[:, None]
+                a_rI = (a_IR * (weights[owner] * scale)).t()
             weight = layer.base.weight
             wide = torch.promote_types(weight.dtype, torch.float32)
             delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
@@ -349,30 +370,6 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
 def _label(k: int) -> str:
     """PEFT's name of adapter k: ours may be anything, PEFT's must not have dots or look like its own prefixes."""
     return f"k{k:03d}"
-
-
-def _check_trainable(names: Iterable[str], trainable: Iterable[str] | None) -> None:
-    for name in trainable or ():
-        if name not in names:
-            raise ConfigError("what is trained is one of the adapters", found=repr(name), remedy=nearest(name, names))
-
-
-def _check_config(name: str, config: Any, names: Sequence[str]) -> None:
-    """Refuse, before anything is built, what gates cannot do."""
-    if name in names or not name:
-        raise ConfigError("adapter names are distinct and not empty", found=repr(name), remedy="choose another name")
-    if getattr(config.peft_type, "value", config.peft_type) != "LORA":
-        raise ConfigError("gates work on LoRA adapters", found=f"{name}: {config.peft_type}", remedy="train the adapter as plain LoRA")
-    for setting in NOT_PLAIN:
-        value = getattr(config, setting, None)
-        if value and not (setting == "init_lora_weights" and value in (True, "gaussian", "orthogonal", "eva")):
-            raise ConfigError(
-                "gates work on plain LoRA adapters",
-                found=f"{name}: {setting}={value!r}",
-                remedy="train the adapter without it: it would change the base, or not scale with a gate",
-            )
-    if config.bias != "none":
-        raise ConfigError("gates work on plain LoRA adapters", found=f"{name}: bias={config.bias!r}", remedy='train with bias="none"')
 
 
 def _write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -99,7 +99,7 @@ def sample(
     _check_length(policy, prompt_ids_PT.shape[1] + max_new_tokens, temperature)
     where = torch.device("cpu") if device.type == "mps" else device  # float64 does not exist there
     tokens, masks, logps = [], [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), policy.bank.unchanged():
         gates_NK = _gates(policy, gates_NK)
         draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(where)
         running_N = torch.ones(n, dtype=torch.bool, device=where)

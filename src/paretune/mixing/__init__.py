@@ -10,6 +10,7 @@
     merged      TIES and DARE soups of the dense changes; one merge a batch               1 forward
     reference   no adapter                                                                1 forward
 
+K forwards are those of the layers from the lowest adapter on: what is below is the same for all experts and run once (`trunk.py`).
 At g = e_k every level is expert k, except robust, and merged where it drops entries. Hidden equals logit where the head is frozen,
 linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim. At the logit and hidden levels gates that are all 0
 mean the uniform policy, not the reference.

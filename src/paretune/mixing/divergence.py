@@ -56,8 +56,8 @@ class DivergenceMix(LogitMix):
         if self.divergence != "js":
             return super().parts(input_ids_NT, attention_mask, position_ids, cache, gates_NK, last_only)
         rows = torch.eye(self.K + 1, self.K, device=self.device).repeat_interleave(len(input_ids_NT), 0)  # the last block: no adapter
-        with self.bank.gates(rows):
-            logits = self._logits(self._inputs(self.copies, input_ids_NT, attention_mask, position_ids, cache), last_only)
+        with self._stacked(self.bank.gates(rows), input_ids_NT, attention_mask, position_ids, cache) as inputs:
+            logits = self._logits(inputs, last_only)
         return logits.unflatten(0, (self.copies, -1))
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy import LEVELS, Policy
+from paretune.trunk import branch_point, branched, stacked_share
 
 __all__ = ["FactorMix", "HiddenMix", "LogitMix", "ParameterMix", "ReferencePolicy"]
 
@@ -65,11 +68,26 @@ class FactorMix(ParameterMix):
 
 
 class _Stacked(Policy):
-    """All K experts in one forward: the batch repeated K times, block k under adapter k, one cache of K * N rows."""
+    """All K experts in one forward: the batch repeated K times, block k under adapter k, one cache of K * N rows.
+
+    Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `trunk.py`.
+    """
 
     @property
     def copies(self) -> int:
         return self.K
+
+    @property
+    def forwards_per_token(self) -> float:
+        """One, and the part above the shared trunk (by its weights, head included) once more for every other copy."""
+        return 1 + (self.copies - 1) * stacked_share(self.bank)
+
+    @contextlib.contextmanager
+    def _stacked(self, mode: contextlib.AbstractContextManager[None], *inputs: Any) -> Iterator[dict[str, Any]]:
+        """The model's arguments, in a context (`mode` chooses the adapters) where its output has `copies` * N rows."""
+        first = branch_point(self.bank)
+        with mode, branched(self.bank.stack, first, self.copies) if first else contextlib.nullcontext():
+            yield self._inputs(1 if first else self.copies, *inputs)
 
 
 @LEVELS.register("logit")
@@ -79,13 +97,14 @@ class LogitMix(_Stacked):
     Source: MOD (2406.18853), the reverse-KL case.
     Differs: all experts share one stacked forward and one cache. Logits are mixed instead of their log-softmaxes: the normalisers
         are constants over V for each row, and drop out.
-    Hides: the sequence-level product is optimal for linear preferences, the token-level one is not; K forwards per token.
+    Hides: the sequence-level product is optimal for linear preferences, the token-level one is not; K forwards per token (of the
+        layers with adapters and those above).
     """
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(K, N, T, V) logits of the experts, in the model's dtype."""
-        with self.bank.blocks():
-            logits = self._logits(self._inputs(self.K, input_ids_NT, attention_mask, position_ids, cache), last_only)
+        with self._stacked(self.bank.blocks(), input_ids_NT, attention_mask, position_ids, cache) as inputs:
+            logits = self._logits(inputs, last_only)
         return logits.unflatten(0, (self.K, -1))
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
@@ -113,8 +132,7 @@ class HiddenMix(_Stacked):
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(K, N, T, H) hidden states after the final norm."""
-        with self.bank.blocks():
-            inputs = self._inputs(self.K, input_ids_NT, attention_mask, position_ids, cache)
+        with self._stacked(self.bank.blocks(), input_ids_NT, attention_mask, position_ids, cache) as inputs:
             hidden = self.decoder(**inputs).last_hidden_state
         return hidden[:, -int(last_only) :].unflatten(0, (self.K, -1))
 

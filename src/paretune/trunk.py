@@ -1,0 +1,99 @@
+"""Decoder layers of a causal LM: where they are, and running those below the first adapted one once for all experts.
+
+Experts whose adapters begin at layer `first` have one trunk in common: embeddings and the layers below, their keys and values included.
+Inside `branched` the model takes N rows, and each becomes `copies` rows where layer `first` begins, block by block as `LoraBank.blocks`
+wants them. Caches fit by themselves: they hold N rows below, `copies` * N rows from there on.
+
+This works through the arguments of decoder layers, so only layers with the arguments known here are branched (Llama, Mistral, Qwen, Phi-3,
+Gemma 2 and others of their form), under attention that takes its mask as a tensor. Others run stacked from the embeddings on: the same
+numbers, more slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from paretune.lora import LoraBank
+
+__all__ = ["branch_point", "branched", "decoder_layers", "layer_input", "stacked_share"]
+
+# Arguments of a decoder layer that have a row per sequence, and those that have not.
+PER_ROW = frozenset({"attention_mask", "position_ids", "position_embeddings"})
+OTHERS = frozenset({"self", "hidden_states", "past_key_values", "layer_past", "use_cache", "kwargs"})
+
+
+def decoder_layers(model: Any) -> tuple[str, Sequence[Any]]:
+    """The name of the list of a causal LM's decoder layers, and the layers; ("", ()) where it is not clear which list that is."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return (outer[0], tuple(lists[outer[0]])) if len(outer) == 1 else ("", ())
+
+
+def branch_point(bank: LoraBank) -> int:
+    """The decoder layer where the experts of `bank` begin to differ; 0 where nothing can be shared."""
+    first = min((-1 if layer.depth is None else layer.depth for layer in bank.layers), default=0)
+    if not 0 < first < len(bank.stack) or bank.base.config._attn_implementation not in ("eager", "sdpa"):
+        return 0
+    return first if all(_known(type(layer).forward) for layer in bank.stack[first:]) else 0
+
+
+@functools.cache
+def _known(forward: Any) -> bool:
+    return set(inspect.signature(forward).parameters) <= PER_ROW | OTHERS
+
+
+def stacked_share(bank: LoraBank) -> float:
+    """The share of a forward's weights that every expert runs for itself: the layers from the branch point on, and the head."""
+    first = branch_point(bank)
+    if first == 0:
+        return 1.0
+    sizes = [sum(p.numel() for name, p in layer.named_parameters() if "lora_" not in name) for layer in bank.stack]
+    head = bank.base.get_output_embeddings().weight.numel()
+    return (sum(sizes[first:]) + head) / (sum(sizes) + head)
+
+
+@contextlib.contextmanager
+def branched(layers: Sequence[Any], first: int, copies: int) -> Iterator[None]:
+    """For one forward of N rows: at layer `first` they become `copies` blocks of N rows."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the original stays alive, so that its id stays its own
+    rows = 0
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(repeated(part) for part in value)
+        if not isinstance(value, Tensor) or value.shape[0] != rows:  # None, or one row for all
+            return value
+        if id(value) not in made:
+            made[id(value)] = value, value.repeat(copies, *[1] * (value.dim() - 1))
+        return made[id(value)][1]
+
+    def enter(at: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal rows
+        h_NTH = layer_input(args, kwargs)
+        assert len(args) <= 1, "decoder layers are called with keywords"
+        if at == first:
+            rows = len(h_NTH)
+            h_NTH = h_NTH.repeat(copies, 1, 1)
+        kept = {key: repeated(value) if key in PER_ROW else value for key, value in kwargs.items() if key != "hidden_states"}
+        return (h_NTH,), kept
+
+    hooks = [layers[at].register_forward_pre_hook(functools.partial(enter, at), with_kwargs=True) for at in range(first, len(layers))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a decoder layer."""
+    return args[0] if args else kwargs["hidden_states"]
