@@ -208,11 +208,6 @@ class LoraBank:
             layer.module.__dict__.pop("forward", None)
         self._layers, self._last, self._tensors, self._stamp = [], None, [], []
 
-    @property
-    def layers(self) -> Sequence[FusedLayer]:
-        """Every layer that has an adapter."""
-        return self._layers
-
     def parameters(self) -> list[Tensor]:
         """The trainable tensors, adapter by adapter in the order of the layers."""
         return [p for p in self._tensors if p.requires_grad]
