@@ -2,19 +2,18 @@
 
     python benchmarks/search.py [--root DIR] [--out benchmarks/results/search.json] [--seeds 100 101 ...]
 
-Scores are attainments of J_w on training prompts, exact, on exact-v1 with its default dials, at the first judged
-preferences that qualify for each task seed (six, four for soups; how many seeds stands in SEEDS):
+Scores are attainments of J_w on training prompts, exact. On exact-v1 with its default dials, judged task seeds (how many: SEEDS), at the
+first judged preferences of each seed that are cases (at most six, four for soups):
 
     optimal   the optimal experts pi*_k, their logits mixed
     unequal   the same, but expert k is optimal for another price of KL, beta / t_k, t_k between 1/2 and 3: experts from elsewhere
     soup      experts of 60 exact steps, their parameters mixed (every evaluation is a run of the model: one task seed, M = 3 only)
     choice    synthetic: experts of unequal strength on one choice among 64; the best weights are known, w_k / t_k; M = 2 to 8
 
-A case is a preference where alpha = w is at least 0.05 below a dense grid's best; the grid covers [0, 1]^M: all points of 9 (M = 3)
-or 4 (M = 5) per axis, and a lattice of the simplex at eight scales (coarser for soups). A search has arrived within 0.01 of the best
-of that grid, of its top refined by a local search, and of every point that any searcher came by. Only `grid`, `model` and `optuna`
-look in the whole box; the others keep the sum of the weights at 1, so that they cannot arrive where the best sum is another.
-"grid cached" scores shared corners once.
+A case is a preference where alpha = w is at least 0.05 below a dense grid's best. The grid covers [0, 1]^M: 9 (M = 3) or 4 (M = 5) points
+per axis, and a lattice of the simplex at eight scales; coarser for soups. A search has arrived within 0.01 of the best of that grid, of its
+top refined by a local search, and of every point that any searcher came by. Only `grid`, `model` and `optuna` look in the whole box; the
+others keep the sum of the weights at 1, and cannot arrive where the best sum is another. "grid cached" scores shared corners once.
 
 The published search has 5 levels, 5 * 3^M evaluations. A search that ends without coming within 0.01 is counted with that many, be it the
 published one (the ratio is then a lower bound) or another. A ratio is that of the sums over the cases of a family; the figures are the
