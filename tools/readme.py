@@ -40,14 +40,12 @@ TARGETS = (
     ("evaluations_ratio_m3", "search.py", "outer search, M = 3: evaluations of the published one divided by ours", 5),
     ("evaluations_ratio_m5", "search.py", "the same at M = 5", 20),
     ("evaluations_ratio_m8", "search.py", "the same at M = 8, synthetic score", None),
-    ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: share of the plain model's tokens per second", 0.30),
-    ("logit_vs_published_loop", "decode.py", "the same against the published loop (3 full copies, no cache), times", None),
-    (
-        "gated_vs_plain_b16",
-        "decode.py",
-        "per-row parameter mixing of 3 experts, batch 16: share of the plain model's tokens per second",
-        0.80,
-    ),
+    ("gated_vs_plain_b16", "decode.py", "per-row soups, unmerged, batch 16: share of the plain model's tokens per second", 0.9),
+    ("gated_vs_plain_b1", "decode.py", "the same, batch 1", 0.85),
+    ("router_vs_plain_b16", "decode.py", "gates by a router, anew for every token, batch 16: the same share", 0.75),
+    ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: the same share", 0.30),
+    ("shared_trunk_logit_vs_plain", "decode.py", "logit mixing of 3 experts that share their lower layers, batch 16: the same share", 0.6),
+    ("logit_vs_published_loop", "decode.py", "logit mixing against the published loop (3 full copies, no cache), times", None),
 )
 
 # Files that are not modules and cannot say themselves what they are.
