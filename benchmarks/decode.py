@@ -1,29 +1,28 @@
 """Decoding speed of mixtures against the plain model: tokens per second on a CPU, median of alternated pairs in one run.
 
-    python benchmarks/decode.py [--out FILE] [--rounds 9] [--threads 2] [--new-tokens 48]
+    python benchmarks/decode.py [--out FILE] [--rounds 11] [--threads 2] [--new-tokens 48]
 
-One random Llama of 24.6 M parameters (SHAPE, tied head) with three random experts as EMORL published them: LoRA of rank 8 and alpha 32 on
-every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `paretune.rollout.sample`, from
-the same prompts, preferences and uniforms:
+One random Llama of 24.6 M parameters (SHAPE, tied head) with random adapters as EMORL published its experts: LoRA of rank 8 and alpha 32
+on every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `paretune.rollout.sample`,
+from the same prompts, preferences and uniforms:
 
-    plain       the model itself, with a cache, no adapter layers in it
-    gated       ParameterMix: unmerged, its own preference in every row
-    logit       LogitMix: the three experts in one stacked forward with one cache
-    published   three full merged copies, no cache: each step runs all of them over the whole sequence (logits for its end only)
+    plain         the model itself, with a cache, no adapter layers in it
+    gated         ParameterMix of three experts and a bridge: unmerged, its own preference in every row
+    router        the same four adapters; a small network reads every token's embedding and its row's preference, and sets the token's gates
+    layer_router  such a network at the input of every decoder layer
+    logit         LogitMix of the three experts, stacked into one forward with one cache
+    shared_trunk  LogitMix of three experts that adapt the top TOP_LAYERS layers only; the layers below run once
+    published     three full merged copies, no cache: each step runs all of them over the whole sequence (logits for its end only)
 
-Threads that wait do not spin: on a shared machine spinning makes every path wait for whatever else runs, and ratios drift.
+A quarter of 6 layers is no whole number: the experts with a shared trunk adapt 2, a third.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from functools import partial
 from typing import Any
-
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from common import emit, paired_medians
 from paretune.lora import LoraBank, soup_state
 from paretune.mixing import LogitMix, ParameterMix, ReferencePolicy
 from paretune.rollout import sample
+from paretune.routing import routed
 from paretune.seeds import forked_torch, generator
 
 SHAPE = {
@@ -43,7 +43,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
-EXPERTS, RANK, ALPHA, PROMPT_TOKENS = 3, 8, 32, 24
+EXPERTS, RANK, ALPHA, PROMPT_TOKENS, TOP_LAYERS = 3, 8, 32, 24, 2
 
 
 class Tokenizer:
@@ -72,6 +72,32 @@ class Published(ReferencePolicy):
         return mixed_NTV
 
 
+class Router(torch.nn.Module):
+    """Gates of every token from its hidden state and its row's preference: one inner layer of 64, a softmax."""
+
+    def __init__(self, adapters: int):
+        super().__init__()
+        self.inner = torch.nn.Linear(SHAPE["hidden_size"] + EXPERTS, 64)
+        self.outer = torch.nn.Linear(64, adapters)
+
+    def forward(self, h_NTH: torch.Tensor, w_NM: torch.Tensor) -> torch.Tensor:
+        w_NTM = w_NM[:, None].expand(-1, h_NTH.shape[1], -1)
+        return self.outer(torch.tanh(self.inner(torch.cat([h_NTH, w_NTM], -1)))).softmax(-1)
+
+
+class RouterMix(ParameterMix):
+    """The parameter level under gates of routers; what it is given as gates are preferences."""
+
+    def __init__(self, bank: LoraBank, starts: range):
+        super().__init__(bank, Tokenizer())
+        with forked_torch(2):
+            self.routers = {start: Router(bank.count) for start in starts}
+
+    def forward(self, input_ids_NT, *, gates_NK, attention_mask=None, position_ids=None, cache=None, last_only=False):
+        with routed(self.bank, self.routers, gates_NK):
+            return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
+
+
 def fresh() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,10 +105,13 @@ def fresh() -> Any:
         return LlamaForCausalLM(LlamaConfig(bos_token_id=None, eos_token_id=0, pad_token_id=0, **SHAPE)).eval()
 
 
-def expert_bank() -> LoraBank:
-    bank = LoraBank.attach(fresh(), names=[f"expert{k}" for k in range(EXPERTS)], rank=RANK, alpha=ALPHA, seed=0, trainable=())
+def adapters(count: int, *, layers: range | None = None) -> LoraBank:
+    """A bank of random adapters, of all layers or of some."""
+    targets = "all-linear" if layers is None else rf".*layers\.({'|'.join(map(str, layers))})\..*_proj"
+    names = [f"adapter{k}" for k in range(count)]
+    bank = LoraBank.attach(fresh(), names=names, rank=RANK, alpha=ALPHA, seed=0, trainable=(), targets=targets)
     with forked_torch(1), torch.no_grad():
-        for k in range(EXPERTS):
+        for k in range(count):
             for b_Or in bank.parameters_of(k)[1::2]:
                 b_Or.normal_(0, 0.01)
     return bank
@@ -98,9 +127,10 @@ def decode(policy: Any, rows: int, new_tokens: int) -> torch.Tensor:
     """(rows, new_tokens) tokens; prompts, preferences and uniforms are the same for every policy."""
     rng = generator(0, "decode")
     ids_NT = torch.from_numpy(rng.integers(1, SHAPE["vocab_size"], (rows, PROMPT_TOKENS)))
-    gates_NK = torch.from_numpy(rng.dirichlet(np.ones(EXPERTS), rows)).float()
-    if policy.K == 0 and not isinstance(policy, Published):
-        gates_NK = gates_NK[:, :0]
+    w_NM = rng.dirichlet(np.ones(EXPERTS), rows)
+    bridge_N1 = EXPERTS / (EXPERTS - 1) * (1 - (w_NM**2).sum(1, keepdims=True))  # 0 at the vertices
+    columns = EXPERTS if isinstance(policy, (Published, RouterMix)) else policy.K
+    gates_NK = torch.from_numpy(np.concatenate([w_NM, bridge_N1], 1)[:, :columns]).float()
     made = sample(
         policy,
         ids_NT,
@@ -117,16 +147,19 @@ def decode(policy: Any, rows: int, new_tokens: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=48)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    bank = expert_bank()
+    experts, four = adapters(EXPERTS), adapters(EXPERTS + 1)
+    depth = SHAPE["num_hidden_layers"]
     plain = ReferencePolicy(LoraBank.attach(fresh(), names=[], seed=0), Tokenizer())
-    gated, logit = ParameterMix(bank, Tokenizer()), LogitMix(bank, Tokenizer())
-    published = Published([merged(bank, k) for k in range(EXPERTS)])
+    gated, logit = ParameterMix(four, Tokenizer()), LogitMix(experts, Tokenizer())
+    router, layer_router = RouterMix(four, range(1)), RouterMix(four, range(depth))
+    trunk = LogitMix(adapters(EXPERTS, layers=range(depth - TOP_LAYERS, depth)), Tokenizer())
+    published = Published([merged(experts, k) for k in range(EXPERTS)])
     same = float((decode(logit, 16, 8) == decode(published, 16, 8)).float().mean())
     assert same > 0.9, f"logit mixing and the published loop should draw the same tokens, {same:.2f} are"
 
@@ -137,8 +170,13 @@ def main() -> None:
     comparisons = [
         ("gated_vs_plain_b16", gated, plain, 16, options.rounds),
         ("gated_vs_plain_b1", gated, plain, 1, options.rounds),
+        ("router_vs_plain_b16", router, plain, 16, options.rounds),
+        ("router_vs_plain_b1", router, plain, 1, options.rounds),
+        ("layer_router_vs_plain_b16", layer_router, plain, 16, options.rounds),
         ("logit_vs_plain_b16", logit, plain, 16, options.rounds),
         ("logit_vs_plain_b1", logit, plain, 1, options.rounds),
+        ("shared_trunk_logit_vs_plain", trunk, plain, 16, options.rounds),
+        ("shared_trunk_logit_vs_plain_b1", trunk, plain, 1, options.rounds),
         ("logit_vs_published_loop", logit, published, 16, max(3, options.rounds // 3)),
     ]
     for name, a, b, rows, rounds in comparisons:
@@ -151,7 +189,8 @@ def main() -> None:
         figures,
         options.out,
         model={"parameters": parameters, **SHAPE},
-        adapters={"experts": EXPERTS, "rank": RANK, "alpha": ALPHA, "targets": "every linear layer but the head"},
+        adapters={"experts": EXPERTS, "bridges": 1, "rank": RANK, "alpha": ALPHA, "targets": "every linear layer but the head"},
+        shared_trunk={"layers_with_adapters": TOP_LAYERS, "forwards_per_token": round(trunk.forwards_per_token, 3)},
         tokens={"prompt": PROMPT_TOKENS, "new": options.new_tokens},
         tokens_per_second=speeds,  # of the two sides of each comparison, at its own moment
         pairs={name: rounds for name, _, _, _, rounds in comparisons},
