@@ -43,7 +43,7 @@ def methods(layers: int) -> list[Any]:
         {"name": "experts", "mixer": "factor"},
         {"name": "mod-divergence", "divergence": ["forward-kl", "alpha", "js"]},
         {"name": "rmod", "radius": [0.1, 1.0]},
-        {"name": "ties"},
+        {"name": "ties", "density": [0.2, 0.8]},
         {"name": "dare"},
         {"name": "bone-soup", "share": 0.8},
         {"name": "bone-soup", "share": 0.7, "mixer": "logit"},
@@ -52,7 +52,7 @@ def methods(layers: int) -> list[Any]:
 
 def label(method: dict[str, Any]) -> str:
     """A method and what tells it apart here."""
-    shown = [str(method[key]) for key in ("mixer", "divergence", "radius", "layer") if key in method]
+    shown = [str(method[key]) for key in ("mixer", "divergence", "radius", "density", "layer") if key in method]
     return " ".join([method["name"], *shown])
 
 

@@ -40,6 +40,14 @@ TARGETS = (
     ("evaluations_ratio_m3", "search.py", "outer search, M = 3: evaluations of the published one divided by ours", 5),
     ("evaluations_ratio_m5", "search.py", "the same at M = 5", 20),
     ("evaluations_ratio_m8", "search.py", "the same at M = 8, synthetic score", None),
+    ("experts_logit_worst_2_layers", "mixers.py", "logit mixing of plain experts, a small exact task: worst attainment", None),
+    ("bone_soup_logit_worst_2_layers", "mixers.py", "logit mixing of backbones trained at (.7, .3), same: worst attainment", None),
+    (
+        "hidden_best_layer_minus_logit_worst_4_layers",
+        "mixers.py",
+        "hidden states at the best of three layers below the last one, minus logit mixing: worst attainment",
+        None,
+    ),
     ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: share of the plain model's tokens per second", 0.30),
     ("logit_vs_published_loop", "decode.py", "the same against the published loop (3 full copies, no cache), times", None),
     (
