@@ -250,7 +250,7 @@ def test_slopes_are_those_of_autograd(task, done, mixer, w):
     made = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, quick_learner(steps=20), done, 0)
     found = sensitivity(task, made, w)
     gates_K = torch.tensor(w, requires_grad=True)
-    rewards_PM, kl_P = enumerated_returns(made.policy, task, gates_K.repeat(task.prompt_count, 1))
+    rewards_PM, kl_P = enumerated_returns(made.policy, task, gates_K.repeat(task.prompt_count, 1))[:2]
     J_M = (rewards_PM - task.beta * kl_P[:, None]).mean(0)
     gradient_MK = torch.stack([torch.autograd.grad(J, gates_K, retain_graph=True)[0] for J in J_M]).numpy()
     want_MM = np.stack([gradient_MK @ (np.eye(3)[j] - w) for j in range(3)], 1)

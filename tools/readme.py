@@ -46,6 +46,14 @@ TARGETS = (
     ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: the same share", 0.30),
     ("shared_trunk_logit_vs_plain", "decode.py", "logit mixing of 3 experts that share their lower layers, batch 16: the same share", 0.6),
     ("logit_vs_published_loop", "decode.py", "logit mixing against the published loop (3 full copies, no cache), times", None),
+    ("experts_logit_worst_2_layers", "mixers.py", "logit mixing of plain experts, a small exact task: worst attainment", None),
+    ("bone_soup_logit_worst_2_layers", "mixers.py", "logit mixing of backbones trained at (.7, .3), same: worst attainment", None),
+    (
+        "hidden_best_layer_minus_logit_worst_4_layers",
+        "mixers.py",
+        "hidden states at the best of three layers below the last one, minus logit mixing: worst attainment",
+        None,
+    ),
     (
         "gradient_vs_linear_m4",
         "gradient.py",

@@ -41,7 +41,7 @@ class Ties(OnExperts):
         summary="one expert per objective, a TIES soup: largest entries kept, one sign elected per entry, what agrees is merged",
         source="TIES-Merging (2306.01708)",
         differs=_DIFFERS + "; the default keeps 80 % of the entries (the source: 20 %) and sums what agrees instead of averaging it, both "
-        "chosen on development seeds",
+        "by the mean attainment on a development seed",
         hides=_HIDES,
         trainings="M",
         forwards_per_token="1",

@@ -84,7 +84,8 @@ class RobustMix(LogitMix):
         experts' log-ratios are the values (in nats, the source's trade-off constant is 1), the game is played at every token over the
         whole vocabulary and solved exactly. What a log-ratio does not know is how good the situation already is for each objective:
         the source's values do, so that its weights follow an objective that has fallen behind, and these do not. `radius` is ours.
-    Hides: with radius above 0 a preference for one objective alone does not give its expert.
+    Hides: with radius above 0 a preference for one objective alone does not give its expert. The solver passes over the vocabulary
+        some forty times per token, which a small vocabulary does not notice and a large one does.
     """
 
     def __init__(self, bank: Any, tokenizer: Any, *, radius: float = 1.0):
