@@ -31,7 +31,20 @@ LEVELS = {
     4: ["fused", "lora", "policy", "mixing", "rollout"],
     5: ["batches", "checkpoint", "learner", "weightings", "policy_gradient", "distillation", "exact_learner", "returns"],
     6: ["methods", "search"],
-    7: ["own_utility", "evaluation", "explain", "jobs", "schedule", "cluster", "display", "suite_file", "suite", "relations", "probe", "advice"],
+    7: [
+        "own_utility",
+        "evaluation",
+        "explain",
+        "jobs",
+        "schedule",
+        "cluster",
+        "display",
+        "suite_file",
+        "suite",
+        "relations",
+        "probe",
+        "advice",
+    ],
     8: ["conformance", "testing", "report", "cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
