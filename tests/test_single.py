@@ -9,8 +9,7 @@ from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation import evaluate
 from paretune.exact_learner import ExactGradient
-from paretune.methods.single import neighbours, shorter
-from paretune.policy_gradient import PolicyGradient
+from paretune.methods.single import neighbours
 from paretune.registry import METHODS
 from paretune.search import simplex_lattice
 from paretune.tasks.optimum import landmarks
@@ -125,12 +124,6 @@ def test_a_warm_sweep_comes_in_waves_and_starts_from_its_neighbours(task, tmp_pa
     assert by_weight[0.8].init_from == (by_weight[1.0].key,)
     assert by_weight[0.6].learner["steps"] == 3
     assert by_weight[1.0].learner["steps"] == 6
-
-
-def test_a_share_of_a_learner():
-    assert shorter(ExactGradient(steps=200), 0.25).steps == 50
-    assert shorter(PolicyGradient(samples=1000, batch=64), 0.5).samples == 500
-    assert shorter(PolicyGradient(samples=1000, batch=64), 0.01).samples == 64, "at least one batch"
 
 
 # Refusals

@@ -261,7 +261,7 @@ class WarmSweep(Sweep):
             if parent is None:
                 found[k] = training(task, learner, w_KM[k], seed)
             else:
-                spec = training(task, shorter(learner, self.share), w_KM[k], seed)
+                spec = training(task, learner.scaled(self.share), w_KM[k], seed)
                 found[k] = dataclasses.replace(spec, init_from=(found[parent].key,))
         return {f"policy-{k}": found[k] for k in range(len(w_KM))}
 
@@ -279,13 +279,3 @@ def neighbours(w_KM: np.ndarray) -> dict[int, tuple[int | None, int]]:
             parent = min((j for j in found if far_KK[j, root] < far_KK[k, root]), key=lambda j: (far_KK[k, j], far_KK[j, root], j))
             found[k] = (parent, found[parent][1] + 1)
     return found
-
-
-def shorter(learner: Learner, share: float) -> Learner:
-    """The same learner with this share of its samples, or of its steps where it draws none."""
-    for name in ("samples", "steps"):
-        if any(field.name == name for field in dataclasses.fields(learner)):
-            least = getattr(learner, "batch", 1)
-            fields: dict[str, Any] = {name: max(least, int(getattr(learner, name) * share))}
-            return dataclasses.replace(learner, **fields)
-    return learner
