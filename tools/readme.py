@@ -29,13 +29,21 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = ROOT / "benchmarks" / "results" / "quick.json"
 PICTURE = ROOT / "docs" / "figures" / "front.svg"
 BLOCK = re.compile(r"(<!-- (\w+): made by tools/readme\.py -->\n).*?(<!-- end -->)", re.DOTALL)
-DRAWN = ("linear", "experts parameter", "experts logit", "emorl-shared", "reference", "uniform")  # in the picture
+DRAWN = ("bridge", "linear", "experts parameter", "experts logit", "emorl-shared", "reference", "uniform")  # in the picture
 WIDTH = 125  # letters of a line in the tree of files
 
 # What each script of `benchmarks/` has to reach: figure, script, what it is, at least (a text where it is something else).
 TARGETS = (
     ("sampled_worst_attainment", "expert.py", "experts by the sampled learner, 40,000 samples: worst attainment", 0.94),
     ("exact_worst_attainment", "expert.py", "experts by the exact learner: worst attainment", 0.975),
+    ("meta_exact_worst", "meta.py", "experts and a bridge, exact learner, every judged preference at three correlations: worst attainment", 0.95),
+    ("meta_exact_minus_dedicated", "meta.py", "the same minus a dedicated training where it is worst", -0.02),
+    ("meta_sampled_worst", "meta.py", "experts and a bridge, sampled learner, 140,000 samples in all: worst attainment", 0.9),
+    ("meta_sampled_worst_m3", "meta.py", "the same for three objectives, 240,000 samples in all", 0.87),
+    ("meta_minus_emorl_low", "meta.py", "bridge minus EMORL on the same experts at rho = -.8, mean: lower end of its interval", 0),
+    ("meta_minus_emorl_min", "meta.py", "bridge minus EMORL at any preference, correlation and seed: the lowest", -0.01),
+    ("conditioned_sampled_worst", "conditioned.py", "one conditioned policy at rho = -.8, 120,000 samples: worst attainment", 0.85),
+    ("conditioned_exact_worst", "conditioned.py", "the same, exact learner", 0.93),
     ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
     ("own_utility_worst", "utility.py", "smooth Tchebycheff, max-min, Lagrangian: worst attainment of their own utility", 0.93),
     (
