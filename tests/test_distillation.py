@@ -14,7 +14,7 @@ from paretune.methods.distilled import StudentRule
 from paretune.policy_gradient import PolicyGradient
 from paretune.registry import METHODS
 from paretune.seeds import forked_torch
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.testing import quick_learner, train_plan
 
 
 def test_the_weighted_sum_over_teachers_is_the_kl_to_their_mixture_and_a_constant():
@@ -59,11 +59,6 @@ def test_it_takes_over_the_shape_and_budget_of_another_learner():
     assert (from_sampled.samples, from_sampled.rank, from_sampled.kl_in, from_sampled.stop_cv) == (640, 3, "reward", None)
     assert Distillation.like(quick_learner(steps=7), rule).steps == 7
     assert from_sampled.scaled(2.0).teacher == rule
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_conformance(count):
-    check_method("distilled", task=quick_task(objective_count=count))
 
 
 def test_what_a_user_can_get_wrong():

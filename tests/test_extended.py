@@ -16,7 +16,7 @@ from paretune.policy import Family
 from paretune.registry import METHODS
 from paretune.returns import ExactReturns
 from paretune.seeds import generator
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.testing import quick_learner, train_plan
 
 
 def test_gates_where_the_added_objective_has_no_weight_are_those_of_the_old_family():
@@ -74,11 +74,6 @@ def test_a_saved_family_answers_alike(trained, tmp_path):
     family = method.policy(task, learner, done, 0)
     family.save(tmp_path / "family")
     assert Family.load(tmp_path / "family").gates(task.judged()).tolist() == family.gates(task.judged()).tolist()
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_conformance(count):
-    check_method("extended", task=quick_task(objective_count=count))
 
 
 def test_what_a_user_can_get_wrong():

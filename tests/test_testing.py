@@ -53,18 +53,15 @@ TASK = quick_task()
 SHIPPED = sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune."))
 
 
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_what_ships_passes(name):
-    check_method(name, task=TASK)
+def test_what_ships_passes(name, count):
+    check_method(name, task=quick_task(objective_count=count))
 
 
 @pytest.mark.parametrize("mixer", ["parameter", "factor"])
 def test_other_mixers_pass(mixer):
     check_method({"name": "experts", "mixer": mixer}, task=TASK)
-
-
-def test_three_objectives_pass():
-    check_method("experts", task=quick_task(objective_count=3, rho=-0.2))
 
 
 PLUGIN = '''

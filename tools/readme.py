@@ -36,7 +36,12 @@ WIDTH = 125  # letters of a line in the tree of files
 TARGETS = (
     ("sampled_worst_attainment", "expert.py", "experts by the sampled learner, 40,000 samples: worst attainment", 0.94),
     ("exact_worst_attainment", "expert.py", "experts by the exact learner: worst attainment", 0.975),
-    ("meta_exact_worst", "meta.py", "experts and a bridge, exact learner, every judged preference at three correlations: worst attainment", 0.95),
+    (
+        "meta_exact_worst",
+        "meta.py",
+        "experts and a bridge, exact learner, every judged preference at three correlations: worst attainment",
+        0.95,
+    ),
     ("meta_exact_minus_dedicated", "meta.py", "the same minus a dedicated training where it is worst", -0.02),
     ("meta_sampled_worst", "meta.py", "experts and a bridge, sampled learner, 140,000 samples in all: worst attainment", 0.9),
     ("meta_sampled_worst_m3", "meta.py", "the same for three objectives, 240,000 samples in all", 0.87),
