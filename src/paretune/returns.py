@@ -37,17 +37,17 @@ class ExactReturns:
         inputs = task.inputs(split)
         self._inputs = [t.to(policy.device) for t in (inputs.input_ids_PT, inputs.mask_11TT, inputs.position_ids_PT)]
         self._parts: torch.Tensor | None = None
-        self._known: dict[tuple[float, ...] | None, tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[bytes | None, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def prompts(self) -> int:
         """P."""
         return len(self._inputs[0])
 
-    def logp_PR(self, gates_K: np.ndarray | None) -> np.ndarray:
-        """(P, R) float64 log-probabilities of every response; `gates_K=None` is the reference."""
+    def logp_PR(self, gates: np.ndarray | None) -> np.ndarray:
+        """(P, R) float64 log-probabilities of every response at gates (K,), or (P, K) for each prompt its own; None is the reference."""
         ids_PT, mask_11TT, positions_PT = self._inputs
-        gates_PK = None if gates_K is None else torch.as_tensor(gates_K, dtype=torch.float32).to(self.policy.device).repeat(self.prompts, 1)
+        gates_PK = None if gates is None else _for_rows(gates, self.prompts).to(self.policy.device)
         with torch.no_grad():
             if gates_PK is None or self.policy.parts_need_gates:
                 logits = self.policy.forward(ids_PT, attention_mask=mask_11TT, position_ids=positions_PT, gates_NK=gates_PK)
@@ -57,16 +57,25 @@ class ExactReturns:
                 logits = self.policy.combine(self._parts, gates_PK)
             return self.task.logp_from_logits(logits, self.split).cpu().numpy()
 
-    def at(self, gates_WK: np.ndarray | Sequence[None]) -> tuple[np.ndarray, np.ndarray]:
-        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each row of gates; equal rows are computed once."""
-        found = [self._returns(gates_K) for gates_K in gates_WK]
+    def at(self, gates_W: np.ndarray | Sequence[None]) -> tuple[np.ndarray, np.ndarray]:
+        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each of W gates; equal ones are computed once.
+
+        Gates are (W, K), or (W, P, K) where every prompt has its own.
+        """
+        found = [self._returns(gates) for gates in gates_W]
         return np.stack([rewards_PM for rewards_PM, _ in found]), np.stack([kl_P for _, kl_P in found])
 
-    def _returns(self, gates_K: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        key = None if gates_K is None else tuple(map(float, gates_K))
+    def _returns(self, gates: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        key = None if gates is None else (np.asarray(gates, dtype=np.float64) + 0.0).tobytes()  # + 0: there is one zero
         if key not in self._known:
-            self._known[key] = self.task.returns(self.logp_PR(gates_K), self.split)
+            self._known[key] = self.task.returns(self.logp_PR(gates), self.split)
         return self._known[key]
+
+
+def _for_rows(gates: np.ndarray, count: int) -> torch.Tensor:
+    """(count, K) float32 of gates (K,) for all rows, or (count, K) for each its own."""
+    gates_T = torch.as_tensor(gates, dtype=torch.float32)
+    return gates_T.repeat(count, 1) if gates_T.dim() == 1 else gates_T
 
 
 @dataclass(frozen=True)
@@ -83,28 +92,29 @@ def sampled_returns(
     task: Task,
     policy: Policy,
     split: str,
-    gates_WK: np.ndarray | Sequence[None],
+    gates_W: np.ndarray | Sequence[None],
     *,
     samples: int,
     seed: int,
 ) -> Sampled:
-    """`samples` responses at each row of gates (None is the reference), spread evenly over the split's prompts in their order.
+    """`samples` responses at each of W gates (None is the reference), spread evenly over the split's prompts in their order.
 
+    Gates are (W, K), or (W, P, K) where every prompt has its own.
     With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared.
     """
     prompts = task.prompts(split)
     prompt_S = np.arange(samples) % len(prompts)
-    rows = [prompts[s % len(prompts)] for s in range(samples)]
+    rows = [prompts[s] for s in prompt_S]
     occurrences = [s // len(prompts) for s in range(samples)]
     uniforms_ST = row_uniforms(seed_for(seed, "returns", split), 0, [p.digest for p in rows], occurrences, task.max_new_tokens)
-    rewards_WSM = np.empty((len(gates_WK), samples, task.objectives.count))
-    kl_WS = np.empty((len(gates_WK), samples))
+    rewards_WSM = np.empty((len(gates_W), samples, task.objectives.count))
+    kl_WS = np.empty((len(gates_W), samples))
     tokens = 0
     for start in range(0, samples, BATCH_ROWS):
         here = slice(start, start + BATCH_ROWS)
         ids_NT, mask_NT = encode(policy.tokenizer, rows[here], policy.device)
-        for number, gates_K in enumerate(gates_WK):
-            gates_NK = None if gates_K is None else torch.as_tensor(gates_K, dtype=torch.float32).to(policy.device).repeat(len(ids_NT), 1)
+        for number, gates in enumerate(gates_W):
+            gates_NK = None if gates is None else _for_rows(gates, len(prompts))[prompt_S[here]].to(policy.device)
             with torch.no_grad():
                 made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_ST[here])
                 reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
