@@ -15,12 +15,13 @@ import torch
 from paretune.rollout import encode, row_uniforms, sample, texts, token_logp
 from paretune.seeds import seed_for
 from paretune.tasks import Task
+from paretune.types import Prompt
 
 if TYPE_CHECKING:
     from paretune.policy import Policy
     from paretune.tasks.exact import ExactTask
 
-__all__ = ["BATCH_ROWS", "ExactReturns", "Sampled", "sampled_returns"]
+__all__ = ["BATCH_ROWS", "ExactReturns", "Sampled", "responses_at", "sampled_returns"]
 
 BATCH_ROWS = 64
 
@@ -112,14 +113,33 @@ def sampled_returns(
     tokens = 0
     for start in range(0, samples, BATCH_ROWS):
         here = slice(start, start + BATCH_ROWS)
-        ids_NT, mask_NT = encode(policy.tokenizer, rows[here], policy.device)
         for number, gates in enumerate(gates_W):
             gates_NK = None if gates is None else _for_rows(gates, len(prompts))[prompt_S[here]].to(policy.device)
-            with torch.no_grad():
-                made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_ST[here])
-                reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
-            ratio_NT = (made.logp_NT - reference_NT.double()) * made.mask_NT
-            kl_WS[number, here] = ratio_NT.sum(1).cpu().numpy()
-            rewards_WSM[number, here] = task.score(rows[here], texts(policy.tokenizer, made))
-            tokens += int(made.mask_NT.sum())
+            rewards_WSM[number, here], kl_WS[number, here], length = _responses(task, policy, rows[here], gates_NK, uniforms_ST[here])
+            tokens += length
     return Sampled(rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=prompt_S, tokens=tokens)
+
+
+def responses_at(
+    task: Task, policy: Policy, prompts: Sequence[Prompt], gates_PK: np.ndarray, *, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One response to each prompt at gates of its own: rewards (P, M) and sampled KL in nats (P,). `seed` and `step` name the noise."""
+    uniforms_PT = row_uniforms(seed, step, [p.digest for p in prompts], [0] * len(prompts), task.max_new_tokens)
+    parts = []
+    for start in range(0, len(prompts), BATCH_ROWS):
+        here = slice(start, start + BATCH_ROWS)
+        gates_NK = torch.as_tensor(gates_PK[here], dtype=torch.float32).to(policy.device)
+        parts.append(_responses(task, policy, prompts[here], gates_NK, uniforms_PT[here]))
+    return np.concatenate([rewards_NM for rewards_NM, _, _ in parts]), np.concatenate([kl_N for _, kl_N, _ in parts])
+
+
+def _responses(
+    task: Task, policy: Policy, rows: Sequence[Prompt], gates_NK: torch.Tensor | None, uniforms_NT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """One response per row: rewards (N, M), log pi - log pi_ref (N,), and how many tokens were drawn."""
+    ids_NT, mask_NT = encode(policy.tokenizer, rows, policy.device)
+    with torch.no_grad():
+        made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_NT)
+        reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
+    kl_N = ((made.logp_NT - reference_NT.double()) * made.mask_NT).sum(1).cpu().numpy()
+    return task.score(rows, texts(policy.tokenizer, made)), kl_N, int(made.mask_NT.sum())

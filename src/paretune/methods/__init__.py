@@ -62,6 +62,7 @@ from paretune.methods import (  # noqa: E402, F401
     bridge,
     calibrated,
     conditioned,
+    contextual,
     distilled,
     emorl,
     experts,

@@ -16,6 +16,7 @@ linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim
 mean the uniform policy, not the reference.
 """
 
+from paretune.mixing.contextual import Contextual, Pooled
 from paretune.mixing.divergence import DivergenceMix, RobustMix
 from paretune.mixing.layer import HiddenLayerMix
 from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
@@ -26,6 +27,7 @@ __all__ = [
     "Backbones",
     "Best",
     "Constant",
+    "Contextual",
     "DivergenceMix",
     "FactorMix",
     "HiddenLayerMix",
@@ -36,6 +38,7 @@ __all__ = [
     "MergedMix",
     "Nearest",
     "ParameterMix",
+    "Pooled",
     "ReferencePolicy",
     "RobustMix",
     "Rule",
