@@ -44,7 +44,7 @@ class ByFirstLetter(Identity):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    task, learner = small_task(context=0.6), quick_learner(steps=20)
+    task, learner = small_task(context=0.8), quick_learner(steps=60)
     method = METHODS.build({"name": "experts", "mixer": "parameter"})
     done = train_plan(method, task, learner, tmp_path_factory.mktemp("experts"), seed=0)
     return task, learner, done
@@ -118,13 +118,17 @@ def test_ridge_is_the_closed_form():
     assert ((inverse_ZZ @ x_Z) ** 2).sum() == pytest.approx(width)
 
 
-def test_the_basis_holds_every_polynomial_of_its_degree():
-    basis = GateBasis(2, 3, 1.5)
-    assert basis.terms == 10
-    gates = generator(0, "basis").random((30, 2)) * 1.5
-    wanted = 1 - gates[:, 0] ** 3 + 2 * gates[:, 0] * gates[:, 1] ** 2
-    fitted = np.linalg.lstsq(basis.of(gates), wanted, rcond=None)[0]
-    np.testing.assert_allclose(basis.of(gates) @ fitted, wanted, atol=1e-10)
+def test_the_basis_is_a_gaussian_process_at_its_landmarks():
+    """Inner products of terms are 1 + the kernel, exactly where one of two gates is a landmark; never above the kernel's diagonal."""
+    basis, gates_CK = GateBasis(2, landmarks=16, width=0.5, top=1.5), generator(0, "basis").random((20, 2)) * 1.5
+    landmarks = box_lattice(2, 1.5, 16)
+    found = basis.of(gates_CK) @ basis.of(landmarks).T
+    kernel = np.exp(-((gates_CK[:, None] - landmarks[None]) ** 2).sum(-1) / 0.5)
+    np.testing.assert_allclose(found, 1 + kernel, atol=1e-5)
+    assert basis.terms == 17
+    assert ((basis.of(gates_CK) ** 2).sum(1) <= 2 + 1e-6).all()
+    far = basis.of(np.array([[90.0, 90.0]]))
+    np.testing.assert_allclose(far, np.eye(17)[:1], atol=1e-12)
 
 
 CENTRES_CMK = np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.3, 0.3], [0.6, 0.1]]])  # where each objective peaks, by context
@@ -146,7 +150,7 @@ def _learned(algorithm="linucb", *, seed=0, rounds=60, noise=0.2, features=None)
         regret.append(float((1 - y_NM).mean()))
         return y_NM + noise * rng.normal(size=y_NM.shape)
 
-    basis = GateBasis(2, 2, 1.0)
+    basis = GateBasis(2, landmarks=16, width=0.5, top=1.0)
     learned = learn_gates(
         pull,
         features_PF,
@@ -165,7 +169,7 @@ def _learned(algorithm="linucb", *, seed=0, rounds=60, noise=0.2, features=None)
 
 def _rule(learned, features):
     theta = tuple(tuple(tuple(map(float, row)) for row in rows) for rows in learned.theta_DQM)
-    return Contextual(features=features, mean_F=(0.5, 0.5), adapters=2, degree=2, top=1.0, theta_DQM=theta)
+    return Contextual(features=features, mean_F=(0.5, 0.5), adapters=2, landmarks=16, width=0.5, top=1.0, theta_DQM=theta)
 
 
 @pytest.mark.parametrize("algorithm", ["linucb", "thompson"])
@@ -207,7 +211,7 @@ def test_learning_is_deterministic_by_seed_and_skips_what_is_unscored():
         pull,
         np.zeros((4, 0)),
         box_lattice(2, 1.0, 50),
-        GateBasis(2, 2, 1.0),
+        GateBasis(2, landmarks=16, width=0.5, top=1.0),
         objectives=2,
         rounds=10,
         batch=4,
@@ -240,7 +244,7 @@ def test_a_rule_survives_json_and_says_what_is_wrong_with_it():
     prompts, w_WM = [Prompt(text="a"), Prompt(text="c")], judged_preferences(2)
     np.testing.assert_array_equal(again.prompt_gates(w_WM, prompts), rule.prompt_gates(w_WM, prompts))
     with pytest.raises(ConfigError, match="theta_DQM has a row per feature"):
-        RULES.build({**describe(rule), "degree": 3})
+        RULES.build({**describe(rule), "landmarks": 9})
     with pytest.raises(ConfigError, match="every row of gates has its returns"):
         Pooled(gates_GK=((0.0, 1.0),), returns_GM=())
 
@@ -273,17 +277,17 @@ def test_contextual_beats_the_best_static_gates_on_prompts_that_it_saw(trained, 
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("method", [{"name": "contextual", "rounds": 6, "degree": 2}, {"name": "static-gates", "budget": 8}])
+@pytest.mark.parametrize("method", [{"name": "contextual", "rounds": 6, "landmarks": 9}, {"name": "static-gates", "budget": 8}])
 def test_conformance(method, count):
     check_method(method, task=quick_task(objective_count=count))
 
 
 def test_conformance_at_the_logit_level():
-    check_method({"name": "contextual", "rounds": 4, "degree": 2, "mixer": "logit", "algorithm": "thompson"})
+    check_method({"name": "contextual", "rounds": 4, "landmarks": 9, "mixer": "logit", "algorithm": "thompson"})
 
 
 def test_what_a_user_can_get_wrong():
-    with pytest.raises(ConfigError, match="top and ridge positive"):
+    with pytest.raises(ConfigError, match="top, width and ridge positive"):
         METHODS.build({"name": "contextual", "ridge": 0.0})
     with pytest.raises(ConfigError, match="budget is at least 4"):
         METHODS.build({"name": "static-gates", "budget": 1})

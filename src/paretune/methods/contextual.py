@@ -78,7 +78,7 @@ def learn_gates(
 ) -> Learned:
     """Round by round: prompts in a shuffled cycle, a sampled preference for each, the arm that looks best for both, and its returns.
 
-    An arm's value is linear in features times basis, the same parameters for all arms, so that every pull informs about all gates.
+    An arm's value is linear in features times basis, the same parameters for all arms, so that every pull informs about gates near it.
     "linucb" adds `explore` standard deviations to the mean of w . returns, "thompson" draws the parameters with `explore` of them. The
     first tenth of the rounds pulls arms at random. The noise is estimated from the errors of prediction before each update.
     """
@@ -144,8 +144,9 @@ class PaidPooled(_Paid, Pooled):
 class ContextualBandit(Method):
     """M experts, one per objective; their gates follow from the prompt and the preference, by a model that a bandit learned.
 
-    rounds: of `batch` prompts each (all of them where the task is exact). top: the largest gate. degree: of the polynomial in the gates.
-    explore: standard deviations. share and ridge: how much the prompt's features are believed, and how strong the penalty is.
+    rounds: of `batch` prompts each (all of them where the task is exact). top: the largest gate. landmarks and width: how finely the
+    returns may depend on the gates. explore: standard deviations. share: the size of a prompt's features beside the 1 that all prompts
+    have in common. ridge: the strength of the penalty.
     """
 
     mixer: Literal["parameter", "logit"] = "parameter"
@@ -154,17 +155,19 @@ class ContextualBandit(Method):
     rounds: int = 150
     batch: int = 16
     top: float = 1.25
-    degree: int = 4
+    landmarks: int = 36
+    width: float = 0.3
     explore: float = 1.0
-    share: float = 1.0
-    ridge: float = 0.01
+    share: float = 0.15
+    ridge: float = 0.3
 
     card: ClassVar[Card] = Card(
         family="meta-policy",
         summary="a contextual bandit learns gates of the experts, their scale included, from the prompt's text and the preference",
-        source="LinUCB (1003.0146) and Thompson sampling with linear payoffs (1209.3352)",
-        differs="one model with shared parameters over continuous gates instead of one per arm, of every objective's return, so that all "
-        "preferences learn from every pull; after learning, the model's best gates between the arms",
+        source="contextual Gaussian process bandits (Krause and Ong 2011); LinUCB (1003.0146), Thompson sampling with linear payoffs "
+        "(1209.3352)",
+        differs="one model over continuous gates, linear in the prompt's features, of every objective's return, so that all preferences "
+        "learn from every pull; after learning, the model's best gates between the arms",
         hides="pulls are paid before the first question and see training prompts only; on exact tasks a pull is the expected return of "
         "a prompt, without noise; what the features do not tell apart is treated alike",
         trainings="M",
@@ -173,11 +176,11 @@ class ContextualBandit(Method):
     )
 
     def __post_init__(self):
-        if min(self.rounds, self.batch, self.degree) < 1 or min(self.top, self.ridge) <= 0 or min(self.explore, self.share) < 0:
+        counts, positive = (self.rounds, self.batch, self.landmarks), (self.top, self.width, self.ridge)
+        if min(counts) < 1 or min(positive) <= 0 or min(self.explore, self.share) < 0:
             raise ConfigError(
-                "method contextual: rounds, batch and degree are at least 1, top and ridge positive, explore and share at least 0",
-                found=f"rounds = {self.rounds}, batch = {self.batch}, degree = {self.degree}, top = {self.top}, ridge = {self.ridge}, "
-                f"explore = {self.explore}, share = {self.share}",
+                "method contextual: rounds, batch, landmarks are at least 1, top, width and ridge positive, explore, share at least 0",
+                found=f"rounds, batch, landmarks = {counts}, top, width, ridge = {positive}, explore, share = {self.explore, self.share}",
                 remedy="`paretune show contextual` prints the defaults",
             )
 
@@ -197,7 +200,7 @@ class ContextualBandit(Method):
             _puller(task, policy, seed=seed),
             features_PF,
             _gates(policy, self.top, ARMS),
-            GateBasis(policy.K, self.degree, self.top),
+            GateBasis(policy.K, landmarks=self.landmarks, width=self.width, top=self.top),
             objectives=task.objectives.count,
             rounds=self.rounds,
             batch=len(prompts) if task.is_exact else self.batch,
@@ -211,7 +214,8 @@ class ContextualBandit(Method):
             features=features,
             mean_F=tuple(map(float, features_PF.mean(0))),
             adapters=policy.K,
-            degree=self.degree,
+            landmarks=self.landmarks,
+            width=self.width,
             top=self.top,
             theta_DQM=tuple(tuple(tuple(map(float, row_M)) for row_M in rows) for rows in learned.theta_DQM),
         ).spend(_cost(self.rounds, 0 if task.is_exact else learned.pulls, start))

@@ -2,9 +2,9 @@
 
     returns_M(x, g) = sum_dq theta_dqm phi_d(x) psi_q(g)
 
-phi is 1 and the prompt's features, psi a polynomial in the gates. The model gives every objective's return, so that one model answers
-all preferences: gates(w, x) is the argmax of w . returns(x, g) over the box [0, top]^K. Axes: F features, D = F + 1, Q terms of the
-polynomial, C candidates.
+phi is 1 and the prompt's features, psi smooth functions of the gates. The model gives every objective's return, so that one model answers
+all preferences: gates(w, x) is the argmax of w . returns(x, g) over the box [0, top]^K. Axes: F features, D = F + 1, Q functions
+of the gates, C candidates.
 """
 
 from __future__ import annotations
@@ -91,28 +91,28 @@ def box_lattice(count: int, top: float, budget: int) -> np.ndarray:
 
 
 class GateBasis:
-    """psi: products of Chebyshev polynomials in the gates, scaled to the box, of total degree up to `degree`."""
+    """psi: 1, and smooth bumps of `width` around an even lattice of at most `landmarks` gates, made independent of each other.
 
-    def __init__(self, count: int, degree: int, top: float):
-        powers = [p for p in itertools.product(range(degree + 1), repeat=count) if sum(p) <= degree]
-        self._powers_QK, self._degree, self._top = np.array(sorted(powers, key=lambda p: (sum(p), p))), degree, top
+    Ridge on these terms is a Gaussian process with a squared-exponential kernel, seen through its landmarks (Nystroem): gates that are
+    near each other have returns that are near each other, and far from all landmarks nothing is claimed.
+    """
+
+    def __init__(self, count: int, *, landmarks: int, width: float, top: float):
+        self._landmarks_QK, self._width = box_lattice(count, top, landmarks), width
+        kernel_QQ = self._kernel(self._landmarks_QK) + 1e-8 * np.eye(len(self._landmarks_QK))
+        self._inverse_QQ = np.linalg.inv(np.linalg.cholesky(kernel_QQ))
 
     @property
     def terms(self) -> int:
         """Q."""
-        return len(self._powers_QK)
+        return len(self._landmarks_QK) + 1
 
     def of(self, gates_CK: np.ndarray) -> np.ndarray:
         """(C, Q)."""
-        u_CK = 2.0 * np.asarray(gates_CK, dtype=np.float64) / self._top - 1.0
-        steps = [np.ones_like(u_CK), u_CK]
-        for _ in range(self._degree - 1):
-            steps.append(2.0 * u_CK * steps[-1] - steps[-2])
-        chebyshev_DCK = np.stack(steps)
-        psi_CQ = np.ones((len(u_CK), self.terms))
-        for k in range(u_CK.shape[1]):
-            psi_CQ *= chebyshev_DCK[self._powers_QK[:, k], :, k].T
-        return psi_CQ
+        return np.concatenate([np.ones((len(gates_CK), 1)), self._kernel(np.asarray(gates_CK)) @ self._inverse_QQ.T], axis=1)
+
+    def _kernel(self, gates_CK: np.ndarray) -> np.ndarray:
+        return np.exp(-((gates_CK[:, None] - self._landmarks_QK) ** 2).sum(-1) / (2 * self._width**2))
 
 
 @RULES.register("contextual")
@@ -126,16 +126,17 @@ class Contextual(Rule):
     features: Features
     mean_F: tuple[float, ...]
     adapters: int
-    degree: int
+    landmarks: int
+    width: float
     top: float
     theta_DQM: tuple[tuple[tuple[float, ...], ...], ...]
 
     def __post_init__(self):
         found = np.shape(self.theta_DQM)
-        wanted = (self.features.count + 1, GateBasis(self.adapters, self.degree, self.top).terms)
+        wanted = (self.features.count + 1, self._basis.terms)
         if found[:2] != wanted or len(self.mean_F) != self.features.count or not np.isfinite(self.theta_DQM).all():
             raise ConfigError(
-                "contextual: theta_DQM has a row per feature, one for the constant first, and a column per term of the polynomial",
+                "contextual: theta_DQM has a row per feature, one for the constant first, and a column per landmark and one",
                 found=f"shape {found} for {wanted} and {len(self.mean_F)} means, or numbers that are not finite",
                 remedy="learn the rule anew",
             )
@@ -146,7 +147,7 @@ class Contextual(Rule):
 
     @cached_property
     def _basis(self) -> GateBasis:
-        return GateBasis(self.adapters, self.degree, self.top)
+        return GateBasis(self.adapters, landmarks=self.landmarks, width=self.width, top=self.top)
 
     @cached_property
     def _candidates(self) -> tuple[np.ndarray, np.ndarray]:
