@@ -106,10 +106,10 @@ def test_composition_limit_of_gates_per_prompt():
 def test_ridge_is_the_closed_form():
     rng = generator(0, "ridge")
     z_NZ, y_NM = rng.normal(size=(40, 6)), rng.normal(size=(40, 3))
-    model = Ridge(6, 3, 0.7)
+    model = Ridge(6, 3)
     for start in range(0, 40, 7):
         model.add(z_NZ[start : start + 7], y_NM[start : start + 7])
-    theta_ZM, inverse_ZZ = model.solve()
+    theta_ZM, inverse_ZZ = model.solve(0.7)
     stacked_ZZ = np.concatenate([z_NZ, np.sqrt(0.7) * np.eye(6)])
     expected_ZM = np.linalg.lstsq(stacked_ZZ, np.concatenate([y_NM, np.zeros((6, 3))]), rcond=None)[0]
     np.testing.assert_allclose(theta_ZM, expected_ZM, atol=1e-10)
@@ -162,6 +162,7 @@ def _learned(algorithm="linucb", *, seed=0, rounds=60, noise=0.2, features=None)
         algorithm=algorithm,
         explore=1.0,
         ridge=0.1,
+        between=0.0,
         seed=seed,
     )
     return learned, regret
@@ -218,6 +219,7 @@ def test_learning_is_deterministic_by_seed_and_skips_what_is_unscored():
         algorithm="linucb",
         explore=1.0,
         ridge=1e-3,
+        between=0.01,
         seed=0,
     )
     assert (lost.pulls, lost.unscored) == (40, 10)
@@ -287,7 +289,7 @@ def test_conformance_at_the_logit_level():
 
 
 def test_what_a_user_can_get_wrong():
-    with pytest.raises(ConfigError, match="top, width and ridge positive"):
+    with pytest.raises(ConfigError, match="top, width, ridge positive"):
         METHODS.build({"name": "contextual", "ridge": 0.0})
     with pytest.raises(ConfigError, match="budget is at least 4"):
         METHODS.build({"name": "static-gates", "budget": 1})

@@ -37,19 +37,19 @@ Pull = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Ridge:
-    """Linear regression of M outputs on Z inputs with the penalty `ridge` * |theta|^2, one observation after the other."""
+    """Linear regression of M outputs on Z inputs with a penalty `ridge` * |theta|^2, one observation after the other."""
 
-    def __init__(self, inputs: int, outputs: int, ridge: float):
-        self.precision_ZZ, self.moment_ZM = ridge * np.eye(inputs), np.zeros((inputs, outputs))
+    def __init__(self, inputs: int, outputs: int):
+        self._gram_ZZ, self._moment_ZM = np.zeros((inputs, inputs)), np.zeros((inputs, outputs))
 
     def add(self, z_NZ: np.ndarray, y_NM: np.ndarray) -> None:
-        self.precision_ZZ += z_NZ.T @ z_NZ
-        self.moment_ZM += z_NZ.T @ y_NM
+        self._gram_ZZ += z_NZ.T @ z_NZ
+        self._moment_ZM += z_NZ.T @ y_NM
 
-    def solve(self) -> tuple[np.ndarray, np.ndarray]:
-        """theta (Z, M), and the inverse of the Cholesky factor L (precision = L L^T): the width at z is |L^-1 z|."""
-        inverse_ZZ = np.linalg.inv(np.linalg.cholesky(self.precision_ZZ))
-        return inverse_ZZ.T @ (inverse_ZZ @ self.moment_ZM), inverse_ZZ
+    def solve(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        """theta (Z, M), and the inverse of the Cholesky factor L (gram + ridge = L L^T): the width at z is |L^-1 z|."""
+        inverse_ZZ = np.linalg.inv(np.linalg.cholesky(self._gram_ZZ + ridge * np.eye(len(self._gram_ZZ))))
+        return inverse_ZZ.T @ (inverse_ZZ @ self._moment_ZM), inverse_ZZ
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,21 @@ def learn_gates(
     algorithm: str,
     explore: float,
     ridge: float,
+    between: float,
     seed: int,
 ) -> Learned:
     """Round by round: prompts in a shuffled cycle, a sampled preference for each, the arm that looks best for both, and its returns.
 
     An arm's value is linear in features times basis, the same parameters for all arms, so that every pull informs about gates near it.
     "linucb" adds `explore` standard deviations to the mean of w . returns, "thompson" draws the parameters with `explore` of them. The
-    first tenth of the rounds pulls arms at random. The noise is estimated from the errors of prediction before each update.
+    first tenth of the rounds pulls arms at random. The noise is estimated from the errors of prediction before each update. The penalty is
+    `ridge` plus `between` times the pulls per prompt: what prompts differ by beyond their features does not average out with more pulls.
     """
     rng = generator(seed, "bandit")
     psi_CQ = basis.of(arms_CK)
     phi_PD = np.concatenate([np.ones((len(features_PF), 1)), features_PF], axis=1)
     d, q = phi_PD.shape[1], basis.terms
-    model = Ridge(d * q, objectives, ridge)
+    model = Ridge(d * q, objectives)
     noise_M = np.ones(objectives)
     queue = np.empty(0, dtype=np.int64)
     utility_T, pulls, unscored = [], 0, 0
@@ -95,7 +97,7 @@ def learn_gates(
             queue = np.concatenate([queue, rng.permutation(len(phi_PD))])
         prompt_N, queue = queue[:batch], queue[batch:]
         w_NM = sample_preferences(rng, batch, objectives)
-        theta_ZM, inverse_ZZ = model.solve()
+        theta_ZM, inverse_ZZ = model.solve(ridge + between * pulls / len(phi_PD))
         phi_ND = phi_PD[prompt_N]
         if number < max(1, rounds // 10):
             arm_N = rng.integers(len(arms_CK), size=batch)
@@ -105,8 +107,10 @@ def learn_gates(
                 drawn_ZM = theta_ZM + explore * np.sqrt(noise_M) * (inverse_ZZ.T @ rng.normal(size=theta_ZM.shape))
             value_NC = np.einsum("nd,dqm,nm,cq->nc", phi_ND, drawn_ZM.reshape(d, q, -1), w_NM, psi_CQ, optimize=True)
             if algorithm == "linucb":
-                spread_NCZ = np.einsum("zdq,nd,cq->ncz", inverse_ZZ.reshape(-1, d, q), phi_ND, psi_CQ, optimize=True)
-                value_NC += explore * np.sqrt((w_NM**2 @ noise_M)[:, None] * (spread_NCZ**2).sum(-1))
+                variance_NC = np.stack(
+                    [((inverse_ZZ.reshape(-1, d, q).transpose(0, 2, 1) @ phi_D @ psi_CQ.T) ** 2).sum(0) for phi_D in phi_ND]
+                )
+                value_NC += explore * np.sqrt((w_NM**2 @ noise_M)[:, None] * variance_NC)
             arm_N = value_NC.argmax(1)
         y_NM = pull(number, prompt_N, arms_CK[arm_N])
         known_N = np.isfinite(y_NM).all(1)
@@ -117,7 +121,8 @@ def learn_gates(
             noise_M = error_M if number == 0 else FORGET * noise_M + (1 - FORGET) * error_M
             utility_T.append(float((w_NM * y_NM)[known_N].sum(1).mean()))
             model.add(z_NZ, y_NM[known_N])
-    return Learned(model.solve()[0].reshape(d, q, objectives), np.array(utility_T), pulls, unscored)
+    theta_ZM, _ = model.solve(ridge + between * pulls / len(phi_PD))
+    return Learned(theta_ZM.reshape(d, q, objectives), np.array(utility_T), pulls, unscored)
 
 
 class _Paid:
@@ -146,20 +151,21 @@ class ContextualBandit(Method):
 
     rounds: of `batch` prompts each (all of them where the task is exact). top: the largest gate. landmarks and width: how finely the
     returns may depend on the gates. explore: standard deviations. share: the size of a prompt's features beside the 1 that all prompts
-    have in common. ridge: the strength of the penalty.
+    have in common. ridge and between: the strength of the penalty, the latter for each pull of a prompt.
     """
 
     mixer: Literal["parameter", "logit"] = "parameter"
     algorithm: Literal["linucb", "thompson"] = "linucb"
     features: Literal["auto", "letters", "words", "none"] = "auto"
-    rounds: int = 150
+    rounds: int = 100
     batch: int = 16
     top: float = 1.25
     landmarks: int = 36
     width: float = 0.3
     explore: float = 1.0
     share: float = 0.15
-    ridge: float = 0.3
+    ridge: float = 0.1
+    between: float = 0.004
 
     card: ClassVar[Card] = Card(
         family="meta-policy",
@@ -177,10 +183,10 @@ class ContextualBandit(Method):
 
     def __post_init__(self):
         counts, positive = (self.rounds, self.batch, self.landmarks), (self.top, self.width, self.ridge)
-        if min(counts) < 1 or min(positive) <= 0 or min(self.explore, self.share) < 0:
+        if min(counts) < 1 or min(positive) <= 0 or min(self.explore, self.share, self.between) < 0:
             raise ConfigError(
-                "method contextual: rounds, batch, landmarks are at least 1, top, width and ridge positive, explore, share at least 0",
-                found=f"rounds, batch, landmarks = {counts}, top, width, ridge = {positive}, explore, share = {self.explore, self.share}",
+                "method contextual: rounds, batch, landmarks are at least 1, top, width, ridge positive, the rest at least 0",
+                found=f"rounds, batch, landmarks = {counts}, top, width, ridge = {positive}, explore, share, between = {self.explore, self.share, self.between}",
                 remedy="`paretune show contextual` prints the defaults",
             )
 
@@ -207,6 +213,7 @@ class ContextualBandit(Method):
             algorithm=self.algorithm,
             explore=self.explore,
             ridge=self.ridge,
+            between=self.between,
             seed=seed,
         )
         _require_scores(learned.pulls - learned.unscored)
