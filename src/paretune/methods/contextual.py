@@ -107,9 +107,8 @@ def learn_gates(
                 drawn_ZM = theta_ZM + explore * np.sqrt(noise_M) * (inverse_ZZ.T @ rng.normal(size=theta_ZM.shape))
             value_NC = np.einsum("nd,dqm,nm,cq->nc", phi_ND, drawn_ZM.reshape(d, q, -1), w_NM, psi_CQ, optimize=True)
             if algorithm == "linucb":
-                variance_NC = np.stack(
-                    [((inverse_ZZ.reshape(-1, d, q).transpose(0, 2, 1) @ phi_D @ psi_CQ.T) ** 2).sum(0) for phi_D in phi_ND]
-                )
+                inverse_ZQD = inverse_ZZ.reshape(-1, d, q).transpose(0, 2, 1)
+                variance_NC = np.stack([((inverse_ZQD @ phi_D @ psi_CQ.T) ** 2).sum(0) for phi_D in phi_ND])
                 value_NC += explore * np.sqrt((w_NM**2 @ noise_M)[:, None] * variance_NC)
             arm_N = value_NC.argmax(1)
         y_NM = pull(number, prompt_N, arms_CK[arm_N])
@@ -186,7 +185,8 @@ class ContextualBandit(Method):
         if min(counts) < 1 or min(positive) <= 0 or min(self.explore, self.share, self.between) < 0:
             raise ConfigError(
                 "method contextual: rounds, batch, landmarks are at least 1, top, width, ridge positive, the rest at least 0",
-                found=f"rounds, batch, landmarks = {counts}, top, width, ridge = {positive}, explore, share, between = {self.explore, self.share, self.between}",
+                found=f"rounds, batch, landmarks = {counts}, top, width, ridge = {positive}, "
+                f"explore, share, between = {self.explore, self.share, self.between}",
                 remedy="`paretune show contextual` prints the defaults",
             )
 
