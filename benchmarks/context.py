@@ -27,18 +27,14 @@ LEARNER = {"name": "exact", "steps": 60}
 METHODS: list[Any] = [
     {"name": "static-gates", "mixer": ["parameter", "logit"]},
     {"name": "contextual", "mixer": ["parameter", "logit"]},
-    {"name": "contextual", "algorithm": "thompson"},
     {"name": "contextual", "features": "none"},
 ]
 
 
 def label(method: dict[str, Any]) -> str:
     """What tells the methods apart."""
-    if method["name"] == "static-gates":
-        return f"static {method['mixer']}"
-    if method["features"] == "none":
-        return "blind parameter"
-    return f"{method['algorithm']} {method['mixer']}"
+    kind = "static" if method["name"] == "static-gates" else "blind" if method["features"] == "none" else "contextual"
+    return f"{kind} {method['mixer']}"
 
 
 def main() -> None:
@@ -63,11 +59,10 @@ def main() -> None:
         found = estimate(np.array(of[ours, split]) - np.array(of[theirs, split]), seed=0)
         figures.update({f"{name}_mean": found.value, f"{name}_low": found.low, f"{name}_high": found.high})
 
-    gain("context_gain", "linucb parameter", "static parameter", "test", means)
-    gain("context_gain_train", "linucb parameter", "static parameter", "train", means)
-    gain("context_gain_worst", "linucb parameter", "static parameter", "test", worst)
-    gain("context_gain_thompson", "thompson parameter", "static parameter", "test", means)
-    gain("context_gain_logit", "linucb logit", "static logit", "test", means)
+    gain("context_gain", "contextual parameter", "static parameter", "test", means)
+    gain("context_gain_train", "contextual parameter", "static parameter", "train", means)
+    gain("context_gain_worst", "contextual parameter", "static parameter", "test", worst)
+    gain("context_gain_logit", "contextual logit", "static logit", "test", means)
     gain("context_gain_blind", "blind parameter", "static parameter", "test", means)
     figures["context_gain_train"] = figures.pop("context_gain_train_mean")
     for name, split in means:

@@ -154,14 +154,14 @@ class ContextualBandit(Method):
     """
 
     mixer: Literal["parameter", "logit"] = "parameter"
-    algorithm: Literal["linucb", "thompson"] = "linucb"
+    algorithm: Literal["linucb", "thompson"] = "thompson"
     features: Literal["auto", "letters", "words", "none"] = "auto"
     rounds: int = 100
     batch: int = 16
     top: float = 1.25
     landmarks: int = 36
     width: float = 0.3
-    explore: float = 1.0
+    explore: float = 2.0
     share: float = 0.15
     ridge: float = 0.1
     between: float = 0.004
