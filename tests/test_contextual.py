@@ -44,7 +44,7 @@ class ByFirstLetter(Identity):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    task, learner = small_task(context=0.8), quick_learner(steps=60)
+    task, learner = small_task(context=0.8, prompt_count=8), quick_learner(steps=60)
     method = METHODS.build({"name": "experts", "mixer": "parameter"})
     done = train_plan(method, task, learner, tmp_path_factory.mktemp("experts"), seed=0)
     return task, learner, done
