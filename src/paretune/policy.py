@@ -75,6 +75,16 @@ class Policy(ABC):
     def forwards_per_token(self) -> float:
         return float(self.copies)
 
+    def parameters(self) -> list[Tensor]:
+        """What a training of this policy trains: the bank's trainable tensors, and what a level has beside them."""
+        return self.bank.parameters()
+
+    def save_extra(self, folder: Path) -> None:  # noqa: B027
+        """Write into `folder` what the level has learned beside adapters; most have nothing."""
+
+    def load_extra(self, folder: Path) -> None:  # noqa: B027
+        """Read it back."""
+
     @abstractmethod
     def parts(
         self,
@@ -279,6 +289,7 @@ class Family:
                     shutil.copyfile(Path(self.adapters[name]) / file, folder / file)
             else:
                 self.policy.bank.save(name, folder)
+        self.policy.save_extra(path)
         card = {
             "format": FAMILY_FORMAT,
             "level": {"name": self.policy.level, **self.policy.settings} if self.policy.settings else self.policy.level,
@@ -314,6 +325,7 @@ class Family:
             model = model.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
         policy = build_level(card["level"], LoraBank.load(model, adapters), tokenizer)
+        policy.load_extra(path)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"])
 
