@@ -216,9 +216,12 @@ class Family:
                 found=f"shape {w_WM.shape} for the objectives {', '.join(self.objectives.names)}",
                 remedy="pass an array of shape (preferences, objectives)",
             )
-        by_prompt = prompts is not None and hasattr(self.rule, "prompt_gates")
-        gates = self.rule.prompt_gates(w_WM, prompts) if by_prompt else self.rule.gates(w_WM)
-        if gates.shape != (len(w_WM), *([len(prompts)] if by_prompt else []), self.policy.K):
+        shape: tuple[int, ...] = (len(w_WM), self.policy.K)
+        if prompts is not None and hasattr(self.rule, "prompt_gates"):
+            gates, shape = self.rule.prompt_gates(w_WM, prompts), (len(w_WM), len(prompts), self.policy.K)
+        else:
+            gates = self.rule.gates(w_WM)
+        if gates.shape != shape:
             raise ConfigError(
                 "a rule gives one gate per adapter",
                 found=f"rule {self.rule.registered_name!r} gives {gates.shape[1:]} for {self.policy.K} adapters",

@@ -105,7 +105,7 @@ def sampled_returns(
     """
     prompts = task.prompts(split)
     prompt_S = np.arange(samples) % len(prompts)
-    rows = [prompts[s] for s in prompt_S]
+    rows = [prompts[int(p)] for p in prompt_S]
     occurrences = [s // len(prompts) for s in range(samples)]
     uniforms_ST = row_uniforms(seed_for(seed, "returns", split), 0, [p.digest for p in rows], occurrences, task.max_new_tokens)
     rewards_WSM = np.empty((len(gates_W), samples, task.objectives.count))
