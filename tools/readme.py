@@ -66,6 +66,8 @@ TARGETS = (
     ("gated_vs_plain_b1", "decode.py", "the same, batch 1", 0.85),
     ("router_vs_plain_b16", "decode.py", "gates by a router, anew for every token, batch 16: the same share", 0.75),
     ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: the same share", 0.30),
+    ("context_gain_low", "context.py", "gates by prompt over the best fixed ones, test prompts, 10 seeds: gain, lower end", "above 0"),
+    ("context_gain_mean", "context.py", "the same gain, mean", None),
     ("shared_trunk_logit_vs_plain", "decode.py", "logit mixing of 3 experts that share their lower layers, batch 16: the same share", 0.6),
     ("logit_vs_published_loop", "decode.py", "logit mixing against the published loop (3 full copies, no cache), times", None),
     ("experts_logit_worst_2_layers", "mixers.py", "logit mixing of plain experts, a small exact task: worst attainment", None),

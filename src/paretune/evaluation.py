@@ -80,10 +80,11 @@ def evaluate(
     curves: dict[str, Curve] = {}
     measured: dict[str, Any] = {}
     for split in splits:
+        gates_W = family.gates(w_WM, task.prompts(split))
         curves[split], measured[split] = (
-            _exact(task, family, split, w_WM, gates_WK)  # type: ignore[arg-type]
+            _exact(task, family, split, w_WM, gates_W)  # type: ignore[arg-type]
             if exact
-            else _sampled(task, family, split, w_WM, gates_WK, samples, seed)
+            else _sampled(task, family, split, w_WM, gates_W, samples, seed)
         )
     result = {
         "exact": exact,
@@ -125,9 +126,9 @@ def _preferences(task: Task, given: np.ndarray) -> np.ndarray:
     return w_WM
 
 
-def _exact(task: ExactTask, family: Family, split: str, w_WM: np.ndarray, gates_WK: np.ndarray) -> tuple[Curve, dict[str, Any]]:
+def _exact(task: ExactTask, family: Family, split: str, w_WM: np.ndarray, gates_W: np.ndarray) -> tuple[Curve, dict[str, Any]]:
     returns = ExactReturns(task, family.policy, split)
-    rewards_WPM, kl_WP = returns.at(gates_WK)
+    rewards_WPM, kl_WP = returns.at(gates_W)
     prompt_P = np.arange(returns.prompts)
     curve = Curve(w_WM=w_WM, rewards_WSM=rewards_WPM, kl_WS=kl_WP, prompt_S=prompt_P, beta=task.beta, split=split, exact=True)
 
@@ -152,8 +153,8 @@ def _exact(task: ExactTask, family: Family, split: str, w_WM: np.ndarray, gates_
         "igd_plus": {"value": igd_plus(points_WM, front_KM), "of_optimum": igd_plus(optimum_WM, front_KM)},
         "utility_loss": {"expected": expected, "maximum": maximum},
         "controllability": metrics.controllability(points_WM, optimum_WM) if len(w_WM) > 1 else np.nan,
-        "loss": _loss(task, family, returns, w_WM, gates_WK, attainment_W, start_W, best_W),
-        "own_utility": exact_own_utility(task, family, returns, w_WM, gates_WK, points_WM),
+        "loss": _loss(task, family, returns, w_WM, gates_W, attainment_W, start_W, best_W),
+        "own_utility": exact_own_utility(task, family, returns, w_WM, gates_W, points_WM),
     }
 
 
@@ -162,7 +163,7 @@ def _loss(
     family: Family,
     returns: ExactReturns,
     w_WM: np.ndarray,
-    gates_WK: np.ndarray,
+    gates_W: np.ndarray,
     attainment_W: np.ndarray,
     start_W: np.ndarray,
     best_W: np.ndarray,
@@ -179,8 +180,8 @@ def _loss(
     total_W = 1.0 - attainment_W
     composition_W, learning_W, remainder_W = None, None, total_W
     if family.policy.level in LIMIT_LEVELS and len(experts) == family.policy.K:
-        own_WM = gates_WK[:, list(experts)]  # gates of the experts, in the order of the objectives
-        limit_WM = np.stack([task.J_M(task.composition_limit_logp_PR(g_M, split), split) for g_M in own_WM])
+        own_W = gates_W[..., list(experts)]  # gates of the experts, in the order of the objectives
+        limit_WM = np.stack([task.J_M(task.composition_limit_logp_PR(own, split), split) for own in own_W])
         composition_W = 1.0 - metrics.attainment(metrics.utility(limit_WM, w_WM), start_W, best_W)
         learning_W = total_W - composition_W
         remainder_W = 0.0 * total_W
@@ -193,9 +194,9 @@ def _loss(
 
 
 def _sampled(
-    task: Task, family: Family, split: str, w_WM: np.ndarray, gates_WK: np.ndarray, samples: int, seed: int
+    task: Task, family: Family, split: str, w_WM: np.ndarray, gates_W: np.ndarray, samples: int, seed: int
 ) -> tuple[Curve, dict[str, Any]]:
-    drawn = sampled_returns(task, family.policy, split, gates_WK, samples=samples, seed=seed)
+    drawn = sampled_returns(task, family.policy, split, gates_W, samples=samples, seed=seed)
     base = sampled_returns(task, family.policy, split, [None], samples=samples, seed=seed)
     curve, start = _curve(task, split, w_WM, drawn), _curve(task, split, w_WM, base)
     points_WM = np.array(_means(curve)["returns"])

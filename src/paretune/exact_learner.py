@@ -98,7 +98,7 @@ class ExactGradient(Learner):
             return read_cost(work)
         _check(spec)
         policy = self.start(spec, task, parents or {})
-        weights = policy.bank.parameters()
+        weights = policy.parameters()
         optimiser = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
         run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
         began, per_step = time.monotonic() - run.seconds, task.inputs("train").input_ids_PT.numel()
@@ -136,7 +136,7 @@ class ExactGradient(Learner):
         all_of = enumerated(policy, task, gates_PK)
         reward_PM, kl_P = all_of.rewards_PM, all_of.kl_P
         return_PM = reward_PM - task.beta * kl_P[:, None]
-        weighting, parameters = weighting_of(spec), policy.bank.parameters()
+        weighting, parameters = weighting_of(spec), policy.parameters()
         jacobian = autograd_jacobian(return_PM.mean(0), parameters) if weighting.needs_gramian else None
         seen = Seen(
             step=step,

@@ -121,7 +121,7 @@ def explain(
     names = family.objectives.names
     chosen = preference if isinstance(preference, Preference) else Preference.of(names, preference)
     given = Prompt(text=prompt) if isinstance(prompt, str) else prompt
-    gates_K = torch.from_numpy(family.gates(chosen.w_M[None])[0]).float().to(family.policy.device)
+    gates_K = torch.from_numpy(family.gates(chosen.w_M[None], [given]).reshape(family.policy.K)).float().to(family.policy.device)
     ids_1T, mask_1T = encode(family.policy.tokenizer, [given], family.policy.device)
     if response is None:
         limit = max_new_tokens or family.meta.get("max_new_tokens")
@@ -325,10 +325,10 @@ def sensitivity(
 
 def _returns_WSM(task: Any, family: Family, w_WM: np.ndarray, split: str, samples: int, seed: int) -> np.ndarray:
     """Returns at each preference; S are prompts where the task is exact."""
-    gates_WK = family.gates(w_WM)
+    gates_W = family.gates(w_WM, task.prompts(split))
     if task.is_exact:
-        rewards_WSM, kl_WS = ExactReturns(task, family.policy, split).at(gates_WK)
+        rewards_WSM, kl_WS = ExactReturns(task, family.policy, split).at(gates_W)
     else:
-        drawn = sampled_returns(task, family.policy, split, gates_WK, samples=samples, seed=seed)
+        drawn = sampled_returns(task, family.policy, split, gates_W, samples=samples, seed=seed)
         rewards_WSM, kl_WS = drawn.rewards_WSM, drawn.kl_WS
     return rewards_WSM - task.beta * kl_WS[..., None]

@@ -17,6 +17,7 @@ from paretune.errors import ConfigError
 from paretune.ledger import Cost, write_cost
 from paretune.lora import LoraBank
 from paretune.mixing import ParameterMix
+from paretune.policy import build_level
 from paretune.registry import RULES
 from paretune.tasks import Task
 from paretune.types import Artifact, TrainSpec
@@ -82,13 +83,15 @@ class Learner(ABC):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
             alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
-        if not bank.parameters():
+        rule = None if spec.rule is None else RULES.build(spec.rule)
+        policy = build_level(getattr(rule, "level", "parameter"), bank, tokenizer)
+        assert isinstance(policy, ParameterMix), "a training runs at the parameter level, with a router or without"
+        if not policy.parameters():
             raise ConfigError(
                 "a training trains an adapter",
                 found="none: no fresh ones and no init_from",
                 remedy="ask for fresh ones, or start from some",
             )
-        policy = ParameterMix(bank, tokenizer)
         gates_of(spec, np.eye(task.objectives.count)[:1], policy.K)  # a rule for other adapters fails here
         return policy
 
@@ -97,7 +100,8 @@ class Learner(ABC):
         trained = policy.bank.trainable
         for i, name in enumerate(trained):
             policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
-        size = sum(p.numel() * p.element_size() for p in policy.bank.parameters())
+        policy.save_extra(work)
+        size = sum(p.numel() * p.element_size() for p in policy.parameters())
         base = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         # Memory: weights, gradients and the optimiser's two moments; activations are not counted.
         cost = dataclasses.replace(cost, memory_bytes=base + 3 * size, storage_bytes=size)

@@ -75,6 +75,16 @@ class Policy(ABC):
     def forwards_per_token(self) -> float:
         return float(self.copies)
 
+    def parameters(self) -> list[Tensor]:
+        """What a training of this policy trains: the bank's trainable tensors, and what a level has beside them."""
+        return self.bank.parameters()
+
+    def save_extra(self, folder: Path) -> None:  # noqa: B027
+        """Write into `folder` what the level has learned beside adapters; most have nothing."""
+
+    def load_extra(self, folder: Path) -> None:  # noqa: B027
+        """Read it back."""
+
     @abstractmethod
     def parts(
         self,
@@ -197,8 +207,8 @@ class Family:
     def __post_init__(self):
         self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
 
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        """(W, K) float64 gates of W preferences."""
+    def gates(self, w_WM: np.ndarray, prompts: Sequence[Prompt] | None = None) -> np.ndarray:
+        """(W, K) float64 gates of W preferences; (W, P, K) for `prompts`, where the rule looks at the prompt."""
         w_WM = np.asarray(w_WM, dtype=np.float64)
         if w_WM.ndim != 2 or w_WM.shape[1] != self.objectives.count:
             raise ConfigError(
@@ -206,14 +216,18 @@ class Family:
                 found=f"shape {w_WM.shape} for the objectives {', '.join(self.objectives.names)}",
                 remedy="pass an array of shape (preferences, objectives)",
             )
-        gates_WK = self.rule.gates(w_WM)
-        if gates_WK.shape != (len(w_WM), self.policy.K):
+        shape: tuple[int, ...] = (len(w_WM), self.policy.K)
+        if prompts is not None and hasattr(self.rule, "prompt_gates"):
+            gates, shape = self.rule.prompt_gates(w_WM, prompts), (len(w_WM), len(prompts), self.policy.K)
+        else:
+            gates = self.rule.gates(w_WM)
+        if gates.shape != shape:
             raise ConfigError(
                 "a rule gives one gate per adapter",
-                found=f"rule {self.rule.registered_name!r} gives {gates_WK.shape[1:]} for {self.policy.K} adapters",
+                found=f"rule {self.rule.registered_name!r} gives {gates.shape[1:]} for {self.policy.K} adapters",
                 remedy="use a rule that was made for these adapters",
             )
-        return gates_WK
+        return gates
 
     def sample(
         self,
@@ -236,9 +250,10 @@ class Family:
             raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
-        gates_K = torch.from_numpy(self.gates(Preference.of(self.objectives.names, preference).w_M[None])[0]).float()
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
         rows = [prompt for prompt in asked for _ in range(n)]
+        gates = self.gates(Preference.of(self.objectives.names, preference).w_M[None], asked)[0]  # (K,), or (P, K)
+        gates_NK = torch.from_numpy(np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)).float()
         seen: Counter[str] = Counter()
         occurrences = []
         for prompt in rows:
@@ -253,7 +268,7 @@ class Family:
                 self.policy,
                 ids_NT,
                 mask_NT,
-                gates_NK=gates_K.repeat(len(here), 1).to(self.policy.device),
+                gates_NK=gates_NK[start : start + SAMPLE_ROWS].to(self.policy.device),
                 max_new_tokens=limit,
                 uniforms_NT=uniforms_NT,
                 temperature=temperature,
@@ -277,6 +292,7 @@ class Family:
                     shutil.copyfile(Path(self.adapters[name]) / file, folder / file)
             else:
                 self.policy.bank.save(name, folder)
+        self.policy.save_extra(path)
         card = {
             "format": FAMILY_FORMAT,
             "level": {"name": self.policy.level, **self.policy.settings} if self.policy.settings else self.policy.level,
@@ -312,6 +328,7 @@ class Family:
             model = model.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
         policy = build_level(card["level"], LoraBank.load(model, adapters), tokenizer)
+        policy.load_extra(path)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"])
 

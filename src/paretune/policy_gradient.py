@@ -160,7 +160,7 @@ class PolicyGradient(Learner):
         check_combination(spec)
         self._check_gradients(spec)
         policy = self.start(spec, task, parents or {})
-        weights = policy.bank.parameters()
+        weights = policy.parameters()
         optimiser = self.new_optimiser(weights)
         run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
         saved = time.monotonic()

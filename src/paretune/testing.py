@@ -75,7 +75,7 @@ def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None 
         )
         family = build()
         w_WM = _some_preferences(task)
-        _check_gates(family, w_WM)
+        _check_gates(family, list(task.prompts("test"))[:3], w_WM)
         _check_samples(family, task, w_WM)
         if task.is_exact:
             _check_probabilities(family, build(), task, w_WM)
@@ -156,7 +156,7 @@ def _some_preferences(task: Task, *, ties: bool = True) -> np.ndarray:
     return np.concatenate([np.eye(m), generator(0, "conformance").dirichlet(np.ones(m), size=2), np.full((int(ties), m), 1 / m)])
 
 
-def _check_gates(family: Family, w_WM: np.ndarray) -> None:
+def _check_gates(family: Family, prompts: list[Any], w_WM: np.ndarray) -> None:
     rule = "a family has gates for every preference, each by itself"
     remedy = "the rule's gates(w_WM) returns a finite (W, K) array, row by row"
     gates_WK = attempt(rule, remedy, lambda: family.gates(w_WM))
@@ -165,6 +165,12 @@ def _check_gates(family: Family, w_WM: np.ndarray) -> None:
     backwards = attempt(rule, remedy, lambda: family.gates(w_WM[::-1]))[::-1]
     alone = np.concatenate([attempt(rule, remedy, partial(family.gates, w[None])) for w in w_WM])
     require(np.array_equal(backwards, gates_WK) and np.array_equal(alone, gates_WK), rule, "gates depend on the other rows", remedy)
+    if hasattr(family.rule, "prompt_gates"):
+        gates_WPK = attempt(rule, remedy, lambda: family.gates(w_WM, prompts))
+        backwards = attempt(rule, remedy, lambda: family.gates(w_WM[::-1], prompts[::-1]))[::-1, ::-1]
+        alone = np.stack([np.concatenate([family.gates(w[None], [prompt])[0] for prompt in prompts]) for w in w_WM])
+        same = np.array_equal(backwards, gates_WPK) and np.array_equal(alone, gates_WPK)
+        require(same and np.isfinite(gates_WPK).all(), rule, "a prompt's gates depend on the other rows, or are not finite", remedy)
 
 
 def _check_samples(family: Family, task: Task, w_WM: np.ndarray) -> None:
@@ -187,11 +193,12 @@ def _check_probabilities(family: Family, again: Family, task: Any, w_WM: np.ndar
 
     for split in ("train", "test"):
         one, two = ExactReturns(task, family.policy, split), ExactReturns(task, again.policy, split)
-        for w_M, gates_K in zip(w_WM, family.gates(w_WM), strict=True):
-            logp_PR = one.logp_PR(gates_K)
+        prompts = task.prompts(split)
+        for w_M, gates in zip(w_WM, family.gates(w_WM, prompts), strict=True):
+            logp_PR = one.logp_PR(gates)
             off = float(np.abs(np.exp(logp_PR).sum(1) - 1).max())
             require(off < 1e-5, "the policy is a distribution over responses", f"probabilities sum to 1 +- {off:.2g}", "normalise logits")
-            same = np.array_equal(two.logp_PR(again.gates(w_M[None])[0]), logp_PR)
+            same = np.array_equal(two.logp_PR(again.gates(w_M[None], prompts)[0]), logp_PR)
             require(same, "policy() is a pure function of its arguments", "two families of the same trainings differ", "draw from the seed")
 
 

@@ -8,6 +8,7 @@
     divergence  MOD's other means of the experts' distributions: harmonic, alpha, JS      K forwards (JS: K + 1)
     robust      the product of the experts at the worst-case weights, token by token      K forwards
     merged      TIES and DARE soups of the dense changes; one merge a batch               1 forward
+    routed      the soup with gates per layer and token, from a learned router             1 forward
     reference   no adapter                                                                1 forward
 
 K forwards are those of the layers from the lowest adapter on: what is below is the same for all experts and run once (`trunk.py`).
@@ -16,16 +17,19 @@ linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim
 mean the uniform policy, not the reference.
 """
 
+from paretune.mixing.contextual import Contextual, Pooled
 from paretune.mixing.divergence import DivergenceMix, RobustMix
 from paretune.mixing.layer import HiddenLayerMix
 from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
 from paretune.mixing.merged import MergedMix
+from paretune.mixing.routed import RoutedMix
 from paretune.mixing.rules import Backbones, Best, Constant, Identity, Interpolated, Nearest, Rule, Table
 
 __all__ = [
     "Backbones",
     "Best",
     "Constant",
+    "Contextual",
     "DivergenceMix",
     "FactorMix",
     "HiddenLayerMix",
@@ -36,8 +40,10 @@ __all__ = [
     "MergedMix",
     "Nearest",
     "ParameterMix",
+    "Pooled",
     "ReferencePolicy",
     "RobustMix",
+    "RoutedMix",
     "Rule",
     "Table",
 ]

@@ -16,7 +16,11 @@ __all__ = ["Backbones", "Best", "Constant", "Identity", "Interpolated", "Nearest
 
 
 class Rule(ABC):
-    """Preferences -> gates. Registered in RULES; a frozen dataclass of numbers, so that a family can be written as JSON."""
+    """Preferences -> gates. Registered in RULES; a frozen dataclass of numbers, so that a family can be written as JSON.
+
+    A rule whose gates depend on the prompt too has also `prompt_gates(w_WM, prompts) -> (W, P, K)`, each prompt by itself. Then `gates`
+    is what it does without one.
+    """
 
     registered_name: ClassVar[str]
     version: ClassVar[int]

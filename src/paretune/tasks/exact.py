@@ -193,9 +193,15 @@ class ExactTask(Task):
         return tilt_PR - logsumexp(tilt_PR, axis=1, keepdims=True)
 
     def composition_limit_logp_PR(self, w_M: np.ndarray, split: str) -> np.ndarray:
-        """(P, R) log-probabilities of the optimal experts pi*_k mixed token by token with weights w: the limit of logit mixing."""
+        """(P, R) log-probabilities of the optimal experts pi*_k mixed token by token with weights w: the limit of logit mixing.
+
+        (P, M) weights are for each prompt its own.
+        """
         experts = [self.optimum_logp_PR(e_M, split) for e_M in np.eye(self.objective_count)]
-        mixed_PIV = sum(w * self.tree.next_logp(torch.from_numpy(logp_PR)) for w, logp_PR in zip(w_M, experts, strict=True))
+        w_MP11 = np.broadcast_to(w_M, (len(experts[0]), self.objective_count)).T[..., None, None].copy()
+        mixed_PIV = sum(
+            torch.from_numpy(w_P11) * self.tree.next_logp(torch.from_numpy(logp_PR)) for w_P11, logp_PR in zip(w_MP11, experts, strict=True)
+        )
         assert isinstance(mixed_PIV, torch.Tensor)
         return self.tree.response_logp(mixed_PIV.log_softmax(-1)).numpy()
 
