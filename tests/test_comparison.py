@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
+from paretune.advice import advise, load_rows
 from paretune.report import write_report
 from paretune.report.compared import DRAWN, board_tables, difference_heats, note, profile_figures, relationship_tables
 from paretune.report.comparison import ALL, baselines, comparison_table, groups, pair_table, profile_table, scores, shared
@@ -442,7 +443,7 @@ def test_rows_are_flat_strict_json_and_hold_the_same_numbers(results, tmp_path):
     data = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert (data["format"], data["level"], data["task_seeds"]) == (1, 0.95, [str(seed) for seed in SEEDS])
     assert len(data["rows"]) == 2 * 5
-    row = next(row for row in data["rows"] if row["method"] == "experts logit" and row["dials"]["rho"] == -0.8)
+    row = next(row for row in data["rows"] if row["method"] == "experts logit" and row["rho"] == -0.8)
     assert (row["name"], row["fields"], row["learner"], row["n_seeds"]) == ("experts", {"mixer": "logit"}, "pg", 12)
     for split, scale in (("train", 1.0), ("test", 0.8)):
         values = raw("experts logit", rhos=(-0.8,), scale=scale).ravel()
@@ -452,13 +453,35 @@ def test_rows_are_flat_strict_json_and_hold_the_same_numbers(results, tmp_path):
     assert (row["samples"], row["samples_path"], row["seconds"]) == (80_000, 40_000, 120)
     assert next(row for row in data["rows"] if row["method"] == "reference")["learner"] is None
     nested = {key for key, value in row.items() if isinstance(value, dict | list)}
-    assert nested == {"dials", "fields"}
+    assert nested == {"fields"}
+
+
+def test_advice_reads_the_rows(results, tmp_path):
+    """What `report --rows` writes is what `relate` finds the nearest setting in."""
+    found = load_rows(write_rows(results, tmp_path / "rows.json"))
+    said = advise({"rho": -0.75}, found)
+    assert "rho = -0.8" in said[0].text
+    assert {found[n]["rho"] for sentence in said for n in sentence.rows} == {-0.8}
+    best = max((row for row in found if row["rho"] == -0.8), key=lambda row: row["attainment_worst_train"])
+    assert f"`{best['method']}`" in said[1].text
+    assert f"with {best['samples']:,} samples" in said[1].text
+    assert ".0 samples" not in said[1].text
 
 
 def test_rows_of_one_seed_have_values_and_no_intervals(tmp_path):
     (row,) = rows(load(suite(tmp_path, seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",))))
     assert row["attainment_worst_train"] == pytest.approx(share_of("linear", 0.8, 100))
     assert (row["n_seeds"], row["attainment_worst_train_low"]) == (1, None)
+
+
+def test_rows_of_what_is_unknown_keep_their_keys(tmp_path):
+    def change(data):
+        for split in data["metrics"]["splits"].values():
+            split["attainment"] = {"mean": None, "worst": None, "per_preference": [None] * 11, "undefined": 11}
+        return data
+
+    (row,) = rows(load(suite(tmp_path, seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",), change=change)))
+    assert row["attainment_worst_train"] is row["attainment_mean_test"] is row["samples"] is None
 
 
 def test_the_command_writes_rows(root, tmp_path):

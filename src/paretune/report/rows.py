@@ -1,7 +1,8 @@
 """Results small enough to be committed: one flat row per setting and method, as JSON, for programs that give advice from them.
 
     {"format": 1, "suite", "statistic", "level", "commits", "task_seeds", "rows": [
-      {"task", "dials", "setting", "objectives", "method", "name", "fields", "family", "learner", "n_seeds",
+      {the task's dials (rho, objective_count, ...), "task", "setting", "objectives",
+       "method", "name", "fields", "family", "learner", "n_seeds",
        "attainment_worst_train", "attainment_worst_train_low", "attainment_worst_train_high", "attainment_worst_train_min",
        the same for mean and for test, "own_utility", "own_worst_train", ..., "violation_worst_train", "trainings",
        "forwards_per_token", "evaluations", "samples", "samples_path", "tokens", "tokens_path", "seconds", "seconds_path"}]}
@@ -53,8 +54,8 @@ def _row(group: Group, label: str) -> dict[str, Any]:
     cells, setting = group.of(label), group.settings[0]
     method, learner = cells[0].record["method"], cells[0].record.get("learner")
     row: dict[str, Any] = {
+        **{key: value for key, value in setting.dials.items() if isinstance(value, int | float | str)},
         "task": setting.name,
-        "dials": dict(setting.dials),
         "setting": setting.label,
         "objectives": len(setting.objectives),
         "method": label,
@@ -64,10 +65,11 @@ def _row(group: Group, label: str) -> dict[str, Any]:
         "learner": learner["name"] if learner and cells[0].record["trainings"] else None,
         "n_seeds": len({cell.unit for cell in cells}),
     }
-    cost: dict[str, Any] = {}
+    cost: dict[str, Any] = dict.fromkeys(COSTS.values())
     for split in setting.splits:
         found = group_row(group, label, split)
         if found is None:
+            row |= {f"{group.quality}_{which}_{split}": None for which in ("worst", "mean")}
             continue
         for which in ("worst", "mean"):
             key = f"{group.quality}_{which}_{split}"
@@ -78,8 +80,13 @@ def _row(group: Group, label: str) -> dict[str, Any]:
             for which in ("worst", "mean"):
                 row |= {f"own_{which}_{split}{end}": found.get(f"own_{which}_iqm{end}") for end in ("", "_low", "_high")}
         row |= {f"{key}_{split}": found[key] for key in ("violation_worst", "violation_mean") if key in found}
-        cost = {name: found[key] for key, name in COSTS.items()}
+        cost = {name: _whole(found[key]) for key, name in COSTS.items()}
     return row | cost
+
+
+def _whole(value: float) -> float:
+    """A count as a whole number, where it is one; a mean over seeds need not be."""
+    return int(value) if float(value).is_integer() else value
 
 
 def _rounded(value: Any) -> Any:
