@@ -69,6 +69,7 @@ from paretune.methods import (  # noqa: E402, F401
     gradient,
     linear,
     mixers,
+    modpo,
     normalised,
     placed,
     single,
