@@ -17,6 +17,7 @@ from paretune.errors import ConfigError
 from paretune.ledger import Cost, write_cost
 from paretune.lora import LoraBank
 from paretune.mixing import ParameterMix
+from paretune.policy import build_level
 from paretune.registry import RULES
 from paretune.tasks import Task
 from paretune.types import Artifact, TrainSpec
@@ -88,7 +89,8 @@ class Learner(ABC):
                 found="none: no fresh ones and no init_from",
                 remedy="ask for fresh ones, or start from some",
             )
-        policy = ParameterMix(bank, tokenizer)
+        policy = build_level("parameter" if spec.rule is None else RULES.build(spec.rule).level, bank, tokenizer)
+        assert isinstance(policy, ParameterMix), "a rule names a level whose gates are per row"
         gates_of(spec, np.eye(task.objectives.count)[:1], policy.K)  # a rule for other adapters fails here
         return policy
 

@@ -75,6 +75,11 @@ class Policy(ABC):
     def forwards_per_token(self) -> float:
         return float(self.copies)
 
+    @property
+    def extra_positions(self) -> int:
+        """Tokens that the policy itself puts before each prompt."""
+        return 0
+
     @abstractmethod
     def parts(
         self,

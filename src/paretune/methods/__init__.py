@@ -72,6 +72,7 @@ from paretune.methods import (  # noqa: E402, F401
     modpo,
     normalised,
     placed,
+    prompted,
     single,
     soups,
     support,
