@@ -29,7 +29,18 @@ LEVELS = {
     2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
     4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "routing"],
-    5: ["batches", "checkpoint", "learner", "weightings", "jacobian", "policy_gradient", "distillation", "exact_learner", "returns"],
+    5: [
+        "batches",
+        "checkpoint",
+        "learner",
+        "weightings",
+        "jacobian",
+        "policy_gradient",
+        "distillation",
+        "offline",
+        "exact_learner",
+        "returns",
+    ],
     6: ["methods", "search"],
     7: [
         "own_utility",
@@ -171,7 +182,7 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
-MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix")
+MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix", "PromptedMix")
 SEARCHES = [search.__name__ for search in SEARCHERS.values()]
 
 

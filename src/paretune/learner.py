@@ -84,7 +84,7 @@ class Learner(ABC):
             alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         rule = None if spec.rule is None else RULES.build(spec.rule)
-        policy = build_level(getattr(rule, "level", "parameter"), bank, tokenizer)
+        policy = build_level("parameter" if rule is None else rule.level, bank, tokenizer)
         assert isinstance(policy, ParameterMix), "a training runs at the parameter level, with a router or without"
         if not policy.parameters():
             raise ConfigError(

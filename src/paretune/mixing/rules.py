@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,6 +25,11 @@ class Rule(ABC):
 
     registered_name: ClassVar[str]
     version: ClassVar[int]
+
+    @property
+    def level(self) -> str | Mapping[str, Any]:
+        """The level that a learner trains these gates at: a name, or a name with settings."""
+        return "parameter"
 
     @abstractmethod
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
