@@ -11,9 +11,10 @@ first judged preferences of each seed that are cases (at most six, four for soup
     choice    synthetic: experts of unequal strength on one choice among 64; the best weights are known, w_k / t_k; M = 2 to 8
 
 A case is a preference where alpha = w is at least 0.05 below a dense grid's best. The grid covers [0, 1]^M: 9 (M = 3) or 4 (M = 5) points
-per axis, and a lattice of the simplex at eight scales; coarser for soups. A search has arrived within 0.01 of the best of that grid, of its
-top refined by a local search, and of every point that any searcher came by. Only `grid`, `model` and `optuna` look in the whole box; the
-others keep the sum of the weights at 1, and cannot arrive where the best sum is another. "grid cached" scores shared corners once.
+per axis, and a lattice of the simplex at eight scales; coarser for soups; for M = 5 its top is refined by a local search. A search has
+arrived within 0.01 of the best of that grid, of its refined top, and of every point that any searcher came by. Only `grid`, `model` and
+`optuna` look in the whole box; the others keep the sum of the weights at 1, and cannot arrive where the best sum is another. "grid cached"
+scores shared corners once.
 
 The published search has 5 levels, 5 * 3^M evaluations. A search that ends without coming within 0.01 is counted with that many, be it the
 published one (the ratio is then a lower bound) or another. A ratio is that of the sums over the cases of a family; the figures are the
@@ -42,7 +43,7 @@ from paretune.tasks.exact import ExactTask
 from paretune.testing import train_plan
 
 RHO = {3: -0.4, 5: -0.2}
-SEEDS = (("optimal", 3, 10), ("unequal", 3, 5), ("optimal", 5, 3), ("unequal", 5, 3), ("soup", 3, 1))  # family, M, task seeds
+SEEDS = (("optimal", 3, 10), ("unequal", 3, 5), ("optimal", 5, 2), ("unequal", 5, 2), ("soup", 3, 1))  # family, M, task seeds
 GAP, NEAR = 0.05, 0.01
 AXIS, EDGE = {3: 9, 5: 4}, {3: 25, 5: 9}  # points per axis of the dense grid in the box, and per edge of the simplex's lattice
 SOUP = (7, 9)  # the same where each point is a run of the model
@@ -158,12 +159,14 @@ def exact_cases(family: str, m: int, seed: int, root: Path) -> list[dict[str, An
         def score(weights_K: np.ndarray, w_M: np.ndarray = w_M, top: float = top) -> float:
             return float(w_M @ (known(weights_K) - start_M) / top)
 
-        first = int((grid_NM @ w_M).argmax())
-        grid_best = score(points[first])
+        top_K = points[int((grid_NM @ w_M).argmax())]
+        if m == 5:  # a coarse grid: its top is looked for between its points, too
+            top_K = model_search(score, m, start=top_K, radius=0.06).best_K
+        grid_best = score(top_K)
         if grid_best - score(w_M) < GAP:
             continue
         found = searched(score, m, w_M, optuna=False)
-        model_search(score, m, start=points[first], radius=0.06)
+        model_search(score, m, start=top_K, radius=0.06)
         best = float(((known.all() - start_M) @ w_M).max() / top)
         rows.append(row(found, score(w_M), best, w_M, grid_best=round(grid_best, 4), preference=number))
         if len(rows) == CASES[family]:
