@@ -41,12 +41,22 @@ class Responses:
 
 
 def draw(
-    policy: Policy, task: Task, spec: TrainSpec, *, step: int, first: int, prompts: int, group: int, temperature: float = 1.0
+    policy: Policy,
+    task: Task,
+    spec: TrainSpec,
+    *,
+    step: int,
+    first: int,
+    prompts: int,
+    group: int,
+    temperature: float = 1.0,
+    reference: bool = False,
 ) -> Responses:
     """`group` responses to each of the `prompts` training prompts from place `first` of their endless seeded order.
 
     A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
     its own; `spec.rule` says which gates its rows have.
+    With `reference` the responses are the reference's, and `logp_NT` is its own.
     """
     known = task.prompts("train")
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
@@ -55,13 +65,13 @@ def draw(
     ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
     rows = [prompt for prompt in chosen for _ in range(group)]
     digests, occurrences = _streams(chosen, group)
-    with _merged(policy, one=policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
+    with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
         made = sample(
             policy,
             ids_PT,
             mask_PT,
             group=group,
-            gates_NK=None if merged else gates_NK,
+            gates_NK=None if merged or reference else gates_NK,
             max_new_tokens=task.max_new_tokens,
             uniforms_NT=row_uniforms(spec.seed, step, digests, occurrences, task.max_new_tokens),
             temperature=temperature,

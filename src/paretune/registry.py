@@ -86,7 +86,7 @@ class Registry:
 
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation")
+LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation", "paretune.offline")
 RULES = Registry("combination rule", "paretune.mixing", "paretune.methods")
 METHODS = Registry("method", "paretune.methods")
 

@@ -70,6 +70,7 @@ from paretune.methods import (  # noqa: E402, F401
     gradient,
     linear,
     mixers,
+    modpo,
     normalised,
     placed,
     router,
