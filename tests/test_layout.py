@@ -182,7 +182,7 @@ def test_every_card_is_filled_in(name):
 
 
 SAYS = ("Source:", "Differs:", "Hides:")
-MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix")
+MIXERS = ("ParameterMix", "FactorMix", "LogitMix", "HiddenMix", "HiddenLayerMix", "DivergenceMix", "RobustMix", "MergedMix", "PromptedMix")
 SEARCHES = [search.__name__ for search in SEARCHERS.values()]
 
 

@@ -85,6 +85,11 @@ class Policy(ABC):
     def load_extra(self, folder: Path) -> None:  # noqa: B027
         """Read it back."""
 
+    @property
+    def extra_positions(self) -> int:
+        """Tokens that the policy itself puts before each prompt."""
+        return 0
+
     @abstractmethod
     def parts(
         self,

@@ -96,7 +96,7 @@ def sample(
     n, device = prompt_ids_PT.shape[0] * group, policy.device
     assert uniforms_NT.shape[0] == n, "one stream per row"
     assert uniforms_NT.shape[1] >= max_new_tokens, "one uniform per token"
-    _check_length(policy, prompt_ids_PT.shape[1] + max_new_tokens, temperature)
+    _check_length(policy, policy.extra_positions + prompt_ids_PT.shape[1] + max_new_tokens, temperature)
     where = torch.device("cpu") if device.type == "mps" else device  # float64 does not exist there
     tokens, masks, logps = [], [], []
     with torch.inference_mode(), policy.bank.unchanged():

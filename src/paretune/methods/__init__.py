@@ -73,6 +73,7 @@ from paretune.methods import (  # noqa: E402, F401
     modpo,
     normalised,
     placed,
+    prompted,
     router,
     single,
     soups,

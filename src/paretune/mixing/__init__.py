@@ -9,12 +9,13 @@
     robust      the product of the experts at the worst-case weights, token by token      K forwards
     merged      TIES and DARE soups of the dense changes; one merge a batch               1 forward
     routed      the soup with gates per layer and token, from a learned router             1 forward
+    prompted    one adapter; the gates are the preference, written before the prompt      1 forward
     reference   no adapter                                                                1 forward
 
 K forwards are those of the layers from the lowest adapter on: what is below is the same for all experts and run once (`trunk.py`).
-At g = e_k every level is expert k, except robust, and merged where it drops entries. Hidden equals logit where the head is frozen,
-linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim. At the logit and hidden levels gates that are all 0
-mean the uniform policy, not the reference.
+At g = e_k every level is expert k, except robust, merged where it drops entries, and prompted, which has no experts. Hidden equals logit
+where the head is frozen, linear, without bias or soft cap: W sum g h = sum g W h; elsewhere no such claim. At the logit and hidden levels
+gates that are all 0 mean the uniform policy, not the reference.
 """
 
 from paretune.mixing.contextual import Contextual, Pooled
@@ -22,6 +23,7 @@ from paretune.mixing.divergence import DivergenceMix, RobustMix
 from paretune.mixing.layer import HiddenLayerMix
 from paretune.mixing.levels import FactorMix, HiddenMix, LogitMix, ParameterMix, ReferencePolicy
 from paretune.mixing.merged import MergedMix
+from paretune.mixing.prompted import PromptedMix
 from paretune.mixing.routed import RoutedMix
 from paretune.mixing.rules import Backbones, Best, Constant, Identity, Interpolated, Nearest, Rule, Table
 
@@ -41,6 +43,7 @@ __all__ = [
     "Nearest",
     "ParameterMix",
     "Pooled",
+    "PromptedMix",
     "ReferencePolicy",
     "RobustMix",
     "RoutedMix",

@@ -1,0 +1,99 @@
+"""One policy for all preferences, which reads the preference in its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.methods import Card, Method
+from paretune.methods.bridge import sampled_weighting
+from paretune.methods.experts import adapters_for, build_policy, family_meta
+from paretune.mixing import Rule
+from paretune.registry import METHODS, RULES, describe
+from paretune.types import Artifact, TrainSpec
+
+if TYPE_CHECKING:
+    from paretune.learner import Learner
+    from paretune.policy import Family
+    from paretune.tasks import Task
+
+__all__ = ["Prompted", "PromptedRule"]
+
+
+@RULES.register("prompted")
+@dataclass(frozen=True)
+class PromptedRule(Rule):
+    """The preference itself, for a policy that reads it as text; see the level "prompted"."""
+
+    objectives: int
+    digits: int = 2
+
+    @property
+    def level(self) -> Mapping[str, Any]:
+        return {"name": "prompted", "objectives": self.objectives, "digits": self.digits}
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return np.array(w_WM, dtype=np.float64)
+
+
+@METHODS.register("prompted")
+@dataclass(frozen=True)
+class Prompted(Method):
+    """One training of one adapter, with a preference sampled for every prompt and written before it.
+
+    effort: the training's budget, in budgets of the learner. balance: see `bridge`. digits: of each weight.
+    """
+
+    effort: float = 1.0
+    balance: float = 0.0
+    digits: int = 2
+
+    card: ClassVar[Card] = Card(
+        family="multi-policy",
+        summary="one policy and one adapter, conditioned on the preference by text before the prompt, preferences sampled per prompt",
+        source="preferences in the prompt: RiC (2402.10207), MO-ODPO (2503.00295)",
+        differs="trained by the learner on its own responses, not by supervised rounds (RiC) or on preference pairs (MO-ODPO); the text "
+        "is the weights as digits of fixed width, no words; preferences of a batch are spread over the simplex",
+        hides="one training has to learn all preferences, and to read them: compare at equal samples; the prompt is longer by "
+        "M * digits tokens; preferences closer than the last digit are one",
+        trainings="1",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0 or self.digits < 1:
+            raise ConfigError(
+                "method prompted: effort is positive, digits are at least 1",
+                found=f"effort = {self.effort:g}, digits = {self.digits}",
+                remedy="`paretune show prompted` prints the defaults",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return [self._spec(task, learner, seed)]
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        from paretune.policy import Family
+
+        adapters = adapters_for({"policy": self._spec(task, learner, seed)}, done)
+        rule = self._rule(task)
+        meta = family_meta(self, task, seed=seed)
+        return Family(build_policy(task, rule.level, adapters), rule, task.objectives, task.base(), adapters, meta)
+
+    def _rule(self, task: Task) -> PromptedRule:
+        return PromptedRule(objectives=task.objectives.count, digits=self.digits)
+
+    def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
+        return TrainSpec(
+            task=describe(task),
+            learner=describe(learner.scaled(self.effort)),
+            preference=None,
+            seed=seed,
+            weighting=sampled_weighting(self.balance),
+            fresh=(learner.rank,),
+            rule=describe(self._rule(task)),
+        )
