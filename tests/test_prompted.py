@@ -123,7 +123,7 @@ def test_digits_are_decimal_where_they_are_tokens_and_letters_elsewhere(task, po
 
 def test_it_learns_to_read_the_preference(task, tmp_path):
     """At each vertex the return of its own objective is the larger one, well above the reference; saved and loaded it is the same."""
-    method, learner = METHODS.build({"name": "prompted"}), quick_learner(steps=80, rank=8)
+    method, learner = METHODS.build({"name": "prompted"}), quick_learner(steps=200, rank=8)
     family = method.policy(task, learner, train_plan(method, task, learner, tmp_path, seed=0), 0)
     family.save(tmp_path / "family")
     loaded = Family.load(tmp_path / "family")
