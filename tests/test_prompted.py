@@ -137,11 +137,6 @@ def test_it_learns_to_read_the_preference(task, tmp_path):
     np.testing.assert_allclose(ExactReturns(task, loaded.policy, "train").logp_PR(np.eye(2)[0]), found[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_conformance(count):
-    check_method("prompted", task=quick_task(objective_count=count))
-
-
 def test_conformance_with_the_sampled_learner():
     check_method("prompted", task=quick_task(), learner=PolicyGradient(samples=32, batch=16, group=4, rank=2))
 
