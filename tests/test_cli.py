@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -257,7 +258,10 @@ def test_ctrl_c_at_a_real_terminal_command(suite, tmp_path):
     data["learner"]["steps"], data["methods"] = 100_000, ["experts"]
     suite.write_text(yaml.safe_dump(data))
     command = [sys.executable, "-m", "paretune", "bench", str(suite), "--root", str(tmp_path / "runs"), "--executor", "here"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to it
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").glob("artifacts/.wip-*/train.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
