@@ -41,12 +41,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("paretune-runs/utility"))
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     learner = LEARNERS.build("exact")
     rows: list[dict[str, Any]] = []
     for rho in RHOS:
-        for seed in SEEDS:
+        for seed in given.seeds:
             task = TASKS.build({"name": "exact-v1", "rho": rho, "seed": seed})
             for label, fields in methods(task):
                 method = METHODS.build(fields)
