@@ -3,10 +3,10 @@
     python benchmarks/support.py [--root DIR] [--workers 1] [--out benchmarks/results/support.json]
 
 The best possible set holds 5 optimal policies pi*, at the preferences that make the worst attainment over the judged preferences
-largest when each is served by the best of them. It knows what will be judged; so does `ols` with asked = "judged" (it trains at none of
-them), which `ols_minus_best_set` compares with it. `ols_blind_minus_best_set` is the default, which plans for the whole simplex. Worst
-attainment over the judged preferences on the training prompts, of trained policies for `ols`; the smallest difference over seeds is
-the figure. The published estimate, the bound, is computed with pi* in place of trainings. Stopped, it goes on where it was.
+largest when each is served by the best of them: it knows what will be judged. `ols_minus_best_set` is for the default, which plans for
+the whole simplex; `ols_told_minus_best_set` for asked = "judged", which is told of the judged preferences and trains at none of them.
+Worst attainment over the judged preferences on the training prompts, of trained policies for `ols`; the smallest difference over seeds
+is the figure. The published estimate, the bound, is computed with pi* in place of trainings. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("paretune-runs/support"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--asked", nargs="+", default=("judged", "all"), help="preferences that the choice is told of")
+    parser.add_argument("--asked", nargs="+", default=("all", "judged"), help="preferences that the choice is told of")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     learner = LEARNERS.build("exact")
@@ -102,7 +102,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     less = {asked: min(row["worst"] - row["best_set"] for row in rows if row["asked"] == asked) for asked in given.asked}
     bound = min(row["bound_with_optimal_policies"] - row["best_set"] for row in rows)
-    names = {"judged": "ols_minus_best_set", "all": "ols_blind_minus_best_set"}
+    names = {"all": "ols_minus_best_set", "judged": "ols_told_minus_best_set"}
     figures = {**{names[asked]: value for asked, value in less.items()}, "ols_bound_minus_best_set": bound}
     emit(figures, out=given.out, rows=rows, learner=describe(learner))
 

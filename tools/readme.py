@@ -57,7 +57,7 @@ TARGETS = (
         "optimistic linear support, 5 trainings, the judged preferences known: worst attainment less that of the best set of 5 optima",
         -0.05,
     ),
-    ("ols_blind_minus_best_set", "support.py", "the same planned for all preferences", None),
+    ("ols_told_minus_best_set", "support.py", "the same, told of the judged preferences", None),
     ("ols_bound_minus_best_set", "support.py", "the same by the published bound, with optimal policies", None),
     ("evaluations_ratio_m3", "search.py", "outer search, M = 3: evaluations of the published one divided by ours", 5),
     ("evaluations_ratio_m5", "search.py", "the same at M = 5", 20),
