@@ -103,11 +103,11 @@ class Gated:
         if key in self._by_rank:
             return self._by_rank[key]
         with torch.inference_mode(False):  # usable in a graph later
-            made = []
-            for layer in layers:
-                owner, scale = layer.pattern_tensors(self.gates.device)
-                made.append(self.gates[..., owner] * scale)
-            ranks = _cat(made, -1).to(dtype)
+            if len(layers) > 1:  # mostly alike: one of them is computed
+                ranks = torch.cat([self._ranks((layer,), dtype) for layer in layers], -1)
+            else:
+                owner, scale = layers[0].pattern_tensors(self.gates.device)
+                ranks = (self.gates[..., owner] * scale).to(dtype)
         if not self.gates.requires_grad:  # else each use needs a graph of its own
             self._by_rank[key] = ranks
         return ranks
