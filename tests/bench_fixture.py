@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -70,7 +71,9 @@ class Bench:
     def start(self, *, workers=2, **suite) -> subprocess.Popen:
         """A driver of its own, the first of its process group."""
         command = [sys.executable, str(HERE / "fake_driver.py"), str(self.root), json.dumps(suite_of(**suite)), str(workers)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to it
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, **pipes, text=True, start_new_session=True, preexec_fn=listen)
 
     def wait_for_steps(self, driver: subprocess.Popen, more: int = 1, limit: float = 60.0) -> bool:
         """Until the log has grown by so many steps; False where the driver ended before."""

@@ -140,7 +140,14 @@ def scripted(logits_TV, eos):
     model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=50))
     bank = types.SimpleNamespace(unchanged=contextlib.nullcontext)
     return types.SimpleNamespace(
-        forward=forward, new_cache=lambda n: None, device=torch.device("cpu"), eos_ids=eos, pad_id=eos[0], model=model, bank=bank
+        forward=forward,
+        new_cache=lambda n: None,
+        device=torch.device("cpu"),
+        eos_ids=eos,
+        pad_id=eos[0],
+        model=model,
+        bank=bank,
+        extra_positions=0,
     )
 
 

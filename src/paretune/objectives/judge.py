@@ -132,10 +132,16 @@ class Judge(Objective):
             missing = [key for key in wanted if key not in found]
             if not missing:
                 return found
-            writing = threading.Lock()
+            writing, refused = threading.Lock(), threading.Event()
 
             def settle(key: str) -> _Reply:
-                reply = self._ask(client, key, wanted[key])
+                if refused.is_set():  # the next would be refused, too; whoever collects the answers may not have heard yet
+                    return _Reply()
+                try:
+                    reply = self._ask(client, key, wanted[key])
+                except RewardError:
+                    refused.set()
+                    raise
                 with writing:
                     _remember(store, key, reply)
                 return reply
