@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,11 @@ def mixed_optima(task: ExactTask, strength_K: np.ndarray) -> Vector:
 
 
 def soup(task: ExactTask, root: Path) -> Vector:
-    """Returns of the parameter soup of experts of 60 exact steps, which stay in `root`."""
+    """Returns of the parameter soup of experts of 60 exact steps, trained in `root`; anew where a run was stopped."""
     learner, method = LEARNERS.build({"name": "exact", "steps": 60}), METHODS.build("experts")
-    done = train_plan(method, task, learner, root / f"experts-{task.seed}", seed=task.seed)
+    folder = root / f"experts-{task.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    done = train_plan(method, task, learner, folder, seed=task.seed)
     adapters = adapters_for(vertex_trainings(task, learner, task.seed), done)
     return outer_returns(task, build_policy(task, "parameter", adapters), samples=1, seed=0)
 
