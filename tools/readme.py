@@ -50,7 +50,12 @@ TARGETS = (
     ("conditioned_sampled_worst", "conditioned.py", "one conditioned policy at rho = -.8, 120,000 samples: worst attainment", 0.85),
     ("conditioned_exact_worst", "conditioned.py", "the same, exact learner", 0.93),
     ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
-    ("own_utility_worst", "utility.py", "smooth Tchebycheff, max-min, Lagrangian: worst attainment of their own utility", 0.93),
+    (
+        "own_utility_worst",
+        "utility.py",
+        "smooth Tchebycheff, max-min, Lagrangian, one task seed: worst attainment of their own utility",
+        0.93,
+    ),
     (
         "ols_minus_best_set",
         "support.py",
