@@ -53,7 +53,7 @@ TARGETS = (
     (
         "own_utility_worst",
         "utility.py",
-        "smooth Tchebycheff, max-min, Lagrangian, one task seed: worst attainment of their own utility",
+        "Tchebycheff, max-min, Lagrangian, one task seed: worst attainment of their own utility",
         0.93,
     ),
     (
