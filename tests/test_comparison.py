@@ -172,6 +172,31 @@ def test_a_method_without_one_of_the_settings_is_in_no_row_over_all():
     assert baselines(groups(results)[0]) == ["linear"]
 
 
+def test_a_setting_that_has_just_begun_does_not_empty_the_others():
+    """At rho = 0 all but the reference have one seed of twelve, and one method is missing."""
+
+    def change(data):
+        rho, seed, name = data["task"]["rho"], data["task"]["seed"], data["method"]["name"]
+        return None if rho == 0.0 and name != "reference" and (seed > 100 or name == "uniform") else data
+
+    results = suite(rhos=(0.8, 0.0, -0.8), change=change)
+    assert [group.label for group in groups(results)] == ["2 of 3 settings", "rho = 0.8", "rho = \u22120.8"]
+    row = row_of(comparison_table(results), setting="2 of 3 settings", method="linear", prompts="train")
+    assert (row["seeds"], row["worst_mean"]) == (12, pytest.approx(raw("linear").mean()))
+    assert [column.key for column in relationship_tables(results)["worst"].columns][2:] == [
+        "rho = 0.8",
+        "rho = \u22120.8",
+        "2 of 3 settings",
+    ]
+    assert "on the same 12 task seeds (2 of 3 settings, training prompts)" in " ".join(findings(results))
+
+
+def test_a_method_measured_in_few_settings_is_listed_after_the_others():
+    results = suite(change=lambda d: None if d["method"]["name"] == "linear" and d["task"]["rho"] < 0 else d)
+    last = relationship_tables(results)["worst"].rows[-1]
+    assert (last["method"], last["rho = 0.8"].value > 0.7, last.get(ALL)) == ("linear", True, None)
+
+
 def test_an_attainment_that_is_unknown_leaves_its_seed_out():
     def change(data):
         if data["method"]["name"] == "linear" and data["task"]["seed"] == 105:
