@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,16 +12,17 @@ import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
 from paretune.advice import advise, load_rows
-from paretune.report import write_report
 from paretune.report.compared import DRAWN, board_tables, difference_heats, note, profile_figures, relationship_tables
 from paretune.report.comparison import ALL, baselines, comparison_table, groups, pair_table, profile_table, scores, shared
-from paretune.report.data import load
+from paretune.report.data import Results, assemble
 from paretune.report.findings import findings
+from paretune.report.page import write_page
 from paretune.report.rows import rows, write_rows
 from paretune.report.svg import to_svg
 from paretune.report.terminal import print_leaderboard
 from paretune.seeds import generator
-from paretune.types import Estimate
+from paretune.store import CELL_SPEC
+from paretune.types import Estimate, key_of
 from report_cells import JUDGED_WM, METHODS, measured, optimum, publish, record
 
 SEEDS = tuple(range(100, 112))
@@ -43,23 +45,20 @@ def cell(label, rho, seed, *, share=None):
     return data
 
 
-def suite(root, *, rhos=RHOS, seeds=SEEDS, labels=LABELS, change=lambda data: data):
-    for rho in rhos:
-        for seed in seeds:
-            for label in labels:
-                if (data := change(cell(label, rho, seed))) is not None:
-                    publish(root, data)
-    return root
+def gathered(records):
+    """Results without a run directory: publishing hundreds of cells takes the disk minutes, and is tested elsewhere."""
+    found = {key_of({name: data[name] for name in CELL_SPEC}): data for data in records}
+    return assemble(found, {key: {"commit": "0123456789abcdef"} for key in found}, name="compared")
+
+
+def suite(*, rhos=RHOS, seeds=SEEDS, labels=LABELS, change=lambda data: data):
+    places = product(rhos, seeds, labels)
+    return gathered([data for rho, seed, label in places if (data := change(cell(label, rho, seed))) is not None])
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return suite(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def results(root):
-    return load(root)
+def results():
+    return suite()
 
 
 def row_of(table, **wanted):
@@ -101,11 +100,9 @@ def test_scores_are_those_of_the_cells(results, label, split, scale):
         assert row["worst_iqm_low"] < row["worst_iqm"] < row["worst_iqm_high"]
 
 
-def test_worst_and_mean_are_over_preferences(tmp_path):
+def test_worst_and_mean_are_over_preferences():
     """A family that dips in the middle at one seed only: the worst of that seed counts, not the mean."""
-    for label, seed in ((label, seed) for label in ("linear", "experts parameter") for seed in (100, 101, 102)):
-        publish(tmp_path, record(label, rho=-0.8, task_seed=seed))
-    results = load(tmp_path)
+    results = gathered([record(label, rho=-0.8, task_seed=s) for label in ("linear", "experts parameter") for s in (100, 101, 102)])
     cells = [c for c in results.cells if c.label == "experts"]
     row = row_of(comparison_table(results), method="experts", prompts="train")
     assert row["worst_mean"] == pytest.approx(np.mean([c.measured("train")["attainment"]["worst"] for c in cells]))
@@ -148,12 +145,12 @@ def test_a_pair_turned_round_says_the_same(results):
             assert row[f"improvement_{which}_low"] == pytest.approx(1 - back[f"improvement_{which}_high"])
 
 
-def test_only_seeds_that_both_have_everywhere_are_compared(tmp_path):
+def test_only_seeds_that_both_have_everywhere_are_compared():
     def change(data):
         missing = data["method"]["name"] == "linear" and data["task"]["rho"] == 0.8 and data["task"]["seed"] == 100
         return None if missing else data
 
-    results = load(suite(tmp_path, change=change))
+    results = suite(change=change)
     table = pair_table(results)
     kept = SEEDS[1:]
     there = {"prompts": "train", "method": "experts logit", "against": "linear"}
@@ -168,29 +165,52 @@ def test_only_seeds_that_both_have_everywhere_are_compared(tmp_path):
     assert shared(group, scores(group, "linear", "train", "worst")) == [str(seed) for seed in kept]
 
 
-def test_a_method_without_one_of_the_settings_is_in_no_row_over_all(tmp_path):
-    results = load(suite(tmp_path, change=lambda d: None if d["method"]["name"] == "uniform" and d["task"]["rho"] == 0.8 else d))
+def test_a_method_without_one_of_the_settings_is_in_no_row_over_all():
+    results = suite(change=lambda d: None if d["method"]["name"] == "uniform" and d["task"]["rho"] == 0.8 else d)
     places = {row["setting"] for row in comparison_table(results).rows if row["method"] == "uniform"}
     assert places == {"rho = \u22120.8"}
     assert baselines(groups(results)[0]) == ["linear"]
 
 
-def test_an_attainment_that_is_unknown_leaves_its_seed_out(tmp_path):
+def test_a_setting_that_has_just_begun_does_not_empty_the_others():
+    """At rho = 0 all but the reference have one seed of twelve, and one method is missing."""
+
+    def change(data):
+        rho, seed, name = data["task"]["rho"], data["task"]["seed"], data["method"]["name"]
+        return None if rho == 0.0 and name != "reference" and (seed > 100 or name == "uniform") else data
+
+    results = suite(rhos=(0.8, 0.0, -0.8), change=change)
+    assert [group.label for group in groups(results)] == ["2 of 3 settings", "rho = 0.8", "rho = \u22120.8"]
+    row = row_of(comparison_table(results), setting="2 of 3 settings", method="linear", prompts="train")
+    assert (row["seeds"], row["worst_mean"]) == (12, pytest.approx(raw("linear").mean()))
+    assert [column.key for column in relationship_tables(results)["worst"].columns][2:] == [
+        "rho = 0.8",
+        "rho = \u22120.8",
+        "2 of 3 settings",
+    ]
+    assert "on the same 12 task seeds (2 of 3 settings, training prompts)" in " ".join(findings(results))
+
+
+def test_a_method_measured_in_few_settings_is_listed_after_the_others():
+    results = suite(change=lambda d: None if d["method"]["name"] == "linear" and d["task"]["rho"] < 0 else d)
+    last = relationship_tables(results)["worst"].rows[-1]
+    assert (last["method"], last["rho = 0.8"].value > 0.7, last.get(ALL)) == ("linear", True, None)
+
+
+def test_an_attainment_that_is_unknown_leaves_its_seed_out():
     def change(data):
         if data["method"]["name"] == "linear" and data["task"]["seed"] == 105:
             for split in data["metrics"]["splits"].values():
                 split["attainment"] = {"mean": None, "worst": None, "per_preference": [None] * 11, "undefined": 11}
         return data
 
-    results = load(suite(tmp_path, change=change, rhos=(0.8,)))
+    results = suite(change=change, rhos=(0.8,))
     row = row_of(comparison_table(results), method="linear", prompts="train")
     assert row["seeds"] == 11
     assert row["worst_mean"] == pytest.approx(raw("linear", rhos=(0.8,), seeds=[s for s in SEEDS if s != 105]).mean())
 
 
 def test_the_order_in_which_cells_are_found_changes_nothing(results):
-    from paretune.report.data import Results
-
     turned = Results(results.cells[::-1], name=results.name)
     key = lambda row: (row["setting"], row["method"], row["prompts"])  # noqa: E731
     assert sorted(comparison_table(turned).rows, key=key) == sorted(comparison_table(results).rows, key=key)
@@ -201,13 +221,13 @@ def test_the_order_in_which_cells_are_found_changes_nothing(results):
 
 @pytest.mark.parametrize("count", [2, 9])
 def test_below_ten_seeds_there_is_no_interval_and_the_page_says_why(tmp_path, count):
-    results = load(suite(tmp_path, seeds=SEEDS[:count]))
+    results = suite(seeds=SEEDS[:count])
     for table in (comparison_table(results), pair_table(results), profile_table(results)):
         assert table.rows
         for row in table.rows:
             assert all(value is None for key, value in row.items() if key.endswith(("_low", "_high")))
     assert f"Over {count} task seeds. No intervals: they need at least 10 task seeds." in note(results)
-    page = write_report(tmp_path).read_text()
+    page = write_page(results, tmp_path).read_text()
     assert "No intervals: they need at least 10 task seeds." in page
     assert "the interval holds 0" not in page
     assert "with 95 % bands" not in page
@@ -216,27 +236,28 @@ def test_below_ten_seeds_there_is_no_interval_and_the_page_says_why(tmp_path, co
 
 
 def test_one_seed_compares_nothing(tmp_path):
-    results = load(suite(tmp_path, seeds=SEEDS[:1]))
+    results = suite(seeds=SEEDS[:1])
     assert note(results) == ""
     assert groups(results) == []
-    page = write_report(tmp_path).read_text()
+    page = write_page(results, tmp_path).read_text()
     assert 'id="comparison"' not in page
     assert 'id="profiles"' not in page
-    assert not list((tmp_path / "reports").glob("*/tables/pairs.csv"))
+    assert not list(tmp_path.glob("tables/pairs.csv"))
 
 
-def test_one_method_compares_with_nothing(tmp_path):
-    assert groups(load(suite(tmp_path, labels=("linear",)))) == []
+def test_one_method_compares_with_nothing():
+    assert groups(suite(labels=("linear",))) == []
 
 
 def test_one_setting_is_not_compared_with_itself(tmp_path):
-    results = load(suite(tmp_path, rhos=(0.8,)))
+    results = suite(rhos=(0.8,))
     assert [group.label for group in groups(results)] == ["exact-v1"]
     assert relationship_tables(results) == {}
-    assert "By relationship" not in write_report(tmp_path).read_text()
+    assert "By relationship" not in write_page(results, tmp_path).read_text()
 
 
 def test_gains_are_compared_within_a_setting_over_seeds_of_trainings(tmp_path):
+    records = []
     for seed in range(10):
         for label, gain in (("linear", 0.2), ("uniform", 0.1)):
             data = record(label, rho=0.0, task_seed=100)
@@ -248,14 +269,14 @@ def test_gains_are_compared_within_a_setting_over_seeds_of_trainings(tmp_path):
                 values = [gain + seed / 100 + place / 1000 for place in range(11)]
                 known = [{"value": v, "low": None, "high": None, "n": 64} for v in values]
                 split["gain"] = {"mean": {"value": np.mean(values), "low": None, "high": None, "n": 64}, "per_preference": known}
-            publish(tmp_path, data)
-    results = load(tmp_path)
+            records.append(data)
+    results = gathered(records)
     row = row_of(comparison_table(results), method="linear", prompts="test")
     assert (row["seeds"], row["worst_min"]) == (10, pytest.approx(0.2))
     assert row["mean_mean"] == pytest.approx(0.2 + 0.045 + 0.005)
     pair = row_of(pair_table(results), method="linear", against="uniform", prompts="test")
     assert (pair["difference_worst"], pair["improvement_worst"]) == (pytest.approx(0.1), 1.0)
-    page = write_report(tmp_path).read_text()
+    page = write_page(results, tmp_path).read_text()
     assert "worst gain" in page
     assert "By relationship" not in page
     (figure,) = profile_figures(results)
@@ -314,14 +335,14 @@ def test_own_utility_stands_beside_the_linear_one(tmp_path):
                 split["own_utility"] = {"name": "max-min", "attainment": own, "violation": missed}
         return data
 
-    results = load(suite(tmp_path, change=change))
+    results = suite(change=change)
     row = row_of(comparison_table(results), setting=ALL, method="linear", prompts="train")
     assert row["own_name"] == "max-min"
     assert row["own_worst_iqm"] == pytest.approx(0.9 + 0.01055)
     assert row["own_worst_iqm_low"] < row["own_worst_iqm"] < row["own_worst_iqm_high"]
     assert (row["violation_worst"], row["violation_mean"]) == (pytest.approx(0.111), pytest.approx(0.01))
     assert "own_name" not in row_of(comparison_table(results), setting=ALL, method="uniform", prompts="train")
-    page = write_report(tmp_path).read_text()
+    page = write_page(results, tmp_path).read_text()
     assert "by its own utility" in page
     assert "max-min" in page
     line = next(row for row in rows(results) if row["method"] == "linear")
@@ -349,20 +370,19 @@ def test_profiles_count_runs_and_their_pictures_are_valid(results):
         assert to_svg([(figure.title, view)], alt=figure.alt).count("<polygon") >= 4
 
 
-def test_many_methods_are_drawn_by_the_best(tmp_path):
-    for seed in (100, 101):
-        for k in range(DRAWN + 3):
-            data = cell("linear", 0.0, seed, share=0.3 + k / 20)
-            data["method"]["points"] = k
-            publish(tmp_path, data)
-    (figure,) = profile_figures(load(tmp_path))
+def test_many_methods_are_drawn_by_the_best():
+    records = []
+    for seed, k in product((100, 101), range(DRAWN + 3)):
+        records.append(cell("linear", 0.0, seed, share=0.3 + k / 20))
+        records[-1]["method"]["points"] = k
+    (figure,) = profile_figures(gathered(records))
     names = {trace["name"] for trace in figure.views["train"]["data"]}
     assert {f"linear points {k}" for k in range(3, DRAWN + 3)} <= names
     assert len(names) <= DRAWN + 1  # one of them is the baseline
 
 
-def test_the_page_shows_the_comparison_and_its_numbers(root, results, tmp_path):
-    page = write_report(root, out=tmp_path).read_text()
+def test_the_page_shows_the_comparison_and_its_numbers(results, tmp_path):
+    page = write_page(results, tmp_path).read_text()
     row = row_of(comparison_table(results), setting=ALL, method="linear", prompts="train")
     low, high = (f"{row[f'worst_iqm_{end}']:.2f}" for end in ("low", "high"))
     assert f"{row['worst_iqm']:.2f} <small>[{low}, {high}]</small>" in page
@@ -395,7 +415,7 @@ def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys, width):
 # Sentences
 
 
-def test_findings_say_who_beats_the_sweep(results, tmp_path):
+def test_findings_say_who_beats_the_sweep(results):
     said = " ".join(findings(results))
     assert "No method has a surely higher worst attainment than linear on the same 12 task seeds (all settings, training prompts)" in said
     assert "matters most at rho = \u22120.8" in said
@@ -408,27 +428,26 @@ def test_findings_say_who_beats_the_sweep(results, tmp_path):
             data["metrics"]["splits"]["train"] = measured(points_WM, JUDGED_WM, mixes=False)
         return data
 
-    said = " ".join(findings(load(suite(tmp_path, change=change))))
+    said = " ".join(findings(suite(change=change)))
     assert re.search(r"1 of 2 methods has a higher worst attainment than linear .*most of all experts logit: \+0\.[12]\d \[\+0\.1", said)
     assert "Of the 1 single-policy method that needs no more samples than linear, 1 is surely better: experts logit." in said
 
 
-def test_no_sentence_about_a_sweep_that_was_not_run(tmp_path):
-    results = load(suite(tmp_path, labels=("uniform", "experts logit")))
+def test_no_sentence_about_a_sweep_that_was_not_run():
+    results = suite(labels=("uniform", "experts logit"))
     assert not any("surely" in sentence or "task seeds" in sentence for sentence in findings(results))
 
 
 # Labels
 
 
-def test_what_is_usual_goes_without_saying(tmp_path):
+def test_what_is_usual_goes_without_saying():
     """Seven settings around one: a dial is named where it is turned, and no two labels are the same."""
     turned = [{}, {"rho": 0.8}, {"rho": -0.8}, {"scale": 10.0}, {"noise": 0.5}, {"objective_count": 3}, {"scale": 10.0, "rho": -0.8}]
-    for dials in turned:
-        data = record("linear", rho=0.0, task_seed=100)
+    records = [record("linear", rho=0.0, task_seed=100) for _ in turned]
+    for data, dials in zip(records, turned, strict=True):
         data["task"] |= {"scale": 1.0, "noise": 0.0, **dials}
-        publish(tmp_path, data)
-    labels = {setting.label for setting in load(tmp_path).settings}
+    labels = {setting.label for setting in gathered(records).settings}
     assert labels == {
         *("rho = 0", "rho = 0.8", "rho = \u22120.8", "rho = 0, scale = 10", "rho = 0, noise = 0.5"),
         *("rho = 0, objective_count = 3", "rho = \u22120.8, scale = 10"),
@@ -468,28 +487,31 @@ def test_advice_reads_the_rows(results, tmp_path):
     assert ".0 samples" not in said[1].text
 
 
-def test_rows_of_one_seed_have_values_and_no_intervals(tmp_path):
-    (row,) = rows(load(suite(tmp_path, seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",))))
+def test_rows_of_one_seed_have_values_and_no_intervals():
+    (row,) = rows(suite(seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",)))
     assert row["attainment_worst_train"] == pytest.approx(share_of("linear", 0.8, 100))
     assert (row["n_seeds"], row["attainment_worst_train_low"]) == (1, None)
 
 
-def test_rows_of_what_is_unknown_keep_their_keys(tmp_path):
+def test_rows_of_what_is_unknown_keep_their_keys():
     def change(data):
         for split in data["metrics"]["splits"].values():
             split["attainment"] = {"mean": None, "worst": None, "per_preference": [None] * 11, "undefined": 11}
         return data
 
-    (row,) = rows(load(suite(tmp_path, seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",), change=change)))
+    (row,) = rows(suite(seeds=SEEDS[:1], rhos=(0.8,), labels=("linear",), change=change))
     assert row["attainment_worst_train"] is row["attainment_mean_test"] is row["samples"] is None
 
 
-def test_the_command_writes_rows(root, tmp_path):
+def test_the_command_writes_rows(tmp_path):
     from typer.testing import CliRunner
 
     from paretune.cli import app
 
+    root = tmp_path / "run"
+    for seed, label in product(SEEDS[:2], ("linear", "uniform")):
+        publish(root, cell(label, 0.8, seed))
     done = CliRunner().invoke(app, ["report", str(root), "--out", str(tmp_path / "out"), "--rows", str(tmp_path / "rows.json"), "--json"])
     assert done.exit_code == 0, done.output
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 10
-    assert len(json.loads(done.stdout)["comparison"]) == 3 * 2 * 5
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
+    assert len(json.loads(done.stdout)["comparison"]) == 2 * 2

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from paretune.report.comparison import (
-    ALL,
     QUALITIES,
     Group,
     baselines,
@@ -62,16 +61,16 @@ def relationship_tables(results: Results) -> dict[str, Table]:
             line = rows.setdefault(row["method"], {"method": row["method"], "family": row["family"]})
             line[row["setting"]] = estimate_of(row, f"{which}_iqm")
         columns = [Column("method", "method", "text"), Column("family", "family", "text")]
-        columns += [Column(group.label, group.label, "share") for group in sorted(across, key=lambda group: group.label == ALL)]
-        found[which] = Table(f"relationships-{which}", tuple(columns), sorted(rows.values(), key=_level, reverse=True))
+        columns += [Column(group.label, group.label, "share") for group in sorted(across, key=lambda group: group.pooled)]
+        overall = next((group.label for group in across if group.pooled), "")
+
+        def level(row: Mapping[str, Any], overall: str = overall) -> tuple[int, float]:
+            """Those measured in most settings first; then by the value over all settings, or the mean of what is there."""
+            values = [value.value for value in row.values() if isinstance(value, Estimate)]
+            return len(values), row[overall].value if row.get(overall) else float(np.mean(values))
+
+        found[which] = Table(f"relationships-{which}", tuple(columns), sorted(rows.values(), key=level, reverse=True))
     return found
-
-
-def _level(row: Mapping[str, Any]) -> float:
-    """What a row of estimates is sorted by: the value over all settings, or the mean of those that are there."""
-    values = [value.value for value in row.values() if isinstance(value, Estimate)]
-    overall = row.get(ALL)
-    return overall.value if overall is not None else float(np.mean(values)) if values else float("-inf")
 
 
 def _on_headline(table: Table, of: Sequence[Group]) -> list[dict[str, Any]]:
@@ -137,7 +136,7 @@ def _board(results: Results, group: Group) -> Table:
 def against_tables(results: Results) -> list[tuple[Group, Table]]:
     """For a terminal: of the first group of each kind (all settings, where there is one), scores, and differences from one baseline."""
     boards = board_tables(results)
-    wide = [(group, table) for group, table in boards if group.label == ALL] or boards
+    wide = [(group, table) for group, table in boards if group.pooled] or boards
     found = []
     for group, table in wide:
         keys = ["method", "worst", *[f"{what} {name}" for name in baselines(group)[:1] for what in ("ahead", "wins")], "mean"]

@@ -58,7 +58,11 @@ class Group:
 
     @property
     def slug(self) -> str:
-        return "all" if self.label == ALL else self.settings[0].slug
+        return "all" if self.pooled else self.settings[0].slug
+
+    @property
+    def pooled(self) -> bool:
+        return len(self.settings) > 1
 
     @property
     def exact(self) -> bool:
@@ -83,24 +87,30 @@ class Group:
 
 @lru_cache(maxsize=2)
 def groups(results: Results) -> list[Group]:
-    """All settings together (where all are exact: gains on different tasks are no scale), then each by itself. None without two task
-    seeds to compare, or two methods."""
+    """The finished settings together (where all are exact: gains on different tasks are no scale), then each setting by itself. None
+    without two methods that have two task seeds.
+
+    A setting is finished where its methods share at least half as many task seeds as elsewhere: one just begun would leave nothing.
+    """
     found = [Group(setting.label, (setting,)) for setting in results.settings]
-    if len(found) > 1 and all(setting.exact for setting in results.settings):
-        found.insert(0, Group(ALL, tuple(results.settings)))
-    return [group for group in found if len(group.labels) > 1 and _seeds(group) > 1]
+    most = max((len(setting.shared_seeds) for setting in results.settings), default=0)
+    whole = tuple(setting for setting in results.settings if 2 * len(setting.shared_seeds) >= most)
+    if len(whole) > 1 and all(setting.exact for setting in results.settings):
+        missing = len(whole) < len(results.settings)
+        found.insert(0, Group(f"{len(whole)} of {len(results.settings)} settings" if missing else ALL, whole))
+    return [group for group in found if len([count for count in _seeds(group) if count > 1]) > 1]
 
 
-def _seeds(group: Group) -> int:
-    """The largest number of task seeds that a method has in all settings of the group."""
-    return max((len(shared(group, scores(group, label, group.headline, "mean"))) for label in group.labels), default=0)
+def _seeds(group: Group) -> list[int]:
+    """The number of task seeds that each method has in all settings of the group."""
+    return [len(shared(group, scores(group, label, group.headline, "mean"))) for label in group.labels]
 
 
 def enough_for_intervals(results: Results) -> tuple[bool, int]:
     """Whether some group has intervals, and the largest number of task seeds."""
     from paretune.stats import MIN_UNITS
 
-    most = max(map(_seeds, groups(results)), default=0)
+    most = max((count for group in groups(results) for count in _seeds(group)), default=0)
     return most >= MIN_UNITS, most
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.comparison import ALL, Group, baselines, comparison_table, estimate_of, groups, pair_table
+from paretune.report.comparison import Group, baselines, comparison_table, estimate_of, groups, pair_table
 from paretune.report.data import PROMPTS, Results, Setting
 from paretune.report.series import glance_table, loss_table
 from paretune.report.tables import CEILING, Column, headline, leaderboard, minus
@@ -48,7 +48,7 @@ def _best(results: Results) -> str:
 
 def _sweep(results: Results) -> list[str]:
     """Who beats the linear sweep on the same task seeds, and does a single policy at its cost? Only where intervals can tell."""
-    group = next((g for g in groups(results) if g.exact and g.label == ALL), next((g for g in groups(results) if g.exact), None))
+    group = next((g for g in groups(results) if g.exact and g.pooled), next((g for g in groups(results) if g.exact), None))
     if group is None or "linear" not in [group.of(label)[0].record["method"]["name"] for label in baselines(group)]:
         return []
     linear = baselines(group)[0]
@@ -95,7 +95,7 @@ def _levels(results: Results) -> list[str]:
     """Where the level at which the same experts are combined matters most, and where least; over several task seeds only."""
     mixers = {str(c.record["method"]["mixer"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
     worst: dict[str, dict[str, float]] = {}
-    wanted = {group.label: group.headline for group in groups(results) if group.exact and group.label != ALL}
+    wanted = {group.label: group.headline for group in groups(results) if group.exact and not group.pooled}
     for row in comparison_table(results).rows:
         if row["method"] in mixers.values() and wanted.get(row["setting"]) == row["prompts"]:
             worst.setdefault(row["setting"], {})[row["method"]] = row["worst_iqm"]
