@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
+from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
 from paretune.mixing import Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import METHODS, RULES
 from paretune.types import Artifact, TrainSpec
-from paretune.weightings import Balanced, Fixed
 
 if TYPE_CHECKING:
     from paretune.learner import Learner
     from paretune.policy import Family
     from paretune.tasks import Task
 
-__all__ = ["Bridge", "BridgeRule", "interaction", "sampled_weighting"]
+__all__ = ["Bridge", "BridgeRule", "interaction"]
 
 
 def interaction(w_WM: np.ndarray) -> np.ndarray:
@@ -38,11 +37,6 @@ class BridgeRule(Rule):
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         return np.concatenate([np.asarray(w_WM, dtype=np.float64), interaction(w_WM)], axis=1)
-
-
-def sampled_weighting(balance: float) -> Mapping[str, Any]:
-    """The weighting of a training over sampled preferences; 0 is none."""
-    return describe(Balanced(power=balance) if balance else Fixed())
 
 
 @METHODS.register("bridge")
@@ -91,13 +85,13 @@ class Bridge(Method):
         return Family(build_policy(task, "parameter", adapters), BridgeRule(), task.objectives, task.base(), adapters, meta)
 
     def _bridge(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
-        return TrainSpec(
-            task=describe(task),
-            learner=describe(learner.scaled(self.effort)),
-            preference=None,
-            seed=seed,
-            weighting=sampled_weighting(self.balance),
-            frozen=tuple(spec.key for spec in vertex_trainings(task, learner, seed).values()),
+        return sampled_training(
+            task,
+            learner,
+            seed,
+            rule=BridgeRule(),
             fresh=(self.rank or learner.rank,),
-            rule=describe(BridgeRule()),
+            frozen=vertex_trainings(task, learner, seed).values(),
+            effort=self.effort,
+            balance=self.balance,
         )

@@ -10,10 +10,10 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.methods import Card, Method
-from paretune.methods.bridge import BridgeRule, sampled_weighting
-from paretune.methods.experts import build_policy, family_meta
+from paretune.methods.bridge import BridgeRule
+from paretune.methods.experts import build_policy, family_meta, sampled_training
 from paretune.mixing import Identity, Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import METHODS, RULES
 from paretune.types import Artifact, TrainSpec
 
 if TYPE_CHECKING:
@@ -99,12 +99,4 @@ class Conditioned(Method):
 
     def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
         rule, ranks = self._structure(task, learner)
-        return TrainSpec(
-            task=describe(task),
-            learner=describe(learner.scaled(self.effort)),
-            preference=None,
-            seed=seed,
-            weighting=sampled_weighting(self.balance),
-            fresh=ranks,
-            rule=describe(rule),
-        )
+        return sampled_training(task, learner, seed, rule=rule, fresh=ranks, effort=self.effort, balance=self.balance)

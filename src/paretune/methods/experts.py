@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,19 +11,50 @@ import numpy as np
 from paretune.methods import Card, Method
 from paretune.registry import METHODS, describe
 from paretune.types import Artifact, TrainSpec
+from paretune.weightings import Balanced, Fixed
 
 if TYPE_CHECKING:
     from paretune.learner import Learner
+    from paretune.mixing import Rule
     from paretune.policy import Family, Policy
     from paretune.tasks import Task
 
-__all__ = ["Experts", "OnExperts", "adapters_for", "build_policy", "family_meta", "training", "vertex_trainings"]
+__all__ = ["Experts", "OnExperts", "adapters_for", "build_policy", "family_meta", "sampled_training", "training", "vertex_trainings"]
 
 
 def training(task: Task, learner: Learner, w_M: Sequence[float] | np.ndarray, seed: int) -> TrainSpec:
     """The training for one fixed preference. Equal arguments give equal keys, so that methods share its result."""
     preference = tuple(float(w) for w in w_M)
     return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=seed)
+
+
+def sampled_training(
+    task: Task,
+    learner: Learner,
+    seed: int,
+    *,
+    rule: Rule,
+    fresh: tuple[int, ...],
+    frozen: Iterable[TrainSpec] = (),
+    effort: float = 1.0,
+    balance: float = 0.0,
+    face: tuple[int, ...] | None = None,
+) -> TrainSpec:
+    """The training over sampled preferences, gated by `rule`: new adapters of the ranks `fresh` beside the `frozen` trainings' adapters.
+
+    effort: its budget, in budgets of the learner. balance: the power of the weighting "balanced", 0 is plain sampling.
+    """
+    return TrainSpec(
+        task=describe(task),
+        learner=describe(learner.scaled(effort)),
+        preference=None,
+        seed=seed,
+        weighting=describe(Balanced(power=balance) if balance else Fixed()),
+        frozen=tuple(spec.key for spec in frozen),
+        fresh=fresh,
+        rule=describe(rule),
+        face=face,
+    )
 
 
 def vertex_trainings(task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:

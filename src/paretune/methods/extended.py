@@ -10,10 +10,9 @@ import numpy as np
 
 from paretune.errors import ConfigError, nearest
 from paretune.methods import Card, Method
-from paretune.methods.bridge import sampled_weighting
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
+from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
 from paretune.mixing import Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import METHODS, RULES
 from paretune.types import Artifact, TrainSpec
 
 if TYPE_CHECKING:
@@ -113,21 +112,21 @@ class Extended(Method):
     def _bridges(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
         """The trainings of the old family's bridge, where it has one, and of the new one."""
         place = self._place(task)
-        experts = [spec.key for spec in vertex_trainings(task, learner, seed).values()]
+        experts = list(vertex_trainings(task, learner, seed).values())
         others = [k for k in range(len(experts)) if k != place]
         found: dict[str, TrainSpec] = {}
         for stage, frozen, face in (("old", [experts[k] for k in others], tuple(others)), ("new", experts, None)):
             if stage == "old" and len(others) == 1:
                 continue
-            found[stage] = TrainSpec(
-                task=describe(task),
-                learner=describe(learner.scaled(self.effort)),
-                preference=None,
-                seed=seed,
-                weighting=sampled_weighting(self.balance),
-                frozen=(*frozen, *(spec.key for spec in found.values())),
+            found[stage] = sampled_training(
+                task,
+                learner,
+                seed,
+                rule=ExtendedRule(new=place, stage=stage),
                 fresh=(learner.rank,),
-                rule=describe(ExtendedRule(new=place, stage=stage)),
+                frozen=(*frozen, *found.values()),
+                effort=self.effort,
+                balance=self.balance,
                 face=face,
             )
         return found

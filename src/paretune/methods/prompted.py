@@ -10,10 +10,9 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.methods import Card, Method
-from paretune.methods.bridge import sampled_weighting
-from paretune.methods.experts import adapters_for, build_policy, family_meta
+from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training
 from paretune.mixing import Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import METHODS, RULES
 from paretune.types import Artifact, TrainSpec
 
 if TYPE_CHECKING:
@@ -88,12 +87,5 @@ class Prompted(Method):
         return PromptedRule(objectives=task.objectives.count, digits=self.digits)
 
     def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
-        return TrainSpec(
-            task=describe(task),
-            learner=describe(learner.scaled(self.effort)),
-            preference=None,
-            seed=seed,
-            weighting=sampled_weighting(self.balance),
-            fresh=(learner.rank,),
-            rule=describe(self._rule(task)),
-        )
+        fresh = (learner.rank,)
+        return sampled_training(task, learner, seed, rule=self._rule(task), fresh=fresh, effort=self.effort, balance=self.balance)

@@ -11,10 +11,10 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.methods import Card, Method
-from paretune.methods.bridge import interaction, sampled_weighting
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
+from paretune.methods.bridge import interaction
+from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
 from paretune.mixing import Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import METHODS, RULES
 from paretune.types import Artifact, TrainSpec
 
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ class Router(Method):
         return RouterRule(experts=task.objectives.count, width=self.width, seed=seed, bridge=self.bridge)
 
     def _router(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
-        return TrainSpec(
-            task=describe(task),
-            learner=describe(learner.scaled(self.effort)),
-            preference=None,
-            seed=seed,
-            weighting=sampled_weighting(self.balance),
-            frozen=tuple(spec.key for spec in vertex_trainings(task, learner, seed).values()),
+        return sampled_training(
+            task,
+            learner,
+            seed,
+            rule=self._rule(task, seed),
             fresh=(learner.rank,) if self.bridge else (),
-            rule=describe(self._rule(task, seed)),
+            frozen=vertex_trainings(task, learner, seed).values(),
+            effort=self.effort,
+            balance=self.balance,
         )
