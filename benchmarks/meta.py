@@ -18,23 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from cells import attainment_W, cells_of, row_of
 from common import emit
 from paretune.evaluation import evaluate
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, training
-from paretune.mixing import Constant
-from paretune.policy import Family
-from paretune.registry import METHODS
 from paretune.stats import estimate
-from paretune.suite import fit, task
-from paretune.types import TrainSpec
+from paretune.suite import fit, method, task
 
 RHOS = [0.8, 0.0, -0.8]
 EXACT = {"name": "exact"}
@@ -68,36 +61,6 @@ SUITES: Mapping[str, Mapping[str, Any]] = {
 PARTS = ("exact", "sampled", "m3")
 
 
-@METHODS.register("dedicated")
-@dataclass(frozen=True)
-class Dedicated(Method):
-    """One linear training at one given preference: what every shortcut is compared with."""
-
-    weights: tuple[float, ...] = ()
-
-    card: ClassVar[Card] = Card(
-        family="baseline",
-        summary="one training at one given preference",
-        source="the weighted sum of rewards",
-        differs="nothing",
-        hides="trained at the preference it is judged at",
-        trainings="1",
-        forwards_per_token="1",
-        zero_shot=False,
-    )
-
-    def _spec(self, task: Any, learner: Any, seed: int) -> dict[str, TrainSpec]:
-        return {"policy": training(task, learner, self.weights, seed)}
-
-    def plan(self, task: Any, learner: Any, done: Any, seed: int) -> Sequence[TrainSpec]:
-        return list(self._spec(task, learner, seed).values())
-
-    def policy(self, task: Any, learner: Any, done: Any, seed: int) -> Family:
-        adapters = adapters_for(self._spec(task, learner, seed), done)
-        policy = build_policy(task, "parameter", adapters)
-        return Family(policy, Constant(gates_K=(1.0,)), task.objectives, task.base(), adapters, family_meta(self, task, seed=seed))
-
-
 def against_dedicated(cells: Sequence[Mapping[str, Any]], root: Path) -> list[dict[str, Any]]:
     """For each correlation, a dedicated training where the bridge is worst: rows with both attainments."""
     rows = []
@@ -107,7 +70,7 @@ def against_dedicated(cells: Sequence[Mapping[str, Any]], root: Path) -> list[di
         place = int(np.nanargmin(values))
         given = task(**{k: v for k, v in cell["task"].items() if k not in ("version", "content")})
         w_M = given.judged()[place]
-        family = fit(given, Dedicated(weights=tuple(map(float, w_M))), learner=EXACT, root=root, seed=cell["seed"])
+        family = fit(given, method("linear", at=(tuple(map(float, w_M)),)), learner=EXACT, root=root, seed=cell["seed"])
         found = evaluate(given, family, w_WM=w_M[None], splits=["train"]).metrics["splits"]["train"]["attainment"]["worst"]
         row = {"rho": cell["task"]["rho"], "seed": cell["seed"], "w": w_M.round(4).tolist()}
         rows.append({**row, "bridge": round(float(values[place]), 4), "dedicated": round(found, 4)})
