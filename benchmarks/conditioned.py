@@ -2,8 +2,9 @@
 
     python benchmarks/conditioned.py [--root DIR] [--workers 1] [--out benchmarks/results/conditioned.json]
 
-One training from scratch, one adapter per objective (`clp`): 120,000 samples, or 200 exact steps. Attainment on training prompts, worst
-over preferences and seeds. Stopped, it goes on where it was.
+One training from scratch: 120,000 samples, or 200 exact steps. The figures are those of one adapter per objective (`clp`); the other
+structures that a preference may change stand beside them, by name. Attainment on training prompts, worst over preferences and seeds.
+Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common import emit
 LEARNERS = {"sampled": {"name": "pg", "samples": 120_000}, "exact": {"name": "exact"}}
 SUITE = {
     "tasks": [{"name": "exact-v1", "rho": -0.8}],
-    "methods": [{"name": "conditioned", "structure": "clp"}],
+    "methods": [{"name": "conditioned", "structure": structure} for structure in ("clp", "panacea", "pblora")],
     "seeds": [100, 101, 102],
 }
 
@@ -34,7 +35,9 @@ def main() -> None:
     for kind, learner in LEARNERS.items():
         cells = cells_of({**SUITE, "name": f"conditioned-{kind}", "learner": learner}, given.root / kind, given.workers)
         rows += [{"learner": kind, **row_of(cell)} for cell in cells]
-        figures[f"conditioned_{kind}_worst"] = min(np.nanmin(attainment_W(cell)) for cell in cells)
+        for structure in ("clp", "panacea", "pblora"):
+            worst = min(np.nanmin(attainment_W(cell)) for cell in cells if cell["method"]["structure"] == structure)
+            figures[f"conditioned_{kind}_worst" + ("" if structure == "clp" else f"_{structure}")] = float(worst)
     emit(figures, out=given.out, rows=rows, suite=SUITE, learners=LEARNERS)
 
 

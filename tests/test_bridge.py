@@ -66,14 +66,14 @@ def test_under_conflict_it_repairs_the_soup_at_one_forward(conflict, learner, do
     assert worst(conflict, bridge, w_WM) > worst(conflict, soup, w_WM) + 0.2
 
 
-@pytest.mark.parametrize("structure", ["clp", "bridge", "panacea"])
+@pytest.mark.parametrize("structure", ["clp", "bridge", "panacea", "pblora"])
 def test_one_training_serves_all_preferences(conflict, tmp_path, structure):
     method, longer = METHODS.build({"name": "conditioned", "structure": structure}), quick_learner(steps=80)
     (spec,) = method.plan(conflict, longer, {}, 0)
     made = train_plan(method, conflict, longer, tmp_path, seed=0)
     assert list(made) == [spec.key]
     family = method.policy(conflict, longer, made, 0)
-    assert {"clp": 2, "bridge": 3, "panacea": 3}[structure] == family.policy.K
+    assert {"clp": 2, "bridge": 3, "panacea": 3, "pblora": 3}[structure] == family.policy.K
     vertex = evaluate(conflict, family, w_WM=np.eye(2), splits=["train"]).metrics["splits"]["train"]["utility"]["per_preference"]
     swapped = evaluate(conflict, family, w_WM=np.eye(2)[::-1], splits=["train"]).metrics["splits"]["train"]["rewards"]
     assert swapped[0][1] > swapped[1][1], "the second objective does better where it alone matters"
@@ -103,8 +103,8 @@ def test_effort_scales_the_budget_of_the_bridge_alone(conflict, learner, done):
 
 @pytest.mark.parametrize(
     "method",
-    ["bridge", *({"name": "conditioned", "structure": structure} for structure in ("clp", "bridge", "panacea"))],
-    ids=["bridge", "clp", "joint-bridge", "panacea"],
+    ["bridge", *({"name": "conditioned", "structure": structure} for structure in ("clp", "bridge", "panacea", "pblora"))],
+    ids=["bridge", "clp", "joint-bridge", "panacea", "pblora"],
 )
 @pytest.mark.parametrize("count", [2, 3])
 def test_conformance(method, count):

@@ -97,6 +97,7 @@ class Learner(ABC):
 
     def finish(self, spec: TrainSpec, policy: ParameterMix, work: Path, cost: Cost) -> Cost:
         """Write the adapters and the cost, then drop the checkpoint; in this order, a kill in between loses nothing."""
+        policy.commit()
         trained = policy.bank.trainable
         for i, name in enumerate(trained):
             policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")

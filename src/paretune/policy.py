@@ -79,6 +79,9 @@ class Policy(ABC):
         """What a training of this policy trains: the bank's trainable tensors, and what a level has beside them."""
         return self.bank.parameters()
 
+    def commit(self) -> None:  # noqa: B027
+        """Write into the bank's adapters what was trained in their place; most levels train the adapters themselves."""
+
     def save_extra(self, folder: Path) -> None:  # noqa: B027
         """Write into `folder` what the level has learned beside adapters; most have nothing."""
 

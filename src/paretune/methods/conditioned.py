@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paretune.policy import Family
     from paretune.tasks import Task
 
-__all__ = ["Conditioned", "SharedRule"]
+__all__ = ["Conditioned", "SharedRule", "TiedRule"]
 
 
 @RULES.register("shared")
@@ -36,6 +36,22 @@ class SharedRule(Rule):
         return np.concatenate([np.ones((len(w_WM), 1)), self.scale * w_WM], axis=1)
 
 
+@RULES.register("tied")
+@dataclass(frozen=True)
+class TiedRule(Rule):
+    """Gate 1 for the adapter that all preferences share, then the preference. Trainings under it tie the others' factors."""
+
+    seed: int = 0
+
+    @property
+    def level(self) -> Mapping[str, Any]:
+        """The level at which a training under this rule runs."""
+        return {"name": "tied", "own": 1, "seed": self.seed}
+
+    def gates(self, w_WM: np.ndarray) -> np.ndarray:
+        return SharedRule().gates(w_WM)
+
+
 @METHODS.register("conditioned")
 @dataclass(frozen=True)
 class Conditioned(Method):
@@ -44,11 +60,12 @@ class Conditioned(Method):
     clp       one adapter per objective, gated by the preference
     bridge    the same and one more, gated by how mixed the preference is
     panacea   a shared adapter, and `private` ranks per objective whose singular values are `scale` times the preference
+    pblora    a shared adapter, and one whose core is the preference's mixture of M square matrices: B (sum_k w_k C_k) A
 
     effort: the training's budget, in budgets of the learner. balance: see `bridge`.
     """
 
-    structure: Literal["clp", "bridge", "panacea"] = "clp"
+    structure: Literal["clp", "bridge", "panacea", "pblora"] = "clp"
     effort: float = 1.0
     balance: float = 0.0
     private: int = 1
@@ -57,10 +74,11 @@ class Conditioned(Method):
     card: ClassVar[Card] = Card(
         family="multi-policy",
         summary="one policy conditioned on the preference through the gates of its adapters, trained with preferences sampled per prompt",
-        source="clp: CLP (2407.15762); panacea: Panacea (2402.02030); bridge: ours",
+        source="clp: CLP (2407.15762); panacea: Panacea (2402.02030); pblora: PBLoRA (PARM, 2505.06274); bridge: ours",
         differs="clp mixes LoRA deltas, not all parameters; panacea has a plain LoRA beside the gated ranks (its learnt singular values "
-        "are absorbed), linear utilities only, and scale is fixed where the source learns a scale per layer; preferences of a batch are "
-        "spread over the simplex",
+        "are absorbed), linear utilities only, and scale is fixed where the source learns a scale per layer; pblora trains the policy, "
+        "not a reward model that guides one, and its first core is absorbed by a plain LoRA; preferences of a batch are spread over the "
+        "simplex",
         hides="one training has to learn all preferences: compare at equal samples, not at equal trainings; the adapters are as many as "
         "M experts'",
         trainings="1",
@@ -95,8 +113,12 @@ class Conditioned(Method):
             return Identity(), (rank,) * m
         if self.structure == "bridge":
             return BridgeRule(), (rank,) * (m + 1)
+        if self.structure == "pblora":
+            return SharedRule(), (rank,) * (m + 1)
         return SharedRule(scale=self.scale), (rank, *(self.private,) * m)
 
     def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
         rule, ranks = self._structure(task, learner)
+        if self.structure == "pblora":  # while it is trained; afterwards its adapters are plain ones
+            rule = TiedRule(seed=seed)
         return sampled_training(task, learner, seed, rule=rule, fresh=ranks, effort=self.effort, balance=self.balance)

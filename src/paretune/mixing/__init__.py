@@ -9,6 +9,7 @@
     robust      the product of the experts at the worst-case weights, token by token      K forwards
     merged      TIES and DARE soups of the dense changes; one merge a batch               1 forward
     routed      the soup with gates per layer and token, from a learned router             1 forward
+    tied        in training: the soup of adapters that share A and B, each with a core    1 forward
     prompted    one adapter; the gates are the preference, written before the prompt      1 forward
     reference   no adapter                                                                1 forward
 
@@ -26,6 +27,7 @@ from paretune.mixing.merged import MergedMix
 from paretune.mixing.prompted import PromptedMix
 from paretune.mixing.routed import RoutedMix
 from paretune.mixing.rules import Backbones, Best, Constant, Identity, Interpolated, Nearest, Rule, Table
+from paretune.mixing.tied import TiedMix
 
 __all__ = [
     "Backbones",
@@ -49,4 +51,5 @@ __all__ = [
     "RoutedMix",
     "Rule",
     "Table",
+    "TiedMix",
 ]
