@@ -1,5 +1,6 @@
 """The loop: is its gradient that of J_w, does it reach the optimum, what does it leave behind, and what does it refuse?"""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from scipy.stats import norm
 
 from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
+from paretune import rollout
 from paretune.checkpoint import progress_text
 from paretune.errors import ConfigError, RewardError, TrainingError
 from paretune.exact_learner import enumerated_returns
@@ -93,17 +95,60 @@ def test_it_reaches_the_known_optimum(tmp_path):
         assert 0.97 < np.dot(w, reached_M - start_M) / np.dot(w, best_M - start_M) <= 1 + 1e-9
 
 
-def test_micro_batches_add_up():
-    whole, eighths = PolicyGradient(**SMALL), PolicyGradient(**SMALL, micro_batch=2)
+@pytest.mark.parametrize(
+    "frugal",
+    [{"micro_batch": 2}, {"micro_tokens": 9}, {"checkpointing": True}, {"checkpointing": True, "micro_batch": 8}, {"pieces": True}],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_gradient(frugal, monkeypatch):
+    """Against the whole batch at once; with `pieces` the head makes logits for one position at a time."""
+    settings = dict(frugal)
+    pieces = settings.pop("pieces", False)
+    whole, other = PolicyGradient(**SMALL), PolicyGradient(**SMALL, **settings)
     policy, spec = moved(whole), spec_of(whole)
     batch = whole.collect(policy, TASK, spec, 0)
     gradients, losses = [], []
-    for learner in (whole, eighths):
+    for learner in (whole, other):
+        if learner is other and pieces:
+            monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 1)
         policy.model.zero_grad()
         losses.append(learner.gradient(policy, batch, beta=TASK.beta))
         gradients.append(flat(policy))
+    assert np.abs(gradients[0]).max() > 1e-3
     np.testing.assert_allclose(gradients[1], gradients[0], atol=1e-7)
     assert losses[1] == pytest.approx(losses[0], abs=1e-7)
+    again = other.collect(policy, TASK, spec, 0)
+    np.testing.assert_allclose(again.reference_logp_NT, batch.reference_logp_NT, atol=1e-6)
+
+
+def test_a_pass_has_whole_groups_where_they_fit():
+    learner = PolicyGradient(**SMALL)
+    made = learner.collect(moved(learner), TASK, spec_of(learner), 0).responses
+    width = made.prompt_ids_PT.shape[1] + made.tokens_NT.shape[1]
+    sizes = {
+        tokens: {rows.stop - rows.start for rows in made.passes(rows=None, tokens=tokens, group=4)} for tokens in (1, 3 * width, 9 * width)
+    }
+    assert sizes == {1: {1}, 3 * width: {3, 1}, 9 * width: {8}}
+    assert made.passes(rows=None, tokens=None, group=4) == [slice(0, 16)]
+
+
+def test_the_saved_tensors_shrink():
+    """Activations kept for the backward: without checkpointing everything inside the layers, with it their inputs alone."""
+    learner, sizes = PolicyGradient(**SMALL), []
+    policy = moved(learner)
+    made = learner.collect(policy, TASK, spec_of(learner), 0).responses
+    for again in (False, True):
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        one = dataclasses.replace(learner, checkpointing=again)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            one._logp(policy, made, slice(0, 16), gates_NK=made.gates_NK)
+        sizes.append(sum(kept.values()))
+    assert sizes[1] < sizes[0] / 2
 
 
 # What it leaves behind

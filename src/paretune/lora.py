@@ -6,7 +6,7 @@ mixing need. Adapters stay in plain PEFT format on disk.
 
 What would silently compute something else is refused with an error: merged layers, DoRA and other variants, adapter dropout in
 training mode, a batch that was expanded behind the gates' back (beams, `num_return_sequences`), and a forward outside of any context.
-Gradient checkpointing recomputes layers during `backward`: keep the same context open around it.
+Layers that are recomputed during `backward` need the same context around it: `trunk.recomputed` sees to that.
 """
 
 from __future__ import annotations
@@ -269,6 +269,11 @@ class LoraBank:
             yield
         finally:
             self._switch.turn(before)
+
+    @property
+    def present_mode(self) -> Mode | None:
+        """What the layers compute now; None outside of any context."""
+        return self._switch.mode
 
     def _made(self, kind: type[Gated] | type[Factor], gates: Gates, *, dims: tuple[int, ...]) -> Gated | Factor:
         """The mode of `gates`; the same gates again (a decoding loop) give the same mode, with what it has already expanded."""

@@ -10,12 +10,13 @@ computation of them serves many preferences. A softmax over V of the result is t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,12 +43,14 @@ class Policy(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
     parts_need_gates: ClassVar[bool] = False
+    one_forward: ClassVar[bool] = False  # True: parts are the logits of one forward of the model
 
     def __init__(self, bank: LoraBank, tokenizer: Any):
         self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
         self.eos_ids = _eos_ids(self.model, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = int(self.eos_ids[0] if pad is None else pad)
+        self._headless = False
 
     @property
     def level(self) -> str:
@@ -146,6 +149,22 @@ class Policy(ABC):
 
         return DynamicCache(config=self.model.config)
 
+    @property
+    def splits_head(self) -> bool:
+        """Whether the head is the model's own, the same for all rows: then logits may be made of the states piece by piece."""
+        adapted = any(layer.module is self.model.get_output_embeddings() for layer in self.bank.layers)
+        return self.one_forward and self.model.base_model is not self.model and not adapted
+
+    @contextlib.contextmanager
+    def headless(self) -> Iterator[None]:
+        """Within, a forward gives the states that the head is given, (N, T, H), instead of logits; `trunk.run_head` goes on from there."""
+        assert self.splits_head
+        self._headless = True
+        try:
+            yield
+        finally:
+            self._headless = False
+
     def _inputs(self, copies: int, ids_NT: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
         """The model's keyword arguments, every row repeated `copies` times, block by block."""
         past = 0 if cache is None else cache.get_seq_length()
@@ -173,6 +192,8 @@ class Policy(ABC):
 
     def _logits(self, inputs: dict[str, Any], last_only: int) -> Tensor:
         """The model's own logits; only those of the last `last_only` positions are computed; 0 is all."""
+        if self._headless:
+            return self.model.base_model(**inputs).last_hidden_state[:, -int(last_only) :]
         return self.model(**inputs, logits_to_keep=int(last_only)).logits
 
 

@@ -9,6 +9,7 @@ the response. Its expected gradient is the gradient of J_w, before clipping and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -37,6 +38,7 @@ from paretune.scalarise import check_scalariser, scalarise
 from paretune.seeds import seed_for
 from paretune.tasks import Task
 from paretune.tasks.optimum import landmarks
+from paretune.trunk import recomputed
 from paretune.types import TrainSpec
 from paretune.weightings import Seen, State, check_combination, weighting_of
 
@@ -108,6 +110,8 @@ class PolicyGradient(Learner):
     ratio: Literal["sequence", "token"] = "sequence"
     clip_eps: float = 0.2
     micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
+    micro_tokens: int | None = None  # instead: at most so many tokens, of prompts, responses and padding, or one row
+    checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
     temperature: float = 1.0  # the policy that is trained is the tempered one
     max_unscored: float = 0.10
     stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` validation means is below
@@ -127,6 +131,8 @@ class PolicyGradient(Learner):
             )
             >= 1,
             "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
+            "micro_batch and micro_tokens are at least 1": min(self.micro_batch or 1, self.micro_tokens or 1) >= 1,
+            "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
             "max_unscored lies between 0 and 1": 0 <= self.max_unscored <= 1,
             "k1 belongs in the reward: inside a loss its gradient has expectation 0": (self.kl_in, self.kl_estimator) != ("loss", "k1"),
             "in the reward only k1 is unbiased; k2 and k3 belong in the loss": self.kl_in == "loss" or self.kl_estimator == "k1",
@@ -209,8 +215,8 @@ class PolicyGradient(Learner):
         count = self.batch // self.group
         made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
         with torch.inference_mode():
-            reference_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=None)
-        reference_NT = reference_NT.clone()  # an ordinary tensor, which autograd may keep
+            parts = [self._logp(policy, made, rows, gates_NK=None) for rows in self.passes(made)]
+        reference_NT = torch.cat(parts)  # an ordinary tensor, which autograd may keep
         kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
         penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
         jacobian = None
@@ -231,7 +237,7 @@ class PolicyGradient(Learner):
         mask_NT = made.mask_NT.float()
         share_NT = mask_NT / len(mask_NT) / (1.0 if self.length == "sum" else mask_NT.sum(1, keepdim=True).clamp(min=1.0))
         return response_jacobian(
-            policy, made, credit_NM, share_NT, group=self.group, temperature=self.temperature, micro_batch=self.micro_batch
+            policy, made, credit_NM, share_NT, group=self.group, temperature=self.temperature, micro_batch=self.passes(made)[0].stop
         )
 
     def weights(
@@ -293,8 +299,7 @@ class PolicyGradient(Learner):
         advantage_N = torch.from_numpy(batch.advantage_N).to(policy.device)
         old_NT = made.logp_NT.float() if self.epochs > 1 else None
         total = 0.0
-        for start in range(0, n, self.micro_batch or n):
-            rows = slice(start, min(n, start + (self.micro_batch or n)))
+        for rows in self.passes(made):
             logp_NT = self._logp(policy, made, rows, gates_NK=made.gates_NK[rows])
             mask_NT = made.mask_NT[rows]
             loss = policy_loss(
@@ -315,15 +320,20 @@ class PolicyGradient(Learner):
             total += float(loss.detach())
         return total
 
+    def passes(self, made: Responses) -> list[slice]:
+        return made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=self.group)
+
     def _logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None) -> Tensor:
         """(rows, T) log-probabilities; whole groups share the reading of their prompt."""
         ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, self.group
-        if rows.start % group or (rows.stop - rows.start) % group:
+        again = self.checkpointing and torch.is_grad_enabled()  # a cache, which shares prompts, cannot be filled twice
+        if again or rows.start % group or (rows.stop - rows.start) % group:
             ids, mask, group = ids.repeat_interleave(group, 0)[rows], mask.repeat_interleave(group, 0)[rows], 1
         else:
             prompts = slice(rows.start // group, rows.stop // group)
             ids, mask = ids[prompts], mask[prompts]
-        return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
+        with recomputed(policy.bank) if again else contextlib.nullcontext():
+            return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
 
     def _check_gradients(self, spec: TrainSpec) -> None:
         if weighting_of(spec).needs_gramian and (self.epochs, self.kl_in, self.normalise) != (1, "reward", "none"):

@@ -7,17 +7,20 @@ EOS ids or at the length limit; what ends it is known by position, so PAD may eq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
 from paretune.seeds import uniforms
+from paretune.trunk import run_head
 from paretune.types import Prompt
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "encode", "row_uniforms", "sample", "texts", "token_ids", "token_logp"]
 
+LOGITS_AT_ONCE = 2**23  # numbers: 32 MiB in float32
 BELOW_ONE = 1.0 - 2.0**-52  # times a uniform, times a total: less than the total, whatever the rounding
 
 
@@ -186,14 +190,32 @@ def token_logp(
         known = [_chosen(first_NV[:, None], tokens_NT[:, :1], temperature)]
         if length > 1:
             mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
-            logits_NTV = policy.forward(tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=mask_NT, cache=cache)
-            known.append(_chosen(logits_NTV, tokens_NT[:, 1:], temperature))
+            forward = partial(policy.forward, tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=mask_NT, cache=cache)
+            known.append(_scored(policy, forward, tokens_NT[:, 1:], temperature))
         return torch.cat(known, 1)
     mask_NT = _needed(prompt_mask_PT)
     mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
     ids_NT = torch.cat([prompt_ids_PT, tokens_NT[:, :-1]], 1)
-    logits_NTV = policy.forward(ids_NT, gates_NK=gates_NK, attention_mask=mask_NT, last_only=length)
-    return _chosen(logits_NTV, tokens_NT, temperature)
+    forward = partial(policy.forward, ids_NT, gates_NK=gates_NK, attention_mask=mask_NT, last_only=length)
+    return _scored(policy, forward, tokens_NT, temperature)
+
+
+def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, temperature: float) -> Tensor:
+    """(N, T) log-probabilities of the tokens; of many logits only `LOGITS_AT_ONCE` exist at a time, in the backward too."""
+    n, length = tokens_NT.shape
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    if n * length * vocabulary <= LOGITS_AT_ONCE or not policy.splits_head:
+        return _chosen(forward(), tokens_NT, temperature)
+    with policy.headless():
+        h_NTH = forward()
+
+    def piece(h: Tensor, tokens: Tensor) -> Tensor:
+        with policy.bank.gates(None):
+            return _chosen(run_head(policy.model, h), tokens, temperature)
+
+    step = max(1, LOGITS_AT_ONCE // (n * vocabulary))
+    pieces = zip(h_NTH.split(step, 1), tokens_NT.split(step, 1), strict=True)
+    return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
 
 
 def _chosen(logits_NTV: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:

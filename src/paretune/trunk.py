@@ -1,4 +1,5 @@
-"""Decoder layers of a causal LM: where they are, and running those below the first adapted one once for all experts.
+"""Decoder layers of a causal LM: where they are, running those below the first adapted one once for all experts, the head alone, and
+layers that forget what is inside them until the backward needs it.
 
 Experts whose adapters begin at layer `first` have one trunk in common: embeddings and the layers below, their keys and values included.
 Inside `branched` the model takes N rows, and each becomes `copies` rows where layer `first` begins, block by block as `LoraBank.blocks`
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
     from paretune.lora import LoraBank
 
-__all__ = ["branch_point", "branched", "decoder_layers", "layer_input", "stacked_share"]
+__all__ = ["branch_point", "branched", "decoder_layers", "layer_input", "recomputed", "run_head", "stacked_share"]
 
 # Arguments of a decoder layer that have a row per sequence, and those that have not.
 PER_ROW = frozenset({"attention_mask", "position_ids", "position_embeddings"})
@@ -92,6 +96,54 @@ def branched(layers: Sequence[Any], first: int, copies: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def run_head(model: Any, h_NTH: Tensor) -> Tensor:
+    """(N, T, V) logits of the states that a causal LM's decoder ends with.
+
+    It is the model's own forward, its decoder replaced for one call by the states: whatever its head does (scale, soft cap), it does here.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
+
+    decoder = model.base_model
+    own = decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
+    decoder.__dict__["forward"] = lambda *_, **__: Output(last_hidden_state=h_NTH)
+    try:
+        return model(inputs_embeds=h_NTH, use_cache=False).logits
+    finally:
+        del decoder.__dict__["forward"]
+        if own is not None:
+            decoder.__dict__["forward"] = own
+
+
+@contextlib.contextmanager
+def recomputed(bank: LoraBank) -> Iterator[None]:
+    """For forwards without a cache: decoder layers keep only their input, and run again in the backward, under the same gates.
+
+    The backward may come after the context. ConfigError where it is not clear which modules are the decoder's layers.
+    """
+    if not bank.stack:
+        raise ConfigError(
+            "activation checkpointing needs to know the decoder's layers",
+            found=f"no list of layers that is the decoder's in {type(bank.base).__name__}",
+            remedy="set checkpointing=false, and lower micro_batch or micro_tokens instead",
+        )
+
+    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = bank.present_mode
+        again = functools.partial(contextlib.nullcontext) if mode is None else functools.partial(bank.mode, mode)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again()), **kwargs)
+
+    owned = [layer.__dict__.get("forward") for layer in bank.stack]
+    for layer in bank.stack:
+        layer.__dict__["forward"] = functools.partial(run, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, own in zip(bank.stack, owned, strict=True):
+            del layer.__dict__["forward"]
+            if own is not None:
+                layer.__dict__["forward"] = own
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy import LEVELS, Policy
-from paretune.trunk import branch_point, branched, stacked_share
+from paretune.trunk import branch_point, branched, run_head, stacked_share
 
 __all__ = ["FactorMix", "HiddenMix", "LogitMix", "ParameterMix", "ReferencePolicy"]
 
@@ -26,6 +26,7 @@ class ParameterMix(Policy):
     """
 
     parts_need_gates = True
+    one_forward = True
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         if cache is not None:
@@ -137,19 +138,9 @@ class HiddenMix(_Stacked):
         return hidden[:, -int(last_only) :].unflatten(0, (self.K, -1))
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
-        """The causal LM's own forward, its decoder replaced for one call by the mixed states: whatever its head does, it does here."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
-        mixed = _weighted(parts, gates_NK).to(parts.dtype)
-        own = self.decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
-        self.decoder.__dict__["forward"] = lambda *_, **__: Output(last_hidden_state=mixed)
-        try:
-            with self.bank.gates(gates_NK):
-                return self.model(inputs_embeds=mixed, use_cache=False).logits
-        finally:
-            del self.decoder.__dict__["forward"]
-            if own is not None:
-                self.decoder.__dict__["forward"] = own
+        """The causal LM's own head on the mixed states."""
+        with self.bank.gates(gates_NK):
+            return run_head(self.model, _weighted(parts, gates_NK).to(parts.dtype))
 
 
 def _weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
