@@ -193,16 +193,19 @@ def test_where_one_sibling_trains_each_computes_alone(paths):
         assert gap(before, bank.base(input_ids=ids_NT).logits) > 1e-4
 
 
-def test_unchanged_looks_at_parameters_once(paths):
+def test_unchanged_looks_at_parameters_once(paths, monkeypatch):
     bank, ids_NT, ones = LoraBank.load(llama(), paths), some_ids(), torch.ones(4, 3)
-    before = run(bank, ids_NT, ones)
+    before, looks = run(bank, ids_NT, ones), []
+    stamped = bank._stamped
+    monkeypatch.setattr(bank, "_stamped", lambda: looks.append(1) or stamped())
     with bank.unchanged():
-        assert gap(before, run(bank, ids_NT, ones)) == 0
-        with torch.no_grad():
-            bank.parameters_of(1)[1].mul_(2)
-        assert gap(before, run(bank, ids_NT, ones)) == 0, "the promise was broken; what was kept is used"
-        with bank.unchanged():
-            pass
+        for _ in range(3):
+            assert gap(before, run(bank, ids_NT, ones)) == 0
+        assert len(looks) == 1
+    run(bank, ids_NT, ones)
+    assert len(looks) == 2
+    with torch.no_grad():
+        bank.parameters_of(1)[1].mul_(2)
     assert gap(before, run(bank, ids_NT, ones)) > 1e-3
     with torch.no_grad():
         bank.parameters_of(1)[1].div_(2)
@@ -554,3 +557,17 @@ def test_factor_averaging_needs_one_shape(unequal):
         bank.base.model.layers[0].mlp.up_proj(torch.zeros(1, 1, 32))
     with refused("stacked mixing needs one equal block of rows per adapter", "4 rows for 3 adapters"), bank.blocks():
         bank.base(input_ids=some_ids())
+
+
+def test_frozen_adapters_are_in_memory_once(paths, tmp_path):
+    """Their factors are parts of the matrices that forwards use; saved, they are what they were."""
+    bank, ids_NT = LoraBank.load(llama(), paths), some_ids()
+    run(bank, ids_NT, torch.ones(4, 3))
+    for layer in bank.layers:
+        wide, b_RO = layer._kept["siblings"][1][0] if "siblings" in layer._kept else layer.a_IR(), layer.b_RO()
+        assert all(a.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr() for a in layer.a)
+        assert all(b.untyped_storage().data_ptr() == b_RO.untyped_storage().data_ptr() for b in layer.b)
+    for name, path in paths.items():
+        bank.save(name, tmp_path / name)
+        before, after = ((folder / "adapter_model.safetensors").read_bytes() for folder in (path, tmp_path / name))
+        assert before == after

@@ -280,6 +280,20 @@ class FusedLayer:
         self._frozen = not any(p.requires_grad for p in (*self.a, *self.b))
         self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
 
+    def settle(self) -> None:
+        """Let frozen factors lie in the matrices that forwards use instead of beside them: adapters are in memory once."""
+        if self.siblings[0] is not self or not all(layer._frozen and layer.members for layer in self.siblings):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            all_IR, end = self._a_of_siblings()[0].contiguous(), 0
+            for layer in self.siblings:
+                first, b_RO = end, layer._b_of_all()[0].contiguous()
+                for a_rI, b_Or, rank in zip(layer.a, layer.b, layer.ranks, strict=True):
+                    a_rI.data = all_IR[:, end : end + rank].t()
+                    b_Or.data = b_RO[end - first : end - first + rank].t()
+                    end += rank
+                layer._kept = {"siblings": (None, (all_IR,)), "a": (None, (all_IR[:, first:end],)), "b": (None, (b_RO,))}
+
     def _keep(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         known = self._kept.get(kind)
         if known is None or known[0] is not owner:

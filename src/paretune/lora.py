@@ -136,10 +136,13 @@ class LoraBank:
             config, weights = LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
-        self._install(name, config, 0, trainable)
+        weights = {key: tensor.to(self.base.device, torch.float32) for key, tensor in weights.items()}
+        if trainable:
+            weights = {key: tensor.clone() for key, tensor in weights.items()}  # the rest may stay in the file until it is needed
+        self._install(name, config, 0, trainable, empty=True)
         label = _label(self.names.index(name))
         try:
-            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=label)
+            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=label, low_cpu_mem_usage=True)
             wrong = [key for key in result.missing_keys if f".{label}." in key] + list(result.unexpected_keys)
             problem = f"{len(wrong)} missing or unexpected tensors, such as {wrong[0]}" if wrong else ""
         except RuntimeError as error:  # shapes
@@ -150,21 +153,26 @@ class LoraBank:
                 found=f"{path}: {problem}",
                 remedy="load it onto the model that it was trained on",
             )
+        for key, tensor in weights.items():  # PEFT has cast them to the base's dtype
+            self.model.get_parameter(key.replace(".weight", f".{label}.weight")).data = tensor
+        self._refresh()
 
-    def _install(self, name: str, config: Any, seed: int, trainable: bool) -> None:
+    def _install(self, name: str, config: Any, seed: int, trainable: bool, *, empty: bool = False) -> None:
+        """With `empty` its tensors have no memory yet: those that were read take their place."""
         from peft import get_peft_model
 
         check_config(name, config, self.names)
         label = _label(self.count)
         with forked_torch(seed):
             if self.model is self.base:
-                self.model = get_peft_model(self.base, config, adapter_name=label)
+                self.model = get_peft_model(self.base, config, adapter_name=label, low_cpu_mem_usage=empty)
             else:
-                self.model.add_adapter(label, config)
+                self.model.add_adapter(label, config, low_cpu_mem_usage=empty)
         self.names = (*self.names, name)
         if trainable:
             self._trainable.add(name)
-        self._refresh()
+        if not empty:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Take over the forward of every LoRA layer; set what is trainable (PEFT changes it when adapters come)."""
@@ -253,12 +261,18 @@ class LoraBank:
         """Forget what was made of parameters that have been written into, moved, frozen or thawed since."""
         if self._held:
             return
-        tensors = self._tensors  # three flat lists: this is done for every forward
-        stamp: list[list[Any]] = [[p._version for p in tensors], [p.data_ptr() for p in tensors], [p.requires_grad for p in tensors]]
-        if stamp != self._stamp:
-            self._stamp = stamp
+        if self._stamp != (stamp := self._stamped()):
+            known, self._stamp = self._stamp, stamp
             for layer in self._layers:
                 layer.forget()
+            if not known or not self._trainable:  # while something is trained this comes again and again
+                for layer in self._layers:
+                    layer.settle()
+                self._stamp = self._stamped()
+
+    def _stamped(self) -> list[list[Any]]:
+        tensors = self._tensors  # three flat lists: this is done for every forward
+        return [[p._version for p in tensors], [p.data_ptr() for p in tensors], [p.requires_grad for p in tensors]]
 
     @contextlib.contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
