@@ -34,6 +34,7 @@ COMMANDS = {
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
     "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
+    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--json"},
     "explain": {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--plugin", "--json"},

@@ -305,6 +305,12 @@ class Family:
             answers += texts(self.policy.tokenizer, made)
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
+    def export(self, path: str | Path, preference: Preference | Mapping[str, float] | Sequence[float] | str, **settings: Any) -> Any:
+        """The policy at one preference as files that transformers, PEFT and vLLM load; see `paretune.export.export` for the settings."""
+        from paretune.export import export
+
+        return export(self, preference, path, **settings)
+
     def save(self, path: str | Path) -> None:
         """Write family.json (last) and adapters/<name>/ in plain PEFT format into the new directory `path`."""
         path = Path(path)
