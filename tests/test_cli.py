@@ -42,6 +42,10 @@ COMMANDS = {
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
+    "tune": {
+        *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
+        *("--no-prune", "--write", "--plugin", "--json"),
+    },
     "relate": {
         *("TARGET", "OVERRIDES", "--probe", "--probe-steps", "--prompts", "--group", "--budget", "--results", "--out", "--seed"),
         *("--plugin", "--json"),

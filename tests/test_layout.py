@@ -53,6 +53,7 @@ LEVELS = {
         "suite_file",
         "suite",
         "tuning",
+        "tuning_plan",
         "relations",
         "probe",
         "advice",
