@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.model_card import VLLM_RANKS
 from paretune.policy import LEVELS
+from paretune.registry import METHODS
 from paretune.tasks.recipe import load_recipe
 from recipe_files import tiny_model, write_recipe
 
@@ -79,4 +80,5 @@ def test_the_commands_run_in_their_order(here, capsys):
 def test_the_table_has_every_level_and_the_text_vllms_ranks():
     rows = " ".join(re.findall(r"^\| (.*?) \|", PAGE, re.MULTILINE))
     assert {name for name in LEVELS if not re.search(rf"\b{name}\b", rows)} == {"reference"}
+    assert set(re.findall(r"`([\w-]+)`", rows)) <= set(METHODS)
     assert ", ".join(map(str, VLLM_RANKS[:-1])) + f" or {VLLM_RANKS[-1]}" in " ".join(PAGE.split())

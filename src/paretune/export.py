@@ -75,7 +75,7 @@ def export(
 
     `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case.
     `results` is the family's folder or a run directory: measurements of this family found there go onto the card. The family stays
-    as it is, and beside it no more than one shard of a checkpoint is in memory.
+    as it is, and beside it no more than one shard of a checkpoint is in memory (see `_write_model` for the exception).
     """
     out = Path(out)
     for what, given, known in (("kind of export", kind, KINDS), ("dtype", dtype or DTYPES[0], DTYPES)):

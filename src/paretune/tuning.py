@@ -62,7 +62,7 @@ def validation_preferences(count: int, *, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: `state` is "done", "pruned" or "failed" (see `message`); `value` is its score so far, None where there is none."""
+    """One setting, counted from 1: `state` is "done", "pruned" or "failed" (see `message`); `value` is its score so far, None where there is none."""
 
     number: int
     values: dict[str, Any]
@@ -214,7 +214,7 @@ def tune(
         while len(search.finished) < trials:
             trial = search.run()
             if say is not None:
-                say(f"trial {trial.number + 1} of {trials}: {_shown(trial, metric)}")
+                say(f"trial {trial.number} of {trials}: {_shown(trial, metric)}")
         found = search.result(folder)
         write_json(folder / "ledger.json", found.cost.to_json())
         write_json(folder / "tuning.json", found.to_json())
@@ -292,7 +292,7 @@ class _Search:
             self.study.tell(trial, value)
         else:
             self.study.tell(trial, state=self._states.PRUNED)
-        return self._trial(place, self.finished[-1])
+        return self._trial(place + 1, self.finished[-1])
 
     def _stages(self, trial: Any, values: Mapping[str, Any], seen: list[_Score]) -> tuple[str, float | None]:
         """The state and the value that a trial ends with; `seen` gets the score of every stage."""
@@ -339,7 +339,7 @@ class _Search:
             for stored in self.finished
             for one in stored.user_attrs["trial"]["scores"]
         }
-        rows = tuple(self._trial(number, stored) for number, stored in enumerate(self.finished))
+        rows = tuple(self._trial(number, stored) for number, stored in enumerate(self.finished, start=1))
         return Tuning(self.plan, self.metric, folder, rows, self.scores.cost(list(scores.values())))
 
 
