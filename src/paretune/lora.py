@@ -12,7 +12,6 @@ Layers that are recomputed during `backward` need the same context around it: `t
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
 from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
-from paretune.plain_lora import check_config, check_trainable
+from paretune.plain_lora import CONFIG_FILE, WEIGHTS_FILE, check_config, check_trainable, write_adapter
 from paretune.seeds import forked_torch, seed_for
 from paretune.trunk import decoder_layers
 
 __all__ = ["LoraBank", "soup_factors", "soup_state", "soup_weight"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 Gates = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -309,7 +307,7 @@ class LoraBank:
 
         label = _label(self._index(name))
         tensors = get_peft_model_state_dict(self.model, adapter_name=label, save_embedding_layers=False)
-        _write_adapter(Path(path), self.model.peft_config[label], tensors)
+        write_adapter(Path(path), self.model.peft_config[label], tensors)
 
     def export(
         self, weights_K: Gates, path: str | Path, *, how: str = "delta", dtype: torch.dtype | None = None, base: str | None = None
@@ -342,7 +340,7 @@ class LoraBank:
             fan_in_fan_out=any(config.fan_in_fan_out for config in self.model.peft_config.values()),
             base_model_name_or_path=base,
         )
-        _write_adapter(Path(path), config, tensors)
+        write_adapter(Path(path), config, tensors)
         return rank
 
     def _targets(self, names: Iterable[str]) -> list[str]:
@@ -391,15 +389,3 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
 def _label(k: int) -> str:
     """PEFT's name of adapter k: ours may be anything, PEFT's must not have dots or look like its own prefixes."""
     return f"k{k:03d}"
-
-
-def _write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    path.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    settings["inference_mode"] = True
-    if Path(str(settings.get("base_model_name_or_path") or ".")).exists():  # a folder of this machine says nothing elsewhere
-        settings["base_model_name_or_path"] = None
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

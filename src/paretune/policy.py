@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.lora import CONFIG_FILE, WEIGHTS_FILE, LoraBank
+from paretune.lora import LoraBank
+from paretune.plain_lora import CONFIG_FILE, WEIGHTS_FILE
 from paretune.registry import RULES, TASKS, Registry, describe
 from paretune.types import Objectives, Preference, Prompt
 

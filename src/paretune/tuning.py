@@ -62,7 +62,7 @@ def validation_preferences(count: int, *, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting, counted from 1: `state` is "done", "pruned" or "failed" (see `message`); `value` is its score so far, None where there is none."""
+    """One setting, counted from 1: `state` is "done", "pruned" or "failed" (see `message`); `value` is its score so far, or None."""
 
     number: int
     values: dict[str, Any]
