@@ -1,4 +1,4 @@
-"""What an adapter must be for gates to scale it (plain LoRA: it adds B A x to a linear layer and does nothing else), and its files."""
+"""What an adapter must be for gates to scale it, and its files: plain LoRA adds B A x to a linear layer and does nothing else."""
 
 from __future__ import annotations
 
