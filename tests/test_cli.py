@@ -34,6 +34,7 @@ COMMANDS = {
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
     "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
+    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--json"},
     "explain": {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--plugin", "--json"},
@@ -41,6 +42,10 @@ COMMANDS = {
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
+    "tune": {
+        *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
+        *("--no-prune", "--write", "--plugin", "--json"),
+    },
     "relate": {
         *("TARGET", "OVERRIDES", "--probe", "--probe-steps", "--prompts", "--group", "--budget", "--results", "--out", "--seed"),
         *("--plugin", "--json"),

@@ -28,7 +28,7 @@ LEVELS = {
     1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics", "aggregation", "gramian"],
     2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
-    4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "routing"],
+    4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "routing", "export", "model_card"],
     5: [
         "batches",
         "checkpoint",
@@ -52,6 +52,8 @@ LEVELS = {
         "display",
         "suite_file",
         "suite",
+        "tuning",
+        "tuning_plan",
         "relations",
         "probe",
         "advice",

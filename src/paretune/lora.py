@@ -12,24 +12,23 @@ Layers that are recomputed during `backward` need the same context around it: `t
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
 from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
-from paretune.plain_lora import check_config, check_trainable
+from paretune.plain_lora import CONFIG_FILE, WEIGHTS_FILE, check_config, check_trainable, write_adapter
 from paretune.seeds import forked_torch, seed_for
 from paretune.trunk import decoder_layers
 
-__all__ = ["LoraBank", "soup_state"]
+__all__ = ["LoraBank", "soup_factors", "soup_state", "soup_weight"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 Gates = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -322,35 +321,69 @@ class LoraBank:
 
         label = _label(self._index(name))
         tensors = get_peft_model_state_dict(self.model, adapter_name=label, save_embedding_layers=False)
-        _write_adapter(Path(path), self.model.peft_config[label], tensors)
+        write_adapter(Path(path), self.model.peft_config[label], tensors)
 
-    def export(self, weights_K: Gates, path: str | Path) -> None:
-        """Write the exact soup at `weights_K` as one plain LoRA whose rank is the sum of the ranks (a weight of 0 adds none)."""
+    def export(
+        self, weights_K: Gates, path: str | Path, *, how: str = "delta", dtype: torch.dtype | None = None, base: str | None = None
+    ) -> int:
+        """Write the soup at `weights_K` (`how`: see `soup_state`) as one plain LoRA; returns its rank.
+
+        The exact soup's rank is the sum of the ranks of all adapters with a weight other than 0. Factors are stored as `dtype` (default:
+        as they are). `base` is the base model's name on the hub.
+        """
         from peft import LoraConfig
 
         if not self._layers:
             raise ConfigError("an export has an adapter at least", found="the reference alone", remedy="use the base model itself")
-        weights = self._made(Gated, weights_K, dims=(1,)).gates.tolist()
-        kept = [k for k, w in enumerate(weights) if w != 0] or [0]
-        rank = max(sum(a.shape[0] for k, a in zip(layer.members, layer.a, strict=True) if k in kept) for layer in self._layers)
+        weights = self._made(Gated, weights_K, dims=(1,)).gates
+        factors = {layer.name: soup_factors(layer, weights, how=how) for layer in self._layers}
+        rank = max(1, *(len(a_rI) for a_rI, _ in factors.values()))
+        written = {name: pair for name, pair in factors.items() if len(pair[0])} or factors  # what no weight reaches is left out
         tensors: dict[str, Tensor] = {}
-        for layer in self._layers:
-            a_RI = layer.a[0].new_zeros(rank, layer.a[0].shape[1])
-            b_OR = layer.b[0].new_zeros(layer.b[0].shape[0], rank)
-            start = 0
-            for k, a, b, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
-                if k in kept:
-                    a_RI[start : start + len(a)] = a.detach()
-                    b_OR[:, start : start + len(a)] = b.detach() * (weights[k] * scale)
-                    start += len(a)
-            tensors[f"base_model.model.{layer.name}.lora_A.weight"] = a_RI
-            tensors[f"base_model.model.{layer.name}.lora_B.weight"] = b_OR
-        targets = sorted(layer.name for layer in self._layers)
-        fan = any(config.fan_in_fan_out for config in self.model.peft_config.values())
+        for name, (a_rI, b_rO) in written.items():
+            fill = (0, 0, 0, rank - len(a_rI))  # one rank for all layers: engines other than PEFT know no other
+            tensors[f"base_model.model.{name}.lora_A.weight"] = functional.pad(a_rI, fill).to(dtype)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = functional.pad(b_rO, fill).t().to(dtype)
         config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", fan_in_fan_out=fan
+            r=rank,
+            lora_alpha=rank,
+            target_modules=self._targets(written),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=any(config.fan_in_fan_out for config in self.model.peft_config.values()),
+            base_model_name_or_path=base,
         )
-        _write_adapter(Path(path), config, tensors)
+        write_adapter(Path(path), config, tensors)
+        return rank
+
+    def _targets(self, names: Iterable[str]) -> list[str]:
+        """The last parts of the names, as people write them, where they mean these modules and no others; else the names."""
+        names = set(names)
+        leaves = {name.rpartition(".")[2] for name in names}
+        meant = {name for name, _ in self.base.named_modules() if name.rpartition(".")[2] in leaves}
+        return sorted(leaves if meant == names else names)
+
+
+def soup_factors(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") -> tuple[Tensor, Tensor]:
+    """(r, I) and (r, O), whose product is the soup of one layer at weights (K,); a weight of 0 adds no ranks. `how`: see `soup_state`."""
+    with torch.no_grad():
+        if how == "factor":
+            a_rI, b_rO = layer.factor(Factor(weights_K))
+            return a_rI, b_rO
+        owner_R, scale_R = layer.pattern_tensors(weights_K.device)
+        kept_R = (weights_K != 0)[owner_R]
+        scale_R = (weights_K[owner_R] * scale_R)[kept_R].to(layer.b[0].dtype)
+        return layer.a_IR().t()[kept_R], layer.b_RO()[kept_R] * scale_R[:, None]
+
+
+def soup_weight(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") -> Tensor:
+    """The merged weight of one layer, in float32 or wider."""
+    weight = layer.base.weight.detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a_rI, b_rO = soup_factors(layer, weights_K, how=how)
+    delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
+    return weight.to(wide) + (delta_OI.t() if layer.module.fan_in_fan_out else delta_OI)
 
 
 def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[str, Tensor]:
@@ -364,35 +397,9 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
     weights = bank._made(Gated, weights_K, dims=(1,)).gates.detach()
     if how not in ("delta", "factor"):
         raise ConfigError('a soup is "delta" or "factor"', found=repr(how), remedy='use "delta", the exact one')
-    merged = {}
-    with torch.no_grad():
-        for layer in bank._layers:
-            if how == "factor":
-                a_rI, b_rO = layer.factor(Factor(weights))
-            else:
-                a_IR, b_rO = layer.a_IR(), layer.b_RO()
-                owner, scale = layer.pattern_tensors(weights.device)
-                a_rI = (a_IR * (weights[owner] * scale)).t()
-            weight = layer.base.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
-            delta = delta_OI.t() if layer.module.fan_in_fan_out else delta_OI
-            merged[f"{layer.name}.weight"] = (weight.to(wide) + delta).to(weight.dtype)
-    return merged
+    return {f"{layer.name}.weight": soup_weight(layer, weights, how=how).to(layer.base.weight.dtype) for layer in bank._layers}
 
 
 def _label(k: int) -> str:
     """PEFT's name of adapter k: ours may be anything, PEFT's must not have dots or look like its own prefixes."""
     return f"k{k:03d}"
-
-
-def _write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    path.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    settings["inference_mode"] = True
-    if Path(str(settings.get("base_model_name_or_path") or ".")).exists():  # a folder of this machine says nothing elsewhere
-        settings["base_model_name_or_path"] = None
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

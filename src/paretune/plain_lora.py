@@ -1,13 +1,20 @@
-"""What an adapter must be for gates to scale it: plain LoRA, that adds B A x to a linear layer and does nothing else."""
+"""What an adapter must be for gates to scale it, and its files: plain LoRA adds B A x to a linear layer and does nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = ["check_config", "check_trainable"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "write_adapter"]
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # Settings of PEFT that make an adapter more than B A x: variants, other trained tensors, initialisations that change the base weights.
 NOT_PLAIN = (
@@ -48,3 +55,16 @@ def check_config(name: str, config: Any, names: Sequence[str]) -> None:
             )
     if config.bias != "none":
         raise ConfigError("gates work on plain LoRA adapters", found=f"{name}: bias={config.bias!r}", remedy='train with bias="none"')
+
+
+def write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """A plain PEFT directory: the same bytes for the same weights."""
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    settings["inference_mode"] = True
+    if Path(str(settings.get("base_model_name_or_path") or ".")).exists():  # a folder of this machine says nothing elsewhere
+        settings["base_model_name_or_path"] = None
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.lora import CONFIG_FILE, WEIGHTS_FILE, LoraBank
+from paretune.lora import LoraBank
+from paretune.plain_lora import CONFIG_FILE, WEIGHTS_FILE
 from paretune.registry import RULES, TASKS, Registry, describe
 from paretune.types import Objectives, Preference, Prompt
 
@@ -304,6 +305,12 @@ class Family:
             )
             answers += texts(self.policy.tokenizer, made)
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
+
+    def export(self, path: str | Path, preference: Preference | Mapping[str, float] | Sequence[float] | str, **settings: Any) -> Any:
+        """The policy at one preference as files that transformers, PEFT and vLLM load; see `paretune.export.export` for the settings."""
+        from paretune.export import export
+
+        return export(self, preference, path, **settings)
 
     def save(self, path: str | Path) -> None:
         """Write family.json (last) and adapters/<name>/ in plain PEFT format into the new directory `path`."""

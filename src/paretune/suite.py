@@ -116,8 +116,8 @@ def fit(
 ) -> Family:
     """Train what the method needs and is not yet in `root`, in this process (workers=0) or several; returns the family of policies.
 
-    The family's `meta["ledger"]` says what the trainings cost. Raises what made a training fail; others that finished are kept, and
-    calling again goes on from the last checkpoint.
+    The family's `meta["ledger"]` says what the trainings cost, and `meta["trainings"]` their keys. Raises what made a training fail;
+    others that finished are kept, and calling again goes on from the last checkpoint.
     """
     chosen = TASKS.build(task) if isinstance(task, str | Mapping) else task
     member = Member("", "", chosen, _whole(METHODS, method), _whole(LEARNERS, learner), seed)
@@ -138,6 +138,7 @@ def fit(
     costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
     ledger = as_if_alone([[costs[key] for key in wave] for wave in member.waves])
     family.meta["ledger"] = {kind: cost.to_json() for kind, cost in ledger.items()}
+    family.meta["trainings"] = list(member.done)
     return family
 
 

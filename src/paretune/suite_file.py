@@ -9,6 +9,7 @@
     seeds: [100, 101]      # the seed of every training, and of every task that has a `seed` field
     splits: [train, test]  # default: both
     samples: 64            # per preference and split, where a task is not exact
+    tune: {learner.lr: [1e-3, 1e-1, log]}   # for `paretune tune` alone
 
 A plain name stands for {name: ...}. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
 field, write the entry twice. Every combination of a task, a seed and a method is a *cell*.
@@ -53,6 +54,7 @@ class Suite(BaseModel):
     seeds: list[StrictInt] = Field(min_length=1, description="for example seeds: [100, 101]")
     splits: list[Literal["train", "test"]] = Field(default=["train", "test"], min_length=1, description="train, test or both")
     samples: int = Field(default=64, ge=1, description="a whole number of at least 1")
+    tune: dict[str, Any] | None = Field(default=None, exclude=True, description="for example tune: {learner.lr: [1e-3, 1e-1, log]}")
 
 
 def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Suite, Document]:

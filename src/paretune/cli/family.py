@@ -1,4 +1,4 @@
-"""`paretune fit` and `paretune sample`: a policy family from your own model, and its responses."""
+"""`paretune fit`, `sample` and `export`: a policy family from your own model, its responses, and one of its policies for other engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from paretune.report.tables import Table
     from paretune.tasks.recipe import Recipe
 
-__all__ = ["fit", "sample"]
+__all__ = ["export", "fit", "sample"]
 
 
 @app.command()
@@ -43,7 +43,7 @@ def fit(
             say(f"prompts left out, {reason}: {count}")
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers)
         family.save(folder)
-    rows = _measure(plan, family, samples) if samples else None
+    rows = _measure(plan, family, samples, folder) if samples else None
     if as_json:
         print_json({"family": str(folder), "objectives": list(family.objectives.names), "measured": rows.to_json() if rows else None})
         return
@@ -77,6 +77,29 @@ def sample(
             typer.echo(text if len(prompts) == 1 else f"{prompt}\n  {text}")
 
 
+@app.command()
+def export(
+    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    preference: Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
+    from paretune.export import export as write
+    from paretune.policy import Family
+
+    made = write(Family.load(family), preference, out, kind=kind, dtype=dtype, results=family)
+    if as_json:
+        print_json(made.to_json())
+        return
+    limit = made.to_json()["max_lora_rank"]
+    served = f"; vLLM: --max-lora-rank {limit}" if limit else "; too high for vLLM, which wants it merged" if made.rank else ""
+    typer.echo(f"{made.path}: {made.kind}, {made.dtype}" + (f", rank {made.rank}" if made.rank else "") + served)
+    typer.echo(f"how to load it: {made.path / 'README.md'}")
+
+
 def _family_name(plan: Recipe) -> str:
     """The same recipe names the same family."""
     from paretune.registry import describe
@@ -87,13 +110,19 @@ def _family_name(plan: Recipe) -> str:
     return f"{method['name']}-{key[:8]}"
 
 
-def _measure(plan: Recipe, family: Family, samples: int) -> Table:
-    """Mean scores and KL on test prompts, at the recipe's preferences, or for each objective alone and for all alike."""
+def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
+    """Mean scores and KL on test prompts, at the recipe's preferences, or for each objective alone and for all alike.
+
+    They are written into the family's folder too, for the cards of its exports.
+    """
     import numpy as np
 
     from paretune.evaluation import evaluate
+    from paretune.metrics import plain
+    from paretune.model_card import MEASURED
     from paretune.report.tables import Column, Table
     from paretune.search import simplex_lattice
+    from paretune.store import write_json
 
     count, names = family.objectives.count, family.objectives.names
     if plan.preferences is None:
@@ -104,6 +133,7 @@ def _measure(plan: Recipe, family: Family, samples: int) -> Table:
         labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
     say(f"measuring {len(w_WM)} preferences, {samples} responses each")
     measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
+    write_json(folder / MEASURED, {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)})
     columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
     rows: list[dict[str, Any]] = []
     for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from paretune.errors import ConfigError
+from paretune.fused import FusedLayer
 from paretune.mixing.levels import ParameterMix, _own
 from paretune.policy import LEVELS
 from paretune.seeds import seed_for
@@ -75,19 +76,20 @@ class MergedMix(ParameterMix):
         return self._known[1]
 
     def _merge(self, gates_K: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for layer in self.bank._layers:
-            weight = layer.base.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            deltas = weight.new_zeros((self.K, layer.b[0].shape[0], layer.a[0].shape[1]), dtype=wide)
-            for k, a_rI, b_Or, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
-                deltas[k] = b_Or.to(wide) @ a_rI.to(wide) * scale
-            kept = self._sparse(deltas, layer.name)
-            gates = gates_K.to(wide)
-            merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalise=self.normalise)
-            yield (
-                f"{layer.name}.base_layer.weight",
-                (weight.to(wide) + (merged.t() if layer.module.fan_in_fan_out else merged)).to(weight.dtype),
-            )
+        for layer in self.bank.layers:
+            yield f"{layer.name}.base_layer.weight", self.merged_weight(layer, gates_K).to(layer.base.weight.dtype)
+
+    def merged_weight(self, layer: FusedLayer, gates_K: Tensor) -> Tensor:
+        """The merged weight of one layer, in float32 or wider."""
+        weight = layer.base.weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        deltas = weight.new_zeros((self.K, layer.b[0].shape[0], layer.a[0].shape[1]), dtype=wide)
+        for k, a_rI, b_Or, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
+            deltas[k] = b_Or.detach().to(wide) @ a_rI.detach().to(wide) * scale
+        kept = self._sparse(deltas, layer.name)
+        gates = gates_K.to(wide)
+        merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalise=self.normalise)
+        return weight.to(wide) + (merged.t() if layer.module.fan_in_fan_out else merged)
 
     def _sparse(self, deltas_KOI: Tensor, name: str) -> Tensor:
         if self.how == "ties":

@@ -12,7 +12,7 @@ from paretune.errors import ConfigError
 from paretune.search.base import Evaluations, Score, SearchResult, Spent
 from paretune.seeds import seed_for
 
-__all__ = ["optuna_search"]
+__all__ = ["load_optuna", "optuna_search", "quiet"]
 
 TRIALS = 100  # where no budget is given
 
@@ -32,9 +32,9 @@ def optuna_search(
     models pay for what a local search gets from its start; the first 10 trials of the Gaussian process and of TPE are random. Another
     version of Optuna may draw other candidates.
     """
-    optuna = _optuna()
+    optuna = load_optuna()
     evaluations = Evaluations(score, budget=budget or TRIALS, cache=False)
-    with _quiet(optuna), contextlib.suppress(Spent):
+    with quiet(optuna), contextlib.suppress(Spent):
         study = optuna.create_study(direction="maximize", sampler=_sampler(optuna, sampler, seed_for(seed, "optuna") % 2**32))
         if start is not None:
             study.enqueue_trial({_name(k): float(weight) for k, weight in enumerate(start)})
@@ -58,18 +58,18 @@ def _sampler(optuna: Any, name: str, seed: int) -> Any:
     return makers[name](seed=seed)
 
 
-def _optuna() -> Any:
+def load_optuna(*, otherwise: str = ', or search "model"') -> Any:
+    """Optuna, or a ConfigError that says which extra to install, or what to do `otherwise`."""
     try:
         import optuna
     except ImportError:
-        raise ConfigError(
-            "a search by Optuna needs Optuna", found="it is not installed", remedy='`pip install "paretune[search]"`, or search "model"'
-        ) from None
+        remedy = f'`pip install "paretune[search]"`{otherwise}'
+        raise ConfigError("a search by Optuna needs Optuna", found="it is not installed", remedy=remedy) from None
     return optuna
 
 
 @contextlib.contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def quiet(optuna: Any) -> Iterator[None]:
     """No line for every study, and the reader's own setting afterwards."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -24,6 +24,7 @@ __all__ = ["Task", "judged_preferences", "sample_preferences", "spread_preferenc
 JUDGED_M2 = 11
 JUDGED_OTHER = 66
 KEEP_OUT = 0.005
+JUDGED_SEEDS = range(100, 110)  # of tasks that are drawn from a seed: nothing is tuned on them
 
 
 class Task(ABC):

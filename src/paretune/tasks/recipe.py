@@ -192,7 +192,7 @@ TASK_KEYS = {
     "prompts": "prompt_source",
     "objectives": "objective_specs",
 }
-RUN_KEYS = ("method", "learner", "seed", "output", "preferences")
+RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
