@@ -571,3 +571,19 @@ def test_frozen_adapters_are_in_memory_once(paths, tmp_path):
         bank.save(name, tmp_path / name)
         before, after = ((folder / "adapter_model.safetensors").read_bytes() for folder in (path, tmp_path / name))
         assert before == after
+
+
+def test_an_adapted_head_leaves_ties_as_they_are_and_the_base_too(tmp_path):
+    """PEFT saves an adapted head whole, beside its factors."""
+    from safetensors.torch import load_file, save_file
+
+    experts = write_adapters(lambda: llama(tie_word_embeddings=True), tmp_path, [{"target_modules": ["lm_head"]}])
+    model = llama(tie_word_embeddings=True)
+    LoraBank.load(model, experts)
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+    file = experts["e0"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (whole,) = [key for key in tensors if "base_layer" in key]
+    save_file({**tensors, whole: tensors[whole] + 1}, file)
+    with pytest.raises(ConfigError, match="leaves the base as it is"):
+        LoraBank.load(llama(tie_word_embeddings=True), experts)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
 from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
-from paretune.plain_lora import CONFIG_FILE, WEIGHTS_FILE, check_config, check_trainable, write_adapter
+from paretune.plain_lora import check_config, check_trainable, read_adapter, write_adapter
 from paretune.seeds import forked_torch, seed_for
 from paretune.trunk import decoder_layers
 
@@ -119,25 +119,15 @@ class LoraBank:
 
     def add_from(self, name: str, path: str | Path, *, trainable: bool = False) -> None:
         """One more adapter from a plain PEFT directory, at the end of axis K."""
-        from peft import LoraConfig, set_peft_model_state_dict
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from peft import set_peft_model_state_dict
 
         path = Path(path)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (path / file).is_file():
-                raise ConfigError(
-                    f"an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}",
-                    found=f"no {file} in {path}",
-                    remedy="save it with PEFT's save_pretrained (safetensors; pickled weights are never loaded)",
-                )
-        try:
-            config, weights = LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
-        weights = {key: tensor.to(self.base.device, torch.float32) for key, tensor in weights.items()}
-        if trainable:
-            weights = {key: tensor.clone() for key, tensor in weights.items()}  # the rest may stay in the file until it is needed
+        config, weights = read_adapter(path)
+        for key in [key for key in weights if ".base_layer." in key]:  # PEFT saves adapted heads whole
+            if not torch.equal(weights.pop(key).cpu(), self._base_weight(key).detach().cpu()):
+                raise ConfigError("an adapter leaves the base as it is", found=f"{path}: another {key}", remedy="load it onto its own base")
+        # What is not trained may stay in the file until it is needed.
+        weights = {key: tensor.to(self.base.device, torch.float32, copy=trainable) for key, tensor in weights.items()}
         self._install(name, config, 0, trainable, empty=True)
         label = _label(self.names.index(name))
         try:
@@ -153,8 +143,14 @@ class LoraBank:
                 remedy="load it onto the model that it was trained on",
             )
         for key, tensor in weights.items():  # PEFT has cast them to the base's dtype
-            self.model.get_parameter(key.replace(".weight", f".{label}.weight")).data = tensor
+            if key.endswith((".lora_A.weight", ".lora_B.weight")):
+                self.model.get_parameter(key.replace(".weight", f".{label}.weight")).data = tensor
         self._refresh()
+
+    def _base_weight(self, key: str) -> Tensor:
+        """The base model's tensor that PEFT calls `key`, whether there are adapters by now or not."""
+        module = self.base.get_submodule(key.removeprefix("base_model.model.").rpartition(".base_layer.")[0])
+        return getattr(module, "base_layer", module).get_parameter(key.rpartition(".")[2])
 
     def _install(self, name: str, config: Any, seed: int, trainable: bool, *, empty: bool = False) -> None:
         """With `empty` its tensors have no memory yet: those that were read take their place."""

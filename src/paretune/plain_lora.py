@@ -12,7 +12,7 @@ from paretune.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "write_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "read_adapter", "write_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -55,6 +55,25 @@ def check_config(name: str, config: Any, names: Sequence[str]) -> None:
             )
     if config.bias != "none":
         raise ConfigError("gates work on plain LoRA adapters", found=f"{name}: bias={config.bias!r}", remedy='train with bias="none"')
+
+
+def read_adapter(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Settings and tensors of a plain PEFT directory; the tensors may lie in the file until they are written into."""
+    from peft import LoraConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / file).is_file():
+            raise ConfigError(
+                f"an adapter directory holds {CONFIG_FILE} and {WEIGHTS_FILE}",
+                found=f"no {file} in {path}",
+                remedy="save it with PEFT's save_pretrained (safetensors; pickled weights are never loaded)",
+            )
+    try:
+        return LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
 
 
 def write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
