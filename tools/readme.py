@@ -49,6 +49,7 @@ TARGETS = (
     ("meta_minus_emorl_min", "meta.py", "bridge minus EMORL at any preference, correlation and seed: the lowest", -0.01),
     ("conditioned_sampled_worst", "conditioned.py", "one conditioned policy at rho = -.8, 120,000 samples: worst attainment", 0.85),
     ("conditioned_exact_worst", "conditioned.py", "the same, exact learner", 0.93),
+    ("ray_speedup", "ray_scaling.py", "32 trainings on local Ray, 2 workers against 1, one thread each: times as fast", 1.7),
     ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
     (
         "own_utility_worst",

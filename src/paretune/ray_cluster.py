@@ -143,7 +143,8 @@ class RayWorkers(Executor):
             logs.mkdir(parents=True, exist_ok=True)
             write_json(logs / "ray.json", {"token": token})
             # Ray prints what it thinks of lost workers to standard output, where only results belong.
-            self._open.enter_context(contextlib.redirect_stdout(self._open.enter_context(open(logs / "ray.log", "a", encoding="utf-8"))))
+            noise = open(logs / "ray.log", "a", encoding="utf-8")  # noqa: SIM115 (open until `close`)
+            self._open.enter_context(contextlib.redirect_stdout(self._open.enter_context(noise)))
         if not ray.is_initialized():
             address = self._settings.address or os.environ.get("RAY_ADDRESS") or "local"
             _init(address)
@@ -214,8 +215,8 @@ class RayWorkers(Executor):
         call, place.call = place.call, None
         try:
             answer = ray.get(call)
-        except ray.exceptions.RayError as error:
-            yield from self._lost(place, error)
+        except ray.exceptions.RayError as gone:
+            yield from self._lost(place, gone)
             return
         if job is None:
             self._begun(place, answer)
@@ -295,6 +296,8 @@ class RayWorkers(Executor):
 
     def _rest(self) -> None:
         """End workers that have had nothing to do for a while: others may need their GPUs."""
+        if self._waiting_jobs():
+            return
         for place in [p for p in self._places if p.ready and p.call is None and time.monotonic() - p.since > IDLE]:
             self._places.remove(place)
             _ray().kill(place.actor)

@@ -66,7 +66,9 @@ def executor_of(executor: str, **ray: Any) -> str | Ray:
     from paretune.errors import ConfigError
     from paretune.ray_cluster import Ray
 
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in ray.items() if value not in (None, [])}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in ray.items() if value not in (None, [])
+    }
     if executor == "ray":
         return Ray(**given)
     if given:
