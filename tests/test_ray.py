@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,14 +170,14 @@ def test_a_killed_driver_is_followed_by_the_next_one(bench, cluster, tmp_path):
     assert summary.failed == []
     assert results(bench.root) == results(tmp_path / "here")
     assert bench.twice() == [], "no step was computed again"
-    assert len({line.split()[1] for line in bench.log("complete")}) == len(bench.log("complete")) == 6
+    assert len({line.split()[1] for line in bench.log("complete")}) == 6
+    assert len([line for line in bench.log("complete") if line.endswith(" from 0")]) <= 6
 
 
-def test_ctrl_c_and_a_kill_on_a_cluster_that_is_the_drivers_own(bench, quiet):
-    """All of it ends with the driver, so that the next run can start at once."""
+def test_ctrl_c_ends_the_workers_and_a_cluster_of_its_own_ends_with_its_driver(bench, cluster):
     slow = {"learner": {"name": "fake", "steps": 30, "pause": 0.1}}
-    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        driver = bench.start(ray="local", **slow)
+    for stop, code, address in ((signal.SIGINT, 130, cluster), (signal.SIGKILL, -9, "local")):
+        driver = bench.start(ray=address, **slow)
         assert bench.wait_for_steps(driver, more=3), driver.communicate()
         ours = children(driver.pid)
         os.killpg(driver.pid, stop)  # as a terminal does it
@@ -185,7 +186,7 @@ def test_ctrl_c_and_a_kill_on_a_cluster_that_is_the_drivers_own(bench, quiet):
         if stop == signal.SIGINT:
             assert err.splitlines()[-1].startswith("stopped; finished work and checkpoints are kept in")
             assert "Traceback" not in err
-        assert ours
+        assert (address == "local") == bool(ours)
         assert all_gone(ours)
         wait_until(lambda: not bench.store.has_workers(), limit=10.0)
     assert list(bench.root.glob("artifacts/.wip-*/checkpoint/state.json"))
@@ -196,19 +197,20 @@ def test_ctrl_c_and_a_kill_on_a_cluster_that_is_the_drivers_own(bench, quiet):
 def test_failures_deaths_and_a_full_disk(bench, cluster):
     executor = Ray(address=cluster, env=ENV)
     bench.tell("fail-1", "die-2")
-    summary = bench.run(executor=executor, seeds=[1, 2, 3])
+    few = {"seeds": [1, 2, 3], "methods": [{"name": "fake-method", "points": 1}]}
+    summary = bench.run(executor=executor, **few)
     assert [row.status for row in summary.cells] == ["failed", "failed", "new"]
     records = {record["label"]: record for record in bench.store.failures(ARTIFACTS).values()}
-    assert [record["error"] for label, record in records.items() if "seed=1" in label] == ["RewardError"] * 2
+    assert [record["error"] for label, record in records.items() if "seed=1" in label] == ["RewardError"]
     lost = [record for label, record in records.items() if "seed=2" in label]
-    assert len(lost) == 2
+    assert len(lost) == 1
     assert all("2 times, last with" in record["message"] for record in lost)
     assert all("--memory-per-job" in record["remedy"] for record in lost)
     bench.tell("full-2")
     with pytest.raises(StoreError, match="every checkpoint is kept"):
-        bench.run(executor=executor, seeds=[1, 2, 3])
+        bench.run(executor=executor, **few)
     bench.tell()
-    assert bench.run(executor=executor, seeds=[1, 2, 3]).failed == []
+    assert bench.run(executor=executor, **few).failed == []
     assert bench.twice() == []
 
 
@@ -304,9 +306,7 @@ def test_a_job_that_a_lost_machine_still_works_on_is_left_alone(bench, monkeypat
     assert Remote().run(str(job.path)) == {"error": None, "full": False}
 
 
-@pytest.mark.parametrize(
-    ("address", "why"), [("nonsense", "neither local, auto"), ("ray://host", "neither"), ("127.0.0.1:1", "refused"), ("auto", "")]
-)
+@pytest.mark.parametrize(("address", "why"), [("nonsense", "neither local, auto"), ("ray://host", "neither"), ("127.0.0.1:1", "refused")])
 def test_a_cluster_that_does_not_answer_is_refused(address, why, quiet, tmp_path):
     """In a process of its own: this one may be connected."""
     code = "import sys; from paretune.ray_cluster import _init; from paretune.errors import ParetuneError\n"
@@ -317,6 +317,16 @@ def test_a_cluster_that_does_not_answer_is_refused(address, why, quiet, tmp_path
     assert done.stdout.startswith("a Ray cluster answers at its address")
     assert why in done.stdout
     assert "ray start --head" in done.stdout
+
+
+def test_what_ray_says_of_an_address_is_passed_on(monkeypatch):
+    def init(**given):
+        raise ConnectionError("Could not find any running Ray instance.\nMore.")
+
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match="a Ray cluster answers at its address") as refused:
+        ray_cluster._init("auto")
+    assert refused.value.found == "auto: Could not find any running Ray instance."
 
 
 @pytest.mark.parametrize("wrong", [{"cpus_per_job": 0}, {"gpus_per_job": 1.5}, {"gpus_per_job": -1}, {"memory_per_job": -1}, {"wait": -1}])
