@@ -97,6 +97,7 @@ OTHERS = {
     "Makefile": "make demo, make test",
     "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
     "docs/recipes.md": "how to bring your own model, prompts, rewards and judge",
+    "docs/scale.md": "from one laptop to a cluster: Ray, what machines share, what happens when something dies, what a study costs",
     "examples/recipes/": "the literature's tasks as recipes: HH-RLHF, summaries, safety, counselling, tool calls, mathematics",
     "docs/design.md": "why things are as they are; the metrics, the run directory, how to add a method",
     "benchmarks/results/": "committed results; quick.json is the leaderboard above",

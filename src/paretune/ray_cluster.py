@@ -30,7 +30,7 @@ from paretune.cluster import ATTEMPTS, ONE_THREAD, PROGRESS_EVERY, Executor, Out
 from paretune.errors import ConfigError, StoreError, TrainingError
 from paretune.jobs import TRAIN, Job
 from paretune.registry import loaded_plugins
-from paretune.store import Store, disk_errors, write_json
+from paretune.store import ARTIFACTS, CELLS, Store, disk_errors, write_json
 
 if TYPE_CHECKING:
     from paretune.display import Display
@@ -119,8 +119,7 @@ class RayWorkers(Executor):
         while self._waiting_jobs() or any(place.job for place in self._places):
             self._dispatch()
             calls = {place.call: place for place in self._places if place.call is not None}
-            ready, _ = _ray().wait(list(calls), num_returns=1, timeout=PROGRESS_EVERY)
-            for call in ready:
+            for call in _first(list(calls)):
                 yield from self._returned(calls[call])
             self._progress()
             self._rest()
@@ -273,7 +272,7 @@ class RayWorkers(Executor):
                     found=f"{job.label} ended well, and its directory is not here after {SEEN_WITHIN:.0f} s",
                     remedy="mount the run directory everywhere from one server (NFS: -o lookupcache=positive)",
                 )
-            for kind in ("artifacts", "cells"):
+            for kind in (ARTIFACTS, CELLS):
                 with contextlib.suppress(OSError):
                     os.listdir(self._store.root / kind)
             time.sleep(0.2)
@@ -308,6 +307,17 @@ def _ray() -> Any:
     import ray
 
     return ray
+
+
+def _first(calls: list[Any]) -> list[Any]:
+    """The first of the calls to return, or none within a moment."""
+    ray = _ray()
+    try:
+        return ray.wait(calls, num_returns=1, timeout=PROGRESS_EVERY)[0]
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        found = str(error).strip().partition("\n")[0]
+        remedy = "see the head's logs; the same command goes on from here"
+        raise TrainingError("the Ray cluster answers as long as the run lasts", found=found, remedy=remedy) from error
 
 
 def _init(address: str) -> None:
