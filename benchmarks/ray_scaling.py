@@ -1,6 +1,6 @@
 """32 trainings on a Ray cluster of this machine: two workers against one, a thread each.
 
-    python benchmarks/ray_scaling.py [--rounds 3] [--steps 120] [--root FOLDER] [--out benchmarks/results/ray_scaling.json]
+    python benchmarks/ray_scaling.py [--rounds 3] [--steps 200] [--root FOLDER] [--out benchmarks/results/ray_scaling.json]
 
 The trainings are exact ones on a small exact task, at 32 preferences. A run is timed from the first job handed over to the last one
 published, the start of its workers included; the cluster runs before. Runs with one and two workers alternate, and the figure is the
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trainings", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--root", type=Path, help="where run directories are made; default: a temporary folder")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

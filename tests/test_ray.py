@@ -20,7 +20,7 @@ from bench_fixture import Bench, all_gone, children, fakes_loaded, kill, results
 from paretune import ray_cluster, ray_worker
 from paretune.cli import app
 from paretune.display import Display
-from paretune.errors import ConfigError, StoreError
+from paretune.errors import ConfigError, StoreError, TrainingError
 from paretune.jobs import train_job
 from paretune.ray_cluster import Ray, RayWorkers
 from paretune.ray_worker import Remote
@@ -327,6 +327,16 @@ def test_what_ray_says_of_an_address_is_passed_on(monkeypatch):
     with pytest.raises(ConfigError, match="a Ray cluster answers at its address") as refused:
         ray_cluster._init("auto")
     assert refused.value.found == "auto: Could not find any running Ray instance."
+
+
+def test_a_cluster_that_stops_answering_ends_the_run(monkeypatch):
+    def wait(calls, **given):
+        raise ray.exceptions.RaySystemError("the head is gone")
+
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: SimpleNamespace(wait=wait, exceptions=ray.exceptions))
+    with pytest.raises(TrainingError, match="answers as long as the run lasts") as ended:
+        ray_cluster._first([object()])
+    assert "the head is gone" in ended.value.found
 
 
 @pytest.mark.parametrize("wrong", [{"cpus_per_job": 0}, {"gpus_per_job": 1.5}, {"gpus_per_job": -1}, {"memory_per_job": -1}, {"wait": -1}])
