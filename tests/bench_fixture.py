@@ -68,9 +68,10 @@ class Bench:
         """Steps that were computed more than once."""
         return [line for line, count in Counter(self.log("step")).items() if count > 1]
 
-    def start(self, *, workers=2, **suite) -> subprocess.Popen:
-        """A driver of its own, the first of its process group."""
+    def start(self, *, workers=2, ray: str | None = None, **suite) -> subprocess.Popen:
+        """A driver of its own, the first of its process group; `ray` is the address of a cluster to work on."""
         command = [sys.executable, str(HERE / "fake_driver.py"), str(self.root), json.dumps(suite_of(**suite)), str(workers)]
+        command += [] if ray is None else [ray]
         listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to it
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, **pipes, text=True, start_new_session=True, preexec_fn=listen)

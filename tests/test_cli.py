@@ -26,12 +26,14 @@ from report_cells import run_directory
 
 RUNNER = CliRunner()
 
+RAY = {"--address", "--cpus-per-job", "--gpus-per-job", "--memory-per-job", "--wait", "--pass-env"}
+
 # Every command with its arguments and flags. Change this only together with the README and the changelog.
 COMMANDS = {
     "demo": {"--root", "--workers", "--json"},
     "ls": {"KIND", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
-    "fit": {"RECIPE", "OVERRIDES", "--workers", "--samples", "--plugin", "--json"},
+    "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
     "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
     "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--json"},
@@ -39,7 +41,7 @@ COMMANDS = {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--plugin", "--json"},
     },
-    "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", "--dry-run", "--plugin", "--json"},
+    "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
     "tune": {

@@ -49,6 +49,8 @@ LEVELS = {
         "jobs",
         "schedule",
         "cluster",
+        "ray_worker",
+        "ray_cluster",
         "display",
         "suite_file",
         "suite",

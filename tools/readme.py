@@ -49,6 +49,7 @@ TARGETS = (
     ("meta_minus_emorl_min", "meta.py", "bridge minus EMORL at any preference, correlation and seed: the lowest", -0.01),
     ("conditioned_sampled_worst", "conditioned.py", "one conditioned policy at rho = -.8, 120,000 samples: worst attainment", 0.85),
     ("conditioned_exact_worst", "conditioned.py", "the same, exact learner", 0.93),
+    ("ray_speedup", "ray_scaling.py", "32 trainings on local Ray, 2 workers against 1, one thread each: times as fast", 1.7),
     ("samples_per_second_ratio", "learner_vs_trl.py", "sampled learner against TRL's GRPOTrainer: samples per second, times", 1.6),
     (
         "own_utility_worst",
@@ -96,6 +97,7 @@ OTHERS = {
     "Makefile": "make demo, make test",
     "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
     "docs/recipes.md": "how to bring your own model, prompts, rewards and judge",
+    "docs/scale.md": "from one laptop to a cluster: Ray, what machines share, what happens when something dies, what a study costs",
     "examples/recipes/": "the literature's tasks as recipes: HH-RLHF, summaries, safety, counselling, tool calls, mathematics",
     "docs/design.md": "why things are as they are; the metrics, the run directory, how to add a method",
     "benchmarks/results/": "committed results; quick.json is the leaderboard above",

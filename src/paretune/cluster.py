@@ -7,6 +7,8 @@ the process PID ends, however that ends, and holds the store's worker lock as lo
 `python -m paretune.cluster ROOT/logs/jobs/train-<key>.json` does one job by hand.
 
 A worker that dies takes its job down once: the job starts again from its last checkpoint. The second time the job has failed.
+
+`ray_cluster` does the same on many machines.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from paretune.errors import ParetuneError, StoreError
 from paretune.jobs import CELL, KIND, Job, Tasks, failure, run_job
 from paretune.store import Store, disk_errors, is_disk_full, no_room
 
-__all__ = ["Executor", "Here", "Outcome", "Workers"]
+__all__ = ["ATTEMPTS", "PROGRESS_EVERY", "Executor", "Here", "Outcome", "Workers", "attempt", "cpus", "lost"]
 
 ATTEMPTS = 2
 PROGRESS_EVERY = 0.3  # seconds between two progress events of a worker
@@ -88,6 +90,33 @@ class Executor(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def lost(job: Job, how: str, log: Path, remedy: str) -> dict[str, Any]:
+    """The content of FAILED.json of a job that has lost its worker for the last time."""
+    return {
+        "label": job.label,
+        "error": "TrainingError",
+        "message": f"its worker ended {ATTEMPTS} times, last with {how}; see {log.name}",
+        "rule": "a worker ends its job before it ends",
+        "found": f"{job.label}: {how}, {ATTEMPTS} times",
+        "remedy": f"see {log}; {remedy}",
+        "traceback": "",
+    }
+
+
+def attempt(path: Path, *, tasks: Tasks, progress: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Do a job in a worker and say how it ended: {"error": content of FAILED.json or None, "full": was it the disk?}."""
+    try:
+        run_job(path, tasks=tasks, progress=progress)
+    except Exception as error:
+        return {"error": failure(error, label=_label(path)), "full": is_disk_full(error)}
+    return {"error": None, "full": False}
+
+
+def cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Here(Executor):
@@ -211,7 +240,7 @@ class Workers(Executor):
                 continue
             worker.job = None
             error = event["error"]
-            if error is not None and event["full"]:
+            if event["full"]:
                 raise StoreError(error["rule"], found=error["found"], remedy=error["remedy"])
             yield Outcome(job, time.monotonic() - worker.began, error)
 
@@ -226,16 +255,8 @@ class Workers(Executor):
             self._queues[job.kind == CELL].appendleft(job)
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        error = {
-            "label": job.label,
-            "error": "TrainingError",
-            "message": f"its worker ended {ATTEMPTS} times, last with {how}; see {worker.log.name}",
-            "rule": "a worker ends its job before it ends",
-            "found": f"{job.label}: {how}, {ATTEMPTS} times",
-            "remedy": f"see {worker.log}; SIGKILL is often the system running out of memory: use fewer --workers",
-            "traceback": "",
-        }
-        yield Outcome(job, time.monotonic() - worker.began, error)
+        remedy = "SIGKILL is often the system running out of memory: use fewer --workers"
+        yield Outcome(job, time.monotonic() - worker.began, lost(job, how, worker.log, remedy))
 
     def _drop(self, worker: _Worker) -> None:
         for pipe in (worker.process.stdin, worker.process.stdout):
@@ -274,11 +295,7 @@ def _answer(path: Path, tasks: Tasks, answers: Any) -> dict[str, Any]:
             told = time.monotonic()
             print(json.dumps({"event": "progress", "record": dict(record)}, default=str), file=answers, flush=True)
 
-    try:
-        run_job(path, tasks=tasks, progress=progress)
-    except Exception as error:
-        return {"event": "end", "error": failure(error, label=_label(path)), "full": is_disk_full(error)}
-    return {"event": "end", "error": None}
+    return {"event": "end", **attempt(path, tasks=tasks, progress=progress)}
 
 
 def _label(path: Path) -> str:

@@ -22,7 +22,7 @@ class Display:
     def __init__(self, *, cells: int, side_by_side: int = 1):
         self.cells, self.cells_done = cells, 0
         self.trainings = self.trainings_done = 0
-        self._side_by_side = side_by_side
+        self.side_by_side = side_by_side
         self._start = time.monotonic()
         self._spent = {True: [0.0, 0], False: [0.0, 0]}  # is it a training? -> seconds, jobs
 
@@ -71,7 +71,7 @@ class Display:
             if open_jobs and not count:
                 return None
             left += open_jobs * seconds / max(count, 1)
-        return left / self._side_by_side
+        return left / self.side_by_side
 
     def close(self) -> None:
         """Nothing is shown from here on."""

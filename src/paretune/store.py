@@ -88,8 +88,11 @@ class Store:
     # Writing
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[Store]:
-        """Be the only writer; finishes what a killed run had all but published. Raises BusyError naming the process that writes."""
+    def lock(self, *, patience: float | None = None) -> Iterator[Store]:
+        """Be the only writer; finishes what a killed run had all but published. Raises BusyError naming the process that writes.
+
+        `patience` is how many seconds the workers of a killed run get to disappear, by default 5.
+        """
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             handle = open(self.root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the end of the block)
@@ -107,7 +110,7 @@ class Store:
                 handle.truncate(0)
                 handle.write(f"{os.getpid()}\n")
                 handle.flush()
-                self._await_workers()
+                self._await_workers(WAIT_FOR_WORKERS if patience is None else patience)
                 for kind in KINDS:
                     for wip in _folders(self.root / kind):
                         if wip.name.startswith(WIP):
@@ -182,21 +185,25 @@ class Store:
         _sync(final.parent)
         return final
 
-    def _await_workers(self) -> None:
+    def has_workers(self) -> bool:
+        """Is there a worker that holds `worker_lock`, on whatever machine the file system's locks reach?"""
         with open(self.root / ".workers", "a", encoding="utf-8") as handle:
-            deadline = time.monotonic() + WAIT_FOR_WORKERS
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return  # closing the file releases it
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise BusyError(
-                            "the workers of an earlier run are gone before the next one starts",
-                            found=f"one still works on {self.root}",
-                            remedy="end it (ps shows it as paretune.cluster), or give another --root",
-                        ) from None
-                    time.sleep(0.05)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False  # closing the file releases it
+
+    def _await_workers(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while self.has_workers():
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    "the workers of an earlier run are gone before the next one starts",
+                    found=f"one still works on {self.root}",
+                    remedy="end it (ps shows it as paretune.cluster, or under Ray as ray::Worker), or give another --root",
+                )
+            time.sleep(0.05)
 
     def _published(self, kind: str, key: str) -> Path | None:
         folder = self._final(kind, key)

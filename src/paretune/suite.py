@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paretune.cluster import Executor, Here, Workers
+from paretune.cluster import Executor, Here, Workers, cpus
 from paretune.display import Display, display
 from paretune.errors import ConfigError, nearest
 from paretune.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
 from paretune.ledger import as_if_alone, read_cost
+from paretune.ray_cluster import PATIENCE, Ray, RayWorkers
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
 from paretune.schedule import Member, Schedule, next_wave
 from paretune.store import ARTIFACTS, CELLS, FAILED, WIP, Store, disk_errors, write_json
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "Summary", "fit", "method", "run_suite", "task"]
 
-EXECUTORS = ("local", "here")
+EXECUTORS = ("local", "here", "ray")
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,13 @@ def fit(
     learner: Learner | str | Mapping[str, Any] = "pg",
     root: str | Path = "runs",
     seed: int = 0,
-    workers: int = 0,
+    workers: int | None = 0,
+    executor: str | Ray | None = None,
     progress: bool = True,
 ) -> Family:
     """Train what the method needs and is not yet in `root`, in this process (workers=0) or several; returns the family of policies.
+
+    `executor` is as for `run_suite`; without it, `workers` decides.
 
     The family's `meta["ledger"]` says what the trainings cost, and `meta["trainings"]` their keys. Raises what made a training fail;
     others that finished are kept, and calling again goes on from the last checkpoint.
@@ -130,10 +133,10 @@ def fit(
         where = store.root / ARTIFACTS / (WIP + str(error.get("training"))) / FAILED
         raise as_error(error, str(where)) from cause
 
-    tasks = Tasks()
+    tasks, who = Tasks(), _executor(executor or ("local" if workers else "here"), workers or None)
     tasks.put(chosen)
-    with store.lock(), _running(store, workers, tasks, cells=0, show=progress) as (executor, shown):
-        Schedule(store, executor, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
+    with _lock(store, who), _running(store, who, workers or None, tasks, cells=0, show=progress) as (runner, shown):
+        Schedule(store, runner, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
     family = member.method.policy(member.task, member.learner, member.done, seed)
     costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
     ledger = as_if_alone([[costs[key] for key in wave] for wave in member.waves])
@@ -147,37 +150,37 @@ def run_suite(
     root: str | Path,
     *,
     workers: int | None = None,
-    executor: str = "local",
+    executor: str | Ray = "local",
     dry_run: bool = False,
     overrides: Sequence[str] = (),
     progress: bool = True,
 ) -> Summary:
     """Compute every cell of the suite that `root` does not hold yet; `overrides` read `learner.steps=20`.
 
-    `executor` is "local" (worker processes of one thread each, by default one per CPU) or "here" (this process). A failure becomes a
-    FAILED.json and stops only the cells that need what failed. `dry_run` only says what would be done. Raises ConfigError before
-    anything runs, BusyError, StoreError where the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
+    `executor` is "local" (worker processes of one thread each, by default one per CPU), "here" (this process), or "ray" or a `Ray` with
+    its settings (a cluster; by default as many workers as fit on its machines). A failure becomes a FAILED.json and stops only the cells
+    that need what failed. `dry_run` only says what would be done. Raises ConfigError before anything runs, BusyError, StoreError where
+    the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
     """
     began = time.monotonic()
-    if executor not in EXECUTORS:
-        raise ConfigError("jobs are run by a known executor", found=repr(executor), remedy=nearest(executor, EXECUTORS))
-    if workers is not None and workers < 1:
-        raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
+    who = _executor(executor, workers)
     checked, document = load_suite(suite, overrides)
     members = members_of(checked, document)
     store = Store(root)
     if dry_run:
         return _planned(checked, store, members, began)
-    with store.lock():
+    with _lock(store, who):
         with disk_errors(store.root):
             (store.root / "suites").mkdir(exist_ok=True)
             labels = {member.key: member.label for member in members}
             write_json(store.root / "suites" / f"{checked.name}.json", {"format": 1, "suite": checked.model_dump(), "cells": labels})
-        return _run(checked, store, members, began, workers=(workers or _cpus()) if executor == "local" else 0, progress=progress)
+        return _run(checked, store, members, began, who=who, workers=workers, progress=progress)
 
 
-def _run(suite: Suite, store: Store, members: Sequence[Member], began: float, *, workers: int, progress: bool) -> Summary:
-    """With the store's lock held. `workers` 0 is this process."""
+def _run(
+    suite: Suite, store: Store, members: Sequence[Member], began: float, *, who: str | Ray, workers: int | None, progress: bool
+) -> Summary:
+    """With the store's lock held."""
     rows = {member.key: Row(member.key, member.label, "done") for member in members}
     todo = [member for member in members if store.cell(member.key) is None]
 
@@ -191,8 +194,8 @@ def _run(suite: Suite, store: Store, members: Sequence[Member], began: float, *,
     def done(member: Member) -> None:
         rows[member.key] = Row(member.key, member.label, "new")
 
-    with _running(store, workers, Tasks(), cells=len(todo), show=progress) as (executor, shown):
-        schedule = Schedule(store, executor, shown, on_ready=ready, on_failed=failed, on_done=done)
+    with _running(store, who, workers, Tasks(), cells=len(todo), show=progress) as (runner, shown):
+        schedule = Schedule(store, runner, shown, on_ready=ready, on_failed=failed, on_done=done)
         schedule.run(todo)
     labels = {key: training_label(spec) for key, spec in schedule.specs.items()}
     trainings = [Row(key, labels[key], "done") for key in schedule.reused]
@@ -224,13 +227,38 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
     return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began)
 
 
+def _executor(given: str | Ray, workers: int | None) -> str | Ray:
+    """Checked, with the settings of Ray written out."""
+    if workers is not None and workers < 1:
+        raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
+    if isinstance(given, str) and given not in EXECUTORS:
+        raise ConfigError("jobs are run by a known executor", found=repr(given), remedy=nearest(given, EXECUTORS))
+    who = Ray() if given == "ray" else given
+    if isinstance(who, Ray):
+        who.check()
+    return who
+
+
+def _lock(store: Store, who: str | Ray) -> contextlib.AbstractContextManager[Store]:
+    return store.lock(patience=PATIENCE) if isinstance(who, Ray) else store.lock()
+
+
 @contextlib.contextmanager
-def _running(store: Store, workers: int, tasks: Tasks, *, cells: int, show: bool) -> Iterator[tuple[Executor, Display]]:
+def _running(
+    store: Store, who: str | Ray, workers: int | None, tasks: Tasks, *, cells: int, show: bool
+) -> Iterator[tuple[Executor, Display]]:
     """An executor and what shows its work. On Ctrl-C the workers are stopped before the message appears."""
-    with display(show=show, cells=cells, side_by_side=max(1, workers)) as shown:
+    count = 1 if who == "here" else workers or cpus()
+    with display(show=show, cells=cells, side_by_side=count) as shown:
+        executor: Executor
+        if isinstance(who, Ray):
+            executor = RayWorkers(store, who, workers, display=shown)
+        elif who == "local":
+            executor = Workers(store, count, on_progress=shown.progress)
+        else:
+            executor = Here(tasks=tasks, on_progress=shown.progress)
         try:
-            told = shown.progress
-            with Workers(store, workers, on_progress=told) if workers else Here(tasks=tasks, on_progress=told) as executor:
+            with executor:
                 yield executor, shown
         except KeyboardInterrupt:
             message = f"stopped; finished work and checkpoints are kept in {store.root}: the same command goes on from there"
@@ -241,7 +269,3 @@ def _running(store: Store, workers: int, tasks: Tasks, *, cells: int, show: bool
 def _whole(registry: Registry, given: Any) -> Any:
     """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
     return registry.build(given if isinstance(given, str | Mapping) else describe(given))
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

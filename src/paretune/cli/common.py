@@ -13,9 +13,13 @@ from typer.core import TyperGroup
 from paretune.errors import ParetuneError
 
 if TYPE_CHECKING:
+    from paretune.ray_cluster import Ray
     from paretune.report.tables import Table
 
-__all__ = ["Json", "Overrides", "Plugins", "Workers", "app", "plug", "print_json", "say", "show_table"]
+__all__ = [
+    *("Address", "CpusPerJob", "GpusPerJob", "Json", "MemoryPerJob", "Overrides", "PassEnv", "Plugins", "Wait", "Workers"),
+    *("app", "executor_of", "plug", "print_json", "say", "show_table"),
+]
 
 
 class _Group(TyperGroup):
@@ -47,6 +51,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes of one thread each. Default: one per CPU.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
+
+# Of `--executor ray` only; `executor_of` puts them together.
+Address = Annotated[str | None, typer.Option(help="Ray: local, auto, host:port or ray://host:port. Default: RAY_ADDRESS, else local.")]
+CpusPerJob = Annotated[int | None, typer.Option(min=1, help="Ray: CPUs, and threads, of one training or cell. Default: 1.")]
+GpusPerJob = Annotated[float | None, typer.Option(min=0, help="Ray: GPUs of one training or cell; 0.5 shares one. Default: 0.")]
+MemoryPerJob = Annotated[float | None, typer.Option(min=0, help="Ray: GiB of memory that one job needs. Default: not asked for.")]
+Wait = Annotated[float | None, typer.Option(min=0, help="Ray: seconds to wait for a machine on which a job fits. Default: 0.")]
+PassEnv = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Ray: an environment variable that workers get, too.")]
+
+
+def executor_of(executor: str, **ray: Any) -> str | Ray:
+    """What `run_suite` and `fit` take, from --executor and the options that only Ray has (None where one was not given)."""
+    from paretune.errors import ConfigError
+    from paretune.ray_cluster import Ray
+
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in ray.items() if value not in (None, [])
+    }
+    if executor == "ray":
+        return Ray(**given)
+    if given:
+        name = "pass_env" if "env" in given else next(iter(given))
+        raise ConfigError(
+            "options of Ray go with its executor",
+            found=f"--{name.replace('_', '-')} with --executor {executor}",
+            remedy="add --executor ray, or leave it out",
+        )
+    return executor
 
 
 def plug(plugins: list[Path] | None) -> None:

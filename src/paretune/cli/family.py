@@ -8,7 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table
+from paretune.cli.common import (
+    Address,
+    CpusPerJob,
+    GpusPerJob,
+    Json,
+    MemoryPerJob,
+    Overrides,
+    PassEnv,
+    Plugins,
+    Wait,
+    app,
+    executor_of,
+    plug,
+    print_json,
+    say,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from paretune.policy import Family
@@ -23,6 +39,13 @@ def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 trains in this one.")] = 0,
+    executor: Annotated[str, typer.Option(help="local: as --workers says; ray: a Ray cluster.")] = "local",
+    address: Address = None,
+    cpus_per_job: CpusPerJob = None,
+    gpus_per_job: GpusPerJob = None,
+    memory_per_job: MemoryPerJob = None,
+    wait: Wait = None,
+    pass_env: PassEnv = None,
     samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure the result with; 0 does not measure.")] = 32,
     plugin: Plugins = None,
     as_json: Json = False,
@@ -33,6 +56,15 @@ def fit(
     from paretune.tasks.recipe import load_recipe
 
     plug(plugin)
+    chosen = executor_of(
+        executor,
+        address=address,
+        cpus_per_job=cpus_per_job,
+        gpus_per_job=gpus_per_job,
+        memory_per_job=memory_per_job,
+        wait=wait,
+        env=pass_env,
+    )
     plan = load_recipe(recipe, overrides or [])
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
@@ -41,7 +73,8 @@ def fit(
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
-        family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers)
+        who = None if chosen == "local" else chosen  # then --workers decides
+        family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
         family.save(folder)
     rows = _measure(plan, family, samples, folder) if samples else None
     if as_json:
