@@ -27,7 +27,7 @@ from paretune.plain_lora import check_config, check_trainable
 from paretune.seeds import forked_torch, seed_for
 from paretune.trunk import decoder_layers
 
-__all__ = ["LoraBank", "soup_state"]
+__all__ = ["LoraBank", "soup_state", "write_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 Gates = Tensor | np.ndarray | Sequence[Any]
@@ -308,7 +308,7 @@ class LoraBank:
 
         label = _label(self._index(name))
         tensors = get_peft_model_state_dict(self.model, adapter_name=label, save_embedding_layers=False)
-        _write_adapter(Path(path), self.model.peft_config[label], tensors)
+        write_adapter(Path(path), self.model.peft_config[label], tensors)
 
     def export(self, weights_K: Gates, path: str | Path) -> None:
         """Write the exact soup at `weights_K` as one plain LoRA whose rank is the sum of the ranks (a weight of 0 adds none)."""
@@ -336,7 +336,7 @@ class LoraBank:
         config = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", fan_in_fan_out=fan
         )
-        _write_adapter(Path(path), config, tensors)
+        write_adapter(Path(path), config, tensors)
 
 
 def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[str, Tensor]:
@@ -372,7 +372,8 @@ def _label(k: int) -> str:
     return f"k{k:03d}"
 
 
-def _write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of one adapter, under PEFT's names, and its configuration: the same bytes for the same weights."""
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
