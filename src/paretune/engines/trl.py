@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,23 +24,22 @@ import numpy as np
 import torch
 
 from paretune.batches import prompt_order
-from paretune.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished
+from paretune.checkpoint import FOLDER, clear_checkpoint, is_finished
 from paretune.engines.drop_in import MultiObjectiveReward
+from paretune.engines.recorder import newest, recorder
 from paretune.errors import ConfigError, TrainingError, nearest
 from paretune.ledger import Cost, read_cost, write_cost
 from paretune.lora import WEIGHTS_FILE, write_adapter
 from paretune.objectives import refuse_unscored
-from paretune.policy_gradient import CHECKPOINT_SECONDS, PolicyGradient, _not_finite
+from paretune.policy_gradient import PolicyGradient
 from paretune.registry import LEARNERS
 from paretune.seeds import forked_torch, seed_for
-from paretune.store import write_json
 from paretune.tasks import Task
 from paretune.tasks.optimum import landmarks
 from paretune.types import TrainSpec
 
 __all__ = ["Trl"]
 
-MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
 FREE = {"gradient_checkpointing": False, "report_to": "none", "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
 
 
@@ -99,20 +95,21 @@ class Trl(PolicyGradient):
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
         self._check_spec(spec)
+        self._sharded()
         world = int(os.environ.get("WORLD_SIZE", 1))
         reward = self._reward(spec, task)
-        with forked_torch(seed_for(spec.seed, "trl")), _out_of_memory():
+        with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
             args = self._arguments(spec, task, work, world)
             trainer = self._trainer(spec, task, args, reward)
-            recorder = _recorder(self, spec, task, work, reward, progress, world)
-            trainer.add_callback(recorder)
-            resume = _newest(work, spec.key)
+            record = recorder(self, spec, task, work, reward, progress, world)
+            trainer.add_callback(record)
+            resume = newest(work, spec.key)
             try:
                 trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             finally:
-                recorder.close()
+                record.close()
             refuse_unscored(task.objectives.names, *_unscored(reward), limit=self.max_unscored)
-            return self._finish(trainer, task, work, reward, recorder.seconds)
+            return self._finish(trainer, task, work, reward, record.seconds)
 
     def _check_spec(self, spec: TrainSpec) -> None:
         plain = spec.preference is not None and not spec.parents and spec.fresh is None and spec.rule is None
@@ -241,22 +238,22 @@ class Trl(PolicyGradient):
         with forked_torch(seed_for(spec.seed, "lora", "policy")):  # as LoraBank.add
             wrapped = get_peft_model(model, config)
         first = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
-        made = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
-        trainer: Any = made(
+        made: Any = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
+        trainer = made(
             model=wrapped.unload(), reward_funcs=[reward], args=args, train_dataset=rows, processing_class=tokenizer, peft_config=config
         )
         set_peft_model_state_dict(trainer.model, first)
         trainer.remove_callback(PrinterCallback)
-        if not self._sharded(args):
+        if not self._sharded():
             weights = [p for p in trainer.model.parameters() if p.requires_grad]
             trainer.optimizer = self.new_optimiser(weights)
             trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda n: self.pace(n // self.epochs))
         return trainer
 
-    def _sharded(self, args: Any) -> bool:
+    def _sharded(self) -> bool:
         """Whether FSDP or DeepSpeed owns parameters and optimiser; ConfigError where the optimiser needs whole matrices."""
         on = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true")]
-        on += [name.upper() for name in ("fsdp", "deepspeed") if getattr(args, name, None) and name.upper() not in on]
+        on += [name.upper() for name in ("fsdp", "deepspeed") if self.settings.get(name)]
         if on and self.optimiser != "adam":
             raise ConfigError(
                 f"{on[0]} splits the parameters over processes, and Muon needs whole matrices",
@@ -309,95 +306,13 @@ class Trl(PolicyGradient):
         return cost
 
 
-@dataclass
-class _Done:
-    """What a line of the log says of the training so far; see `PolicyGradient._record`."""
-
-    step: int
-    samples: int
-    tokens: int
-    validations: tuple[float, ...] = ()
-
-
-def _recorder(learner: Trl, spec: TrainSpec, task: Task, work: Path, reward: MultiObjectiveReward, progress: Any, world: int) -> Any:
-    """A callback that writes train.jsonl as the embedded learner does, and says when a checkpoint is whole."""
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def __init__(self) -> None:
-            self.log: TrainLog | None = None
-            self.window: list[dict[str, Any]] = []
-            self.began = self.saved = time.monotonic()
-
-        @property
-        def seconds(self) -> float:
-            return time.monotonic() - self.began
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            kept = {"log_length": 0, "seconds": 0.0}
-            if state.global_step:
-                kept = json.loads((work / FOLDER / f"checkpoint-{state.global_step}" / MARK).read_text())
-            self.began -= kept["seconds"]
-            if state.is_world_process_zero:
-                path, tokens = work / "train.jsonl", (state.stateful_callbacks.get("paretune") or {}).get("tokens", 0)
-                self.log = TrainLog(path, length=int(kept["log_length"]), began=self.began, tokens=tokens, progress=progress)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if not logs or "grad_norm" not in logs:
-                return
-            loss, norm, step = float(logs["loss"]), float(logs["grad_norm"]), state.global_step // learner.epochs
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(f"loss {loss:g}, gradient norm {norm:g}", state.global_step, learner.lr)
-            if state.global_step % learner.epochs:
-                return
-            kl = float(logs.get("kl") or 0.0) * float(logs["completions/mean_length"])
-            self.window.append({"rewards_NM": reward.rewards_NM, "kl": kl, "loss": loss, "gradient_norm": norm})
-            if step == learner.steps or step % learner.log_every == 0:
-                done: Any = _Done(step, reward.samples, reward.tokens)
-                if self.log is not None:
-                    self.log.write(learner._record(task, done, self.window), steps=learner.steps)
-                self.window = []
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            late = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-            if world == 1 and late and state.global_step % learner.epochs == 0:  # several processes would not agree on the time
-                control.should_save = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.saved = time.monotonic()
-            if self.log is not None:
-                mark = {"key": spec.key, "log_length": self.log.length, "seconds": self.seconds}
-                write_json(work / FOLDER / f"checkpoint-{state.global_step}" / MARK, mark)
-
-        def close(self) -> None:
-            if self.log is not None:
-                self.log.__exit__()
-
-    return Recorder()
-
-
-def _newest(work: Path, key: str) -> Path | None:
-    """The newest whole checkpoint of this training."""
-    found = sorted((work / FOLDER).glob(f"checkpoint-*/{MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
-    if not found:
-        return None
-    other = json.loads(found[-1].read_text())["key"]
-    if other != key:
-        raise TrainingError(
-            "a training resumes from its own checkpoint",
-            found=f"{found[-1].parent} belongs to {other}, not to {key}",
-            remedy=f"delete {work / FOLDER}, or train in another directory",
-        )
-    return found[-1].parent
-
-
 def _unscored(reward: MultiObjectiveReward) -> tuple[list[int], int]:
     seen, *unscored_M = np.sum(reward.recent, axis=0).tolist()
     return unscored_M, seen
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _explained(lr: float) -> Iterator[None]:
     """Say which knob."""
     try:
         yield
@@ -407,4 +322,12 @@ def _out_of_memory() -> Iterator[None]:
             found=str(error).split("\n")[0] or type(error).__name__,
             remedy="lower micro_batch (rows per backward; the result stays the same), set settings gradient_checkpointing: true, "
             'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept',
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise TrainingError(
+            "a policy gives probabilities",
+            found="a next-token distribution with NaN or infinities",
+            remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
         ) from error
