@@ -40,6 +40,7 @@ LEVELS = {
         "offline",
         "exact_learner",
         "returns",
+        "engines",
     ],
     6: ["methods", "search"],
     7: [
@@ -49,6 +50,7 @@ LEVELS = {
         "jobs",
         "schedule",
         "cluster",
+        "launch",
         "display",
         "suite_file",
         "suite",

@@ -101,6 +101,7 @@ class Trl(PolicyGradient):
         with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
             args = self._arguments(spec, task, work, world)
             trainer = self._trainer(spec, task, args, reward)
+            sizes = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             record = recorder(self, spec, task, work, reward, progress, world)
             trainer.add_callback(record)
             resume = newest(work, spec.key)
@@ -109,7 +110,7 @@ class Trl(PolicyGradient):
             finally:
                 record.close()
             refuse_unscored(task.objectives.names, *_unscored(reward), limit=self.max_unscored)
-            return self._finish(trainer, task, work, reward, record.seconds)
+            return self._finish(trainer, sizes, work, reward, record.seconds)
 
     def _check_spec(self, spec: TrainSpec) -> None:
         plain = spec.preference is not None and not spec.parents and spec.fresh is None and spec.rule is None
@@ -281,14 +282,13 @@ class Trl(PolicyGradient):
         loaded.generation_config = ends
         return loaded, tokenizer
 
-    def _finish(self, trainer: Any, task: Task, work: Path, reward: MultiObjectiveReward, seconds: float) -> Cost:
+    def _finish(self, trainer: Any, sizes: tuple[int, int], work: Path, reward: MultiObjectiveReward, seconds: float) -> Cost:
         """The first process writes adapter and ledger, then drops the checkpoints; a kill in between loses nothing."""
         from safetensors.torch import load_file
 
         final = work / FOLDER / "final"
         trainer.save_model(str(final))  # every process: with FSDP they all have a part
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        count = trainer.model.num_parameters()
+        count, trainable = sizes  # before anything split them
         cost = Cost(
             samples=reward.samples,
             tokens=reward.tokens,
