@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from paretune import launch
+from paretune.advantage import advantages
 from paretune.batches import prompt_order
 from paretune.engines import trl as engine
 from paretune.engines.trl import Trl
@@ -102,6 +103,69 @@ def test_it_starts_where_the_embedded_learner_starts(tmp_path, monkeypatch):
     assert (tmp_path / "fresh" / "adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
     known = TASK.prompts("train")
     assert asked == [known[place] for place in prompt_order(11, 0, 8, len(known)) for _ in range(4)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The places of the prompts and of the responses (axis R) that were drawn, as they are scored."""
+    rows, known = [], TASK.prompts("train")
+
+    def observe(task, prompts, texts, *, streams):
+        rows.extend((known.index(prompt), task.responses.index(text)) for prompt, text in zip(prompts, texts, strict=True))
+        return task.score(prompts, texts)
+
+    monkeypatch.setattr(ExactTask, "observe", observe)
+    return rows
+
+
+def test_its_gradient_is_that_of_the_enumerated_log_probabilities(drawn, tmp_path):
+    """One step from the reference, where KL is 0: the gradient of mean(A log pi), with exact log pi of the responses that TRL drew.
+
+    The empty response, one of the length limit without an EOS, and a PAD that is EOS: a token too many or too few would be seen here.
+    """
+    learner = Trl(**{**TINY, "samples": 16})
+    learner.train(spec_of(learner), TASK, tmp_path)
+    p, r = np.array(drawn).T
+    lengths = {len(TASK.responses[place]) for place in r}
+    assert lengths == {0, 1, 2}
+    policy = learner.start(spec_of(learner), TASK, {})
+    logp_PR = enumerated(policy, TASK, torch.ones(TASK.prompt_count, 1)).logp_PR
+    advantage_N = advantages(TASK.rewards_PRM("train")[p, r], np.tile(W, (16, 1)), group=4)
+    (torch.from_numpy(advantage_N) * logp_PR[p, r]).mean().backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]).norm().item()
+    assert lines(tmp_path)[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_grpo_with_sums_takes_the_same_first_step(drawn, tmp_path):
+    """Its loss is divided by the length limit, here 2: so is the norm at which it is clipped, and nothing else differs while KL is 0."""
+    norms, clips, samples = [], [], []
+    for fields in ({}, GRPO):
+        learner, folder = Trl(**{**TINY, "samples": 16}, **fields), tmp_path / str(len(norms))
+        learner.train(spec_of(learner), TASK, folder)
+        norms.append(lines(folder)[0]["gradient_norm"])
+        clips.append(learner._arguments(spec_of(learner), TASK, folder, 1).max_grad_norm)
+        samples.append(list(drawn))
+        drawn.clear()
+    assert samples[0] == samples[1]
+    assert norms[0] == pytest.approx(2 * norms[1], rel=1e-5)
+    assert clips == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "spec", "in_trainer"),
+    [
+        ({"normalise": "batch"}, {}, True),
+        ({"normalise": "batch"}, {"scalarise_at": "advantage"}, False),
+        ({"normalise": "group"}, {}, False),
+        ({}, {}, False),
+    ],
+)
+def test_it_is_normalised_once(fields, spec, in_trainer, tmp_path):
+    """By TRL, with the KL inside as in `pg`, where TRL can; by the drop-in elsewhere."""
+    learner = Trl(**TINY, **fields)
+    asked = spec_of(learner, **spec)
+    assert learner._arguments(asked, TASK, tmp_path, 1).normalize_advantages == in_trainer
+    assert learner._reward(asked, TASK).rule.normalise == ("none" if in_trainer else learner.normalise)
 
 
 def _killed(learner, folder, at):

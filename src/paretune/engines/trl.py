@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -313,9 +314,11 @@ def _unscored(reward: MultiObjectiveReward) -> tuple[list[int], int]:
 
 @contextmanager
 def _explained(lr: float) -> Iterator[None]:
-    """Say which knob."""
+    """Say which knob; be quiet about what TRL and transformers will change between themselves."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(
             "a training step fits into memory",
