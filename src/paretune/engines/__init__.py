@@ -1,3 +1,5 @@
-"""Other people's training engines: what lets a person, or a recipe, train with them what Paretune describes."""
+"""Other people's training loops: a reward function for their scripts (`drop_in`), and one of them as a learner (`trl`)."""
 
-__all__: list[str] = []
+from paretune.engines.drop_in import MultiObjectiveReward
+
+__all__ = ["MultiObjectiveReward"]
