@@ -176,7 +176,7 @@ def _killed(learner, folder, at):
     learner.train(spec_of(learner), TASK, folder, progress=progress)
 
 
-@pytest.mark.parametrize("fields", [{}, {"micro_batch": 8, "epochs": 2}], ids=["plain", "micro-batches-and-epochs"])
+@pytest.mark.parametrize("fields", [{}, {"micro_batch": 8, "epochs": 2, "checkpointing": True}], ids=["plain", "in-parts-twice"])
 def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
     learner, whole, torn = Trl(**TINY, **fields), tmp_path / "whole", tmp_path / "torn"
     learner.train(spec_of(learner), TASK, whole)
@@ -251,6 +251,7 @@ def test_more_processes_need_the_learner_trl(tmp_path):
         ({"kl_in": "loss", "kl_estimator": "k3"}, "kl_in='reward'"),
         ({"trainer": "grpo"}, "kl_in='loss', kl_estimator='k3'"),
         ({"length": "token_mean"}, "length='sum'"),
+        ({"micro_tokens": 400}, "use micro_batch"),
         ({"stop_cv": 0.1}, "a fixed number of steps"),
         ({"device": "cuda:3"}, "CUDA_VISIBLE_DEVICES"),
         ({"settings": {"use_vllm": True, "vllm_mode": "colocate"}}, "pip install 'trl[vllm]'"),

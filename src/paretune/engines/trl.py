@@ -41,7 +41,7 @@ from paretune.types import TrainSpec
 
 __all__ = ["Trl"]
 
-FREE = {"gradient_checkpointing": False, "report_to": "none", "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
+FREE = {"report_to": "none", "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
 
 
 @LEARNERS.register("trl")
@@ -49,8 +49,8 @@ FREE = {"gradient_checkpointing": False, "report_to": "none", "save_total_limit"
 class Trl(PolicyGradient):
     """TRL trains: "rloo" climbs J_w as `pg` does; "grpo" has the KL in its loss, per token. Fields mean what they mean for `pg`.
 
-    One fresh adapter at a fixed preference. `settings` are more arguments of RLOOConfig or GRPOConfig, such as `use_vllm`, `vllm_mode`
-    or `gradient_checkpointing`. `quantise` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
+    One fresh adapter at a fixed preference. `settings` are more arguments of RLOOConfig or GRPOConfig, such as `use_vllm` and
+    `vllm_mode`. `quantise` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
 
     Source: TRL's RLOOTrainer (RLOO, 2402.14740) and GRPOTrainer (2402.03300).
     Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalisation
@@ -80,6 +80,12 @@ class Trl(PolicyGradient):
                 f"the fields of learner trl say what TRL's {self.trainer} trainer does",
                 found=", ".join(f"{name}={getattr(self, name)!r}" for name in wrong),
                 remedy="use " + ", ".join(f"{name}={value!r}" for name, value in wrong.items()) + ', or learner "pg"',
+            )
+        if self.micro_tokens is not None:
+            raise ConfigError(
+                "TRL splits a batch by rows",
+                found=f"micro_tokens={self.micro_tokens}",
+                remedy="use micro_batch, rows per process and backward",
             )
         if self.stop_cv is not None or self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(
@@ -186,6 +192,7 @@ class Trl(PolicyGradient):
             "seed": seed_for(spec.seed, "trl") % 2**31,
             "shuffle_dataset": False,  # the rows are in the order that the learner wants
             "remove_unused_columns": False,
+            "gradient_checkpointing": self.checkpointing,
             "logging_strategy": "steps",
             "logging_steps": 1,
             "logging_nan_inf_filter": False,
@@ -323,7 +330,7 @@ def _explained(lr: float) -> Iterator[None]:
         raise TrainingError(
             "a training step fits into memory",
             found=str(error).split("\n")[0] or type(error).__name__,
-            remedy="lower micro_batch (rows per backward; the result stays the same), set settings gradient_checkpointing: true, "
+            remedy="lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
             'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept',
         ) from error
     except RuntimeError as error:
