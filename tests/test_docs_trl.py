@@ -80,6 +80,6 @@ def test_the_aggregations_and_weightings_that_the_page_names_are_those_that_work
 def test_accelerate_reads_the_configurations(path):
     config = load_config_from_file(str(path))
     assert f"`{path.name}`" in PAGE
-    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED", "cpu": "MULTI_CPU"}
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     assert str(config.distributed_type).split(".")[-1] == kinds[path.stem]
     assert config.num_processes == 2

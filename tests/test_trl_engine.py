@@ -237,6 +237,17 @@ def test_launch_speaks_of_what_is_wrong(tmp_path, capsys):
     assert "paretune.jobs.train_job" in capsys.readouterr().err
 
 
+def _launched_alone(path):
+    os.environ.pop("WORLD_SIZE", None)
+    _launched(path)
+
+
+def test_one_process_is_enough(tmp_path):
+    job = train_job(Store(tmp_path), spec_of(Trl(**{**TINY, "samples": 16, "device": "cpu"})))
+    assert alone(_launched_alone, job.path) == 0
+    assert Store(tmp_path).published("artifacts") == [job.key]
+
+
 def test_more_processes_need_the_learner_trl(tmp_path):
     job = train_job(Store(tmp_path), spec_of(PolicyGradient(**TINY)))
     for text in together(_launched, job.path):

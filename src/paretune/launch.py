@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,9 @@ def launch(path: Path) -> None:
 
     store, spec = Store(path.resolve().parents[2]), _spec(path)
     on_cpu = spec.learner.get("device") == "cpu" or not torch.cuda.is_available()
-    place = PartialState(cpu=True, backend="gloo") if on_cpu else PartialState()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    backend = {"backend": "gloo"} if on_cpu and several else {}
+    place = PartialState(cpu=on_cpu, **backend)
     if place.num_processes > 1 and spec.learner["name"] != "trl":
         raise ConfigError(
             "several processes share one training with the learner trl",
