@@ -98,7 +98,7 @@ def per_step(rewards: list[Any], settings: dict[str, Any]) -> float:
     """Median CPU seconds of a step of TRL's GRPOTrainer."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     stamps: list[float] = []
@@ -134,8 +134,9 @@ def per_step(rewards: list[Any], settings: dict[str, Any]) -> float:
             peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[Clock()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return statistics.median(np.diff(stamps[WARM - 1 :]))
+    return float(statistics.median(np.diff(stamps[WARM - 1 :])))
 
 
 def plain() -> float:

@@ -93,7 +93,7 @@ TARGETS = (
     (
         "dropin_overhead",
         "engines.py",
-        "the drop-in against plain GRPOTrainer, 4 reward functions: CPU time per step, minus 1",
+        "drop-in against plain GRPOTrainer, 4 rewards: CPU time per step, times, minus 1",
         "at most 0.05",
     ),
 )
