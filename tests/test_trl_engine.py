@@ -176,7 +176,9 @@ def _killed(learner, folder, at):
     learner.train(spec_of(learner), TASK, folder, progress=progress)
 
 
-@pytest.mark.parametrize("fields", [{}, {"micro_batch": 8, "epochs": 2, "checkpointing": True}], ids=["plain", "in-parts-twice"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"micro_batch": 8, "epochs": 2, "checkpointing": True, "clip_norm": None}], ids=["plain", "in-parts-twice"]
+)
 def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
     learner, whole, torn = Trl(**TINY, **fields), tmp_path / "whole", tmp_path / "torn"
     learner.train(spec_of(learner), TASK, whole)
@@ -188,6 +190,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
     timed = ("seconds", "tokens_per_s")
     first, second = ([{k: v for k, v in line.items() if k not in timed} for line in lines(folder)] for folder in (whole, torn))
     assert first == second
+    assert [line["step"] for line in first] == [1, 2, 3, 4, 5, 6]
     assert not (torn / "checkpoint").exists()
 
 
@@ -317,6 +320,8 @@ def test_quantising_needs_a_base_on_disk(tmp_path, monkeypatch):
     ("raised", "kind", "essential"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), TrainingError, "lower micro_batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), TrainingError, "not enough memory"),
+        (RuntimeError("something else"), RuntimeError, "something else"),
         (RewardError("an objective", found="x", remedy="y"), RewardError, "an objective"),
     ],
 )

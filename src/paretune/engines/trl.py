@@ -29,6 +29,7 @@ from paretune.checkpoint import FOLDER, clear_checkpoint, is_finished
 from paretune.engines.drop_in import MultiObjectiveReward
 from paretune.engines.recorder import newest, recorder
 from paretune.errors import ConfigError, TrainingError, nearest
+from paretune.hub import place
 from paretune.ledger import Cost, read_cost, write_cost
 from paretune.lora import WEIGHTS_FILE, write_adapter
 from paretune.objectives import refuse_unscored
@@ -176,7 +177,7 @@ class Trl(PolicyGradient):
             )
         share = self.batch // world
         rows = min(self.micro_batch or share, share)
-        clip = 0.0 if self.clip_norm is None else self.clip_norm
+        clip = 1e30 if self.clip_norm is None else self.clip_norm  # the norm is logged only where it is clipped
         own: dict[str, Any] = {
             "output_dir": str(work / FOLDER),
             "per_device_train_batch_size": rows,
@@ -286,7 +287,7 @@ class Trl(PolicyGradient):
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
-        loaded = AutoModelForCausalLM.from_pretrained(base["model"], revision=base.get("revision"), quantization_config=nf4)
+        loaded = AutoModelForCausalLM.from_pretrained(place(base["model"]), revision=base.get("revision"), quantization_config=nf4)
         loaded.generation_config = ends
         return loaded, tokenizer
 
@@ -326,18 +327,18 @@ def _explained(lr: float) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if "probability tensor contains" in str(error):
+            raise TrainingError(
+                "a policy gives probabilities",
+                found="a next-token distribution with NaN or infinities",
+                remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
+            ) from error
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
+            raise
         raise TrainingError(
             "a training step fits into memory",
             found=str(error).split("\n")[0] or type(error).__name__,
             remedy="lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
             'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept',
-        ) from error
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise TrainingError(
-            "a policy gives probabilities",
-            found="a next-token distribution with NaN or infinities",
-            remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
         ) from error
