@@ -42,7 +42,7 @@ from paretune.types import TrainSpec
 
 __all__ = ["Trl"]
 
-FREE = {"report_to": "none", "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
+FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
 
 
 @LEARNERS.register("trl")
