@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from common import emit, paired_medians
-from paretune.lora import LoraBank, soup_state
+from paretune.lora import LoraBank
 from paretune.mixing import LogitMix, ParameterMix, ReferencePolicy
 from paretune.rollout import sample
 from paretune.routing import routed
 from paretune.seeds import forked_torch, generator
+from paretune.soup import soup_state
 
 SHAPE = {
     "vocab_size": 8192,

@@ -28,7 +28,7 @@ LEVELS = {
     1: ["pareto", "scalarise", "advantage", "loss", "stats", "metrics", "aggregation", "gramian"],
     2: ["registry", "utilities", "config", "store", "ledger", "hub"],
     3: ["objectives", "tasks"],
-    4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "routing", "export", "model_card"],
+    4: ["fused", "lora", "policy", "mixing", "rollout", "trunk", "plain_lora", "soup", "routing", "export", "model_card"],
     5: [
         "batches",
         "checkpoint",
@@ -40,6 +40,7 @@ LEVELS = {
         "offline",
         "exact_learner",
         "returns",
+        "engines",
     ],
     6: ["methods", "search"],
     7: [
@@ -49,6 +50,7 @@ LEVELS = {
         "jobs",
         "schedule",
         "cluster",
+        "launch",
         "ray_worker",
         "ray_cluster",
         "display",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from paretune.learner import gates_of
-from paretune.lora import soup_state
 from paretune.policy import Policy
 from paretune.rollout import encode, row_uniforms, sample, texts
 from paretune.seeds import generator, seed_for
+from paretune.soup import soup_state
 from paretune.tasks import Task, spread_preferences
 from paretune.types import Prompt, TrainSpec
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from paretune.errors import ConfigError, StoreError, nearest
 from paretune.hub import is_local
-from paretune.lora import soup_weight
 from paretune.mixing import HiddenLayerMix, MergedMix, PromptedMix, RobustMix, RoutedMix
 from paretune.model_card import Exported, model_card, record
 from paretune.policy import Family, Policy
+from paretune.soup import soup_weight
 from paretune.store import is_disk_full
 from paretune.types import Preference
 

@@ -56,7 +56,20 @@ TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
 FORMAT = 1  # of cell.json
 EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
-PACKAGES = ("paretune", "numpy", "scipy", "torch", "transformers", "peft", "safetensors", "tokenizers", "moocore", "datasets")
+PACKAGES = (
+    "paretune",
+    "numpy",
+    "scipy",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "moocore",
+    "datasets",
+    "accelerate",
+    "trl",
+)
 
 Progress = Callable[[Mapping[str, Any]], None]
 

@@ -25,9 +25,10 @@ from paretune.errors import ConfigError, nearest
 from paretune.fused import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.plain_lora import check_config, check_trainable, read_adapter, write_adapter
 from paretune.seeds import forked_torch, seed_for
+from paretune.soup import soup_factors
 from paretune.trunk import decoder_layers
 
-__all__ = ["LoraBank", "soup_factors", "soup_state", "soup_weight"]
+__all__ = ["LoraBank"]
 
 Gates = Tensor | np.ndarray | Sequence[Any]
 
@@ -359,41 +360,6 @@ class LoraBank:
         leaves = {name.rpartition(".")[2] for name in names}
         meant = {name for name, _ in self.base.named_modules() if name.rpartition(".")[2] in leaves}
         return sorted(leaves if meant == names else names)
-
-
-def soup_factors(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") -> tuple[Tensor, Tensor]:
-    """(r, I) and (r, O), whose product is the soup of one layer at weights (K,); a weight of 0 adds no ranks. `how`: see `soup_state`."""
-    with torch.no_grad():
-        if how == "factor":
-            a_rI, b_rO = layer.factor(Factor(weights_K))
-            return a_rI, b_rO
-        owner_R, scale_R = layer.pattern_tensors(weights_K.device)
-        kept_R = (weights_K != 0)[owner_R]
-        scale_R = (weights_K[owner_R] * scale_R)[kept_R].to(layer.b[0].dtype)
-        return layer.a_IR().t()[kept_R], layer.b_RO()[kept_R] * scale_R[:, None]
-
-
-def soup_weight(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") -> Tensor:
-    """The merged weight of one layer, in float32 or wider."""
-    weight = layer.base.weight.detach()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    a_rI, b_rO = soup_factors(layer, weights_K, how=how)
-    delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
-    return weight.to(wide) + (delta_OI.t() if layer.module.fan_in_fan_out else delta_OI)
-
-
-def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[str, Tensor]:
-    """Merged weights under the base model's own parameter names, for `load_state_dict(..., strict=False)` on a fresh copy of it.
-
-    "delta" is the exact soup W + sum_k w_k s_k B_k A_k. "factor" is W + s (sum_k w_k B_k)(sum_k w_k A_k).
-    Source: rewarded soups (2306.04488); its code averages the factors.
-    Differs: "delta" averages what the adapters add, as the paper's formula does for full weights.
-    Hides: "factor" has cross terms w_j w_k B_j A_k between experts that never met; at w = e_k the two agree.
-    """
-    weights = bank._made(Gated, weights_K, dims=(1,)).gates.detach()
-    if how not in ("delta", "factor"):
-        raise ConfigError('a soup is "delta" or "factor"', found=repr(how), remedy='use "delta", the exact one')
-    return {f"{layer.name}.weight": soup_weight(layer, weights, how=how).to(layer.base.weight.dtype) for layer in bank._layers}
 
 
 def _label(k: int) -> str:

@@ -86,7 +86,9 @@ class Registry:
 
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry("learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation", "paretune.offline")
+LEARNERS = Registry(
+    "learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation", "paretune.offline", "paretune.engines.trl"
+)
 RULES = Registry("combination rule", "paretune.mixing", "paretune.methods")
 METHODS = Registry("method", "paretune.methods")
 

@@ -19,7 +19,7 @@ import numpy as np
 from paretune.errors import ConfigError, RewardError
 from paretune.types import Prompt
 
-__all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "text_of"]
+__all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "score_given", "text_of"]
 
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 LOGGERS = ("log_extra", "log_metric")  # TRL's hooks for extra columns of its logs; here they lead nowhere
@@ -90,13 +90,15 @@ def score_all(
     None per completion, and for an infinity.
     """
     assert len(prompts) == len(completions), "one prompt per completion"
-    rewards_NM = np.full((len(completions), len(objectives)), np.nan)
     if not len(completions):
-        return rewards_NM
-    given = _arguments(prompts, completions, completion_ids)
-    for column, (name, function) in enumerate(objectives):
-        rewards_NM[:, column] = _scores(name, _call(name, function, given), len(completions))
-    return rewards_NM
+        return np.full((0, len(objectives)), np.nan)
+    return score_given(objectives, _arguments(prompts, completions, completion_ids))
+
+
+def score_given(objectives: Sequence[tuple[str, Score]], given: Mapping[str, Any]) -> np.ndarray:
+    """(N, M) as `score_all`, from the arguments that a trainer gives to a reward function: "completions", columns, and more by name."""
+    count = len(given["completions"])
+    return np.stack([_scores(name, _call(name, function, given), count) for name, function in objectives], axis=1)
 
 
 def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray, count: int, *, limit: float = 0.1) -> None:
@@ -162,7 +164,8 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
             found=f"it needs {', '.join(map(repr, missing))}; it was offered {', '.join(given)}",
             remedy="add the column to every prompt, or give the parameter a default",
         )
-    positional, named = _accepted(function, {key: list(value) for key, value in given.items()})  # each objective gets its own lists
+    own = {key: list(value) if isinstance(value, list | tuple) else value for key, value in given.items()}  # its own lists
+    positional, named = _accepted(function, own)
     try:
         return function(*positional, **named)
     except (Exception, SystemExit) as error:
