@@ -69,7 +69,7 @@ class Conditioned(Method):
     effort: float = 1.0
     balance: float = 0.0
     private: int = 1
-    scale: float = 4.0
+    scale: float = 1.0
 
     card: ClassVar[Card] = Card(
         family="multi-policy",
