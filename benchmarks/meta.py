@@ -4,7 +4,7 @@
 
 exact    exact-v1 at rho .8, 0 and -.8, seeds 100-102: two experts and a bridge of 200 exact steps each. At each correlation, for the
          seed and the judged preference where the bridge is worst, one dedicated training of 200 steps.
-sampled  the same correlations, seeds 100-102 (at rho -.8 100-109): experts of 40,000 samples, a bridge of 60,000. On the same experts,
+sampled  the same correlations, seeds 100-102 (at rho -.8 100-109): experts of 40,000 samples, a bridge of 120,000. On the same experts,
          EMORL's aggregation with the published search, run anew for every judged preference on exact scores; its cost is in the rows.
 m3       three objectives at rho -.4, seeds 100-102: experts of 40,000 samples, a bridge of 120,000.
 
@@ -42,13 +42,13 @@ SUITES: Mapping[str, Mapping[str, Any]] = {
     "sampled": {
         "tasks": [{"name": "exact-v1", "rho": RHOS}],
         "learner": SAMPLED,
-        "methods": [{"name": "bridge", "effort": 1.5}, "emorl-shared"],
+        "methods": [{"name": "bridge", "effort": 3.0}, "emorl-shared"],
         "seeds": [100, 101, 102],
     },
     "conflict": {
         "tasks": [{"name": "exact-v1", "rho": -0.8}],
         "learner": SAMPLED,
-        "methods": [{"name": "bridge", "effort": 1.5}, "emorl-shared"],
+        "methods": [{"name": "bridge", "effort": 3.0}, "emorl-shared"],
         "seeds": list(range(100, 110)),
     },
     "m3": {
