@@ -121,6 +121,19 @@ def test_what_saves_memory_changes_no_gradient(frugal, monkeypatch):
     np.testing.assert_allclose(again.reference_logp_NT, batch.reference_logp_NT, atol=1e-6)
 
 
+@pytest.mark.parametrize("found", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["gpu", "cpu"])
+def test_out_of_memory_says_which_knob(found, monkeypatch):
+    learner = PolicyGradient(**SMALL)
+    policy, spec = moved(learner), spec_of(learner)
+
+    def fail(*_, **__):
+        raise found
+
+    monkeypatch.setattr("paretune.policy_gradient.draw", fail)
+    with pytest.raises(TrainingError, match=r"micro_tokens.*checkpointing"):
+        learner.collect(policy, TASK, spec, 0)
+
+
 def test_a_pass_has_whole_groups_where_they_fit():
     learner = PolicyGradient(**SMALL)
     made = learner.collect(moved(learner), TASK, spec_of(learner), 0).responses

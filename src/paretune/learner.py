@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from paretune.checkpoint import Progress, clear_checkpoint
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.ledger import Cost, write_cost
 from paretune.lora import LoraBank
 from paretune.mixing import ParameterMix
@@ -22,7 +23,7 @@ from paretune.registry import RULES
 from paretune.tasks import Task
 from paretune.types import Artifact, TrainSpec
 
-__all__ = ["Learner", "converged", "gates_of"]
+__all__ = ["Learner", "converged", "gates_of", "memory_explained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,19 @@ class Learner(ABC):
         write_cost(work, cost)
         clear_checkpoint(work)
         return cost
+
+
+@contextlib.contextmanager
+def memory_explained(remedy: str) -> Iterator[None]:
+    """Running out of memory, on a GPU or a CPU, as a TrainingError with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
+            raise
+        raise TrainingError(
+            "a training step fits into memory", found=str(error).split("\n")[0] or type(error).__name__, remedy=remedy
+        ) from error
 
 
 def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from paretune.batches import Responses, draw
 from paretune.checkpoint import TrainLog, is_finished, load_checkpoint, save_checkpoint
 from paretune.errors import ConfigError, TrainingError
 from paretune.jacobian import Jacobian, response_jacobian
-from paretune.learner import Learner, converged
+from paretune.learner import Learner, converged, memory_explained
 from paretune.ledger import Cost, read_cost
 from paretune.loss import kl_terms, policy_loss
 from paretune.objectives import refuse_unscored
@@ -45,6 +45,7 @@ from paretune.weightings import Seen, State, check_combination, weighting_of
 __all__ = ["Batch", "PolicyGradient"]
 
 WATCHED = 256  # completions over which `max_unscored` is judged, at least
+SMALLER = 'set micro_tokens or micro_batch, checkpointing: true, dtype: "bfloat16", or a smaller batch; the last checkpoint is kept'
 CHECKPOINT_SECONDS = 300.0  # long steps: a checkpoint at least this often, whatever `checkpoint_every`
 
 
@@ -210,6 +211,7 @@ class PolicyGradient(Learner):
             return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
         return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
 
+    @memory_explained(SMALLER)
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Batch:
         """Draw and score one batch; a pure function of the policy's weights, (spec.seed, step) and the weighting's state."""
         count = self.batch // self.group
@@ -279,6 +281,7 @@ class PolicyGradient(Learner):
             returns_NM, weights_NM = single_N[:, None], np.ones((len(weights_NM), 1))
         return advantages(returns_NM, weights_NM, group=self.group, baseline=self.baseline, normalise=self.normalise, at=spec.scalarise_at)
 
+    @memory_explained(SMALLER)
     def update(self, policy: Policy, optimiser: torch.optim.Optimizer, batch: Batch, *, beta: float, step: int) -> tuple[float, float]:
         """One step of the optimiser; returns the loss and the norm of the gradient before clipping."""
         optimiser.zero_grad(set_to_none=True)

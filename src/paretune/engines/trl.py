@@ -30,6 +30,7 @@ from paretune.engines.drop_in import MultiObjectiveReward
 from paretune.engines.recorder import newest, recorder
 from paretune.errors import ConfigError, TrainingError, nearest
 from paretune.hub import place
+from paretune.learner import memory_explained
 from paretune.ledger import Cost, read_cost, write_cost
 from paretune.objectives import refuse_unscored
 from paretune.plain_lora import WEIGHTS_FILE, write_adapter
@@ -43,6 +44,10 @@ from paretune.types import TrainSpec
 __all__ = ["Trl"]
 
 FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
+SMALLER = (
+    "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
+    'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept'
+)
 
 
 @LEARNERS.register("trl")
@@ -324,21 +329,14 @@ def _unscored(reward: MultiObjectiveReward) -> tuple[list[int], int]:
 def _explained(lr: float) -> Iterator[None]:
     """Say which knob; be quiet about what TRL and transformers will change between themselves."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), memory_explained(SMALLER):
             warnings.simplefilter("ignore", FutureWarning)
             yield
-    except (RuntimeError, MemoryError) as error:
-        if "probability tensor contains" in str(error):
-            raise TrainingError(
-                "a policy gives probabilities",
-                found="a next-token distribution with NaN or infinities",
-                remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
-            ) from error
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
             raise
         raise TrainingError(
-            "a training step fits into memory",
-            found=str(error).split("\n")[0] or type(error).__name__,
-            remedy="lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
-            'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept',
+            "a policy gives probabilities",
+            found="a next-token distribution with NaN or infinities",
+            remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
         ) from error
