@@ -148,7 +148,7 @@ def test_a_worker_lost_in_the_middle_of_a_job_costs_nothing(bench, cluster, tmp_
     assert sorted(line.split()[-1] for line in bench.log("complete")) == ["0"] * 5 + ["3"]
     assert "this goes to a log" in "".join(path.read_text() for path in (bench.root / "logs").glob("ray-*.log"))
     assert capsys.readouterr().out == "", "standard output is for results"
-    wait_until(lambda: not bench.store.has_workers(), limit=5.0)
+    wait_until(lambda: not bench.store.has_workers())
 
 
 def test_a_killed_driver_is_followed_by_the_next_one(bench, cluster, tmp_path):
@@ -161,7 +161,7 @@ def test_a_killed_driver_is_followed_by_the_next_one(bench, cluster, tmp_path):
         assert bench.store.has_workers()
         kill(driver.pid)
         driver.communicate()
-        wait_until(lambda: not bench.store.has_workers(), limit=15.0)
+        wait_until(lambda: not bench.store.has_workers())
         steps = len(bench.log("step"))
         assert bench.store.check() == [], "readers see only what is whole"
         time.sleep(0.2)
@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_workers_and_a_cluster_of_its_own_ends_with_its_driver(b
             assert "Traceback" not in err
         assert (address == "local") == bool(ours)
         assert all_gone(ours)
-        wait_until(lambda: not bench.store.has_workers(), limit=10.0)
+        wait_until(lambda: not bench.store.has_workers())
     assert list(bench.root.glob("artifacts/.wip-*/checkpoint/state.json"))
     assert bench.run(**slow).count("new") == 1
     assert bench.twice() == []
