@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Linear, functional
 
 from paretune.errors import ConfigError
 
@@ -68,13 +68,18 @@ class Gated:
         self._scaled: dict[FusedLayer, tuple[Tensor, Tensor]] = {}
 
     def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
-        return _add_product(y, layer.gated(self, x), layer.b_RO())
+        kept = None if torch.is_grad_enabled() else layer.frozen()
+        if kept is None:
+            return _add_product(y, self.hidden((layer,), x, layer.a_IR()), layer.b_RO())
+        return _add_product(y, layer.shared(self, x, kept[0]), kept[1])
 
-    def hidden(self, layers: Sequence[FusedLayer], x: Tensor, a_IR: Tensor) -> Tensor:
+    def hidden(self, layers: tuple[FusedLayer, ...], x: Tensor, a_IR: Tensor) -> Tensor:
         """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
-        x_BI = x.reshape(-1, x.shape[-1]).to(a_IR.dtype)
+        x_BI = x.reshape(-1, x.shape[-1])
+        if x_BI.dtype != a_IR.dtype:
+            x_BI = x_BI.to(a_IR.dtype)
         if (
             self.gates.dim() < 3
             and self.gates.numel() == self.gates.shape[-1]
@@ -86,7 +91,7 @@ class Gated:
             return (h.view(*x.shape[:2], -1) * ranks[:, None]).view(h.shape)
         return h * (ranks.view(h.shape) if ranks.dim() == 3 else ranks)
 
-    def _scaled_a(self, layers: Sequence[FusedLayer], a_IR: Tensor) -> Tensor:
+    def _scaled_a(self, layers: tuple[FusedLayer, ...], a_IR: Tensor) -> Tensor:
         """One gate vector for all rows: A times its gates, kept while A is the same, so that a token costs no product of h and gates."""
         known = self._scaled.get(layers[0])
         if known is None or known[0] is not a_IR:
@@ -94,13 +99,18 @@ class Gated:
                 known = self._scaled[layers[0]] = a_IR, a_IR * self._ranks(layers, a_IR.dtype)
         return known[1]
 
-    def _ranks(self, layers: Sequence[FusedLayer], dtype: torch.dtype) -> Tensor:
+    def _ranks(self, layers: tuple[FusedLayer, ...], dtype: torch.dtype) -> Tensor:
         """The gates times the adapters' scalings, repeated for each rank; shared by all layers with the same ranks and scalings.
 
         The only place that turns gates into factors of h: gates that differ between layers or ranks enter here.
         """
+        own = (layers, dtype)
+        known = self._by_rank.get(own)
+        if known is not None:
+            return known
         key = (*[layer.pattern for layer in layers], dtype)
         if key in self._by_rank:
+            self._by_rank[own] = self._by_rank[key]
             return self._by_rank[key]
         with torch.inference_mode(False):  # usable in a graph later
             if len(layers) > 1:  # mostly alike: one of them is computed
@@ -109,7 +119,7 @@ class Gated:
                 owner, scale = layers[0].pattern_tensors(self.gates.device)
                 ranks = (self.gates[..., owner] * scale).to(dtype)
         if not self.gates.requires_grad:  # else each use needs a graph of its own
-            self._by_rank[key] = ranks
+            self._by_rank[key] = self._by_rank[own] = ranks
         return ranks
 
 
@@ -197,28 +207,40 @@ class FusedLayer:
         self.siblings: tuple[FusedLayer, ...] = (self,)
         self.widths = [sum(self.ranks)]  # of the siblings' parts of h
         self._pattern: tuple[Tensor, Tensor] | None = None
+        self._both: tuple[Tensor, Tensor] | None = None
         self.forget()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.switch.mode
         if mode is None or self.module.merged_adapters or "adapter_names" in kwargs or (self.drops and self.module.training):
             self._refuse(kwargs)
-        y = self.base(x, *args, **kwargs)
+        base = self.base
+        if type(base) is Linear and not (args or kwargs or base._forward_hooks or base._forward_pre_hooks):
+            weights: Any = base._parameters  # what its forward does, without the cost of one more call of a module
+            y = functional.linear(x, weights["weight"], weights["bias"])
+        else:
+            y = base(x, *args, **kwargs)
         if not self.members or self.module._disable_adapters:
             return y
         assert mode is not None
         return mode.apply(self, x, y)
 
-    def gated(self, mode: Gated, x: Tensor) -> Tensor:
-        """`mode.hidden` of this layer: alone, or what the first of its siblings computed for all when it was given the same x."""
+    def frozen(self) -> tuple[Tensor, Tensor] | None:
+        """The siblings' A and this layer's B, where nothing of them is trained."""
+        if self._both is None and all(layer._frozen for layer in self.siblings):
+            self._both = self._keep("siblings", None, self._a_of_siblings)[0], self.b_RO()
+        return self._both
+
+    def shared(self, mode: Gated, x: Tensor, a_IR: Tensor) -> Tensor:
+        """`mode.hidden` of this layer: what the first of its siblings computed for all when it was given the same x."""
         switch = self.switch
         if switch.x is x:
             h = switch.ready.pop(self, None)  # each takes its own once
             if h is not None:
                 return h
-        if len(self.siblings) == 1 or torch.is_grad_enabled() or not all(layer._frozen for layer in self.siblings):
-            return mode.hidden((self,), x, self.a_IR())
-        h = mode.hidden(self.siblings, x, self._keep("siblings", None, self._a_of_siblings)[0])
+        h = mode.hidden(self.siblings, x, a_IR)
+        if len(self.siblings) == 1:
+            return h
         switch.x = x
         switch.ready = dict(zip(self.siblings, h.split_with_sizes(self.widths, 1), strict=True))
         return switch.ready.pop(self)
@@ -279,6 +301,7 @@ class FusedLayer:
         """Parameters have changed, or what is trained."""
         self._frozen = not any(p.requires_grad for p in (*self.a, *self.b))
         self._kept: dict[str, tuple[object, tuple[Tensor, ...]]] = {}
+        self._both = None
 
     def settle(self) -> None:
         """Let frozen factors lie in the matrices that forwards use instead of beside them: adapters are in memory once."""
@@ -292,6 +315,7 @@ class FusedLayer:
                     a_rI.data = all_IR[:, end : end + rank].t()
                     b_Or.data = b_RO[end - first : end - first + rank].t()
                     end += rank
+                layer._both = (all_IR, b_RO)
                 layer._kept = {"siblings": (None, (all_IR,)), "a": (None, (all_IR[:, first:end],)), "b": (None, (b_RO,))}
 
     def _keep(self, kind: str, owner: object, build: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
