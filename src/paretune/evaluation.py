@@ -31,7 +31,7 @@ from paretune.own_utility import exact_own_utility, sampled_own_utility
 from paretune.pareto import hypervolume, igd_plus
 from paretune.returns import ExactReturns, Sampled, sampled_returns
 from paretune.stats import MIN_UNITS, estimate
-from paretune.types import Curve, Estimate, Preference
+from paretune.types import Curve, Estimate, Preference, Prompt
 
 if TYPE_CHECKING:
     from paretune.policy import Family
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "compare", "evaluate"]
 
 SPLITS = ("train", "test")
+SHOWN_PREFERENCES, SHOWN_PROMPTS = 5, 10  # of the responses that a report shows
 LIMIT_LEVELS = ("logit", "hidden")  # levels whose composition limit is known
 
 
@@ -214,8 +215,45 @@ def _sampled(
             "share_of_optimum": None,
         },
         **nothing,
+        "returns_error": _errors(curve),
         "own_utility": sampled_own_utility(task, family, curve, start),
+        "generations": _generations(task, split, w_WM, drawn, base),
     }
+
+
+def _generations(task: Task, split: str, w_WM: np.ndarray, drawn: Sampled, base: Sampled) -> dict[str, Any]:
+    """The first responses to different prompts, side by side at few preferences and from the reference: same prompts, same noise."""
+    shown, prompts = spread_out(w_WM, SHOWN_PREFERENCES), task.prompts(split)
+    rows = range(min(SHOWN_PROMPTS, len(prompts), len(drawn.prompt_S)))
+    return {
+        "preferences": [int(n) for n in shown],
+        "prompts": [_plain_text(prompts[int(drawn.prompt_S[s])]) for s in rows],
+        "reference": [base.texts_WS[0][s] for s in rows],
+        "texts": [[drawn.texts_WS[n][s] for s in rows] for n in shown],
+    }
+
+
+def spread_out(w_WM: np.ndarray, count: int) -> list[int]:
+    """Rows of at most `count` preferences far from each other: the most balanced one first, then always the one farthest from all taken."""
+    taken = [int((w_WM**2).sum(1).argmin())]
+    while len(taken) < min(count, len(w_WM)):
+        gap_W = np.linalg.norm(w_WM[:, None] - w_WM[taken], axis=-1).min(1)
+        if gap_W.max() <= 0:
+            break
+        taken.append(int(gap_W.argmax()))
+    return sorted(taken, key=lambda n: tuple(-w_WM[n]))
+
+
+def _plain_text(prompt: Prompt) -> str:
+    return prompt.text if prompt.text is not None else "\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages or ())
+
+
+def _errors(curve: Curve) -> np.ndarray:
+    """(W, M) half the width of a 95 % interval of each mean return over samples, by the normal approximation; NaN for fewer than 10."""
+    returns_WSM = np.ma.masked_invalid(curve.returns_WSM)
+    known_WM = returns_WSM.count(axis=1)
+    spread_WM = returns_WSM.std(axis=1, ddof=1 if curve.returns_WSM.shape[1] > 1 else 0).filled(np.nan)
+    return np.where(known_WM >= MIN_UNITS, 1.96 * spread_WM / np.sqrt(np.maximum(known_WM, 1)), np.nan)
 
 
 def _curve(task: Task, split: str, w_WM: np.ndarray, drawn: Sampled) -> Curve:

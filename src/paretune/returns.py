@@ -86,7 +86,8 @@ class Sampled:
     rewards_WSM: np.ndarray  # NaN = unscored
     kl_WS: np.ndarray  # log pi(y) - log pi_ref(y) of the sampled response: unbiased for the KL, and may be negative
     prompt_S: np.ndarray
-    tokens: int  # generated, over all of W and S
+    tokens: int  # generated
+    texts_WS: list[list[str]]
 
 
 def sampled_returns(
@@ -100,7 +101,7 @@ def sampled_returns(
 ) -> Sampled:
     """`samples` responses at each of W gates (None is the reference), spread evenly over the split's prompts in their order.
 
-    Gates are (W, K), or (W, P, K) where every prompt has its own.
+    Gates are (W, K), or (W, P, K) where every prompt has its own; equal ones are sampled once.
     With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared.
     """
     prompts = task.prompts(split)
@@ -111,13 +112,22 @@ def sampled_returns(
     rewards_WSM = np.empty((len(gates_W), samples, task.objectives.count))
     kl_WS = np.empty((len(gates_W), samples))
     tokens = 0
+    texts_WS: list[list[str]] = [[] for _ in gates_W]
+    names = [
+        None if gates is None else (np.asarray(gates, dtype=np.float64) + 0.0).tobytes() for gates in gates_W
+    ]  # + 0: there is one zero
+    first_W = [names.index(name) for name in names]
     for start in range(0, samples, BATCH_ROWS):
         here = slice(start, start + BATCH_ROWS)
         for number, gates in enumerate(gates_W):
+            if first_W[number] < number:
+                continue
             gates_NK = None if gates is None else _for_rows(gates, len(prompts))[prompt_S[here]].to(policy.device)
-            rewards_WSM[number, here], kl_WS[number, here], length = _responses(task, policy, rows[here], gates_NK, uniforms_ST[here])
+            rewards_WSM[number, here], kl_WS[number, here], said, length = _responses(task, policy, rows[here], gates_NK, uniforms_ST[here])
+            texts_WS[number] += said
             tokens += length
-    return Sampled(rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=prompt_S, tokens=tokens)
+    rewards_WSM, kl_WS, texts_WS = rewards_WSM[first_W], kl_WS[first_W], [texts_WS[first] for first in first_W]
+    return Sampled(rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=prompt_S, tokens=tokens, texts_WS=texts_WS)
 
 
 def responses_at(
@@ -130,16 +140,17 @@ def responses_at(
         here = slice(start, start + BATCH_ROWS)
         gates_NK = torch.as_tensor(gates_PK[here], dtype=torch.float32).to(policy.device)
         parts.append(_responses(task, policy, prompts[here], gates_NK, uniforms_PT[here]))
-    return np.concatenate([rewards_NM for rewards_NM, _, _ in parts]), np.concatenate([kl_N for _, kl_N, _ in parts])
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def _responses(
     task: Task, policy: Policy, rows: Sequence[Prompt], gates_NK: torch.Tensor | None, uniforms_NT: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """One response per row: rewards (N, M), log pi - log pi_ref (N,), and how many tokens were drawn."""
+) -> tuple[np.ndarray, np.ndarray, list[str], int]:
+    """One response per row: rewards (N, M), log pi - log pi_ref (N,), the texts, and how many tokens were drawn."""
     ids_NT, mask_NT = encode(policy.tokenizer, rows, policy.device)
     with torch.no_grad():
         made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_NT)
         reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
     kl_N = ((made.logp_NT - reference_NT.double()) * made.mask_NT).sum(1).cpu().numpy()
-    return task.score(rows, texts(policy.tokenizer, made)), kl_N, int(made.mask_NT.sum())
+    said = texts(policy.tokenizer, made)
+    return task.score(rows, said), kl_N, said, int(made.mask_NT.sum())

@@ -227,4 +227,4 @@ def _short(value: Any) -> str:
 
 
 # Importing the package registers what ships with it.
-from paretune.objectives import functions, judge, models, text, verifiable  # noqa: E402, F401
+from paretune.objectives import counselling, functions, judge, models, text, verifiable  # noqa: E402, F401

@@ -160,6 +160,14 @@ class Setting:
         cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
         return np.mean([np.asarray(cell.measured(split)["returns"], dtype=float) for cell in cells], axis=0)
 
+    def mean_errors(self, label: str, split: str) -> np.ndarray | None:
+        """(W, M) half the width of the 95 % intervals of `mean_points` over samples; None where nothing was sampled."""
+        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
+        errors = [cell.measured(split).get("returns_error") for cell in cells]
+        if not errors or any(error is None for error in errors):
+            return None
+        return np.sqrt(np.sum(np.square(np.asarray(errors, dtype=float)), axis=0)) / len(errors)
+
 
 class Results:
     """All cells of a report, in a fixed order: settings by their dials, methods by family and name."""

@@ -94,8 +94,11 @@ def _front(setting: Setting, split: str, a: int, b: int, known: Mapping[str, Loo
         drawn = {"mode": "lines", "line": {"color": EXACT, "width": 2.5}} if flat else {"mode": "markers", "marker": dots()}
         data.append(trace(CEILING, exact_K2, drawn, [preference_text(w_M) for w_M in front["w"]]))
     for label, points in shown.items():
-        hover = [preference_text(w_M) for w_M in setting.of(label)[0].w_WM] if len(points) > 1 else ["every preference"]
-        data.append(trace(label, points, style(known[label], line=flat and len(points) > 1, large=len(points) == 1), hover))
+        kl_W = np.array([cell.measured(split)["kl"]["per_preference"] for cell in setting.of(label)], dtype=float).mean(0)
+        hover = [f"{preference_text(w_M)}, KL {kl:.2f} nats" for w_M, kl in zip(setting.of(label)[0].w_WM, kl_W, strict=True)]
+        hover = hover if len(points) > 1 else [f"every preference, KL {kl_W[0]:.2f} nats"]
+        drawn = style(known[label], line=flat and len(points) > 1, large=len(points) == 1)
+        data.append(trace(label, points, drawn | _whiskers(setting, split, label, (a, b), known[label], len(points)), hover))
 
     series = [
         Series(label, pixels(points[anchors(len(points))], low, high), pixels(dense(points), low, high))
@@ -106,6 +109,18 @@ def _front(setting: Setting, split: str, a: int, b: int, known: Mapping[str, Loo
         series.append(Series("exact front", pixels(spread, low, high), pixels(dense(exact_K2) if flat else exact_K2, low, high)))
     axes = [f"return of {setting.objectives[k]}" for k in (a, b)]
     return {"data": data, "layout": layout(axes, low, high, label_notes(series, low, high, known))}
+
+
+def _whiskers(setting: Setting, split: str, label: str, pair: tuple[int, int], look: Look, count: int) -> dict[str, Any]:
+    """Plotly's error bars for sampled returns; nothing where they are exact, or points were left out as unknown."""
+    errors_WM = setting.mean_errors(label, split)
+    if errors_WM is None or not np.isfinite(setting.mean_points(label, split)[:, pair]).all():
+        return {}
+    bars = {"type": "data", "color": look.colour, "thickness": 0.6, "width": 0}
+    return {
+        f"error_{axis}": {**bars, "array": [None if np.isnan(e) else round(float(e), 6) for e in errors_WM[:count, k]]}
+        for axis, k in zip("xy", pair, strict=True)
+    }
 
 
 def _distinct(points_W2: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from paretune.report.comparison import comparison_table, enough_for_intervals, p
 from paretune.report.data import PROMPTS, Results
 from paretune.report.figures import Figure, attainment_figures, cost_figures, front_figures, loss_figures
 from paretune.report.findings import findings
+from paretune.report.generations import generation_boards, generation_table
 from paretune.report.plot import looks
 from paretune.report.series import attainment_table, failure_table, front_table, glance_table, loss_table, relation_table
 from paretune.report.svg import to_svg
@@ -57,7 +58,7 @@ def _tables(results: Results) -> list[Table]:
     """Every table with a row; what was not measured is left out."""
     makers = (
         *(leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table),
-        *(comparison_table, pair_table, profile_table),
+        *(comparison_table, pair_table, profile_table, generation_table),
     )
     return [table for make in makers if results.cells or make is failure_table if (table := make(results)).rows]
 
@@ -85,6 +86,7 @@ def _render(results: Results, tables: dict[str, Table], sections: list[Section])
         sections=sections,
         comparison=_comparison(results),
         relations=_relations(results),
+        generations=generation_boards(results),
         facts=_facts(results),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
@@ -155,7 +157,10 @@ def _sections(results: Results) -> list[Section]:
             "fronts",
             "Fronts",
             "Up and to the right is better. A family of policies is a curve with one marker per judged preference; a method with a single "
-            "policy is one marker." + (" No policy can lie beyond the exact front." if exact else "") + over,
+            "policy is one marker."
+            + (" No policy can lie beyond the exact front." if exact else "")
+            + (" Bars are 95 % intervals over samples." if any(c.measured("test").get("returns_error") for c in results.cells) else "")
+            + over,
             front_figures(results),
             "fronts",
         ),

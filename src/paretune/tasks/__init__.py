@@ -118,4 +118,4 @@ def spread_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarr
 
 
 # Importing the package registers what ships with it.
-from paretune.tasks import exact, recipe  # noqa: E402, F401
+from paretune.tasks import exact, recipe, reflection  # noqa: E402, F401
