@@ -21,7 +21,7 @@ from paretune.evaluation import compare, evaluate
 from paretune.registry import TASKS
 from paretune.suite import fit
 
-LEARNER = {"name": "pg", "samples": 9_600, "batch": 64, "group": 8}
+LEARNER = {"name": "pg", "samples": 5_120, "batch": 64, "group": 8}
 
 
 def main() -> None:

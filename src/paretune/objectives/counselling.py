@@ -79,11 +79,13 @@ SYNONYMS = (  # words of one line may stand for each other; a word may be in sev
     "care cold",
 )
 STOP = frozenset(
-    "a an the and or but so because that this it its is are was were be been being am i me my you your us we our he she they them "
-    "his her their of to in on at by for from with about over towards into up down out off as if then than when whether how what "
-    "which who do does did not no has have had will would can could may might must should there here now just very really quite too also "
-    "feel sound sounds seem seems like makes leaves well honestly lately yes all some any more most much one day days still both "
-    "end after since first finally again because often".split()
+    words_of(
+        "a an the and or but so because that this it its is are was were be been being am i me my you your us we our he she they them "
+        "his her their of to in on at by for from with about over towards into up down out off as if then than when whether how what "
+        "which who do does did not no has have had will would can could may might must should there here now just very really quite too "
+        "also feel sound sounds seem seems like makes leaves well honestly lately yes all some any more most much one day days still both "
+        "end after since first finally again because often"
+    )
 )
 TURNED = {"i": "you", "me": "you", "my": "your", "am": "are"}
 ADVICE = re.compile(r"\b(should|try to|maybe you|perhaps you|why don't|why not|you could|you need to|let's|if i were)\b")
