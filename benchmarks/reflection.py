@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("paretune-runs/reflection"))
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=256, help="responses per preference")
+    parser.add_argument("--samples", type=int, default=192, help="responses per preference")
     parser.add_argument("--training", type=int, default=LEARNER["samples"], help="samples of each training")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -12,7 +12,7 @@ from paretune.errors import ConfigError, TaskError
 from paretune.evaluation import compare, evaluate, spread_out
 from paretune.objectives.counselling import FEELINGS, STOP, SYNONYMS, Brevity, Empathy, Reflection, content_of, feelings_in, meanings
 from paretune.objectives.text import words_of
-from paretune.registry import METHODS, TASKS
+from paretune.registry import LEARNERS, METHODS, TASKS
 from paretune.report.data import load
 from paretune.report.page import write_page
 from paretune.seeds import generator
@@ -271,13 +271,21 @@ def test_learning_raises_what_it_is_trained_for(tmp_path):
     assert found.metrics["splits"]["train"]["gain"]["per_preference"][0]["low"] > 0.02
 
 
-@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.")))
-def test_every_method_runs_on_it(name):
-    from paretune.learner import Learner
-    from paretune.registry import LEARNERS
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """A model of the same kind that takes no time: what is tested is that methods, prompts and objectives fit together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        tool = importlib.import_module("counsellor")
+        folder = tmp_path_factory.mktemp("smaller")
+        tool.make(tool.Spec(width=32, layers=2, heads=2, vocabulary=300, dialogues=50, batch=4, steps=2), folder)
+        yield folder
 
-    learner: Learner = LEARNERS.build(QUICK)
-    check_method(name, task=TINY, learner=learner)
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.")))
+def test_every_method_runs_on_it(name, smaller, monkeypatch):
+    monkeypatch.setattr("paretune.tasks.reflection.MODEL", smaller)
+    check_method(name, task=TINY, learner=LEARNERS.build(QUICK))
 
 
 # Its report

@@ -116,7 +116,8 @@ def _whiskers(setting: Setting, split: str, label: str, pair: tuple[int, int], l
     errors_WM = setting.mean_errors(label, split)
     if errors_WM is None or not np.isfinite(setting.mean_points(label, split)[:, pair]).all():
         return {}
-    bars = {"type": "data", "color": look.colour, "thickness": 0.6, "width": 0}
+    red, green, blue = (int(look.colour[i : i + 2], 16) for i in (1, 3, 5))
+    bars = {"type": "data", "color": f"rgba({red}, {green}, {blue}, 0.3)", "thickness": 0.8, "width": 0}
     return {
         f"error_{axis}": {**bars, "array": [None if np.isnan(e) else round(float(e), 6) for e in errors_WM[:count, k]]}
         for axis, k in zip("xy", pair, strict=True)
