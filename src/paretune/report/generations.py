@@ -13,10 +13,10 @@ __all__ = ["generation_boards", "generation_table"]
 
 def generation_boards(results: Results) -> list[dict[str, Any]]:
     """Per setting with responses: {"label", "note", "boards"}, one board per method, the best one first; its first seed is shown."""
-    ranks = {(row["setting"], row["method"]): place for place, row in enumerate(leaderboard(results).rows)} if results.cells else {}
+    ranks = [(row["setting"], row["method"]) for row in leaderboard(results).rows] if results.cells else []
     found = []
     for setting in results.settings:
-        labels = sorted(setting.labels, key=lambda label, where=setting.label: ranks[where, label])
+        labels = [method for where, method in ranks if where == setting.label and method in setting.labels]
         boards = [_board(setting, label) for label in labels if _kept(setting.of(label)[0], setting.headline)]
         if boards:
             found.append({"label": setting.label, "note": PROMPTS[setting.headline], "boards": boards})

@@ -72,7 +72,8 @@ class Event:
 
 
 def _event(noun: str, feelings: str, say: str, mirror: str) -> Event:
-    return Event(noun, *(tuple(part.strip() for part in text.split("/")) for text in (say, mirror)), tuple(feelings.split()))
+    first, second = (tuple(part.strip() for part in text.split("/")) for text in (say, mirror))
+    return Event(noun, first, second, tuple(feelings.split()))
 
 
 EVENTS = {
