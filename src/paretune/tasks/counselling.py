@@ -290,6 +290,7 @@ class Statement:
 
 
 def listed(text: str) -> list[str]:
+    """The words of one of the lists above."""
     return text.split(", ")
 
 
@@ -350,6 +351,7 @@ def others(rng: np.random.Generator) -> dict[str, str]:
 
 
 def sentence(template: str, slots: dict[str, str]) -> str:
+    """With its slots filled, a capital and a full stop."""
     text = template.format_map(slots)
     text = text[0].upper() + text[1:]
     return text if text[-1] in string.punctuation else text + "."

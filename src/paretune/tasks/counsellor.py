@@ -94,6 +94,7 @@ def turned(clause: str) -> str:
 
 
 def prompt_of(text: str) -> str:
+    """What the model reads before its answer."""
     return f"Client: {text}\nCounsellor:"
 
 
