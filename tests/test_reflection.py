@@ -265,7 +265,7 @@ def test_the_answers_of_the_corpus_differ_in_every_aim():
 def test_learning_raises_what_it_is_trained_for(tmp_path):
     """Empathy alone, from a shared seed: the paired gain over the reference is far from 0."""
     task = dataclasses.replace(TINY, aims=("empathy", "brevity"), train_count=8, max_new_tokens=12)
-    learner = {"name": "pg", "samples": 768, "batch": 32, "group": 8, "rank": 4}
+    learner = {"name": "pg", "samples": 512, "batch": 32, "group": 8, "rank": 4}
     family = fit(task, {"name": "expert", "objective": 0}, learner=learner, root=tmp_path, progress=False)
     found = evaluate(task, family, w_WM=np.array([[1.0, 0.0]]), splits=("train",), samples=64)
     assert found.metrics["splits"]["train"]["gain"]["per_preference"][0]["low"] > 0.02
@@ -282,10 +282,27 @@ def smaller(tmp_path_factory):
         yield folder
 
 
+LONG = {  # searches, cut short
+    "contextual": {"rounds": 8, "batch": 4, "landmarks": 4},
+    "static-gates": {"budget": 12, "samples": 4},
+    "emorl-shared": {"samples": 4, "levels": 1},
+    "emorl": {"samples": 4, "levels": 1},
+    "placed": {"points": 3, "samples": 4},
+    "calibrated": {"samples": 4, "budget": 12},
+}
+
+
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.")))
 def test_every_method_runs_on_it(name, smaller, monkeypatch):
+    """One step each, with two aims: sweeps over three are long."""
     monkeypatch.setattr("paretune.tasks.reflection.MODEL", smaller)
-    check_method(name, task=TINY, learner=LEARNERS.build(QUICK))
+    task = dataclasses.replace(TINY, aims=("reflection", "brevity"), max_new_tokens=6)
+    check_method({"name": name, **LONG.get(name, {})}, task=task, learner=LEARNERS.build({**QUICK, "samples": 4}))
+
+
+def test_a_bridge_between_three_experts_runs_on_it(smaller, monkeypatch):
+    monkeypatch.setattr("paretune.tasks.reflection.MODEL", smaller)
+    check_method("bridge", task=TINY, learner=LEARNERS.build(QUICK))
 
 
 # Its report

@@ -3,7 +3,8 @@
     python tools/counsellor.py [--out src/paretune/tasks/counsellor_model] [--steps 750]
 
 Fluent and without direction, because the answers that it learns from are. It ships in half precision (4 MB): three minutes of one core
-are too long for a first use. One thread and seeded draws; another build of PyTorch gives other rounding.
+are too long for a first use. One thread and seeded draws; another build of PyTorch gives other rounding. Raise the task's version when
+you replace the model: results know it by that.
 """
 
 from __future__ import annotations
