@@ -287,7 +287,7 @@ LONG = {  # searches, cut short
     "static-gates": {"budget": 12, "samples": 4},
     "emorl-shared": {"samples": 4, "levels": 1},
     "emorl": {"samples": 4, "levels": 1},
-    "placed": {"points": 3, "samples": 4},
+    "placed": {"points": 5, "samples": 4},
     "calibrated": {"samples": 4, "budget": 12},
 }
 
