@@ -249,7 +249,7 @@ def test_a_family_is_fitted_on_ray(bench, cluster):
     [
         ({"cpus_per_job": 64}, "64 CPU asked; machines: 2 CPU"),
         ({"gpus_per_job": 0.5}, "1 CPU, 0.5 GPU asked"),
-        ({"memory_per_job": 1e6, "wait": 0.5}, "1e+06 GiB asked"),
+        ({"memory_per_job": 1e4, "wait": 0.5}, "1e+04 GiB asked"),
     ],
 )
 def test_more_than_any_machine_has_is_refused(bench, cluster, asked, found):
@@ -339,7 +339,10 @@ def test_a_cluster_that_stops_answering_ends_the_run(monkeypatch):
     assert "the head is gone" in ended.value.found
 
 
-@pytest.mark.parametrize("wrong", [{"cpus_per_job": 0}, {"gpus_per_job": 1.5}, {"gpus_per_job": -1}, {"memory_per_job": -1}, {"wait": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cpus_per_job": 0}, {"gpus_per_job": 1.5}, {"gpus_per_job": -1}, {"memory_per_job": -1}, {"memory_per_job": 1e6}, {"wait": -1}],
+)
 def test_requests_that_no_cluster_serves_are_refused(bench, wrong):
     with pytest.raises(ConfigError, match="a share of one, or whole ones"):
         bench.run(executor=Ray(**wrong))

@@ -41,6 +41,7 @@ GIB = 1 << 30
 OBJECT_STORE = 100_000_000  # bytes of shared memory of a cluster of this machine alone: jobs pass by the file system
 REACHED_WITHIN = 5.0  # seconds for the address to answer
 SEEN_WITHIN = 60.0  # seconds after which what one machine wrote is seen by all: NFS may remember for 30 that a file is not there
+MOST_MEMORY = 1e5  # GiB of one job; Ray counts in units so small that a million GiB overflow and are granted
 PATIENCE = 60.0  # seconds that the workers of a killed driver get to disappear: ray:// waits 30 of them for a reconnection
 IDLE = 60.0  # seconds after which a worker without work gives its CPUs and GPUs back
 USAGE = "RAY_USAGE_STATS_ENABLED"
@@ -64,9 +65,10 @@ class Ray:
     def check(self) -> None:
         """Raise ConfigError for a request that no cluster can serve, and where Ray is missing."""
         whole = self.gpus_per_job <= 1 or self.gpus_per_job == int(self.gpus_per_job)
-        if self.cpus_per_job < 1 or self.gpus_per_job < 0 or not whole or self.memory_per_job < 0 or self.wait < 0:
+        room = 0 <= self.memory_per_job <= MOST_MEMORY
+        if self.cpus_per_job < 1 or self.gpus_per_job < 0 or not whole or not room or self.wait < 0:
             raise ConfigError(
-                "a job asks for whole CPUs, at least one, and for GPUs: a share of one, or whole ones",
+                f"a job asks for whole CPUs, at least one, for GPUs (a share of one, or whole ones), and for at most {MOST_MEMORY:g} GiB",
                 found=f"{self.asked()}, wait {self.wait:g} s",
                 remedy="for example --cpus-per-job 4 --gpus-per-job 0.5 --memory-per-job 16",
             )
