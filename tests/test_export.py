@@ -223,6 +223,8 @@ def test_bad_requests(homes, tmp_path):
         family.export(tmp_path / "x", "kin=1")
     with refused("non-negative and sum to 1", "sum 0.9"):
         family.export(tmp_path / "x", "kind=.5,brief=.4")
+    with refused("an export is written where a folder can be made", "Not a directory", "choose another --out"):
+        family.export(tmp_path / "full" / "file" / "x", (0.5, 0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert family.export(tmp_path / "empty", (0.5, 0.5)).path == tmp_path / "empty"
 

@@ -148,6 +148,13 @@ def test_what_a_family_refuses(home, tmp_path):
     made.save(tmp_path / "family")
     with refused("a family is saved into a new directory", "family exists"):
         made.save(tmp_path / "family")
+    with pytest.MonkeyPatch.context() as patch:  # killed on the way: the same command can save it afterwards
+        patch.setattr(made.policy, "save_extra", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    made.save(tmp_path / "again")
+    assert not list(tmp_path.glob(".wip-*"))
     with refused("a family is a directory with family.json", "nowhere"):
         Family.load(tmp_path / "nowhere")
     file = tmp_path / "family" / "family.json"

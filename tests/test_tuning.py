@@ -261,6 +261,13 @@ def test_the_command_prints_a_table_and_lines_to_paste(tmp_path, fake):
     assert result.exit_code == 2
     assert "nothing is tuned on the seeds 100 to 109" in result.stderr
     assert "seeds 100" in result.stderr
+    for place, found in (("gone/best.yaml", "cannot write"), (".", "is a directory")):
+        before = len(fake)
+        result = CliRunner().invoke(app, [*asked, "--seed", "1", "--write", str(tmp_path / place)])
+        assert result.exit_code == 2
+        assert "what is written at the end can be written" in result.stderr
+        assert found in result.stderr
+        assert len(fake) == before  # nothing was trained
 
 
 @pytest.mark.parametrize(
@@ -321,6 +328,16 @@ def test_without_a_space_the_learning_rate_is_searched_around_its_own(tmp_path):
     (dimension,) = plan_of(tmp_path, tune=None, learner={"name": "exact", "lr": 0.02}).space
     assert (dimension.path, dimension.log) == ("learner.lr", True)
     assert (dimension.low, dimension.high) == pytest.approx((0.002, 0.2))
+
+
+def test_who_is_told_of_trials_sees_how_far_their_trainings_are(tmp_path, capsys):
+    plan = plan_of(tmp_path)
+    tune(plan, trials=1, root=tmp_path / "quiet")
+    assert "trained exact" not in capsys.readouterr().err
+    tune(plan, trials=1, root=tmp_path / "told", say=lambda _: None)
+    shown = capsys.readouterr()
+    assert "trained exact" in shown.err
+    assert shown.out == ""
 
 
 def test_settings_outside_of_the_space_are_no_trial(tmp_path, fake):

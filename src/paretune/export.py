@@ -94,6 +94,10 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
     try:
         aside.mkdir(parents=True)
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+        raise ConfigError("an export is written where a folder can be made", found=found, remedy="choose another --out") from error
+    try:
         rank = _write(family.policy, weights, aside, kind, getattr(torch, dtype) if dtype else None, shard, family.base)
         stored = dtype or str(family.policy.model.dtype if kind == "merged" else torch.float32).removeprefix("torch.")
         made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix)

@@ -313,22 +313,24 @@ class Family:
         return export(self, preference, path, **settings)
 
     def save(self, path: str | Path) -> None:
-        """Write family.json (last) and adapters/<name>/ in plain PEFT format into the new directory `path`."""
+        """Write family.json and adapters/<name>/ in plain PEFT format into the new directory `path`, which appears whole or not at all."""
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
-        path.mkdir(parents=True, exist_ok=True)
+        aside = path.resolve().with_name(f".wip-{path.resolve().name}")
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        aside.mkdir(parents=True)
         folders = {}
         for k, name in enumerate(self.policy.bank.names):
             folders[name] = f"adapters/{_folder(k, name)}"
-            folder = path / folders[name]
+            folder = aside / folders[name]
             if name in self.adapters:
                 folder.mkdir(parents=True)
                 for file in (CONFIG_FILE, WEIGHTS_FILE):
                     shutil.copyfile(Path(self.adapters[name]) / file, folder / file)
             else:
                 self.policy.bank.save(name, folder)
-        self.policy.save_extra(path)
+        self.policy.save_extra(aside)
         card = {
             "format": FAMILY_FORMAT,
             "level": {"name": self.policy.level, **self.policy.settings} if self.policy.settings else self.policy.level,
@@ -338,9 +340,8 @@ class Family:
             "adapters": folders,
             "meta": self.meta,
         }
-        aside = path / (FAMILY_FILE + ".wip")
-        aside.write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path / FAMILY_FILE)
+        (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device | None = None) -> Family:

@@ -137,8 +137,8 @@ class _Score:
 class _Scores:
     """Fits and measures, once for each setting and cell; what was measured is kept in ROOT/tune/scores."""
 
-    def __init__(self, plan: Plan, root: Path, *, seed: int, workers: int):
-        self._plan, self._root, self._workers, self._seed = plan, root, workers, seed
+    def __init__(self, plan: Plan, root: Path, *, seed: int, workers: int, progress: bool):
+        self._plan, self._root, self._workers, self._seed, self._progress = plan, root, workers, seed, progress
         self.folder = root / "tune" / "scores"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -152,7 +152,7 @@ class _Scores:
             return _Score(known["values"], tuple(known["trainings"]), Cost.from_json(known["validation"]))
         from paretune.evaluation import evaluate
 
-        family = fit(task, method, learner=learner, root=self._root, seed=seed, workers=self._workers, progress=False)
+        family = fit(task, method, learner=learner, root=self._root, seed=seed, workers=self._workers, progress=self._progress)
         measured = evaluate(task, family, w_WM=w_WM, splits=(SPLIT,), samples=samples or 1, seed=self._seed)
         drawn = 0 if samples is None else samples * (len(w_WM) + 1)  # and once for the reference
         cost = measured.cost.then(Cost(validation_samples=drawn))
@@ -194,7 +194,8 @@ def tune(
 
     The metric of a trial is its mean over cells: of the worst, or the mean, over validation preferences of the attainment (of the gain,
     where the optimum is not known), or of the hypervolume. The first trial is the file's own settings. The same seed gives the same
-    trials. Raises BusyError where another process works on the same search.
+    trials. `say` gets a line per trial, and with it trainings show how far they are. Raises BusyError where another process works on the
+    same search.
 
     Source: Optuna (Akiba et al. 2019), its TPE sampler, and its median rule for giving up.
     Differs: a trial's numbers depend on the seed, its place and the trials before it, not on how often a run was interrupted. The median
@@ -208,7 +209,7 @@ def tune(
     if trials < 1:
         raise ConfigError("a search has at least one trial", found=f"trials = {trials}", remedy="20 is a start")
     folder = Path(root or plan.root) / "tune" / f"{plan.name}-{_key(plan, metric, seed, prune)[:8]}"
-    scores = _Scores(plan, Path(root or plan.root), seed=seed, workers=workers)
+    scores = _Scores(plan, Path(root or plan.root), seed=seed, workers=workers, progress=say is not None)
     with Store(folder).lock(), quiet(optuna):
         search = _Search(plan, _study(optuna, folder), scores, metric=metric, seed=seed, prune=prune)
         while len(search.finished) < trials:

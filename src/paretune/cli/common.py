@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Address", "CpusPerJob", "GpusPerJob", "Json", "MemoryPerJob", "Overrides", "PassEnv", "Plugins", "Wait", "Workers"),
-    *("app", "executor_of", "plug", "print_json", "say", "show_table"),
+    *("app", "check_writable", "executor_of", "plug", "print_json", "say", "show_table"),
 ]
 
 
@@ -87,6 +88,16 @@ def plug(plugins: list[Path] | None) -> None:
 
     for path in plugins or []:
         load_plugin(path)
+
+
+def check_writable(file: Path | None, option: str) -> None:
+    """ConfigError where a file that is written at the end of long work could not be; None is no file."""
+    from paretune.errors import ConfigError
+
+    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        found = f"{file} is a directory" if file.is_dir() else f"cannot write {file}"
+        remedy = f"give {option} a file in a folder that exists and is yours"
+        raise ConfigError("what is written at the end can be written", found=found, remedy=remedy)
 
 
 def show_table(table: Table, *, title: str = "") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Plugins, app, plug, print_json, say, show_table
+from paretune.cli.common import Json, Plugins, app, check_writable, plug, print_json, say, show_table
 
 if TYPE_CHECKING:
     from paretune.policy import Family
@@ -39,6 +39,7 @@ def explain(
     from paretune.report.explained import sensitivity_table, token_table, write_explanation
 
     plug(plugin)
+    check_writable(html, "--html")
     loaded = Family.load(family)
     found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
     task = _task(loaded, recipe) if samples else None

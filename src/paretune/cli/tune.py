@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table
+from paretune.cli.common import Json, Overrides, Plugins, app, check_writable, plug, print_json, say, show_table
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
@@ -39,6 +39,7 @@ def tune(
     from paretune.tuning import tune as search
 
     plug(plugin)
+    check_writable(write, "--write")
     path = Path(target) if target.endswith((".yaml", ".yml")) else suite_path(target)
     plan = read_plan(path, overrides or [], method=method, repeats=repeats, samples=samples)
     found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
