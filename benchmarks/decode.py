@@ -14,7 +14,8 @@ from the same prompts, preferences and uniforms:
     shared_trunk  LogitMix of three experts that adapt the top TOP_LAYERS layers only; the layers below run once
     published     three full merged copies, no cache: each step runs all of them over the whole sequence (logits for its end only)
 
-A quarter of 6 layers is no whole number: the experts with a shared trunk adapt 2, a third.
+The first two comparisons are made with one thread, too. A quarter of 6 layers is no whole number: the experts with a shared trunk adapt
+2, a third.
 """
 
 from __future__ import annotations
@@ -180,12 +181,15 @@ def main() -> None:
         ("shared_trunk_logit_vs_plain_b1", trunk, plain, 1, options.rounds),
         ("logit_vs_published_loop", logit, published, 16, max(3, options.rounds // 3)),
     ]
+    comparisons += [(f"{name}_one_thread", *rest) for name, *rest in comparisons[:2]]
     for name, a, b, rows, rounds in comparisons:
+        torch.set_num_threads(1 if name.endswith("_one_thread") else options.threads)
         run_a, run_b = (partial(decode, policy, rows, options.new_tokens) for policy in (a, b))
         seconds_a, seconds_b, figures[name] = paired_medians(run_a, run_b, rounds)
         speed_a, speed_b = (rows * options.new_tokens / seconds for seconds in (seconds_a, seconds_b))
         print(f"{name}: {figures[name]:.3f}  ({speed_a:.0f} against {speed_b:.0f} tokens/s, {rounds} pairs)", file=sys.stderr)
         speeds[name] = [round(speed_a, 1), round(speed_b, 1)]
+    torch.set_num_threads(options.threads)
     emit(
         figures,
         options.out,

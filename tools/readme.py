@@ -72,6 +72,8 @@ TARGETS = (
     ("evaluations_ratio_m8", "search.py", "the same at M = 8, synthetic score", None),
     ("gated_vs_plain_b16", "decode.py", "per-row soups, unmerged, batch 16: share of the plain model's tokens per second", 0.9),
     ("gated_vs_plain_b1", "decode.py", "the same, batch 1", 0.85),
+    ("gated_vs_plain_b16_one_thread", "decode.py", "per-row soups with one thread instead of two, batch 16: the same share", None),
+    ("gated_vs_plain_b1_one_thread", "decode.py", "the same, batch 1", None),
     ("router_vs_plain_b16", "decode.py", "gates by a router, anew for every token, batch 16: the same share", 0.75),
     ("logit_vs_plain_b16", "decode.py", "logit mixing of 3 experts, batch 16: the same share", 0.30),
     (
