@@ -158,4 +158,8 @@ def test_errors_survive_pickling_and_know_their_exit_code():
 def test_nearest_names():
     assert nearest("expert", ["reference", "experts"]) == "did you mean 'experts'? otherwise choose one of experts, reference"
     assert nearest("zzz", ["a", "b"]) == "choose one of a, b"
+    many = nearest("field_77", [f"field_{i}" for i in range(200)])
+    assert many.startswith("did you mean 'field_77'? otherwise choose one of")
+    assert many.count(",") == 60
+    assert many.endswith("(200 in all)")
     assert nearest("zzz", []) == "nothing is registered here"

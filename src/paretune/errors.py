@@ -74,9 +74,16 @@ def _rebuild(kind: type[ParetuneError], rule: str, found: str, remedy: str) -> P
     return kind(rule, found=found, remedy=remedy)
 
 
+SHOWN = 60  # names in one message
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: the closest known one first, then all of them."""
+    """A remedy for a misspelt name: the closest known one first, then all of them; of very many, the closest `SHOWN`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    choices = f"choose one of {', '.join(known)}" if known else "nothing is registered here"
+    shown, rest = known, ""
+    if len(known) > SHOWN:
+        shown = sorted(difflib.get_close_matches(name, known, n=SHOWN, cutoff=0.0))
+        rest = f", ... ({len(known)} in all)"
+    choices = f"choose one of {', '.join(shown)}{rest}" if known else "nothing is registered here"
     return f"did you mean {close[0]!r}? otherwise {choices}" if close else choices

@@ -150,8 +150,13 @@ def _one_expert(policy: Policy, gates: np.ndarray) -> bool:
 def _no_single(policy: Policy, found: str) -> ConfigError:
     vertex = "" if policy.level in ("parameter", "robust") else "a preference that one expert alone answers can be exported; for others, "
     remedy = f'{vertex}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
+    soup = (
+        "; the same experts averaged (mixer: parameter) can, too, for what such a soup is worth"
+        if policy.level in ("logit", "hidden")
+        else ""
+    )
     return ConfigError(
-        "an export is one set of weights", found=found, remedy=f"{remedy} exported; `paretune sample` uses this family as it is"
+        "an export is one set of weights", found=found, remedy=f"{remedy} exported{soup}; `paretune sample` uses this family as it is"
     )
 
 
