@@ -10,8 +10,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from paretune import launch
 from paretune.config import load
 from paretune.engines import trl as engine
-from paretune.registry import LEARNERS
+from paretune.registry import LEARNERS, METHODS
 from paretune.store import ARTIFACTS, Store
+from paretune.testing import quick_task
 from recipe_files import tiny_model, write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,12 @@ def test_the_learners_are_read(mark, tmp_path, monkeypatch):
     (tmp_path / "learner.yaml").write_text(block("yaml", mark))
     given = load(tmp_path / "learner.yaml").data["learner"]
     assert LEARNERS.build(given).registered_name == "trl"
+
+
+def test_the_offline_recipe_trains_with_trl():
+    given = yaml.safe_load(block("yaml", "# offline.yaml"))
+    (spec, *_) = METHODS.build(given["method"]).plan(quick_task(), LEARNERS.build(given["learner"]), {}, 0)
+    assert {**spec.learner, "name": "trl-modpo", "labels": "drawn", "samples": 6400, "micro_batch": 16} == spec.learner
 
 
 def test_the_aggregations_and_weightings_that_the_page_names_are_those_that_work():

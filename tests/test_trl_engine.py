@@ -260,7 +260,7 @@ def test_more_processes_need_the_learner_trl(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "essential"),
     [
-        ({"trainer": "dpo"}, '"modpo"'),
+        ({"trainer": "dpo"}, "method modpo trains with trl-modpo"),
         ({"batch": 30}, "batch is a multiple of group"),
         ({"kl_in": "loss", "kl_estimator": "k3"}, "kl_in='reward'"),
         ({"trainer": "grpo"}, "kl_in='loss', kl_estimator='k3'"),

@@ -16,7 +16,7 @@ from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.batches import draw
+from paretune.batches import Responses, draw
 from paretune.errors import ConfigError
 from paretune.policy import Policy
 from paretune.policy_gradient import Batch, PolicyGradient
@@ -92,6 +92,10 @@ class Modpo(PolicyGradient):
         return cls(**{**same, **fields})
 
     def train(self, spec, task, work, *, parents=None, progress=None):
+        self._check_compared(spec, task)
+        return super().train(spec, task, work, parents=parents, progress=progress)
+
+    def _check_compared(self, spec: TrainSpec, task: Task) -> None:
         given = (spec.scalariser["name"], spec.aggregation["name"], spec.weighting["name"])
         if given != ("linear", "learner", "fixed"):
             raise ConfigError(
@@ -113,23 +117,32 @@ class Modpo(PolicyGradient):
                     found=f"{names[self.labelled]} with {'sampled preferences' if w_M is None else 'weight 0'}",
                     remedy="leave `labelled` out: the largest weight's is taken",
                 )
-        return super().train(spec, task, work, parents=parents, progress=progress)
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Pairs:
         """Pairs of the reference's responses; `kl_N` has the mean KL(reference || policy), the direction that can be seen offline."""
-        count, group = self.batch // self.group, self.group
-        made = draw(
-            policy, task, spec, step=step, first=step * count, prompts=count, group=group, temperature=self.temperature, reference=True
-        )
+        made = self.drawn(policy, task, spec, step)
         with torch.no_grad():
             logp_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=made.gates_NK)
         reference_NT = made.logp_NT.float()
         kl_N = ((reference_NT - logp_NT) * made.mask_NT).sum(1).double().cpu().numpy()
+        sides = (torch.from_numpy(np.array(x)).float().to(policy.device) for x in self.compared(made, spec, step))
+        return Pairs(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, *sides)
+
+    def drawn(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
+        """The reference's responses of one step, scored; they do not depend on the policy."""
+        count = self.batch // self.group
+        return draw(
+            policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature, reference=True
+        )
+
+    def compared(self, made: Responses, spec: TrainSpec, step: int) -> tuple[np.ndarray, ...]:
+        """Margin, weight, wins and known of all pairs, (P, pairs of a group) each; see `Pairs`."""
+        group = self.group
         w_PM = made.w_NM[::group]
-        k_P = w_PM.argmax(1) if self.labelled is None else np.full(count, self.labelled)
+        k_P = w_PM.argmax(1) if self.labelled is None else np.full(len(w_PM), self.labelled)
         is_k_PM = np.eye(w_PM.shape[1])[k_P]
         first, second = np.triu_indices(group, 1)
-        rewards_PGM = made.rewards_NM.reshape(count, group, -1)
+        rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)
         apart = rewards_PGM[:, first] - rewards_PGM[:, second]
         known = ~np.isnan(apart).any(-1)
         apart = np.where(known[..., None], apart, 0.0)
@@ -140,8 +153,7 @@ class Modpo(PolicyGradient):
         elif self.labels == "hard":
             wins = (np.sign(label) + 1) / 2  # a tie is half a win
         weight = np.broadcast_to((w_PM * is_k_PM).sum(1)[:, None], wins.shape)
-        sides = (torch.from_numpy(np.array(x)).float().to(policy.device) for x in (margin, weight, wins, known))
-        return Pairs(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, *sides)
+        return margin, weight, wins, known
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the mean loss of the pairs, group by group; returns the loss."""

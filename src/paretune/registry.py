@@ -87,7 +87,13 @@ class Registry:
 TASKS = Registry("task", "paretune.tasks")
 OBJECTIVES = Registry("objective", "paretune.objectives")
 LEARNERS = Registry(
-    "learner", "paretune.policy_gradient", "paretune.exact_learner", "paretune.distillation", "paretune.offline", "paretune.engines.trl"
+    "learner",
+    "paretune.policy_gradient",
+    "paretune.exact_learner",
+    "paretune.distillation",
+    "paretune.offline",
+    "paretune.engines.trl",
+    "paretune.engines.dpo",
 )
 RULES = Registry("combination rule", "paretune.mixing", "paretune.methods")
 METHODS = Registry("method", "paretune.methods")

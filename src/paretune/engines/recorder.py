@@ -51,7 +51,8 @@ def recorder(learner: Any, spec: TrainSpec, task: Task, work: Path, reward: Mult
             kept = {"log_length": 0, "seconds": 0.0}
             if state.global_step:
                 kept = json.loads((work / FOLDER / f"checkpoint-{state.global_step}" / MARK).read_text())
-                reward.load_state_dict(state.stateful_callbacks[STATE])
+                if STATE in state.stateful_callbacks:
+                    reward.load_state_dict(state.stateful_callbacks[STATE])
             self.began -= kept["seconds"]
             if state.is_world_process_zero:
                 length, path = int(kept["log_length"]), work / "train.jsonl"
@@ -63,8 +64,8 @@ def recorder(learner: Any, spec: TrainSpec, task: Task, work: Path, reward: Mult
             loss, norm, step = float(logs["loss"]), float(logs["grad_norm"]), state.global_step // learner.epochs
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(f"loss {loss:g}, gradient norm {norm:g}", state.global_step, learner.lr)
-            if "kl" in logs and "completions/mean_length" in logs:  # TRL's is per token; not on a batch's further updates
-                self.kl = float(logs["kl"]) * float(logs["completions/mean_length"])
+            kl = learner.logged_kl(logs, spec, task)
+            self.kl = self.kl if kl is None else kl
             if state.global_step % learner.epochs:
                 return
             self.window.append({"rewards_NM": reward.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})

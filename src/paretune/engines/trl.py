@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from paretune.types import TrainSpec
 
 __all__ = ["Trl"]
 
-FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True, "top_p": 1.0, "top_k": 0}
+FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True}
 SMALLER = (
     "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
     'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept'
@@ -69,13 +69,15 @@ class Trl(PolicyGradient):
     settings: Mapping[str, Any] = field(default_factory=dict)
     quantise: Literal["4bit"] | None = None
 
+    trainers: ClassVar[tuple[str, ...]] = ("rloo", "grpo")
+
     def __post_init__(self):
         super().__post_init__()
-        if self.trainer == "dpo":
+        if self.trainer not in self.trainers:
             raise ConfigError(
-                "learner trl samples from the policy: trainer is rloo or grpo",
-                found="trainer='dpo'",
-                remedy='offline multi-objective DPO has margins, which the embedded learner "modpo" trains',
+                "learner trl samples from the policy: trainer is rloo or grpo; learner trl-modpo learns offline: trainer is dpo",
+                found=f"learner {self.registered_name}, trainer={self.trainer!r}",
+                remedy="choose the other learner, or leave trainer out; with learner trl, method modpo trains with trl-modpo",
             )
         wanted = {"kl_in": "reward", "ratio": "sequence", "length": "sum", "baseline": "leave_one_out"}
         if self.trainer == "grpo":
@@ -113,9 +115,9 @@ class Trl(PolicyGradient):
         reward = self._reward(spec, task)
         with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
             args = self._arguments(spec, task, work, world)
+            record = recorder(self, spec, task, work, reward, progress, world)
             trainer = self._trainer(spec, task, args, reward)
             sizes = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-            record = recorder(self, spec, task, work, reward, progress, world)
             trainer.add_callback(record)
             resume = newest(work, spec.key)
             try:
@@ -172,8 +174,6 @@ class Trl(PolicyGradient):
 
     def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
         """The configuration of TRL's trainer."""
-        import trl
-
         if self.batch % world or (self.batch // world) % min(self.micro_batch or self.batch, self.batch // world):
             raise ConfigError(
                 "a batch divides into processes, and a process's share into micro-batches",
@@ -182,21 +182,38 @@ class Trl(PolicyGradient):
             )
         share = self.batch // world
         rows = min(self.micro_batch or share, share)
-        clip = 1e30 if self.clip_norm is None else self.clip_norm  # the norm is logged only where it is clipped
-        own: dict[str, Any] = {
-            "output_dir": str(work / FOLDER),
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": share // rows,
+        own = {
+            **self._loop(spec, work, rows, share // rows),
             "max_completion_length": task.max_new_tokens,
-            "max_steps": self.steps * self.epochs,
             "num_iterations": self.epochs,
             "epsilon": self.clip_eps,
             "beta": task.beta,
             "temperature": self.temperature,
-            "max_grad_norm": clip,
             "mask_truncated_completions": False,  # a response at the length limit is a response
-            "seed": seed_for(spec.seed, "trl") % 2**31,
             "shuffle_dataset": False,  # the rows are in the order that the learner wants
+            **MultiObjectiveReward.settings_of(self.trainer, self.group),
+        }
+        if own["use_cpu"] and world > 1:
+            own["ddp_backend"] = "gloo"
+        if self.trainer == "rloo":
+            own["normalize_advantages"] = self._in_trainer(spec)
+        else:  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
+            own["loss_type"] = "grpo" if self.length == "token_mean" else "dr_grpo"
+            own["importance_sampling_level"] = self.ratio
+            own["max_grad_norm"] /= 1 if self.length == "token_mean" else task.max_new_tokens
+        import trl
+
+        return self._configured(trl.RLOOConfig if self.trainer == "rloo" else trl.GRPOConfig, own, {"top_p": 1.0, "top_k": 0})
+
+    def _loop(self, spec: TrainSpec, work: Path, rows: int, parts: int) -> dict[str, Any]:
+        """What all of TRL's trainers are told: steps of `parts` times `rows`, the optimiser, logs and checkpoints."""
+        return {
+            "output_dir": str(work / FOLDER),
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": parts,
+            "max_steps": self.steps * self.epochs,
+            "max_grad_norm": 1e30 if self.clip_norm is None else self.clip_norm,  # the norm is logged only where it is clipped
+            "seed": seed_for(spec.seed, "trl") % 2**31,
             "remove_unused_columns": False,
             "gradient_checkpointing": self.checkpointing,
             "logging_strategy": "steps",
@@ -212,39 +229,38 @@ class Trl(PolicyGradient):
             "weight_decay": 0.0,
             "adam_beta1": self.betas[0],
             "adam_beta2": self.betas[1],
-            **MultiObjectiveReward.settings_of(self.trainer, self.group),
         }
-        if own["use_cpu"] and world > 1:
-            own["ddp_backend"] = "gloo"
-        if self.trainer == "rloo":
-            own["normalize_advantages"] = self._in_trainer(spec)
-        else:  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
-            own["loss_type"] = "grpo" if self.length == "token_mean" else "dr_grpo"
-            own["importance_sampling_level"] = self.ratio
-            own["max_grad_norm"] = clip if self.length == "token_mean" else clip / task.max_new_tokens
-        made = trl.RLOOConfig if self.trainer == "rloo" else trl.GRPOConfig
+
+    def _configured(self, made: Any, own: Mapping[str, Any], free: Mapping[str, Any]) -> Any:
+        """TRL's configuration: `free` and `FREE` may be replaced by `settings`, `own` may not."""
         known = {f.name for f in dataclasses.fields(made)}
         for name in self.settings:
             if name in own or name not in known:
-                taken = f"learner trl sets {name} itself, from its own fields and the task's"
+                taken = f"learner {self.registered_name} sets {name} itself, from its own fields and the task's"
                 raise ConfigError(
                     f"settings are further arguments of {made.__name__}",
                     found=repr(name),
                     remedy=taken if name in own else nearest(name, known - set(own)),
                 )
-        free = {**FREE, "bf16": self.dtype == "bfloat16", "fp16": self.dtype == "float16"}
-        return made(**{**free, **own, **self.settings})
+        precision = {"bf16": self.dtype == "bfloat16", "fp16": self.dtype == "float16"}
+        return made(**{**FREE, **precision, **free, **own, **self.settings})
 
     def _trainer(self, spec: TrainSpec, task: Task, args: Any, reward: MultiObjectiveReward) -> Any:
-        """TRL's trainer with the embedded learner's prompts, first adapter, optimiser and schedule."""
+        """TRL's trainer with the embedded learner's prompts."""
         import trl
         from datasets import Dataset
-        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-        from transformers import PrinterCallback
 
         known = task.prompts("train")
         order = prompt_order(spec.seed, 0, self.steps * (self.batch // self.group), len(known))
         rows = Dataset.from_list([{"prompt": prompt.raw, "place": place} for place, prompt in enumerate(known)]).select(order)
+        made = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
+        return self._built(made, spec, task, reward_funcs=[reward], args=args, train_dataset=rows)
+
+    def _built(self, made: Any, spec: TrainSpec, task: Task, **given: Any) -> Any:
+        """The trainer `made` with the embedded learner's first adapter, optimiser and schedule."""
+        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from transformers import PrinterCallback
+
         model, tokenizer = self._load(task)
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
         config = LoraConfig(
@@ -253,10 +269,7 @@ class Trl(PolicyGradient):
         with forked_torch(seed_for(spec.seed, "lora", "policy")):  # as LoraBank.add
             wrapped = get_peft_model(model, config)
         first = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
-        made: Any = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
-        trainer = made(
-            model=wrapped.unload(), reward_funcs=[reward], args=args, train_dataset=rows, processing_class=tokenizer, peft_config=config
-        )
+        trainer = made(model=wrapped.unload(), processing_class=tokenizer, peft_config=config, **given)
         set_peft_model_state_dict(trainer.model, first)
         trainer.remove_callback(PrinterCallback)
         if not self._sharded():
@@ -296,6 +309,16 @@ class Trl(PolicyGradient):
         loaded.generation_config = ends
         return loaded, tokenizer
 
+    def logged_kl(self, logs: Mapping[str, Any], spec: TrainSpec, task: Task) -> float | None:
+        """Nats per response, where TRL has logged it: its own number is per token, and comes with a batch's first update only."""
+        if "kl" not in logs or "completions/mean_length" not in logs:
+            return None
+        return float(logs["kl"]) * float(logs["completions/mean_length"])
+
+    def _flops(self, count: int, tokens: int, reward: Any) -> float:
+        """Of a base with `count` parameters that saw `tokens`, padding included: one forward more than `pg`."""
+        return (6.0 + 4.0 * self.epochs) * count * tokens
+
     def _finish(self, trainer: Any, sizes: tuple[int, int], work: Path, reward: MultiObjectiveReward, seconds: float) -> Cost:
         """The first process writes adapter and ledger, then drops the checkpoints; a kill in between loses nothing."""
         from safetensors.torch import load_file
@@ -307,7 +330,7 @@ class Trl(PolicyGradient):
             samples=reward.samples,
             tokens=reward.tokens,
             steps=trainer.state.global_step,
-            flops=(6.0 + 4.0 * self.epochs) * count * trainer.state.num_input_tokens_seen,  # one forward more than `pg`
+            flops=self._flops(count, trainer.state.num_input_tokens_seen, reward),
             seconds=seconds,
             memory_bytes=4 * count + 12 * trainable,
             storage_bytes=4 * trainable,

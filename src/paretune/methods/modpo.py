@@ -25,7 +25,7 @@ __all__ = ["ModpoSweep"]
 class ModpoSweep(Sweep):
     """One offline training per preference, with the budget of the learner as responses of the reference; the nearest policy answers.
 
-    labels: how the better response of a pair is named, see learner `modpo`.
+    labels: how the better response of a pair is named, see learner `modpo`. With the learner `trl`, TRL's DPOTrainer trains (`trl-modpo`).
     """
 
     labels: Literal["expected", "drawn", "hard"] = "expected"
@@ -46,7 +46,9 @@ class ModpoSweep(Sweep):
     symmetric: ClassVar[bool] = True
 
     def _training(self, task: Task, learner: Learner, w_M: np.ndarray, seed: int) -> TrainSpec:
+        from paretune.engines.dpo import TrlModpo
         from paretune.offline import Modpo
 
-        offline = describe(Modpo.like(learner, labels=self.labels))
+        kind = TrlModpo if learner.registered_name in ("trl", "trl-modpo") else Modpo
+        offline = describe(kind.like(learner, labels=self.labels))
         return dataclasses.replace(super()._training(task, learner, w_M, seed), learner=offline)
