@@ -24,7 +24,7 @@ from paretune.ledger import read_cost
 from paretune.lora import LoraBank
 from paretune.policy import build_level
 from paretune.policy_gradient import PolicyGradient
-from paretune.registry import LEARNERS, describe
+from paretune.registry import LEARNERS, METHODS, describe
 from paretune.store import Store
 from paretune.tasks.exact import ExactTask
 from paretune.types import TrainSpec
@@ -346,3 +346,10 @@ def test_too_much_unscored_is_an_error(tmp_path, monkeypatch):
     learner = Trl(**TINY)
     with pytest.raises(RewardError, match="scores at least 90%"):
         learner.train(spec_of(learner), TASK, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bridge", "router", "conditioned", "extended"])
+def test_methods_of_sampled_preferences_are_refused_before_anything_is_trained(method):
+    three = ExactTask(alphabet=4, length=2, prompt_count=2, width=32, layers=1, objective_count=3, rho=0.0)
+    with pytest.raises(ConfigError, match="one fresh adapter at one preference"):
+        METHODS.build(method).plan(three, Trl(**TINY), {}, 0)

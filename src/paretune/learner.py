@@ -49,6 +49,9 @@ class Learner(ABC):
             )
         return self
 
+    def accept(self, spec: TrainSpec) -> None:  # noqa: B027
+        """ConfigError where it cannot train `spec`; asked when a method plans, before its first training has begun."""
+
     @abstractmethod
     def train(
         self,

@@ -109,7 +109,7 @@ class Trl(PolicyGradient):
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
-        self._check_spec(spec)
+        self.accept(spec)
         self._sharded()
         world = int(os.environ.get("WORLD_SIZE", 1))
         reward = self._reward(spec, task)
@@ -127,7 +127,7 @@ class Trl(PolicyGradient):
             refuse_unscored(task.objectives.names, *_unscored(reward), limit=self.max_unscored)
             return self._finish(trainer, sizes, work, reward, record.seconds)
 
-    def _check_spec(self, spec: TrainSpec) -> None:
+    def accept(self, spec: TrainSpec) -> None:
         plain = spec.preference is not None and not spec.parents and spec.fresh is None and spec.rule is None
         if not plain:
             found = "a preference for every prompt" if spec.preference is None else "frozen or earlier adapters, or a rule of gates"

@@ -44,7 +44,7 @@ def sampled_training(
 
     effort: its budget, in budgets of the learner. balance: the power of the weighting "balanced", 0 is plain sampling.
     """
-    return TrainSpec(
+    spec = TrainSpec(
         task=describe(task),
         learner=describe(learner.scaled(effort)),
         preference=None,
@@ -55,6 +55,8 @@ def sampled_training(
         rule=describe(rule),
         face=face,
     )
+    learner.accept(spec)
+    return spec
 
 
 def vertex_trainings(task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:

@@ -80,7 +80,8 @@ class Router(Method):
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
         experts = list(vertex_trainings(task, learner, seed).values())
-        return [*experts, self._router(task, learner, seed)] if all(spec.key in done for spec in experts) else experts
+        last = self._router(task, learner, seed)  # made first: a learner that cannot train it says so before the experts are paid for
+        return [*experts, last] if all(spec.key in done for spec in experts) else experts
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         from paretune.policy import Family
