@@ -118,6 +118,7 @@ OTHERS = {
     "Makefile": "make demo, make test",
     "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
     "docs/recipes.md": "how to bring your own model, prompts, rewards and judge",
+    "docs/tuning-and-export.md": "settings searched, and one preference as a model or an adapter for transformers, PEFT and vLLM",
     "docs/scale.md": "from one laptop to a cluster: Ray, what machines share, what happens when something dies, what a study costs",
     "examples/recipes/": "the literature's tasks as recipes: HH-RLHF, summaries, safety, counselling, tool calls, mathematics",
     "docs/trl.md": "TRL: a reward function for your own script, and TRL as the engine of a recipe, on many GPUs",
