@@ -419,6 +419,7 @@ def test_a_damaged_cell_is_named(tmp_path):
 def test_looks_are_distinct_without_colour():
     found = looks({f"m{k}": "meta-policy" for k in range(14)} | {f"b{k}": "baseline" for k in range(4)})
     assert len({(look.marker, look.dash) for look in found.values()}) == 18
+    assert len({(look.colour, look.mark) for look in found.values()}) == 18, "a table shows no dashes"
     assert len({look.colour for look in list(found.values())[:7]}) == len(COLOURS)
 
 

@@ -49,7 +49,17 @@ EXACT = "#1b1f24"
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
 GREYS = ("#6b7480", "#8a929c", "#59616b", "#a3a9b1")
-MARKS = (("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("triangle-down", "▼"), ("star", "★"), ("hexagon", "⬢"))
+MARKS = (
+    ("circle", "●"),
+    ("square", "■"),
+    ("diamond", "◆"),
+    ("triangle-up", "▲"),
+    ("triangle-down", "▼"),
+    ("star", "★"),
+    ("hexagon", "⬢"),
+    ("pentagon", "⬟"),
+    ("triangle-right", "▶"),
+)  # more than colours, so that a table, which shows no dashes, tells more than seven methods apart, too
 GREY_MARKS = (("x-thin-open", "×"), ("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"))
 DASHES = ("solid", "dash", "dot", "dashdot")
 

@@ -25,6 +25,8 @@ CORNERS = {
     "triangle-down": [(0, 1.1), (1.05, -0.8), (-1.05, -0.8)],
     "star": [(r * sin(k * pi / 5), -r * cos(k * pi / 5)) for k in range(10) for r in [1.25 if k % 2 == 0 else 0.55]],
     "hexagon": [(sin(k * pi / 3), -cos(k * pi / 3)) for k in range(6)],
+    "pentagon": [(sin(k * 2 * pi / 5), -cos(k * 2 * pi / 5)) for k in range(5)],
+    "triangle-right": [(1.15, 0.0), (-0.75, 1.0), (-0.75, -1.0)],
 }
 
 
