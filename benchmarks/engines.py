@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common import emit
-from learner_vs_trl import ALPHA, BETA, GROUP, LR, RANK, ROWS, TOKENS, Letters, quieten, texts_of
+from learner_vs_trl import GROUP, TOKENS, WARM, quieten, trl_trainer
 from paretune.engines.drop_in import MultiObjectiveReward
 from paretune.exact_learner import enumerated
 from paretune.jobs import Tasks, run_job, train_job
@@ -38,7 +38,6 @@ from paretune.tasks.exact import ExactTask
 from paretune.types import TrainSpec
 
 SAMPLES, RHOS, PREFERENCES = 40_000, (-0.8, 0.0), ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0))
-WARM, TIMED = 3, 12  # steps
 
 
 def attainment(task: ExactTask, adapter: Path, w_M: np.ndarray) -> float:
@@ -96,44 +95,11 @@ FUNCTIONS, WEIGHTS = [small, large, digits, varied], [0.4, 0.3, 0.2, 0.1]
 
 def per_step(rewards: list[Any], settings: dict[str, Any]) -> float:
     """Median CPU seconds of a step of TRL's GRPOTrainer."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import PrinterCallback
 
     stamps: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            stamps.append(time.process_time())
-
-    model, tokenizer = Letters().load()
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=ROWS,
-            max_completion_length=TOKENS,
-            max_steps=WARM + TIMED,
-            learning_rate=LR,
-            beta=BETA,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            **settings,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=rewards,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": texts_of("train") * (WARM + TIMED)}),
-            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
+        trainer = trl_trainer(folder, rewards, stamps, time.process_time, **settings)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return float(statistics.median(np.diff(stamps[WARM - 1 :])))

@@ -16,9 +16,11 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,49 +120,51 @@ def ours() -> float:
     return ROWS * TIMED / (stamps[-1] - stamps[0])
 
 
-def theirs() -> float:
-    """Samples per second of TRL's GRPOTrainer."""
+def trl_trainer(folder: str, rewards: Any, stamps: list[float], clock: Callable[[], float], **settings: Any) -> Any:
+    """TRL's GRPOTrainer on `Letters`, at the shapes above; the time of each step's end goes to `stamps`."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    stamps: list[float] = []
-
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            stamps.append(time.perf_counter())
+            stamps.append(clock())
 
     model, tokenizer = Letters().load()
+    config = GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=ROWS,
+        max_completion_length=TOKENS,
+        max_steps=WARM + TIMED,
+        learning_rate=LR,
+        beta=BETA,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    return GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": texts_of("train") * (WARM + TIMED)}),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+
+
+def theirs() -> float:
+    """Samples per second of TRL's GRPOTrainer."""
+    stamps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=ROWS,
-            num_generations=GROUP,
-            max_completion_length=TOKENS,
-            max_steps=WARM + TIMED,
-            learning_rate=LR,
-            beta=BETA,
-            max_grad_norm=1.0,
-            temperature=1.0,
-            top_k=0,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=score,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": texts_of("train") * (WARM + TIMED)}),
-            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
+        settings = {"num_generations": GROUP, "max_grad_norm": 1.0, "temperature": 1.0, "top_k": 0}
+        trainer = trl_trainer(folder, score, stamps, time.perf_counter, **settings)
         trainer.train()
         drawn = trainer.state.num_input_tokens_seen
     assert drawn == (8 + TOKENS) * ROWS * (WARM + TIMED), "EOS is suppressed"

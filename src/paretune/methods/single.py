@@ -26,13 +26,15 @@ __all__ = ["Lagrangian", "LogSum", "MaxMin", "Product", "Tchebycheff", "WarmSwee
 
 
 class _Climbing(Sweep):
-    """A sweep whose trainings climb `_seeks()`."""
+    """A sweep whose trainings climb `_seeks()`, by the weighting `climb` where a subclass says nothing else."""
+
+    decay: float  # of the running mean of returns; every subclass has a default of its own
 
     def _seeks(self) -> utilities.Utility:
         raise AssertionError("subclasses say which utility they climb")
 
     def _weighting(self, seeks: Mapping[str, Any]) -> dict[str, Any]:
-        raise AssertionError("subclasses say how they climb it")
+        return {"name": "climb", "utility": seeks, "decay": self.decay}
 
     def _utility(self) -> Mapping[str, Any]:
         return describe(self._seeks())
@@ -71,9 +73,6 @@ class Tchebycheff(_Climbing):
     def _seeks(self) -> utilities.Utility:
         return utilities.Tchebycheff(mu=self.mu, ideal=self.ideal)
 
-    def _weighting(self, seeks: Mapping[str, Any]) -> dict[str, Any]:
-        return {"name": "climb", "utility": seeks, "decay": self.decay}
-
 
 @METHODS.register("log-sum")
 @dataclass(frozen=True)
@@ -98,9 +97,6 @@ class LogSum(_Climbing):
 
     def _seeks(self) -> utilities.Utility:
         return utilities.LogSum(base=self.base, floor=self.floor)
-
-    def _weighting(self, seeks: Mapping[str, Any]) -> dict[str, Any]:
-        return {"name": "climb", "utility": seeks, "decay": self.decay}
 
 
 @METHODS.register("max-min")
