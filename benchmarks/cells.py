@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from paretune.store import Store
-from paretune.suite import run_suite
+from paretune.runs.store import Store
+from paretune.runs.suite import run_suite
 
 __all__ = ["attainment_W", "cells_of", "row_of"]
 

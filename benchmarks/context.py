@@ -20,7 +20,7 @@ import numpy as np
 
 from cells import attainment_W, cells_of, row_of
 from common import emit
-from paretune.stats import estimate
+from paretune.evaluation.stats import estimate
 
 TASK = {"name": "exact-v1", "context": 0.8, "length": 3, "prompt_count": 64, "width": 64}
 LEARNER = {"name": "exact", "steps": 60}

@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--out FILE] [--rounds 11] [--threads 2] [--new-tokens 48]
 
 One random Llama of 24.6 M parameters (SHAPE, tied head) with random adapters as EMORL published its experts: LoRA of rank 8 and alpha 32
-on every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `paretune.rollout.sample`,
+on every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `policy.rollout.sample`,
 from the same prompts, preferences and uniforms:
 
     plain         the model itself, with a cache, no adapter layers in it
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from common import emit, paired_medians
-from paretune.lora import LoraBank
-from paretune.mixing import LogitMix, ParameterMix, ReferencePolicy
-from paretune.rollout import sample
-from paretune.routing import routed
+from paretune.policy.lora.bank import LoraBank, soup_state
+from paretune.policy.lora.decoder import routed
+from paretune.policy.mixing.parameter import ParameterMix, ReferencePolicy
+from paretune.policy.mixing.predictions import LogitMix
+from paretune.policy.rollout import sample
 from paretune.seeds import forked_torch, generator
-from paretune.soup import soup_state
 
 SHAPE = {
     "vocab_size": 8192,

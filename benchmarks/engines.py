@@ -26,16 +26,16 @@ import torch
 
 from common import emit
 from learner_vs_trl import GROUP, TOKENS, WARM, quieten, trl_trainer
-from paretune.engines.drop_in import MultiObjectiveReward
-from paretune.exact_learner import enumerated
-from paretune.jobs import Tasks, run_job, train_job
-from paretune.ledger import read_cost
-from paretune.lora import LoraBank
-from paretune.policy import build_level
+from paretune.policy.base import build_level
+from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, describe
-from paretune.store import Store
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.runs.jobs import Tasks, run_job, train_job
+from paretune.runs.store import Store
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.cost import read_cost
+from paretune.training.exact import enumerated
+from paretune.training.spec import TrainSpec
+from paretune.training.trl.reward import MultiObjectiveReward
 
 SAMPLES, RHOS, PREFERENCES = 40_000, (-0.8, 0.0), ((0.5, 0.5), (1.0, 0.0), (0.0, 1.0))
 

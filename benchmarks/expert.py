@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common import emit
 from paretune.registry import LEARNERS, describe
-from paretune.store import CELLS, Store
-from paretune.suite import run_suite
+from paretune.runs.store import CELLS, Store
+from paretune.runs.suite import run_suite
 
 SUITE = {
     "tasks": [{"name": "exact-v1", "rho": [0.8, 0.0, -0.8]}],

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from common import emit, paired_medians
-from paretune.gramian import AGGREGATORS
-from paretune.policy_gradient import PolicyGradient
 from paretune.registry import describe
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.gradients import AGGREGATORS
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.spec import TrainSpec
 
 
 def stepper(task: ExactTask, learner: PolicyGradient, weighting: dict[str, Any]) -> Callable[[], None]:

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from common import emit
-from paretune.policy_gradient import PolicyGradient
 from paretune.registry import describe
 from paretune.seeds import forked_torch
-from paretune.tasks import Task
-from paretune.types import Objectives, Prompt, TrainSpec
+from paretune.tasks.base import Task
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.spec import TrainSpec
+from paretune.types import Objectives, Prompt
 
 ROWS, GROUP, TOKENS, RANK, ALPHA, BETA, LR = 64, 8, 16, 8, 16, 0.04, 1e-3
 WARM, TIMED = 3, 12  # steps; TIMED is a multiple of WARM

@@ -89,9 +89,9 @@ def experts(count: int, folder: Path) -> int:
     import torch
 
     from decode import Tokenizer, fresh
-    from paretune.lora import LoraBank
-    from paretune.mixing import ParameterMix
-    from paretune.rollout import sample
+    from paretune.policy.lora.bank import LoraBank
+    from paretune.policy.mixing.parameter import ParameterMix
+    from paretune.policy.rollout import sample
     from paretune.seeds import generator
 
     def work() -> None:
@@ -110,10 +110,11 @@ def experts(count: int, folder: Path) -> int:
 
 def ours(checkpointing: bool, folder: Path) -> int:
     from decode import fresh
-    from paretune.policy_gradient import PolicyGradient
     from paretune.registry import describe
-    from paretune.tasks import Task
-    from paretune.types import Objectives, Prompt, TrainSpec
+    from paretune.tasks.base import Task
+    from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.spec import TrainSpec
+    from paretune.types import Objectives, Prompt
 
     @dataclass(frozen=True)
     class Words(Task):

@@ -25,9 +25,9 @@ import numpy as np
 
 from cells import attainment_W, cells_of, row_of
 from common import emit
-from paretune.evaluation import evaluate
-from paretune.stats import estimate
-from paretune.suite import fit, method, task
+from paretune.evaluation.evaluate import evaluate
+from paretune.evaluation.stats import estimate
+from paretune.runs.suite import fit, method, task
 
 RHOS = [0.8, 0.0, -0.8]
 EXACT = {"name": "exact"}

@@ -20,8 +20,8 @@ import numpy as np
 
 from common import emit
 from paretune.registry import LEARNERS, describe
-from paretune.store import CELLS, Store
-from paretune.suite import run_suite
+from paretune.runs.store import CELLS, Store
+from paretune.runs.suite import run_suite
 
 LEARNER = {"name": "exact", "steps": 60, "rank": 8}
 TASK = {"name": "exact-v1", "alphabet": 5, "prompt_count": 4, "width": 64, "rho": [0.8, 0.0, -0.8]}

@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 from common import emit
-from paretune.exact_learner import ExactGradient
-from paretune.jobs import train_job
-from paretune.ray_cluster import Ray, RayWorkers
 from paretune.registry import describe
-from paretune.store import ARTIFACTS, Store
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.runs.jobs import train_job
+from paretune.runs.ray import Ray, RayWorkers
+from paretune.runs.store import ARTIFACTS, Store
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.exact import ExactGradient
+from paretune.training.spec import TrainSpec
 
 
 def run(root: Path, specs: list[TrainSpec], workers: int) -> tuple[float, str]:

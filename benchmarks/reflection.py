@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from common import emit
-from paretune.evaluation import compare, evaluate
+from paretune.evaluation.evaluate import compare, evaluate
 from paretune.registry import TASKS
-from paretune.suite import fit
+from paretune.runs.suite import fit
 
 LEARNER = {"name": "pg", "samples": 5_120, "batch": 64, "group": 8}
 

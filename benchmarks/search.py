@@ -36,12 +36,13 @@ import torch
 
 from common import emit
 from paretune.methods.calibrated import outer_returns
-from paretune.methods.experts import adapters_for, build_policy, vertex_trainings
+from paretune.methods.experts import adapters_for, vertex_trainings
+from paretune.methods.search import SEARCHERS, hierarchical_grid, model_search, optuna_search, simplex_lattice
+from paretune.policy.base import build_policy
 from paretune.registry import LEARNERS, METHODS
-from paretune.search import SEARCHERS, hierarchical_grid, model_search, optuna_search, simplex_lattice
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
-from paretune.testing import train_plan
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import train_plan
 
 RHO = {3: -0.4, 5: -0.2}
 SEEDS = (("optimal", 3, 10), ("unequal", 3, 5), ("optimal", 5, 2), ("unequal", 5, 2), ("soup", 3, 1))  # family, M, task seeds

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from common import emit
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
+from paretune.evaluation.metrics import attainment
 from paretune.methods.support import next_corner
-from paretune.metrics import attainment
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
-from paretune.suite import fit
+from paretune.runs.suite import fit
 
 SEEDS, RHO, COUNT = (100, 101, 102), -0.8, 5
 GRID = 1001

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from common import emit
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
-from paretune.suite import fit
-from paretune.tasks.optimum import landmarks
+from paretune.runs.suite import fit
+from paretune.tasks.exact.optimum import landmarks
 
 RHOS, SEEDS = (0.0, -0.8), (100, 101, 102)
 AT = ((0.3, 0.7), (0.5, 0.5))

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from paretune.registry import LEARNERS, METHODS, PLUGIN, TASKS, load_plugin
-from paretune.store import Store
-from paretune.suite import run_suite
+from paretune.runs.store import Store
+from paretune.runs.suite import run_suite
 
 HERE = Path(__file__).parent
 
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 @contextlib.contextmanager
 def fakes_loaded(monkeypatch):
     """The plugin's classes for one test only: tests elsewhere compare what is registered with what is documented."""
-    from paretune import evaluation
+    from paretune.evaluation import evaluate as evaluation
 
     registries = (TASKS, LEARNERS, METHODS)
     for registry in registries:

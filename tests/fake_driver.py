@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from paretune.errors import ParetuneError
-from paretune.ray_cluster import Ray
 from paretune.registry import load_plugin
-from paretune.suite import run_suite
+from paretune.runs.ray import Ray
+from paretune.runs.suite import run_suite
 
 if __name__ == "__main__":
     load_plugin(Path(__file__).with_name("fakes.py"))

@@ -24,9 +24,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from paretune.errors import ConfigError, RewardError
-from paretune.ledger import Cost
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
-from paretune.types import Curve, TrainSpec
+from paretune.training.cost import Cost
+from paretune.training.spec import TrainSpec
+from paretune.types import Curve
 
 
 def fake_evaluate(task, family, *, splits, samples, seed):
@@ -43,8 +44,8 @@ def fake_evaluate(task, family, *, splits, samples, seed):
 if os.environ.get("FAKE_LIGHT") and "torch" not in sys.modules:
     for registry in (TASKS, LEARNERS, METHODS):
         registry.homes = ()
-    sys.modules["paretune.evaluation"] = ModuleType("paretune.evaluation")
-    sys.modules["paretune.evaluation"].evaluate = fake_evaluate  # type: ignore[attr-defined]
+    sys.modules["paretune.evaluation.evaluate"] = ModuleType("paretune.evaluation.evaluate")
+    sys.modules["paretune.evaluation.evaluate"].evaluate = fake_evaluate  # type: ignore[attr-defined]
 
 
 def log(line: str) -> None:

@@ -6,8 +6,8 @@ import torch
 
 from paretune.registry import describe
 from paretune.seeds import forked_torch
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.spec import TrainSpec
 
 TASK = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
 SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2}

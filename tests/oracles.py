@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.mixing import Constant, Rule
-from paretune.policy import Family
-from paretune.tasks.exact import ExactTask
+from paretune.policy.family import Family
+from paretune.policy.rules import Constant, Rule
+from paretune.tasks.exact.task import ExactTask
 
 SPLITS = ("train", "test")
 

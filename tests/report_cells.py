@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from paretune.store import CELL_SPEC, CELLS, Store, write_json
+from paretune.files import write_json
+from paretune.runs.store import CELL_SPEC, CELLS, Store
 from paretune.types import key_of
 
 REFERENCE_M = np.array([0.4, 0.3])

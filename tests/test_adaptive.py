@@ -9,14 +9,14 @@ import pytest
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient
-from paretune.policy_gradient import PolicyGradient
 from paretune.seeds import generator
+from paretune.training.exact import ExactGradient
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.weightings.adaptive import CovarianceTargeted, Exp3, exp3_probabilities
+from paretune.training.weightings.bandit import Contextual, prompt_features, ridge
+from paretune.training.weightings.base import WEIGHTINGS, Seen
+from paretune.training.weightings.gradient import GradientLevel, Influence
 from paretune.types import Prompt
-from paretune.weightings import WEIGHTINGS, Seen
-from paretune.weightings.adaptive import CovarianceTargeted, Exp3, exp3_probabilities
-from paretune.weightings.bandit import Contextual, prompt_features, ridge
-from paretune.weightings.gradient import GradientLevel, Influence
 
 A, B = Prompt("aab"), Prompt("ccd")
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from paretune.advantage import advantages, group_mean, leave_one_out, spread
 from paretune.errors import ConfigError
-from paretune.scalarise import check_scalariser, linear, log_product, scalarise
+from paretune.objectives.utilities import check_scalariser, linear, log_product, scalarise
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.advantages import advantages, group_mean, leave_one_out, spread
 
 NAN = np.nan
 SCORES = {

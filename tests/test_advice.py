@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from paretune.advice import DIALS, Advice, advise, load_rows, shipped
 from paretune.errors import ConfigError
+from paretune.evaluation.advice import DIALS, Advice, advise, load_rows, shipped
 from paretune.report.data import load
 from paretune.report.relation import result_rows
 from paretune.report.tables import leaderboard

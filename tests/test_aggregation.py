@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from learner_cases import SMALL, TASK, flat, log_of, moved, spec_of
-from paretune import aggregation
-from paretune.advantage import advantages
-from paretune.aggregation import AGGREGATIONS, aggregate_advantages, check_aggregation
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient, aggregated, enumerated
-from paretune.policy_gradient import PolicyGradient
 from paretune.seeds import generator
+from paretune.training import advantages as aggregation
+from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages, check_aggregation
+from paretune.training.exact import ExactGradient, aggregated, enumerated
+from paretune.training.policy_gradient import PolicyGradient
 
 NAN = np.nan
 ALL = [*({"name": name} for name in AGGREGATIONS), {"name": "gd2po", "form": "snr", "tau": 0.6}]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from paretune.errors import ConfigError
-from paretune.tasks.recipe import load_recipe
+from paretune.runs.recipe import load_recipe
 from recipe_files import tiny_model, write_lines, write_recipe
 
 

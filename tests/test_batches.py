@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from learner_cases import SMALL, TASK, moved, spec_of
-from paretune.batches import draw, prompt_order
-from paretune.policy_gradient import PolicyGradient
+from paretune.training.batch import draw, prompt_order
+from paretune.training.policy_gradient import PolicyGradient
 
 
 def test_prompts_come_round_in_a_seeded_order():
@@ -38,13 +38,13 @@ def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(mo
         with torch.no_grad():
             scored = learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
         torch.testing.assert_close((scored * made.mask_NT).double(), made.logp_NT, atol=1e-4, rtol=0)
-        monkeypatch.setattr("paretune.batches.MERGE_LIMIT", 0)
+        monkeypatch.setattr("paretune.training.batch.MERGE_LIMIT", 0)
         unmerged = learner.collect(policy, TASK, spec, step).responses
         monkeypatch.undo()
         assert unmerged.tokens_NT.tolist() == made.tokens_NT.tolist()
         torch.testing.assert_close(unmerged.logp_NT, made.logp_NT, atol=1e-4, rtol=0)
         learner.update(policy, steps, batch, beta=TASK.beta, step=step)
-    monkeypatch.setattr("paretune.batches.sample", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("paretune.training.batch.sample", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         learner.collect(policy, TASK, spec, 3)
     assert all(torch.equal(a, b) for a, b in zip(base, [p for p in policy.model.parameters() if not p.requires_grad], strict=True))

@@ -7,12 +7,12 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.bridge import BridgeRule, interaction
 from paretune.methods.conditioned import SharedRule
-from paretune.policy import Family
+from paretune.policy.family import Family
 from paretune.registry import METHODS
-from paretune.testing import check_method, quick_learner, train_plan
+from paretune.testing.methods import check_method, quick_learner, train_plan
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_effort_scales_the_budget_of_the_bridge_alone(conflict, learner, done):
 )
 @pytest.mark.parametrize("count", [2, 3])
 def test_conformance(method, count):
-    from paretune.testing import quick_task
+    from paretune.testing.methods import quick_task
 
     check_method(method, task=quick_task(objective_count=count))
 

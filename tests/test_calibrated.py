@@ -9,18 +9,18 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError, ParetuneError
-from paretune.evaluation import evaluate
-from paretune.ledger import Cost
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.calibrated import calibrate, outer_returns
-from paretune.methods.experts import build_policy
-from paretune.mixing import Interpolated
-from paretune.policy import Family
+from paretune.methods.search import simplex_lattice
+from paretune.policy.base import build_policy
+from paretune.policy.family import Family
+from paretune.policy.rules import Interpolated
 from paretune.registry import METHODS, RULES, describe
-from paretune.search import simplex_lattice
 from paretune.seeds import generator
-from paretune.tasks import KEEP_OUT
-from paretune.tasks.exact import ExactTask
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.cost import Cost
 
 
 def rows(array):

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
-from paretune.checkpoint import progress_text, terminal_progress
 from paretune.errors import TrainingError
-from paretune.ledger import read_cost
-from paretune.policy_gradient import PolicyGradient
+from paretune.training.checkpoint import progress_text, terminal_progress
+from paretune.training.cost import read_cost
+from paretune.training.policy_gradient import PolicyGradient
 
 
 @pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])

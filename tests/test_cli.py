@@ -169,7 +169,7 @@ def test_ctrl_c_is_code_130_and_says_that_nothing_is_lost(monkeypatch, suite, me
     def stop(*args, **kwargs):
         raise KeyboardInterrupt(*([message] if message else []))
 
-    monkeypatch.setattr("paretune.suite.run_suite", stop)
+    monkeypatch.setattr("paretune.runs.suite.run_suite", stop)
     result = run("bench", suite, "--root", suite.parent / "runs", code=130)
     assert ("checkpoints are kept" in result.stderr) == (message == "")  # the suite says it itself
 
@@ -223,7 +223,7 @@ def test_bench_takes_overrides_and_goes_on_after_a_failure(suite, tmp_path, monk
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\n"
-        "from paretune.methods import Card, Method\nfrom paretune.registry import METHODS\n\n\n"
+        "from paretune.methods.base import Card, Method\nfrom paretune.registry import METHODS\n\n\n"
         "@METHODS.register('broken')\n@dataclass(frozen=True)\nclass Broken(Method):\n    card: ClassVar[Card] = Card(\n"
         "        family='baseline', summary='fails', source='none', differs='nothing', hides='nothing',\n"
         "        trainings='0', forwards_per_token='1', zero_shot=True)\n"

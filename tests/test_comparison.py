@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
-from paretune.advice import advise, load_rows
+from paretune.evaluation.advice import advise, load_rows
 from paretune.report.compared import DRAWN, board_tables, difference_heats, note, profile_figures, relationship_tables
 from paretune.report.comparison import ALL, baselines, comparison_table, groups, pair_table, profile_table, scores, shared
 from paretune.report.data import Results, assemble
@@ -20,8 +20,8 @@ from paretune.report.page import write_page
 from paretune.report.rows import rows, write_rows
 from paretune.report.svg import to_svg
 from paretune.report.terminal import print_leaderboard
+from paretune.runs.store import CELL_SPEC
 from paretune.seeds import generator
-from paretune.store import CELL_SPEC
 from paretune.types import Estimate, key_of
 from report_cells import JUDGED_WM, METHODS, measured, optimum, publish, record
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from paretune.config import load, parse
 from paretune.errors import ConfigError, TaskError
+from paretune.runs.config import load, parse
 
 TEXT = """\
 name: quick

@@ -9,16 +9,16 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.contextual import Ridge, learn_gates
-from paretune.mixing import Identity
-from paretune.mixing.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
-from paretune.policy import Family
+from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
+from paretune.policy.family import Family
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Identity
 from paretune.registry import METHODS, RULES, describe
-from paretune.returns import ExactReturns, sampled_returns
 from paretune.seeds import generator
-from paretune.tasks import judged_preferences
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.tasks.preferences import judged_preferences
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 from paretune.types import Prompt
 
 

@@ -6,17 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paretune.batches import draw
 from paretune.errors import TaskError
-from paretune.exact_learner import ExactGradient
-from paretune.policy_gradient import PolicyGradient
 from paretune.registry import TASKS, describe
 from paretune.seeds import generator
-from paretune.tasks.dials import add_noise, pays_rarely, stretch, verify_noise
-from paretune.tasks.exact import ExactTask
-from paretune.tasks.rewards import correlations, correlations_P, fields, mix_to_correlation
-from paretune.testing import check_task
-from paretune.types import Prompt, TrainSpec
+from paretune.tasks.exact.rewards import (
+    add_noise,
+    correlations,
+    correlations_P,
+    fields,
+    mix_to_correlation,
+    pays_rarely,
+    stretch,
+    verify_noise,
+)
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import check_task
+from paretune.training.batch import draw
+from paretune.training.exact import ExactGradient
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.spec import TrainSpec
+from paretune.types import Prompt
 
 TINY = {"alphabet": 5, "length": 3, "prompt_count": 4, "width": 32, "layers": 1}
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "quick.json"
@@ -214,7 +223,7 @@ def test_an_odd_prompt_leaves_no_context_empty():
 def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(tmp_path):
     """What a router is for: gates of a soup chosen per context, on training prompts, beat the best common gates on both splits."""
     import paretune as pt
-    from paretune.returns import ExactReturns
+    from paretune.policy.returns import ExactReturns
 
     task = ExactTask(context=0.8, seed=0, alphabet=6, length=3, prompt_count=8, width=64)
     family = pt.fit(task, pt.method("experts", mixer="parameter"), learner=ExactGradient(steps=60), root=tmp_path, progress=False)

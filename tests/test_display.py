@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from paretune import display as display_module
-from paretune.cluster import Outcome
-from paretune.display import Bars, Display, Lines, display
-from paretune.jobs import CELL, TRAIN, Job
+from paretune.runs import display as display_module
+from paretune.runs.display import Bars, Display, Lines, display
+from paretune.runs.jobs import CELL, TRAIN, Job
+from paretune.runs.local import Outcome
 
 
 def job(kind, n):

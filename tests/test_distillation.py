@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from oracles import small_task
-from paretune.distillation import Distillation, mixture_kl
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.distilled import StudentRule
-from paretune.policy_gradient import PolicyGradient
 from paretune.registry import METHODS
 from paretune.seeds import forked_torch
-from paretune.testing import quick_learner, train_plan
+from paretune.testing.methods import quick_learner, train_plan
+from paretune.training.distill import Distillation, mixture_kl
+from paretune.training.policy_gradient import PolicyGradient
 
 
 def test_the_weighted_sum_over_teachers_is_the_kl_to_their_mixture_and_a_constant():

@@ -9,10 +9,10 @@ import yaml
 from typer.testing import CliRunner
 
 from paretune.cli import app
-from paretune.model_card import VLLM_RANKS
-from paretune.policy import LEVELS
+from paretune.policy.base import LEVELS
 from paretune.registry import METHODS
-from paretune.tasks.recipe import load_recipe
+from paretune.runs.recipe import load_recipe
+from paretune.serve.model_card import VLLM_RANKS
 from recipe_files import tiny_model, write_recipe
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "tuning-and-export.md").read_text(encoding="utf-8")

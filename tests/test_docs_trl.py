@@ -7,12 +7,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from paretune import launch
-from paretune.config import load
-from paretune.engines import trl as engine
 from paretune.registry import LEARNERS, METHODS
-from paretune.store import ARTIFACTS, Store
-from paretune.testing import quick_task
+from paretune.runs import launch
+from paretune.runs.config import load
+from paretune.runs.store import ARTIFACTS, Store
+from paretune.testing.methods import quick_task
+from paretune.training.trl import learner as engine
 from recipe_files import tiny_model, write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,9 +70,9 @@ def test_the_offline_recipe_trains_with_trl():
 
 
 def test_the_aggregations_and_weightings_that_the_page_names_are_those_that_work():
-    from paretune.aggregation import AGGREGATIONS
-    from paretune.engines.drop_in import CENTRED
-    from paretune.weightings import WEIGHTINGS
+    from paretune.training.advantages import AGGREGATIONS
+    from paretune.training.trl.reward import CENTRED
+    from paretune.training.weightings.base import WEIGHTINGS
 
     row = next(line for line in PAGE.splitlines() if line.startswith("| `aggregation`"))
     assert set(re.findall(r'`"(\w+)"`', row)) == set(CENTRED) - {"learner"}

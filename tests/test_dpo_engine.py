@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
 from learner_cases import SMALL, TASK, W, log_of, spec_of, weights
-from paretune.engines.dpo import TrlModpo, _collate
-from paretune.engines.trl import Trl
 from paretune.errors import ConfigError, RewardError
-from paretune.ledger import read_cost
-from paretune.offline import Modpo, modpo_loss
-from paretune.policy_gradient import PolicyGradient
 from paretune.registry import LEARNERS, METHODS
-from paretune.tasks.exact import ExactTask
-from paretune.testing import quick_learner
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import quick_learner
+from paretune.training.cost import read_cost
+from paretune.training.modpo import Modpo, modpo_loss
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.trl.dpo import TrlModpo, _collate
+from paretune.training.trl.learner import Trl
 from processes import alone
 
 TIMED = ("seconds", "tokens_per_s")

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paretune.advantage import advantages
-from paretune.aggregation import aggregate_advantages
-from paretune.engines.drop_in import MultiObjectiveReward
 from paretune.errors import ConfigError, RewardError
-from paretune.scalarise import scalarise
-from paretune.tasks.exact import ExactTask
-from paretune.weightings import WEIGHTINGS
+from paretune.objectives.utilities import scalarise
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.advantages import advantages, aggregate_advantages
+from paretune.training.trl.reward import MultiObjectiveReward
+from paretune.training.weightings.base import WEIGHTINGS
 from processes import together
 
 TASK = ExactTask(alphabet=4, length=3, prompt_count=4, width=16, layers=1)

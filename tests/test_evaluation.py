@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from oracles import TablePolicy, constant_of, experts_of, optimum_of, small_task
-from paretune import metrics
 from paretune.errors import ConfigError
-from paretune.evaluation import compare, evaluate
-from paretune.ledger import Cost
-from paretune.lora import LoraBank
-from paretune.mixing import Constant, FactorMix, HiddenMix, Identity, LogitMix, ParameterMix, ReferencePolicy
-from paretune.policy import Family
-from paretune.returns import ExactReturns, sampled_returns
+from paretune.evaluation import metrics
+from paretune.evaluation.evaluate import compare, evaluate
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.hidden import HiddenMix
+from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
+from paretune.policy.mixing.predictions import LogitMix
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Constant, Identity
 from paretune.seeds import generator
-from paretune.tasks import Task
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.base import Task
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.cost import Cost
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from scipy.stats import chi2
 from paretune.errors import TaskError
 from paretune.registry import TASKS, describe
 from paretune.seeds import generator
-from paretune.tasks import judged_preferences, sample_preferences
-from paretune.tasks.exact import ExactTask
-from paretune.tasks.rewards import correlations
-from paretune.tasks.tree import PrefixTree
+from paretune.tasks.exact.rewards import correlations
+from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.exact.tree import PrefixTree
+from paretune.tasks.preferences import judged_preferences, sample_preferences
 
 SMALL = {"alphabet": 4, "length": 3, "prompt_count": 4, "width": 32, "layers": 2}
 

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient, enumerated_returns
-from paretune.lora import LoraBank
-from paretune.mixing import ParameterMix
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import ParameterMix
+from paretune.policy.returns import ExactReturns
 from paretune.registry import describe
-from paretune.returns import ExactReturns
-from paretune.tasks import Task
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.tasks.base import Task
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.exact import ExactGradient, enumerated_returns
+from paretune.training.spec import TrainSpec
 
 TASK = ExactTask(rho=-0.8, seed=3, alphabet=3, length=3, prompt_count=2, width=32)
 LEARNER = ExactGradient(rank=8, steps=60, checkpoint_every=20)

@@ -15,15 +15,16 @@ from typer.testing import CliRunner
 from oracles import small_task
 from paretune.cli import app
 from paretune.errors import ConfigError
-from paretune.exact_learner import enumerated_returns
-from paretune.explain import END, explain, sensitivity
-from paretune.lora import LoraBank
-from paretune.mixing import Identity, Nearest
-from paretune.policy import Family, build_level
+from paretune.evaluation.explain import END, explain, sensitivity
+from paretune.policy.base import build_level
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.rules import Identity, Nearest
 from paretune.registry import METHODS
 from paretune.report.explained import sensitivity_table, token_table, visible, write_explanation
-from paretune.tasks.exact import ExactTask
-from paretune.testing import quick_learner, train_plan
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import quick_learner, train_plan
+from paretune.training.exact import enumerated_returns
 from paretune.types import Objectives
 from tiny_models import dense_soup, llama, peft_logits, some_ids, write_adapters
 
@@ -213,13 +214,13 @@ def test_what_cannot_be_explained(paths, tmp_path):
 
 def test_a_sharp_path_gets_more_points(tmp_path, monkeypatch):
     """Adapters that outweigh the model: 16 points miss by a tenth of a nat; it goes on until the sum is right, or says what is missing."""
-    import paretune.explain
+    import paretune.evaluation.explain
 
     sharp = write_adapters(llama, tmp_path, [{}, {}], scale=0.5)
     made = family("parameter", sharp)
     (found,) = explain(made, "bad", {"a": 0.6, "b": 0.4}, response="cafe")
     assert np.abs(found.remainder_T).max() < 1e-3
-    monkeypatch.setattr(paretune.explain, "MOST_POINTS", 16)
+    monkeypatch.setattr(paretune.evaluation.explain, "MOST_POINTS", 16)
     (found,) = explain(made, "bad", {"a": 0.6, "b": 0.4}, response="cafe")
     assert np.abs(found.remainder_T).max() > 1e-3
     assert found.contribution_TK.sum(1) + found.remainder_T == pytest.approx(found.ratio_T)

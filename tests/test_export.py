@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError
-from paretune.export import _Merging, export, single_weights
-from paretune.lora import LoraBank
 from paretune.methods.prompted import PromptedRule
-from paretune.mixing import Backbones, Constant, Contextual, Identity, Table
-from paretune.mixing.contextual import Features
-from paretune.model_card import vllm_rank
-from paretune.policy import Family, build_level
-from paretune.suite import fit, run_suite
+from paretune.policy.base import build_level
+from paretune.policy.contextual import Contextual, Features
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.rules import Backbones, Constant, Identity, Table
+from paretune.runs.suite import fit, run_suite
+from paretune.serve.export import _Merging, export, single_weights
+from paretune.serve.model_card import vllm_rank
 from paretune.types import Objectives
 from tiny_models import dense_soup, gpt2, llama, write_adapters
 
@@ -135,7 +136,7 @@ def test_what_is_loaded_computes_what_the_family_does(homes, tmp_path, home, lev
         want = wanted(family, w_M)
         if not isinstance(rule, Constant):
             assert far(want, reference) > 0.05, "a test that the base model would pass"
-        made = [family.export(tmp_path / f"{kind}-{number}", w_M, kind=kind) for kind in ("merged", "adapter")]
+        made = [export(family, tmp_path / f"{kind}-{number}", w_M, kind=kind) for kind in ("merged", "adapter")]
         ids_NT = torch.cat([torch.tensor([made[0].prefix], dtype=torch.long), prompt_ids(family)], 1)
         skipped = len(made[0].prefix)
         assert skipped == family.policy.extra_positions
@@ -148,10 +149,10 @@ def test_what_is_loaded_computes_what_the_family_does(homes, tmp_path, home, lev
 def test_a_dense_merge_is_exported_as_a_model_only(homes, tmp_path, how):
     family = family_of(homes["llama"], {"name": "merged", "how": how, "density": 0.4})
     for number, w_M in enumerate(THREE[:3]):
-        family.export(tmp_path / str(number), w_M)
+        export(family, tmp_path / str(number), w_M)
         assert far(merged_logits(tmp_path / str(number), prompt_ids(family)), wanted(family, w_M)) < TOLERANCE
     with refused("an adapter is a change of low rank", "dense", "export it merged"):
-        family.export(tmp_path / "adapter", THREE[0], kind="adapter")
+        export(family, tmp_path / "adapter", THREE[0], kind="adapter")
 
 
 LEVELS = [
@@ -170,21 +171,21 @@ def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhe
     if family.policy.level == "routed":
         for _, up in family.policy._layers:
             torch.nn.init.normal_(up.data)  # a router that corrects something, between the vertices
-    family.export(tmp_path / "vertex", (0.0, 1.0))
+    export(family, tmp_path / "vertex", (0.0, 1.0))
     want = wanted(family, (0.0, 1.0)).log_softmax(-1)
     assert far(merged_logits(tmp_path / "vertex", prompt_ids(family)).log_softmax(-1), want) < TOLERANCE
     name = family.policy.level
     with refused("an export is one set of weights", f"level '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
-        family.export(tmp_path / "middle", (0.5, 0.5))
+        export(family, tmp_path / "middle", (0.5, 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["vertex"]
     with refused("an export is one set of weights"):  # twice the logits of one expert is no expert
-        family_of(homes["tied"], level, Constant((0.0, 2.0))).export(tmp_path / "hot", (0.0, 1.0))
+        export(family_of(homes["tied"], level, Constant((0.0, 2.0))), tmp_path / "hot", (0.0, 1.0))
 
 
 def test_a_game_against_the_weights_is_no_set_of_weights_even_at_a_vertex(homes, tmp_path):
     family = family_of(homes["tied"], {"name": "robust", "radius": 0.5})
     with refused("an export is one set of weights", "level 'robust'", "anew for every token") as caught:
-        family.export(tmp_path / "x", (0.0, 1.0))
+        export(family, tmp_path / "x", (0.0, 1.0))
     assert "one expert alone" not in str(caught.value)
 
 
@@ -196,16 +197,16 @@ def test_gates_that_depend_on_the_prompt_are_refused(homes, tmp_path):
 
     family = family_of(homes["tied"], rule=rule(Features("words", 3)))
     with refused("an export is one set of weights", "rule 'contextual' sets the gates anew for every prompt", 'method "distilled"'):
-        family.export(tmp_path / "x", (0.5, 0.5))
+        export(family, tmp_path / "x", (0.5, 0.5))
     assert single_weights(family_of(homes["tied"], rule=rule(Features())), np.array([0.5, 0.5])).how == "delta"
 
 
 def test_the_reference_is_a_model_and_no_adapter(homes, tmp_path):
     family = family_of(homes["tied"], "reference", Constant(()), 0)
-    family.export(tmp_path / "x", (0.5, 0.5))
+    export(family, tmp_path / "x", (0.5, 0.5))
     assert far(merged_logits(tmp_path / "x", prompt_ids(family)), wanted(family, (0.5, 0.5))) < TOLERANCE
     with refused("an adapter is a change of low rank", "the reference alone", "export it merged"):
-        family.export(tmp_path / "y", (0.5, 0.5), kind="adapter")
+        export(family, tmp_path / "y", (0.5, 0.5), kind="adapter")
 
 
 def test_bad_requests(homes, tmp_path):
@@ -214,25 +215,25 @@ def test_bad_requests(homes, tmp_path):
     (tmp_path / "full" / "file").touch()
     (tmp_path / "empty").mkdir()
     with refused("an export is written into a new folder", "full exists"):
-        family.export(tmp_path / "full", (0.5, 0.5))
+        export(family, tmp_path / "full", (0.5, 0.5))
     with refused("a kind of export is one of merged, adapter", "'lora'"):
-        family.export(tmp_path / "x", (0.5, 0.5), kind="lora")
+        export(family, tmp_path / "x", (0.5, 0.5), kind="lora")
     with refused("a dtype is one of float32, bfloat16, float16", "'bf16'", "did you mean 'bfloat16'"):
-        family.export(tmp_path / "x", (0.5, 0.5), dtype="bf16")
+        export(family, tmp_path / "x", (0.5, 0.5), dtype="bf16")
     with refused("a preference names existing objectives", "kin", "did you mean 'kind'"):
-        family.export(tmp_path / "x", "kin=1")
+        export(family, tmp_path / "x", "kin=1")
     with refused("non-negative and sum to 1", "sum 0.9"):
-        family.export(tmp_path / "x", "kind=.5,brief=.4")
+        export(family, tmp_path / "x", "kind=.5,brief=.4")
     with refused("an export is written where a folder can be made", "Not a directory", "choose another --out"):
-        family.export(tmp_path / "full" / "file" / "x", (0.5, 0.5))
+        export(family, tmp_path / "full" / "file" / "x", (0.5, 0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
-    assert family.export(tmp_path / "empty", (0.5, 0.5)).path == tmp_path / "empty"
+    assert export(family, tmp_path / "empty", (0.5, 0.5)).path == tmp_path / "empty"
 
 
 def test_an_adapter_has_the_ranks_of_what_has_a_gate_and_plain_names(homes, tmp_path):
     family = family_of(homes["llama"])
     for w_M, rank, layers in (((0.5, 0.3, 0.2), 12, 14), ((0.0, 1.0, 0.0), 3, 14), ((0.0, 0.0, 1.0), 5, 4)):
-        made = family.export(tmp_path / str(rank), w_M, kind="adapter")
+        made = export(family, tmp_path / str(rank), w_M, kind="adapter")
         config = json.loads((made.path / "adapter_config.json").read_text())
         tensors = load_file(made.path / "adapter_model.safetensors")
         assert (made.rank, config["r"], config["lora_alpha"]) == (rank, rank, rank)
@@ -250,7 +251,7 @@ def test_a_checkpoint_is_merged_shard_by_shard(homes, tmp_path, monkeypatch):
         return original(self, name, tensor)
 
     monkeypatch.setattr(_Merging, "value", watched)
-    family.export(tmp_path / "x", THREE[0], shard="16KB", dtype="bfloat16")
+    export(family, tmp_path / "x", THREE[0], shard="16KB", dtype="bfloat16")
     files = list((tmp_path / "x").glob("*.safetensors"))
     assert len(files) == max(seen) + 1 > 3  # the last shard is merged when all others are written
     index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
@@ -260,8 +261,8 @@ def test_a_checkpoint_is_merged_shard_by_shard(homes, tmp_path, monkeypatch):
 
 def test_it_is_merged_in_float32_and_cast_at_the_end(homes, tmp_path):
     family = family_of(homes["llama"], dtype=torch.bfloat16)  # adapters stay in float32
-    export(family, THREE[0], tmp_path / "x", dtype="float32")
-    export(family, THREE[0], tmp_path / "y")
+    export(family, tmp_path / "x", THREE[0], dtype="float32")
+    export(family, tmp_path / "y", THREE[0])
     want = dense_soup(lambda: llama(torch.bfloat16).float(), homes["llama"].adapters, torch.tensor(THREE[0])).state_dict()
     wide, narrow = load_file(tmp_path / "x" / "model.safetensors"), load_file(tmp_path / "y" / "model.safetensors")
     assert json.loads((tmp_path / "x" / "config.json").read_text())["dtype"] == "float32"
@@ -275,13 +276,13 @@ def test_names_that_a_checkpoint_has_of_its_own_are_kept(homes, tmp_path, monkey
     """A model that was loaded under other names than it has: everything is merged before transformers gives the names back."""
     family = family_of(homes["tied"])
     monkeypatch.setattr(family.policy.model, "_weight_conversions", None)
-    family.export(tmp_path / "x", (0.6, 0.4))
+    export(family, tmp_path / "x", (0.6, 0.4))
     assert far(merged_logits(tmp_path / "x", prompt_ids(family)), wanted(family, (0.6, 0.4))) < TOLERANCE
 
 
 def test_tied_weights_stay_tied_unless_the_head_has_changed(homes, tmp_path):
     for name, tied in (("tied", True), ("tied-head", False)):
-        family_of(homes[name]).export(tmp_path / name, (0.5, 0.5))
+        export(family_of(homes[name]), tmp_path / name, (0.5, 0.5))
         assert json.loads((tmp_path / name / "config.json").read_text())["tie_word_embeddings"] is tied
         assert ("lm_head.weight" in load_file(tmp_path / name / "model.safetensors")) is not tied
 
@@ -291,7 +292,7 @@ def test_what_is_loaded_with_the_weights_comes_along(homes, tmp_path):
 
     family = family_of(homes["tied"])
     family.policy.model.generation_config.eos_token_id = [16, 3]
-    family.export(tmp_path / "x", (0.5, 0.5))
+    export(family, tmp_path / "x", (0.5, 0.5))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc"
     assert GenerationConfig.from_pretrained(tmp_path / "x").eos_token_id == [16, 3]
@@ -307,7 +308,7 @@ def python_of(card: str) -> str:
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_the_card_says_what_it_is_and_its_commands_work(homes, tmp_path, monkeypatch, capsys, kind):
     family = family_of(homes["llama"], {"name": "prompted", "objectives": 2, "digits": 2}, PromptedRule(2, 2), 1)
-    family.export(tmp_path / "mine", "kind=.3,brief=.7", kind=kind)
+    export(family, tmp_path / "mine", "kind=.3,brief=.7", kind=kind)
     card = (tmp_path / "mine" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == ("peft" if kind == "adapter" else "transformers")
@@ -330,7 +331,7 @@ def test_a_base_model_of_the_hub_is_named(homes, tmp_path):
     family = family_of(homes["tied"])
     family.base = {"model": "owner/base", "revision": None}
     family.policy.model.config._commit_hash = "c" * 40
-    family.export(tmp_path / "x", (0.5, 0.5), kind="adapter")
+    export(family, tmp_path / "x", (0.5, 0.5), kind="adapter")
     card = (tmp_path / "x" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/base"
     assert f"`owner/base` at revision `{'c' * 40}`" in card
@@ -342,7 +343,7 @@ def test_ranks_that_vllm_takes(tmp_path, homes):
     assert [vllm_rank(rank) for rank in (1, 2, 8, 9, 24, 129, 257, 512, 513, None)] == [1, 8, 8, 16, 32, 256, 320, 512, None, None]
     wide = write_adapters(homes["tied"].make, tmp_path, [{"r": 300, "target_modules": ["q_proj"]}] * 2)
     family = family_of(SimpleNamespace(base=homes["tied"].base, adapters=wide))
-    made = family.export(tmp_path / "x", (0.5, 0.5), kind="adapter")
+    made = export(family, tmp_path / "x", (0.5, 0.5), kind="adapter")
     assert made.to_json()["max_lora_rank"] is None
     assert "up to rank 512, and this one has 600: export it merged" in (tmp_path / "x" / "README.md").read_text()
 
@@ -354,7 +355,7 @@ def test_measurements_of_this_very_family_are_on_the_card(tmp_path, monkeypatch)
     run_suite(suite, root, executor="here", progress=False)
     family = fit({**TASK, "seed": 0}, soup, learner=learner, root=root, progress=False)
     family.save(root / "families" / "mine")
-    made = Family.load(root / "families" / "mine").export(tmp_path / "x", [0.7, 0.3], results=root / "families" / "mine")
+    made = export(Family.load(root / "families" / "mine"), tmp_path / "x", [0.7, 0.3], results=root / "families" / "mine")
     found = json.loads((made.path / "paretune.json").read_text())["measured"]
     key = found["by"].rpartition(" ")[2]
     cell = json.loads((root / "cells" / key / "cell.json").read_text())
@@ -366,7 +367,7 @@ def test_measurements_of_this_very_family_are_on_the_card(tmp_path, monkeypatch)
     assert f"{found['attainment']:.4g} attainment" in card
     assert all(f"`{key}`" in card for key in cell["trainings"])
     other = fit({**TASK, "seed": 0}, soup, learner={**learner, "steps": 2}, root=root, progress=False)
-    other.export(tmp_path / "y", [0.7, 0.3], kind="adapter", results=root)
+    export(other, tmp_path / "y", [0.7, 0.3], kind="adapter", results=root)
     assert json.loads((tmp_path / "y" / "paretune.json").read_text())["measured"] is None  # it was another learner
     monkeypatch.chdir(tmp_path)
     exec(python_of((tmp_path / "y" / "README.md").read_text()).replace("your prompt", "ab"), {})  # the base is a task's
@@ -378,10 +379,10 @@ def test_a_killed_export_leaves_nothing_under_its_name(homes, tmp_path):
     child = os.fork()
     if child == 0:
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        family.export(tmp_path / "x", (0.5, 0.5))
+        export(family, tmp_path / "x", (0.5, 0.5))
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".wip-x"]
-    family.export(tmp_path / "x", (0.5, 0.5))
+    export(family, tmp_path / "x", (0.5, 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert far(merged_logits(tmp_path / "x", prompt_ids(family)), wanted(family, (0.5, 0.5))) < TOLERANCE
 
@@ -393,7 +394,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(homes, tmp_path, monkeypatch):
     family = family_of(homes["tied"])
     monkeypatch.setattr(family.policy.tokenizer, "save_pretrained", full)
     with pytest.raises(StoreError, match="an export has room on its disk"):
-        family.export(tmp_path / "x", (0.5, 0.5))
+        export(family, tmp_path / "x", (0.5, 0.5))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,16 +7,16 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
-from paretune.lora import LoraBank
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.bridge import BridgeRule
 from paretune.methods.extended import ExtendedRule
-from paretune.mixing import ParameterMix
-from paretune.policy import Family
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import ParameterMix
+from paretune.policy.returns import ExactReturns
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns
 from paretune.seeds import generator
-from paretune.testing import quick_learner, train_plan
+from paretune.testing.methods import quick_learner, train_plan
 
 
 def test_gates_where_the_added_objective_has_no_weight_are_those_of_the_old_family():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from paretune import gramian
 from paretune.errors import ConfigError
-from paretune.gramian import AGGREGATORS, aggregate, check_aggregator
 from paretune.seeds import forked_torch, generator
+from paretune.training import gradients as gramian
+from paretune.training.gradients import AGGREGATORS, aggregate, check_aggregator
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 EQUAL = np.full(3, 1 / 3)

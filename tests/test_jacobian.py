@@ -8,12 +8,11 @@ import torch
 
 from learner_cases import SMALL, TASK, flat, moved, spec_of
 from paretune.errors import ConfigError, TrainingError
-from paretune.exact_learner import ExactGradient, enumerated_returns
-from paretune.gramian import aggregate
-from paretune.jacobian import autograd_jacobian, response_jacobian
-from paretune.policy_gradient import PolicyGradient
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.exact import ExactGradient, enumerated_returns
+from paretune.training.gradients import aggregate, autograd_jacobian, response_jacobian
+from paretune.training.policy_gradient import PolicyGradient
 from test_learner import Letters
 
 THREE = ExactTask(alphabet=3, length=3, prompt_count=3, width=16, layers=2, objective_count=3, rho=0.0)

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.runs.suite import run_suite
 from paretune.seeds import generator
-from paretune.store import ARTIFACTS, CELLS, Store
-from paretune.suite import run_suite
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that has loaded torch")
 

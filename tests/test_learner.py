@@ -9,20 +9,21 @@ import torch
 from scipy.stats import norm
 
 from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
-from paretune import rollout
-from paretune.checkpoint import progress_text
 from paretune.errors import ConfigError, RewardError, TrainingError
-from paretune.exact_learner import enumerated_returns
-from paretune.learner import converged
-from paretune.ledger import read_cost
-from paretune.lora import LoraBank
-from paretune.mixing import ParameterMix
-from paretune.policy_gradient import PolicyGradient
+from paretune.policy import rollout
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS, describe
 from paretune.seeds import forked_torch, generator
-from paretune.tasks import Task
-from paretune.tasks.exact import ExactTask
-from paretune.types import Artifact, Objectives, Prompt, TrainSpec
+from paretune.tasks.base import Task
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.checkpoint import progress_text
+from paretune.training.cost import read_cost
+from paretune.training.exact import enumerated_returns
+from paretune.training.learner import converged
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Objectives, Prompt
 
 # What it climbs
 
@@ -129,7 +130,7 @@ def test_out_of_memory_says_which_knob(found, monkeypatch):
     def fail(*_, **__):
         raise found
 
-    monkeypatch.setattr("paretune.policy_gradient.draw", fail)
+    monkeypatch.setattr("paretune.training.policy_gradient.draw", fail)
     with pytest.raises(TrainingError, match=r"micro_tokens.*checkpointing"):
         learner.collect(policy, TASK, spec, 0)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from paretune.errors import StoreError
-from paretune.ledger import Cost, as_if_alone, beside, read_cost, then, write_cost
+from paretune.training.cost import Cost, as_if_alone, beside, read_cost, then, write_cost
 
 A = Cost(samples=100, tokens=900, steps=10, flops=1e6, seconds=60.0, memory_bytes=7, storage_bytes=50)
 B = Cost(samples=300, tokens=400, steps=5, flops=5e6, seconds=20.0, memory_bytes=9, storage_bytes=50)

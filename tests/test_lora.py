@@ -11,9 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
+from paretune.policy.lora.bank import LoraBank, soup_state
 from paretune.seeds import forked_torch
-from paretune.soup import soup_state
 from tiny_models import dense_soup, gap, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
 UNEQUAL = [

@@ -8,19 +8,19 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
-from paretune.ledger import Cost
-from paretune.methods import FAMILIES
+from paretune.evaluation.evaluate import evaluate
+from paretune.methods.base import FAMILIES
 from paretune.methods.emorl import outer_score
-from paretune.methods.experts import build_policy
-from paretune.mixing import Table
-from paretune.policy import Family
+from paretune.methods.search import hierarchical_grid
+from paretune.policy.base import build_policy
+from paretune.policy.family import Family
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Table
 from paretune.registry import LEARNERS, METHODS, describe
-from paretune.returns import ExactReturns, sampled_returns
-from paretune.search import hierarchical_grid
 from paretune.seeds import seed_for
-from paretune.tasks.exact import ExactTask
-from paretune.testing import quick_learner, train_plan
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import quick_learner, train_plan
+from paretune.training.cost import Cost
 
 SHIPPED = {"reference", "expert", "uniform", "linear", "experts", "emorl", "emorl-shared"}
 

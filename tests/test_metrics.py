@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from paretune import metrics
+from paretune.evaluation import metrics
 from paretune.seeds import generator
 from paretune.types import Estimate
 

@@ -10,12 +10,11 @@ import torch
 from scipy.optimize import brentq, minimize
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
-from paretune.mixing import MergedMix
-from paretune.mixing.divergence import worst_weights
-from paretune.mixing.merged import dare, ties, trim
-from paretune.policy import build_level
-from paretune.rollout import sample
+from paretune.policy.base import build_level
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import MergedMix, dare, ties, trim
+from paretune.policy.mixing.predictions import worst_weights
+from paretune.policy.rollout import sample
 from paretune.seeds import uniforms
 from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 

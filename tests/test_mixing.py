@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
-from paretune.mixing import Constant, FactorMix, HiddenMix, Identity, LogitMix, Nearest, ParameterMix, ReferencePolicy, Table
-from paretune.policy import LEVELS
+from paretune.policy.base import LEVELS
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.hidden import HiddenMix
+from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
+from paretune.policy.mixing.predictions import LogitMix
+from paretune.policy.rules import Constant, Identity, Nearest, Table
 from paretune.registry import RULES, describe
 from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
@@ -320,5 +323,5 @@ def test_rules_that_are_no_tables_are_refused():
         Table(w_WM=((0.5, 0.5), (1.0, 0.0)), gates_WK=((1.0,),))
     with refused("gates are finite numbers", "gates_K = [nan]"):
         Constant(gates_K=(float("nan"),))
-    with refused("a combination rule is known by its name", "'nearst'", "did you mean 'nearest'?"):
+    with refused("a gate rule is known by its name", "'nearst'", "did you mean 'nearest'?"):
         RULES.build("nearst")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError, RewardError
-from paretune.objectives import Objective, check_callable, refuse_unscored, score_all
+from paretune.objectives.base import Objective, check_callable, refuse_unscored, score_all
 from paretune.objectives.functions import content_hashes, load_function
 from paretune.registry import OBJECTIVES, describe
 from paretune.types import Prompt

@@ -10,17 +10,17 @@ import torch
 
 from learner_cases import flat, moved, spec_of
 from oracles import small_task
-from paretune.batches import draw
 from paretune.errors import ConfigError
-from paretune.methods.experts import build_policy
-from paretune.offline import Modpo, modpo_loss
-from paretune.policy_gradient import PolicyGradient
+from paretune.policy.base import build_policy
+from paretune.policy.returns import ExactReturns
+from paretune.policy.rollout import token_logp
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns
-from paretune.rollout import token_logp
 from paretune.seeds import forked_torch
-from paretune.tasks.exact import ExactTask
-from paretune.testing import check_method, quick_learner, quick_task
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing.methods import check_method, quick_learner, quick_task
+from paretune.training.batch import draw
+from paretune.training.modpo import Modpo, modpo_loss
+from paretune.training.policy_gradient import PolicyGradient
 
 TINY = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
 SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4}

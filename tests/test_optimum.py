@@ -7,10 +7,10 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
+from paretune.objectives.utilities import Constrained, LogProduct, LogSum, MaxMin, Tchebycheff
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
-from paretune.tasks.optimum import MAX_GAP, landmarks, least_shortfall, optimum, refuse_unreachable
-from paretune.utilities import Constrained, LogProduct, LogSum, MaxMin, Tchebycheff
+from paretune.tasks.exact.optimum import MAX_GAP, landmarks, least_shortfall, optimum, refuse_unreachable
+from paretune.tasks.exact.task import ExactTask
 
 SMOOTH = [Tchebycheff(), Tchebycheff(mu=0.1, ideal=(1.0, 1.0)), LogSum(), LogSum(base=(0.3, 0.3))]
 KINKED = [MaxMin(), MaxMin(base=(0.45, 0.5))]

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from oracles import OneHot, TablePolicy, constant_of, optimum_of, small_task
-from paretune.evaluation import evaluate
-from paretune.lora import LoraBank
-from paretune.mixing import Constant, ParameterMix
-from paretune.policy import Family
+from paretune.evaluation.evaluate import evaluate
+from paretune.objectives.utilities import Constrained, LogProduct, LogSum, MaxMin, Tchebycheff, log_product
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import ParameterMix
+from paretune.policy.rules import Constant
 from paretune.registry import describe
-from paretune.scalarise import log_product
 from paretune.seeds import generator
-from paretune.tasks.optimum import landmarks, optimum
-from paretune.utilities import Constrained, LogProduct, LogSum, MaxMin, Tchebycheff
+from paretune.tasks.exact.optimum import landmarks, optimum
 
 W_WM = np.array([[0.5, 0.5], [0.2, 0.8]])
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from paretune import pareto
 from paretune.errors import ParetuneError
+from paretune.evaluation import pareto
 from paretune.seeds import generator
 
 

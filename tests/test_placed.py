@@ -7,14 +7,14 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.placed import Barycentric, barycentric_gates, optimistic_regret
-from paretune.mixing import Identity
-from paretune.policy import Family
+from paretune.policy.family import Family
+from paretune.policy.rules import Identity
 from paretune.registry import METHODS
 from paretune.seeds import generator
-from paretune.tasks import KEEP_OUT
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
-from paretune.mixing import Constant, FactorMix, Identity, Nearest, ParameterMix, ReferencePolicy, Table
-from paretune.policy import LEVELS, Family
+from paretune.policy.base import LEVELS
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
+from paretune.policy.rules import Constant, Identity, Nearest, Table
 from paretune.types import Objectives, Preference, Prompt
 from tiny_models import llama, write_adapters
 
@@ -129,7 +131,7 @@ def test_samples_depend_on_seed_prompt_and_occurrence_only(home):
 def test_many_rows_are_sampled_in_batches(home, monkeypatch):
     made = family(home)
     whole = made.sample(["abc", "de"], [0.5, 0.5], n=7)
-    monkeypatch.setattr("paretune.policy.SAMPLE_ROWS", 3)
+    monkeypatch.setattr("paretune.policy.family.SAMPLE_ROWS", 3)
     assert made.sample(["abc", "de"], [0.5, 0.5], n=7) == whole
 
 

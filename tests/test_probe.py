@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient, enumerated_returns
-from paretune.policy_gradient import PolicyGradient
-from paretune.probe import _across, _jackknife, _read, _spec, probe
+from paretune.evaluation.probe import _across, _jackknife, _read, _spec, probe
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.exact import ExactGradient, enumerated_returns
+from paretune.training.policy_gradient import PolicyGradient
 
 TINY = {"alphabet": 5, "length": 3, "prompt_count": 4, "width": 32, "layers": 1}
 LEARNER = PolicyGradient(rank=8, batch=128, samples=128)

@@ -8,17 +8,16 @@ import torch
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
 from paretune.methods.prompted import PromptedRule
-from paretune.mixing import PromptedMix
-from paretune.mixing.prompted import digit_ids
-from paretune.policy import Family
-from paretune.policy_gradient import PolicyGradient
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.prompted import PromptedMix, digit_ids
+from paretune.policy.returns import ExactReturns
+from paretune.policy.rollout import encode, sample, token_logp
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns
-from paretune.rollout import encode, sample, token_logp
 from paretune.seeds import forked_torch, generator
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.policy_gradient import PolicyGradient
 
 W_NM = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.4, 0.6], [0.0, 1.0]])
 

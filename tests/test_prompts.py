@@ -9,8 +9,7 @@ import pytest
 
 from paretune.errors import ConfigError
 from paretune.registry import TASKS
-from paretune.tasks.prompts import PromptSource
-from paretune.tasks.transcripts import read_transcript
+from paretune.tasks.prompts import PromptSource, read_transcript
 from recipe_files import write_lines
 
 HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."

@@ -17,17 +17,17 @@ import torch
 from typer.testing import CliRunner
 
 from bench_fixture import Bench, all_gone, children, fakes_loaded, kill, results
-from paretune import ray_cluster, ray_worker
 from paretune.cli import app
-from paretune.display import Display
 from paretune.errors import ConfigError, StoreError, TrainingError
-from paretune.jobs import train_job
-from paretune.ray_cluster import Ray, RayWorkers
-from paretune.ray_worker import Remote
-from paretune.schedule import next_wave
-from paretune.store import ARTIFACTS, Store
-from paretune.suite import fit, run_suite
-from paretune.suite_file import load_suite, members_of
+from paretune.runs import ray as ray_cluster
+from paretune.runs import ray_worker
+from paretune.runs.display import Display
+from paretune.runs.jobs import train_job
+from paretune.runs.plan import next_wave
+from paretune.runs.ray import Ray, RayWorkers
+from paretune.runs.ray_worker import Remote
+from paretune.runs.store import ARTIFACTS, Store
+from paretune.runs.suite import fit, load_suite, members_of, run_suite
 from test_cli import COMMANDS
 from test_killed_suite import SUITE as REAL
 from test_killed_suite import numbers
@@ -289,7 +289,7 @@ def test_a_machine_that_cannot_do_the_jobs_says_why(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "logs" / "ray.json").write_text("t")
     said = Remote().begin({**hello, "plugins": [str(tmp_path / "plugin.py")]})
     assert said["rule"] == "every machine sees the plugins"
-    monkeypatch.setitem(sys.modules, "paretune.ray_worker", None)
+    monkeypatch.setitem(sys.modules, "paretune.runs.ray_worker", None)
     said = ray_cluster._worker()().begin(hello)
     assert said["rule"] == "Paretune is installed on every machine of the cluster"
 
@@ -309,7 +309,7 @@ def test_a_job_that_a_lost_machine_still_works_on_is_left_alone(bench, monkeypat
 @pytest.mark.parametrize(("address", "why"), [("nonsense", "neither local, auto"), ("ray://host", "neither"), ("127.0.0.1:1", "refused")])
 def test_a_cluster_that_does_not_answer_is_refused(address, why, quiet, tmp_path):
     """In a process of its own: this one may be connected."""
-    code = "import sys; from paretune.ray_cluster import _init; from paretune.errors import ParetuneError\n"
+    code = "import sys; from paretune.runs.ray import _init; from paretune.errors import ParetuneError\n"
     code += "try: _init(sys.argv[1])\nexcept ParetuneError as error: print(error); sys.exit(error.exit_code)"
     env = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=120, env=env)
@@ -370,7 +370,7 @@ def test_options_of_ray_need_its_executor():
 
 def test_options_reach_the_settings(monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr("paretune.suite.run_suite", lambda suite, root, **more: given.update(more) or sys.exit(0))
+    monkeypatch.setattr("paretune.runs.suite.run_suite", lambda suite, root, **more: given.update(more) or sys.exit(0))
     options = "--executor ray --address auto --cpus-per-job 4 --gpus-per-job .5 --memory-per-job 16 --wait 60 --pass-env A --pass-env B"
     CliRunner().invoke(app, ["bench", "quick", "--workers", "3", *options.split()])
     assert given["executor"] == Ray("auto", cpus_per_job=4, gpus_per_job=0.5, memory_per_job=16.0, wait=60.0, env=("A", "B"))

@@ -35,7 +35,7 @@ def code(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["taxonomy", "results", "figures", "tree"])
+@pytest.mark.parametrize("name", ["taxonomy", "results", "figures"])
 def test_generated_parts_are_what_the_tool_makes(tool, name):
     assert block(name) == tool["blocks"]()[name], "run `python tools/readme.py`"
 
@@ -52,31 +52,6 @@ def test_the_picture_is_drawn_from_the_committed_results(tool):
 def test_the_taxonomy_has_every_method():
     rows = [line for line in block("taxonomy").splitlines() if line.startswith("| `")]
     assert {row.split("`")[1] for row in rows} == set(METHODS)
-
-
-def test_the_tree_lists_every_file_once_and_none_that_is_gone():
-    """Git's list where there is one, so that a file that was never added is missed by nobody."""
-    lines = block("tree").splitlines()[1:-1]
-    inside, listed = "", []
-    for line in lines:
-        name = line.split()[0]
-        if name == "src/paretune/":
-            inside = name
-        else:
-            listed.append((inside if line.startswith("  ") else "") + name)
-    assert len(listed) == len(set(listed))
-    assert all((ROOT / name).exists() for name in listed)
-    folders = ("src", "benchmarks", "tools", "examples")
-    modules = {p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*.py")}
-    git = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)  # fails where there is no git: then none
-    tracked = {name for name in git.stdout.split() if not name.startswith("tests/") and (ROOT / name).exists()}
-    assert modules | tracked <= set(listed)
-
-
-def test_every_line_of_the_tree_says_something():
-    lines = [line for line in block("tree").splitlines()[1:-1] if not line.startswith("src/paretune/")]
-    assert all(len(line.split()) > 1 for line in lines)
-    assert max(map(len, lines)) <= 175
 
 
 def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
@@ -127,8 +102,8 @@ def test_the_make_targets_that_the_readme_names_exist():
 
 @pytest.mark.parametrize("kind", ["method", "task", "objective"])
 def test_the_examples_of_adding_something_pass_the_conformance_suites(kind, tmp_path):
-    from paretune import testing
     from paretune.registry import OBJECTIVES, RULES, TASKS, load_plugin
+    from paretune.testing import methods as testing
 
     example = next(text for text in code(DESIGN, "python") if text.startswith(f"# my_{kind}.py"))
     path = tmp_path / f"my_{kind}.py"

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from paretune.errors import ConfigError
 from paretune.registry import TASKS, describe
+from paretune.runs.recipe import load_recipe
 from paretune.tasks.pretrained import content_of, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource
-from paretune.tasks.recipe import load_recipe
-from paretune.types import TrainSpec
+from paretune.training.spec import TrainSpec
 from recipe_files import tiny_model, write_lines, write_recipe
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from paretune.errors import ConfigError, TaskError
-from paretune.evaluation import compare, evaluate, spread_out
-from paretune.objectives.counselling import FEELINGS, STOP, SYNONYMS, Brevity, Empathy, Reflection, content_of, feelings_in, meanings
+from paretune.evaluation.evaluate import compare, evaluate, spread_out
 from paretune.objectives.text import words_of
 from paretune.registry import LEARNERS, METHODS, TASKS
 from paretune.report.data import load
 from paretune.report.page import write_page
+from paretune.runs.suite import fit, run_suite
 from paretune.seeds import generator
-from paretune.suite import fit, run_suite
-from paretune.tasks.counselling import EVENTS, NOUNS, SPLITS, listed, situations, statements
-from paretune.tasks.counsellor import answer, dialogues, prompt_of
-from paretune.tasks.reflection import MODEL, ReflectionTask
-from paretune.testing import check_method, check_objective, check_task
+from paretune.tasks.reflection.language import EVENTS, NOUNS, SPLITS, listed, situations, statements
+from paretune.tasks.reflection.model import answer, dialogues, prompt_of
+from paretune.tasks.reflection.objectives import FEELINGS, STOP, SYNONYMS, Brevity, Empathy, Reflection, content_of, feelings_in, meanings
+from paretune.tasks.reflection.task import MODEL, ReflectionTask
+from paretune.testing.methods import check_method, check_objective, check_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SAID = "My mother laughed at my novel, and I think about it at work. I feel hurt."
@@ -295,13 +295,13 @@ LONG = {  # searches, cut short
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.")))
 def test_every_method_runs_on_it(name, smaller, monkeypatch):
     """One step each, with two aims: sweeps over three are long."""
-    monkeypatch.setattr("paretune.tasks.reflection.MODEL", smaller)
+    monkeypatch.setattr("paretune.tasks.reflection.task.MODEL", smaller)
     task = dataclasses.replace(TINY, aims=("reflection", "brevity"), max_new_tokens=6)
     check_method({"name": name, **LONG.get(name, {})}, task=task, learner=LEARNERS.build({**QUICK, "samples": 4}))
 
 
 def test_a_bridge_between_three_experts_runs_on_it(smaller, monkeypatch):
-    monkeypatch.setattr("paretune.tasks.reflection.MODEL", smaller)
+    monkeypatch.setattr("paretune.tasks.reflection.task.MODEL", smaller)
     check_method("bridge", task=TINY, learner=LEARNERS.build(QUICK))
 
 

@@ -8,10 +8,10 @@ import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
 from paretune.errors import ConfigError
+from paretune.evaluation.relations import STATISTICS, _constant_PM, _flat, rank, relate, trade_off_rates
 from paretune.registry import TASKS
-from paretune.relations import STATISTICS, _constant_PM, _flat, rank, relate, trade_off_rates
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.exact.task import ExactTask
 from paretune.types import Objectives
 
 TINY = {"alphabet": 5, "length": 3, "prompt_count": 4, "width": 32, "layers": 1}

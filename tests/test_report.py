@@ -21,7 +21,7 @@ from paretune.report.plot import COLOURS, Series, looks, place
 from paretune.report.series import attainment_table, front_table, glance_table, loss_table, relation_table
 from paretune.report.tables import CEILING, LEADERBOARD, Column, headline, leaderboard, short_count
 from paretune.report.terminal import print_leaderboard
-from paretune.store import ARTIFACTS, CELLS, Store
+from paretune.runs.store import ARTIFACTS, CELLS, Store
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, measured, optimum, publish, record, run_directory
 
 

@@ -9,11 +9,12 @@ import torch
 from scipy.stats import chi2
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
-from paretune.mixing import LogitMix, ParameterMix
-from paretune.rollout import encode, row_uniforms, sample, texts, token_ids, token_logp
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import ParameterMix
+from paretune.policy.mixing.predictions import LogitMix
+from paretune.policy.rollout import encode, row_uniforms, sample, texts, token_ids, token_logp
 from paretune.seeds import forked_torch, generator
-from paretune.tasks.exact import ExactTask
+from paretune.tasks.exact.task import ExactTask
 from paretune.types import Prompt
 
 TASK = ExactTask(alphabet=3, length=3, prompt_count=2, width=16, layers=1)

@@ -8,12 +8,12 @@ import torch
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
-from paretune.mixing import Identity
-from paretune.policy import Family
+from paretune.evaluation.evaluate import evaluate
+from paretune.policy.family import Family
+from paretune.policy.returns import ExactReturns
+from paretune.policy.rules import Identity
 from paretune.registry import LEARNERS, METHODS
-from paretune.returns import ExactReturns
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
-from paretune.routing import routed
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.decoder import routed
 from paretune.seeds import forked_torch
 from tiny_models import dense_soup, gap, gpt2, llama, some_gates, some_ids, write_adapters
 

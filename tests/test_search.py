@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from paretune import search
 from paretune.errors import ConfigError, ParetuneError
+from paretune.methods import search
 from paretune.seeds import generator
 
 

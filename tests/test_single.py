@@ -7,15 +7,15 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
-from paretune.exact_learner import ExactGradient
+from paretune.evaluation.evaluate import evaluate
+from paretune.methods.search import simplex_lattice
 from paretune.methods.single import neighbours
 from paretune.registry import METHODS
-from paretune.search import simplex_lattice
-from paretune.tasks.optimum import landmarks
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.tasks.exact.optimum import landmarks
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.exact import ExactGradient
+from paretune.training.weightings.base import weighting_of
 from paretune.types import Objectives
-from paretune.weightings import weighting_of
 
 CLIMBING = ("tchebycheff", "log-sum", "max-min", "lagrangian", "product")
 

@@ -10,13 +10,13 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.soups import BoneSoup
-from paretune.mixing import Backbones
-from paretune.policy import Family
+from paretune.policy.family import Family
+from paretune.policy.returns import ExactReturns
+from paretune.policy.rules import Backbones
 from paretune.registry import METHODS, RULES, describe
-from paretune.returns import ExactReturns
-from paretune.testing import check_method, quick_learner, train_plan
+from paretune.testing.methods import check_method, quick_learner, train_plan
 
 ON_EXPERTS = ["mod-divergence", "rmod", "hidden-layer", "ties", "dare"]
 

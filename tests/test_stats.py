@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, norm, trim_mean
 
-from paretune import stats
+from paretune.evaluation import stats
 from paretune.seeds import generator
 
 

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
-from paretune import store as store_module
 from paretune.errors import BusyError, StoreError
-from paretune.store import ARTIFACTS, CELLS, Store, disk_errors, is_disk_full, write_json
-from paretune.types import TrainSpec, key_of
+from paretune.files import disk_errors, is_disk_full, write_json
+from paretune.runs import store as store_module
+from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.training.spec import TrainSpec
+from paretune.types import key_of
 
 SPEC = TrainSpec(task={"name": "t"}, learner={"name": "l"}, preference=(1.0, 0.0), seed=3)
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 4, "samples/0.txt": b"hello"}
@@ -218,9 +220,8 @@ def test_a_copy_without_done_is_refused_before_training(tmp_path):
 
 
 def test_two_writers_are_one_too_many(tmp_path):
-    holder = (
-        "import sys; from paretune.store import Store\nwith Store(sys.argv[1]).lock():\n    print('held', flush=True); sys.stdin.readline()"
-    )
+    holder = "import sys; from paretune.runs.store import Store\n"
+    holder += "with Store(sys.argv[1]).lock():\n    print('held', flush=True); sys.stdin.readline()"
     command = [sys.executable, "-c", holder, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

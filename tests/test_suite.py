@@ -11,9 +11,8 @@ import pytest
 from bench_fixture import Bench, fakes_loaded, results, suite_of
 from paretune.errors import BusyError, ConfigError, RewardError, StoreError, TrainingError
 from paretune.registry import LEARNERS, METHODS, TASKS
-from paretune.store import ARTIFACTS, CELLS, Store
-from paretune.suite import fit, method, run_suite, task
-from paretune.suite_file import expand, load_suite, members_of
+from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.runs.suite import expand, fit, load_suite, members_of, method, run_suite, task
 
 
 @pytest.fixture
@@ -279,7 +278,7 @@ def test_a_failed_cell_stops_only_itself(bench, breaks):
 
 
 def test_a_plan_without_end_is_stopped(bench, monkeypatch):
-    monkeypatch.setattr("paretune.schedule.MAX_WAVES", 3)
+    monkeypatch.setattr("paretune.runs.plan.MAX_WAVES", 3)
     summary = bench.run(methods=[{"name": "fake-method", "stages": 9}])
     assert summary.count("failed") == 1
     assert "pure function" in summary.cells[0].message
@@ -289,7 +288,7 @@ def test_content_that_changes_during_a_run_is_refused(bench, tmp_path, monkeypat
     data = tmp_path / "data.txt"
     data.write_text("one")
     members = members_of(*load_suite(suite_of(tasks=[{"name": "fake-task", "data": str(data)}])))
-    monkeypatch.setattr("paretune.suite.members_of", lambda *_: members)
+    monkeypatch.setattr("paretune.runs.suite.members_of", lambda *_: members)
     data.write_text("two")
     summary = bench.run()
     assert summary.count("failed") == 1

@@ -7,16 +7,16 @@ import pytest
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.evaluation import evaluate
-from paretune.ledger import Cost
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods import support
 from paretune.methods.support import Measured, corners, next_corner, next_planned, optimistic
-from paretune.mixing import Best
-from paretune.policy import Family
+from paretune.policy.family import Family
+from paretune.policy.rules import Best
 from paretune.registry import METHODS
-from paretune.tasks import KEEP_OUT
-from paretune.tasks.exact import ExactTask
-from paretune.testing import check_method, quick_learner, quick_task, train_plan
+from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.cost import Cost
 
 FAR = np.array([[0.123, 0.877]])  # a judged preference that is in nobody's way
 

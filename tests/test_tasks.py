@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import kstest
 
 from paretune.seeds import generator
-from paretune.tasks import KEEP_OUT, judged_preferences, sample_preferences, spread_preferences
+from paretune.tasks.preferences import KEEP_OUT, judged_preferences, sample_preferences, spread_preferences
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

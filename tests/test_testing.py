@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from paretune import testing
-from paretune.learner import Learner
-from paretune.ledger import Cost
 from paretune.methods.experts import Experts
-from paretune.mixing import Constant, Rule
-from paretune.objectives import Objective
+from paretune.objectives.base import Objective
+from paretune.policy.rules import Constant, Rule
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, RULES, TASKS, load_plugin
 from paretune.seeds import generator
-from paretune.tasks.exact import ExactTask
-from paretune.testing import ConformanceError, check_method, check_objective, check_task, quick_task
+from paretune.tasks.exact.task import ExactTask
+from paretune.testing import methods as testing
+from paretune.testing.methods import ConformanceError, check_method, check_objective, check_task, quick_task
+from paretune.training.cost import Cost
+from paretune.training.learner import Learner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,14 +70,15 @@ PLUGIN = '''
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from paretune.lora import LoraBank
-from paretune.methods import Card, Method
-from paretune.mixing import Nearest
-from paretune.objectives import Objective, text_of
-from paretune.policy import LEVELS, Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.methods.base import Card, Method
+from paretune.policy.rules import Nearest
+from paretune.objectives.base import Objective, text_of
+from paretune.policy.base import LEVELS
+from paretune.policy.family import Family
 from paretune.registry import METHODS, OBJECTIVES, TASKS, describe
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.spec import TrainSpec
 
 
 @METHODS.register("third-party-staged")

@@ -8,12 +8,12 @@ import torch
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.lora import LoraBank
 from paretune.methods.conditioned import TiedRule
-from paretune.mixing import TiedMix
-from paretune.policy import build_level
+from paretune.policy.base import build_level
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.mixing.parameter import TiedMix
 from paretune.registry import LEARNERS, METHODS
-from paretune.testing import quick_learner, train_plan
+from paretune.testing.methods import quick_learner, train_plan
 
 
 @pytest.fixture(scope="module")

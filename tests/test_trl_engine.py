@@ -12,22 +12,22 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from paretune import launch
-from paretune.advantage import advantages
-from paretune.batches import prompt_order
-from paretune.engines import trl as engine
-from paretune.engines.trl import Trl
 from paretune.errors import ConfigError, RewardError, TrainingError
-from paretune.exact_learner import enumerated
-from paretune.jobs import train_job
-from paretune.ledger import read_cost
-from paretune.lora import LoraBank
-from paretune.policy import build_level
-from paretune.policy_gradient import PolicyGradient
+from paretune.policy.base import build_level
+from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, METHODS, describe
-from paretune.store import Store
-from paretune.tasks.exact import ExactTask
-from paretune.types import TrainSpec
+from paretune.runs import launch
+from paretune.runs.jobs import train_job
+from paretune.runs.store import Store
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.advantages import advantages
+from paretune.training.batch import prompt_order
+from paretune.training.cost import read_cost
+from paretune.training.exact import enumerated
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.spec import TrainSpec
+from paretune.training.trl import learner as engine
+from paretune.training.trl.learner import Trl
 from processes import alone, together
 
 TASK = ExactTask(alphabet=4, length=2, prompt_count=2, width=32, layers=1)
@@ -237,7 +237,7 @@ def test_two_processes_learn_what_one_learns(embedded, tmp_path):
 def test_launch_speaks_of_what_is_wrong(tmp_path, capsys):
     assert launch.main([]) == 2
     assert launch.main([str(tmp_path / "a" / "b" / "none.json")]) == 2
-    assert "paretune.jobs.train_job" in capsys.readouterr().err
+    assert "paretune.runs.jobs.train_job" in capsys.readouterr().err
 
 
 def _launched_alone(path):

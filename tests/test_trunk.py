@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paretune.lora import LoraBank
-from paretune.mixing import DivergenceMix, HiddenMix, LogitMix
-from paretune.policy import LEVELS
-from paretune.rollout import sample, token_logp
+from paretune.policy.base import LEVELS
+from paretune.policy.lora.bank import LoraBank, decoder_layers
+from paretune.policy.lora.decoder import branch_point
+from paretune.policy.mixing.hidden import HiddenMix
+from paretune.policy.mixing.predictions import DivergenceMix, LogitMix
+from paretune.policy.rollout import sample, token_logp
 from paretune.seeds import forked_torch, generator
-from paretune.trunk import branch_point, decoder_layers
 from tiny_models import TOKENIZER, VOCAB, gap, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
 TOP = {"target_modules": r".*\.[23]\.(self_attn|mlp)\..*(_proj|qkv.*)"}  # two of four layers

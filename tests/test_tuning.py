@@ -15,16 +15,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from paretune import evaluation, tuning
 from paretune.cli import app
 from paretune.errors import BusyError, ConfigError, ParetuneError, TrainingError
-from paretune.ledger import Cost, read_cost, then
-from paretune.store import ARTIFACTS, Store
-from paretune.suite_file import load_suite
-from paretune.tasks import KEEP_OUT, judged_preferences
-from paretune.tasks.recipe import load_recipe
-from paretune.tuning import _Score, _Scores, tune, validation_preferences
-from paretune.tuning_plan import read_plan
+from paretune.evaluation import evaluate as evaluation
+from paretune.runs import tune as tuning
+from paretune.runs.recipe import load_recipe
+from paretune.runs.store import ARTIFACTS, Store
+from paretune.runs.suite import load_suite
+from paretune.runs.tune import _Score, _Scores, tune, validation_preferences
+from paretune.runs.tune_space import read_plan
+from paretune.tasks.preferences import KEEP_OUT, judged_preferences
+from paretune.training.cost import Cost, read_cost, then
 from recipe_files import tiny_model, write_recipe
 
 SUITE = {
@@ -103,10 +104,10 @@ def test_killed_with_kill_9_it_ends_with_the_same_trials_and_trains_nothing_twic
     plan = plan_of(tmp_path, seeds=[0, 1], tune={"learner.lr": [1e-4, 3e-2, "log"], "learner.rank": [1, 2]})
     want = tune(plan, trials=6, root=tmp_path / "calm")
     root, kills = tmp_path / "root", 0
-    monkeypatch.setattr("paretune.tuning.fit", lambda *args, **given: fit(*args, **given, log=tmp_path / "log"))
+    monkeypatch.setattr("paretune.runs.tune.fit", lambda *args, **given: fit(*args, **given, log=tmp_path / "log"))
 
     def fit(*args, log, **given):
-        from paretune.suite import fit as real
+        from paretune.runs.suite import fit as real
 
         made = real(*args, **given)
         with log.open("a") as file:
@@ -130,7 +131,7 @@ def test_killed_with_kill_9_it_ends_with_the_same_trials_and_trains_nothing_twic
     assert told(found) == told(want)
     assert found.cost.tokens == want.cost.tokens
     assert Store(root).published(ARTIFACTS) == Store(tmp_path / "calm").published(ARTIFACTS)
-    monkeypatch.setattr("paretune.tuning.fit", lambda *_, **__: pytest.fail("a family was fitted again"))
+    monkeypatch.setattr("paretune.runs.tune.fit", lambda *_, **__: pytest.fail("a family was fitted again"))
     assert told(tune(plan, trials=6, root=root)) == told(want)
 
 

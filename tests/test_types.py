@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from paretune import errors
 from paretune.errors import BusyError, ConfigError, ParetuneError, nearest
-from paretune.types import Curve, Objectives, Preference, Prompt, TrainSpec, canonical_json, key_of
+from paretune.training.spec import TrainSpec
+from paretune.types import Curve, Objectives, Preference, Prompt, canonical_json, key_of
 
 SPEC = TrainSpec(task={"name": "t", "rho": -0.8}, learner={"name": "l", "lr": 0.02}, preference=(0.25, 0.75), seed=7, init_from=("a", "b"))
 

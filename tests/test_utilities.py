@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from paretune.errors import ConfigError
+from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, LogProduct, LogSum, MaxMin, Tchebycheff, log_product
 from paretune.registry import describe
-from paretune.scalarise import log_product
 from paretune.seeds import generator
-from paretune.utilities import UTILITIES, Constrained, Landmarks, LogProduct, LogSum, MaxMin, Tchebycheff
 
 MARKS = Landmarks(np.array([0.0, -1.0, 0.0]), np.array([1.0, 1.0, 2.0]), np.array([0.7, 0.5, 1.5]), np.array([0.4, 0.1, 0.8]))
 ALL = [

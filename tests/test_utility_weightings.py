@@ -11,13 +11,13 @@ import pytest
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient
-from paretune.policy_gradient import PolicyGradient
+from paretune.objectives.utilities import Constrained, LogSum, MaxMin, Tchebycheff
 from paretune.registry import describe
-from paretune.tasks.optimum import landmarks, optimum
-from paretune.utilities import Constrained, LogSum, MaxMin, Tchebycheff
-from paretune.weightings import Seen, weighting_of
-from paretune.weightings.utility import Climb, Multipliers
+from paretune.tasks.exact.optimum import landmarks, optimum
+from paretune.training.exact import ExactGradient
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.weightings.base import Seen, weighting_of
+from paretune.training.weightings.utility import Climb, Multipliers
 
 
 def seen(returns_NM, w_M, *, exact=False, marks=None, step=0):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
-from paretune.advantage import group_covariance
 from paretune.errors import ConfigError
-from paretune.exact_learner import ExactGradient
-from paretune.policy_gradient import PolicyGradient
 from paretune.seeds import generator
-from paretune.weightings import Balanced, Fixed, Seen, weighting_of
+from paretune.training.advantages import group_covariance
+from paretune.training.exact import ExactGradient
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.weightings.base import Balanced, Fixed, Seen, weighting_of
 
 
 def seen(w_NM, covariance_MM=None, step=0, returns_NM=None):

@@ -1,4 +1,4 @@
-"""Tiny random causal LMs, adapters written by PEFT itself, and dense oracles that share no code with `paretune.lora`."""
+"""Tiny random causal LMs, adapters written by PEFT itself, and dense oracles that share no code with `paretune.policy.lora.bank`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Make the reference model of the text task: a small Llama with a BPE vocabulary of its own, pre-trained on the task's train dialogues.
 
-    python tools/counsellor.py [--out src/paretune/tasks/counsellor_model] [--steps 750]
+    python tools/counsellor.py [--out src/paretune/tasks/reflection/weights] [--steps 750]
 
 Fluent and without direction, because the answers that it learns from are. It ships in half precision (4 MB): three minutes of one core
 are too long for a first use. One thread and seeded draws; another build of PyTorch gives other rounding. Raise the task's version when
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from paretune.seeds import forked_torch, generator, seed_for
-from paretune.tasks.counsellor import dialogues
-from paretune.tasks.reflection import MODEL
+from paretune.tasks.reflection.model import dialogues
+from paretune.tasks.reflection.task import MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Write what the README does not say by hand: its tables, its tree of files and its picture, from the code and from committed results.
+"""Write what the README does not say by hand: its tables and its picture, from the code and from committed results.
 
     python tools/readme.py               everything from what is in the repository
     python tools/readme.py --root DIR    first take the quick suite's results from a run directory into benchmarks/results/quick.json
@@ -10,11 +10,9 @@ A generated part stands between `<!-- NAME: made by tools/readme.py -->` and `<!
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ QUICK = ROOT / "benchmarks" / "results" / "quick.json"
 PICTURE = ROOT / "docs" / "figures" / "front.svg"
 BLOCK = re.compile(r"(<!-- (\w+): made by tools/readme\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DRAWN = ("bridge", "linear", "experts parameter", "experts logit", "emorl-shared", "reference", "uniform")  # in the picture
-WIDTH = 125  # letters of a line in the tree of files
 
 # What each script of `benchmarks/` has to reach: figure, script, what it is, at least (a text where it is something else).
 TARGETS = (
@@ -114,25 +111,11 @@ TARGETS = (
 )
 
 # Files that are not modules and cannot say themselves what they are.
-OTHERS = {
-    "Makefile": "make demo, make test",
-    "requirements.lock": "exact versions of everything that runs (requirements-test.lock: of the tests)",
-    "docs/recipes.md": "how to bring your own model, prompts, rewards and judge",
-    "docs/tuning-and-export.md": "settings searched, and one preference as a model or an adapter for transformers, PEFT and vLLM",
-    "docs/scale.md": "from one laptop to a cluster: Ray, what machines share, what happens when something dies, what a study costs",
-    "examples/recipes/": "the literature's tasks as recipes: HH-RLHF, summaries, safety, counselling, tool calls, mathematics",
-    "docs/trl.md": "TRL: a reward function for your own script, and TRL as the engine of a recipe, on many GPUs",
-    "examples/accelerate/": "configurations for accelerate: DDP, FSDP, DeepSpeed",
-    "docs/design.md": "why things are as they are; the metrics, the run directory, how to add a method",
-    "benchmarks/results/": "committed results; quick.json is the leaderboard above",
-    "examples/support_desk/recipe.yaml": "a worked recipe: your own model, prompts and objectives",
-    "tests/": "one file per module, and the tests of this page",
-}
 
 
 def blocks() -> dict[str, str]:
     """Name -> the Markdown that belongs between its marks."""
-    return {"taxonomy": markdown(taxonomy()), "results": _results(), "figures": _figures(), "tree": f"```text\n{tree()}\n```\n"}
+    return {"taxonomy": markdown(taxonomy()), "results": _results(), "figures": _figures()}
 
 
 def picture() -> str | None:
@@ -180,40 +163,6 @@ def markdown(table: Table) -> str:
         cells = [c.show(row.get(c.key)) for c in columns]
         lines.append("| " + " | ".join([f"`{cells[0]}`" if columns[0].key == "name" else cells[0], *cells[1:]]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def tree() -> str:
-    """Every module, script and example with the first words of its docstring, and the other files that matter."""
-    found = {path: _about(ROOT / path) for path in _modules()} | {path: text for path, text in OTHERS.items() if (ROOT / path).exists()}
-    width = max(len(path.removeprefix("src/paretune/")) for path in found) + 2
-    lines, folder = [], ""
-    for path in sorted(found, key=lambda p: (not p.startswith("src"), "/" in p, Path(p).parent.parts, p)):
-        inside = path.startswith("src/paretune/")
-        if inside and not folder:
-            folder = "src/paretune/"
-            lines.append(folder)
-        name = f"  {path.removeprefix(folder)}" if inside else path
-        lines.append(f"{name:{width + 2}}{found[path]}".rstrip())
-    return "\n".join(lines)
-
-
-def _modules() -> Iterator[str]:
-    for pattern in ("src/paretune/**/*.py", "benchmarks/*.py", "examples/**/*.py", "tools/*.py"):
-        for path in sorted(ROOT.glob(pattern)):
-            yield path.relative_to(ROOT).as_posix()
-
-
-def _about(path: Path) -> str:
-    """The first sentence of a docstring, cut at a mark where it is too long for one line."""
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.?!])\s", text)[0].rstrip(".")
-    if len(sentence) <= WIDTH:
-        return sentence
-    for marks in (r"[;:]", r",| - |\("):
-        stops = [m.start() for m in re.finditer(marks, sentence) if 20 <= m.start() <= WIDTH]
-        if stops:
-            return sentence[: stops[-1]].rstrip()
-    return sentence[: sentence.rfind(" ", 0, WIDTH)]
 
 
 def _results() -> str:

@@ -11,15 +11,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Family": "paretune.policy",
+    "Family": "paretune.policy.family",
+    "MultiObjectiveReward": "paretune.training.trl.reward",
     "Preference": "paretune.types",
-    "evaluate": "paretune.evaluation",
-    "fit": "paretune.suite",
-    "method": "paretune.suite",
-    "task": "paretune.suite",
+    "evaluate": "paretune.evaluation.evaluate",
+    "export": "paretune.serve.export",
+    "fit": "paretune.runs.suite",
+    "method": "paretune.runs.suite",
+    "task": "paretune.runs.suite",
 }
 
-__all__ = ["Family", "Preference", "__version__", "evaluate", "fit", "method", "task"]
+__all__ = ["Family", "MultiObjectiveReward", "Preference", "__version__", "evaluate", "export", "fit", "method", "task"]
 
 
 def __getattr__(name: str) -> Any:

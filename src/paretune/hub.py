@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paretune.errors import ConfigError
 
-__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "place", "unloadable"]
+__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "unloadable"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -21,7 +21,7 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).is_absolute() or Path(name).exists() or not HUB_ID.fullmatch(name)
 
 
-def place(name: str) -> str:
+def local_or_hub(name: str) -> str:
     """What `from_pretrained` is given."""
     return str(Path(name).expanduser()) if is_local(name) else name
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -25,11 +26,12 @@ __all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "d
 
 
 class Registry:
-    """Name -> class of one kind. `homes` are the modules whose import registers what ships with Paretune."""
+    """Name -> class of one kind. `homes` are the rooms whose files, imported at first use, register what ships with Paretune."""
 
     def __init__(self, kind: str, *homes: str):
         self.kind, self.homes = kind, homes
         self._classes: dict[str, type] = {}
+        self._loaded = False
 
     def register(self, name: str, *, version: int = 1) -> Callable[[type], type]:
         """Class decorator. Raise `version` whenever the same fields would give other results: it is part of every key."""
@@ -79,23 +81,20 @@ class Registry:
             ) from None
 
     def _load(self) -> None:
-        for home in self.homes:
-            importlib.import_module(home)
+        if not self._loaded:
+            self._loaded = True
+            for home in self.homes:
+                room = importlib.import_module(home)
+                for file in pkgutil.iter_modules(room.__path__):
+                    if not file.ispkg:
+                        importlib.import_module(f"{home}.{file.name}")
         _load_entry_points()
 
 
-TASKS = Registry("task", "paretune.tasks")
-OBJECTIVES = Registry("objective", "paretune.objectives")
-LEARNERS = Registry(
-    "learner",
-    "paretune.policy_gradient",
-    "paretune.exact_learner",
-    "paretune.distillation",
-    "paretune.offline",
-    "paretune.engines.trl",
-    "paretune.engines.dpo",
-)
-RULES = Registry("combination rule", "paretune.mixing", "paretune.methods")
+TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")
+OBJECTIVES = Registry("objective", "paretune.objectives", "paretune.tasks.reflection")
+LEARNERS = Registry("learner", "paretune.training", "paretune.training.trl")
+RULES = Registry("gate rule", "paretune.policy", "paretune.methods")
 METHODS = Registry("method", "paretune.methods")
 
 

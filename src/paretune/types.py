@@ -16,27 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = [
-    "Artifact",
-    "Curve",
-    "Estimate",
-    "Front",
-    "Objectives",
-    "Preference",
-    "Prompt",
-    "Rollouts",
-    "TrainSpec",
-    "canonical_json",
-    "key_of",
-]
+__all__ = ["Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt", "canonical_json", "key_of"]
 
 
 def canonical_json(value: Any) -> str:
@@ -155,19 +142,6 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """One batch of responses, picklable. Padding is on the right of `tokens_NT`; `mask_NT` marks real tokens, EOS included."""
-
-    tokens_NT: np.ndarray  # int64
-    mask_NT: np.ndarray  # bool
-    logp_NT: np.ndarray  # nats under the sampling policy at its temperature; 0 on padding
-    rewards_NM: np.ndarray  # raw, NaN = unscored
-    w_NM: np.ndarray
-    prompt_N: np.ndarray  # index into the prompts of the batch's split
-    stopped_N: np.ndarray  # True where EOS was drawn, False where the length limit cut
-
-
-@dataclass(frozen=True)
 class Front:
     """Points on (or estimating) a Pareto front of regularised returns, best known per preference.
 
@@ -214,73 +188,3 @@ class Estimate:
     low: float
     high: float
     n: int
-
-
-@dataclass(frozen=True, eq=False)
-class TrainSpec:
-    """Everything a training depends on; its `key` names the directory of the result.
-
-    `task`, `learner`, `weighting` and `rule` are descriptions made by `registry.describe` (name, version, every field, content hashes).
-    `preference` is the fixed (M,) weighting, or None where the learner samples a preference for every prompt of a batch.
-
-    Axis K of the policy that is trained holds, in this order, the adapters of the artifacts `frozen` (they stay as they are), those of
-    `init_from` (trained on), and new ones of the ranks `fresh`. `rule` turns the preference of a row into its K gates. With the
-    defaults a fixed preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective, gated by the
-    preference.
-    """
-
-    task: Mapping[str, Any]
-    learner: Mapping[str, Any]
-    preference: tuple[float, ...] | None
-    seed: int
-    scalariser: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
-    scalarise_at: str = "reward"  # "reward" | "advantage"
-    aggregation: Mapping[str, Any] = field(default_factory=lambda: {"name": "learner"})  # see `paretune.aggregation`
-    weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})  # how weights follow from the preference, step by step
-    frozen: tuple[str, ...] = ()
-    init_from: tuple[str, ...] = ()
-    fresh: tuple[int, ...] | None = None  # None: what the default needs beside those of `init_from`, of the learner's rank
-    rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
-    face: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """Keys of all artifacts that must be finished before."""
-        return (*self.frozen, *self.init_from)
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(canonical_json(asdict(self)))
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TrainSpec:
-        given = dict(data)
-        given["preference"] = None if given["preference"] is None else tuple(given["preference"])
-        given["frozen"], given["init_from"] = tuple(given["frozen"]), tuple(given["init_from"])
-        for name in ("fresh", "face"):
-            given[name] = None if given[name] is None else tuple(given[name])
-        return cls(**given)
-
-    @property
-    def key(self) -> str:
-        return key_of(self.to_json())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TrainSpec) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published training: `path` holds the adapters in plain PEFT format, the spec, the log and the ledger."""
-
-    key: str
-    path: Path
-    spec: TrainSpec
-
-    @property
-    def adapters(self) -> list[Path]:
-        """The folders of the adapters that it trained, in the order of axis K: `path` itself, or adapter-0, adapter-1, ... in it."""
-        several = [folder for folder in self.path.glob("adapter-*") if folder.is_dir()]
-        return sorted(several, key=lambda folder: int(folder.name.removeprefix("adapter-"))) or [self.path]

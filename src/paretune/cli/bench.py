@@ -26,7 +26,7 @@ from paretune.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from paretune.ray_cluster import Ray
+    from paretune.runs.ray import Ray
 
 __all__ = ["bench", "check", "demo", "report"]
 
@@ -88,7 +88,7 @@ def report(
 def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
     """Hash everything published again; exit code 1 if anything is not what was published."""
     from paretune.errors import ConfigError
-    from paretune.store import ARTIFACTS, CELLS, Store
+    from paretune.runs.store import ARTIFACTS, CELLS, Store
 
     if not root.is_dir():
         raise ConfigError("only a run directory can be checked", found=f"{root} is not a directory", remedy="give the --root of a run")
@@ -111,7 +111,7 @@ def _bench(
     suite: str, overrides: list[str], root: Path | None, executor: str | Ray, workers: int | None, *, dry_run: bool, as_json: bool
 ) -> None:
     from paretune.report.catalogue import suite_path
-    from paretune.suite import run_suite
+    from paretune.runs.suite import run_suite
 
     path = suite_path(suite)
     folder = root or Path("paretune-runs") / path.stem

@@ -14,8 +14,8 @@ from typer.core import TyperGroup
 from paretune.errors import ParetuneError
 
 if TYPE_CHECKING:
-    from paretune.ray_cluster import Ray
     from paretune.report.tables import Table
+    from paretune.runs.ray import Ray
 
 __all__ = [
     *("Address", "CpusPerJob", "GpusPerJob", "Json", "MemoryPerJob", "Overrides", "PassEnv", "Plugins", "Wait", "Workers"),
@@ -65,7 +65,7 @@ PassEnv = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Ray: an
 def executor_of(executor: str, **ray: Any) -> str | Ray:
     """What `run_suite` and `fit` take, from --executor and the options that only Ray has (None where one was not given)."""
     from paretune.errors import ConfigError
-    from paretune.ray_cluster import Ray
+    from paretune.runs.ray import Ray
 
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in ray.items() if value not in (None, [])

@@ -10,8 +10,8 @@ import typer
 from paretune.cli.common import Json, Plugins, app, check_writable, plug, print_json, say, show_table
 
 if TYPE_CHECKING:
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
 
 __all__ = ["explain"]
 
@@ -33,9 +33,9 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
-    from paretune.explain import explain as explain_family
-    from paretune.explain import sensitivity
-    from paretune.policy import Family
+    from paretune.evaluation.explain import explain as explain_family
+    from paretune.evaluation.explain import sensitivity
+    from paretune.policy.family import Family
     from paretune.report.explained import sensitivity_table, token_table, write_explanation
 
     plug(plugin)
@@ -64,7 +64,7 @@ def _task(family: Family, recipe: Path | None) -> Task | None:
     """The task that can score responses: named in the family, or of the recipe."""
     from paretune.errors import ConfigError
     from paretune.registry import TASKS
-    from paretune.tasks.recipe import load_recipe
+    from paretune.runs.recipe import load_recipe
 
     if recipe is None:
         return TASKS.build(family.base["task"]) if "task" in family.base else None

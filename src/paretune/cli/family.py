@@ -27,9 +27,9 @@ from paretune.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from paretune.policy import Family
+    from paretune.policy.family import Family
     from paretune.report.tables import Table
-    from paretune.tasks.recipe import Recipe
+    from paretune.runs.recipe import Recipe
 
 __all__ = ["export", "fit", "sample"]
 
@@ -51,9 +51,9 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.policy import Family
-    from paretune.suite import fit as fit_family
-    from paretune.tasks.recipe import load_recipe
+    from paretune.policy.family import Family
+    from paretune.runs.recipe import load_recipe
+    from paretune.runs.suite import fit as fit_family
 
     plug(plugin)
     chosen = executor_of(
@@ -98,7 +98,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
-    from paretune.policy import Family
+    from paretune.policy.family import Family
 
     loaded = Family.load(family)
     made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -120,10 +120,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
-    from paretune.export import export as write
-    from paretune.policy import Family
+    from paretune.policy.family import Family
+    from paretune.serve.export import export as write
 
-    made = write(Family.load(family), preference, out, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
         print_json(made.to_json())
         return
@@ -150,12 +150,12 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
     """
     import numpy as np
 
-    from paretune.evaluation import evaluate
-    from paretune.metrics import plain
-    from paretune.model_card import MEASURED
+    from paretune.evaluation.evaluate import evaluate
+    from paretune.evaluation.metrics import plain
+    from paretune.files import write_json
+    from paretune.methods.search import simplex_lattice
     from paretune.report.tables import Column, Table
-    from paretune.search import simplex_lattice
-    from paretune.store import write_json
+    from paretune.serve.model_card import MEASURED
 
     count, names = family.objectives.count, family.objectives.names
     if plan.preferences is None:

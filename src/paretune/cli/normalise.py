@@ -30,7 +30,7 @@ def normalise(
 ) -> None:
     """Measure what `normalise:` of a reward model needs: the mean and deviation of its scores, on training prompts."""
     from paretune.objectives.models import RewardModel, measure
-    from paretune.tasks.recipe import load_recipe
+    from paretune.runs.recipe import load_recipe
 
     plug(plugin)
     task = load_recipe(recipe, overrides or []).task

@@ -10,9 +10,9 @@ import typer
 from paretune.cli.common import Json, Plugins, app, plug, print_json, say, show_table
 
 if TYPE_CHECKING:
-    from paretune.advice import Advice
-    from paretune.relations import Relations
-    from paretune.tasks import Task
+    from paretune.evaluation.advice import Advice
+    from paretune.evaluation.relations import Relations
+    from paretune.tasks.base import Task
 
 __all__ = ["relate"]
 
@@ -37,8 +37,8 @@ def relate(
     as_json: Json = False,
 ) -> None:
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
-    from paretune import probe as probing
-    from paretune.relations import relate as measure
+    from paretune.evaluation import probe as probing
+    from paretune.evaluation.relations import relate as measure
     from paretune.report.relation import gradient_table, objective_table, pair_table, to_json, write_relations
 
     plug(plugin)
@@ -67,11 +67,11 @@ def relate(
 
 def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
     """The task, and a recipe's learner where it is the embedded one."""
-    from paretune.config import Document
     from paretune.errors import ConfigError
-    from paretune.policy_gradient import PolicyGradient
     from paretune.registry import TASKS
-    from paretune.tasks.recipe import load_recipe
+    from paretune.runs.config import Document
+    from paretune.runs.recipe import load_recipe
+    from paretune.training.policy_gradient import PolicyGradient
 
     name, *more = target.split() or [""]
     if Path(target).suffix.lower() in (".yaml", ".yml") or Path(target).is_file():
@@ -86,7 +86,7 @@ def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
 
 
 def _rows(results: Path | None) -> list[dict[str, Any]]:
-    from paretune.advice import load_rows, shipped
+    from paretune.evaluation.advice import load_rows, shipped
 
     path = results or shipped()
     return load_rows(path) if path is not None else []
@@ -96,7 +96,7 @@ def _advice(task: Task, found: Relations, rows: list[dict[str, Any]], budget: in
     """By the dials that the task declares (they were verified), else by what was measured."""
     import dataclasses
 
-    from paretune.advice import DIALS, advise
+    from paretune.evaluation.advice import DIALS, advise
 
     declared = {name: getattr(task, name) for name in DIALS if hasattr(task, name)}
     dials = declared if len(declared) == len(DIALS) else found.dials

@@ -11,7 +11,7 @@ from paretune.cli.common import Json, Overrides, Plugins, app, check_writable, p
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
-    from paretune.tuning import Tuning
+    from paretune.runs.tune import Tuning
 
 __all__ = ["tune"]
 
@@ -35,8 +35,8 @@ def tune(
 ) -> None:
     """Search a learner's and a method's settings; stopped or killed, the same command goes on."""
     from paretune.report.catalogue import suite_path
-    from paretune.tuning import read_plan
-    from paretune.tuning import tune as search
+    from paretune.runs.tune import read_plan
+    from paretune.runs.tune import tune as search
 
     plug(plugin)
     check_writable(write, "--write")

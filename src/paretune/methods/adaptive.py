@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.registry import METHODS, describe
-from paretune.types import TrainSpec
-from paretune.weightings import WEIGHTINGS
+from paretune.training.spec import TrainSpec
+from paretune.training.weightings.base import WEIGHTINGS
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.tasks import Task
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Adaptive"]
 
@@ -35,7 +35,8 @@ RULES_OF: Mapping[str, Mapping[str, Any]] = {
 class Adaptive(Sweep):
     """One training per preference, whose weights start there and then follow what the training sees; the nearest policy answers.
 
-    `weighting` names the rule, `settings` change its fields: see `paretune.weightings`. At a vertex the training is the expert's.
+    `weighting` names the rule, `settings` change its fields (`paretune show NAME` lists them). At a vertex the training is the
+    expert's.
     """
 
     weighting: Literal["influence", "ctwa", "exp3", "linucb", "thompson"] = "influence"

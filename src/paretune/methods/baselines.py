@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, training
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.policy.base import build_policy
 from paretune.registry import METHODS
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Expert", "Reference", "Uniform"]
 
@@ -43,8 +44,8 @@ class Reference(Method):
         return []
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Constant
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Constant
 
         meta = family_meta(self, task, seed=seed)
         return Family(build_policy(task, "reference", {}), Constant(gates_K=()), task.objectives, task.base(), {}, meta)
@@ -63,8 +64,8 @@ class _OnePolicy(Method):
         return [training(task, learner, self._preference(task), seed)]
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Constant
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Constant
 
         adapters = adapters_for({self._name(task): self.plan(task, learner, done, seed)[0]}, done)
         meta = family_meta(self, task, seed=seed)

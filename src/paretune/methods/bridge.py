@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
-from paretune.mixing import Rule
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, sampled_training, vertex_trainings
+from paretune.policy.base import build_policy
+from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Bridge", "BridgeRule", "interaction"]
 
@@ -79,7 +80,7 @@ class Bridge(Method):
         return [*experts, last] if all(spec.key in done for spec in experts) else experts
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         adapters = adapters_for({**vertex_trainings(task, learner, seed), "bridge": self._bridge(task, learner, seed)}, done)
         meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))

@@ -10,23 +10,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.ledger import Cost
-from paretune.methods import Card, Method
+from paretune.methods.base import Card, Method
 from paretune.methods.emorl import SPLIT, SearchedFamily
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
-from paretune.mixing import Interpolated, Rule
+from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
+from paretune.methods.search import SEARCHERS, simplex_lattice
+from paretune.objectives.utilities import linear
+from paretune.policy.base import build_policy
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Interpolated, Rule
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns, sampled_returns
-from paretune.scalarise import linear
-from paretune.search import SEARCHERS, simplex_lattice
 from paretune.seeds import seed_for
-from paretune.tasks import KEEP_OUT
-from paretune.types import Artifact, TrainSpec
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.training.cost import Cost
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family, Policy
-    from paretune.tasks import Task
+    from paretune.policy.base import Policy
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Calibrated", "CalibratedGates", "Calibration", "calibrate", "outer_returns"]
 

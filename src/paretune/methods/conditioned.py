@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Card, Method
+from paretune.methods.base import Card, Method
 from paretune.methods.bridge import BridgeRule
-from paretune.methods.experts import build_policy, family_meta, sampled_training
-from paretune.mixing import Identity, Rule
+from paretune.methods.experts import family_meta, sampled_training
+from paretune.policy.base import build_policy
+from paretune.policy.rules import Identity, Rule
 from paretune.registry import METHODS, RULES
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Conditioned", "SharedRule", "TiedRule"]
 
@@ -98,7 +99,7 @@ class Conditioned(Method):
         return [self._spec(task, learner, seed)]
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         found = done[self._spec(task, learner, seed).key].adapters
         adapters = {f"part-{i}": path for i, path in enumerate(found)}

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.ledger import Cost
-from paretune.methods import Card, Method
+from paretune.evaluation.pareto import nondominated
+from paretune.methods.base import Card, Method
 from paretune.methods.emorl import SPLIT
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
-from paretune.mixing.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
-from paretune.pareto import nondominated
+from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
+from paretune.policy.base import build_policy
+from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
+from paretune.policy.returns import ExactReturns, responses_at, sampled_returns
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns, responses_at, sampled_returns
 from paretune.seeds import generator, seed_for
-from paretune.tasks import sample_preferences
-from paretune.types import Artifact, TrainSpec
+from paretune.tasks.preferences import sample_preferences
+from paretune.training.cost import Cost
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family, Policy
-    from paretune.tasks import Task
+    from paretune.policy.base import Policy
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["ContextualBandit", "Learned", "Ridge", "StaticGates", "learn_gates"]
 
@@ -194,7 +196,7 @@ class ContextualBandit(Method):
         return list(vertex_trainings(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixer, adapters)
@@ -270,7 +272,7 @@ class StaticGates(Method):
         return list(vertex_trainings(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixer, adapters)

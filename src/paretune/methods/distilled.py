@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Card, Method
+from paretune.methods.base import Card, Method
 from paretune.methods.bridge import BridgeRule
-from paretune.methods.experts import build_policy, family_meta
+from paretune.methods.experts import family_meta
 from paretune.methods.placed import Barycentric, Placed
-from paretune.mixing import Rule
+from paretune.policy.base import build_policy
+from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES, describe
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Distilled", "StudentRule"]
 
@@ -73,7 +74,7 @@ class Distilled(Method):
         return [*teachers, self._student(task, learner, teachers, seed)] if ready else teachers
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         teachers = Placed(more=self.more).plan(task, learner, done, seed)
         found = done[self._student(task, learner, teachers, seed).key].adapters
@@ -82,7 +83,7 @@ class Distilled(Method):
         return Family(build_policy(task, "parameter", adapters), BridgeRule(), task.objectives, task.base(), adapters, meta)
 
     def _student(self, task: Task, learner: Learner, teachers: Sequence[TrainSpec], seed: int) -> TrainSpec:
-        from paretune.distillation import Distillation
+        from paretune.training.distill import Distillation
 
         keys = tuple(spec.key for spec in teachers)
         rule = Barycentric(points_KM=tuple(tuple(spec.preference or ()) for spec in teachers))

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from paretune.ledger import Cost
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, vertex_trainings
-from paretune.mixing import Rule, Table
-from paretune.policy import Family
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
+from paretune.methods.search import SearchResult, hierarchical_grid, hierarchical_simplex
+from paretune.policy.base import build_policy
+from paretune.policy.family import Family
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Rule, Table
 from paretune.registry import METHODS
-from paretune.returns import ExactReturns, sampled_returns
-from paretune.search import SearchResult, hierarchical_grid, hierarchical_simplex
 from paretune.seeds import seed_for
-from paretune.types import Artifact, TrainSpec
+from paretune.training.cost import Cost
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Policy
-    from paretune.tasks import Task
+    from paretune.policy.base import Policy
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Emorl", "EmorlShared", "SearchedFamily", "SearchedGates", "outer_score"]
 

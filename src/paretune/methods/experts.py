@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods import Card, Method
+from paretune.methods.base import Card, Method
+from paretune.policy.base import build_policy
 from paretune.registry import METHODS, describe
-from paretune.types import Artifact, TrainSpec
-from paretune.weightings import Balanced, Fixed
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.weightings.base import Balanced, Fixed
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.mixing import Rule
-    from paretune.policy import Family, Policy
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.policy.rules import Rule
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
-__all__ = ["Experts", "OnExperts", "adapters_for", "build_policy", "family_meta", "sampled_training", "training", "vertex_trainings"]
+__all__ = ["Experts", "OnExperts", "adapters_for", "family_meta", "sampled_training", "training", "vertex_trainings"]
 
 
 def training(task: Task, learner: Learner, w_M: Sequence[float] | np.ndarray, seed: int) -> TrainSpec:
@@ -70,15 +71,6 @@ def adapters_for(specs: Mapping[str, TrainSpec], done: Mapping[str, Artifact]) -
     return {name: done[spec.key].path for name, spec in specs.items()}
 
 
-def build_policy(task: Task, level: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
-    """The policy over a fresh copy of the reference model with these adapters (axis K in their order); see `policy.build_level`."""
-    from paretune.lora import LoraBank
-    from paretune.policy import build_level
-
-    model, tokenizer = task.load()
-    return build_level(level, LoraBank.load(model, adapters), tokenizer)
-
-
 def family_meta(method: Method, task: Task, *, seed: int, experts: Sequence[int] | None = None) -> dict[str, Any]:
     """What a family says of itself: method, card, default length, and which adapter is the expert of which objective."""
     meta = {"method": describe(method), "card": asdict(method.card), "seed": seed, "max_new_tokens": task.max_new_tokens}
@@ -98,8 +90,8 @@ class OnExperts(Method):
         return list(vertex_trainings(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Identity
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Identity
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))

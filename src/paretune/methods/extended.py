@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
-from paretune.mixing import Rule
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, sampled_training, vertex_trainings
+from paretune.policy.base import build_policy
+from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Extended", "ExtendedRule"]
 
@@ -93,7 +94,7 @@ class Extended(Method):
         return asked
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         bridges = self._bridges(task, learner, seed)
         adapters = adapters_for({**vertex_trainings(task, learner, seed), **bridges}, done)

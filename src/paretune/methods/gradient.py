@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.registry import METHODS, describe
-from paretune.types import TrainSpec
-from paretune.weightings import WEIGHTINGS
+from paretune.training.spec import TrainSpec
+from paretune.training.weightings.base import WEIGHTINGS
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.tasks import Task
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Gradient"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.registry import METHODS
 

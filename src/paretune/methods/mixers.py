@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from paretune.errors import ConfigError
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.experts import OnExperts
 from paretune.registry import METHODS
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.registry import METHODS, describe
-from paretune.types import TrainSpec
+from paretune.training.spec import TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.tasks import Task
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["ModpoSweep"]
 
@@ -46,8 +46,8 @@ class ModpoSweep(Sweep):
     symmetric: ClassVar[bool] = True
 
     def _training(self, task: Task, learner: Learner, w_M: np.ndarray, seed: int) -> TrainSpec:
-        from paretune.engines.dpo import TrlModpo
-        from paretune.offline import Modpo
+        from paretune.training.modpo import Modpo
+        from paretune.training.trl.dpo import TrlModpo
 
         kind = TrlModpo if learner.registered_name in ("trl", "trl-modpo") else Modpo
         offline = describe(kind.like(learner, labels=self.labels))

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.registry import METHODS
-from paretune.types import TrainSpec
+from paretune.training.spec import TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.tasks import Task
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Normalised"]
 
@@ -23,7 +23,7 @@ __all__ = ["Normalised"]
 @METHODS.register("normalised")
 @dataclass(frozen=True)
 class Normalised(Sweep):
-    """One training per preference under a named aggregation of advantages (`paretune.aggregation`); the nearest policy answers.
+    """One training per preference under a named aggregation of advantages (`paretune.training.advantages`); the nearest policy answers.
 
     With the exact learner the step is the one to which samples converge as groups grow: what is missing then is the aggregation's bias.
     """

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.ledger import Cost
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, training
-from paretune.mixing import Rule
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.methods.search import simplex_lattice
+from paretune.policy.base import build_policy
+from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES
-from paretune.returns import ExactReturns, sampled_returns
-from paretune.search import simplex_lattice
 from paretune.seeds import seed_for
-from paretune.tasks import KEEP_OUT
-from paretune.types import Artifact, TrainSpec
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.training.cost import Cost
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family, Policy
-    from paretune.tasks import Task
+    from paretune.policy.base import Policy
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Barycentric", "Placed", "barycentric_gates", "optimistic_regret"]
 
@@ -128,7 +130,7 @@ class Placed(Method):
         rule = PlacedRule(points_KM=tuple(tuple(spec.preference or ()) for spec in specs.values()))
         rule.spend(cost)
         meta = {**family_meta(self, task, seed=seed), "placed_at": [list(p) for p in rule.points_KM]}
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         return Family(build_policy(task, self.mixer, adapters), rule, task.objectives, task.base(), adapters, meta)
 

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Card, Method
+from paretune.methods.base import Card, Method
 from paretune.methods.bridge import interaction
-from paretune.methods.experts import adapters_for, build_policy, family_meta, sampled_training, vertex_trainings
-from paretune.mixing import Rule
+from paretune.methods.experts import adapters_for, family_meta, sampled_training, vertex_trainings
+from paretune.policy.base import build_policy
+from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Router", "RouterRule"]
 
@@ -84,7 +85,7 @@ class Router(Method):
         return [*experts, last] if all(spec.key in done for spec in experts) else experts
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy import Family
+        from paretune.policy.family import Family
 
         spec = self._router(task, learner, seed)
         specs = vertex_trainings(task, learner, seed)

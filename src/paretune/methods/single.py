@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from paretune import utilities
 from paretune.errors import ConfigError
-from paretune.methods import Card
+from paretune.methods.base import Card
 from paretune.methods.experts import training
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
+from paretune.objectives import utilities
 from paretune.registry import METHODS, describe
-from paretune.types import Artifact, TrainSpec
-from paretune.weightings import WEIGHTINGS
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.weightings.base import WEIGHTINGS
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.tasks import Task
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Lagrangian", "LogSum", "MaxMin", "Product", "Tchebycheff", "WarmSweep"]
 
@@ -172,7 +172,7 @@ class Lagrangian(_Climbing):
         }
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        from paretune.tasks.optimum import refuse_unreachable
+        from paretune.tasks.exact.optimum import refuse_unreachable
 
         seeks: Any = self._seeks()
         seeks.check(task.objectives.count)

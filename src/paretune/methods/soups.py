@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Card, Method
-from paretune.methods.experts import OnExperts, adapters_for, build_policy, family_meta, training
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import OnExperts, adapters_for, family_meta, training
+from paretune.policy.base import build_policy
 from paretune.registry import METHODS
-from paretune.types import Artifact, TrainSpec
+from paretune.training.spec import Artifact, TrainSpec
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["BoneSoup", "Dare", "Ties"]
 
@@ -122,8 +123,8 @@ class BoneSoup(Method):
         return list(self._specs(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Backbones
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Backbones
 
         adapters = adapters_for(self._specs(task, learner, seed), done)
         points_KM = tuple(tuple(map(float, row)) for row in self.points_KM(task.objectives.count))

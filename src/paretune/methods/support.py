@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.ledger import Cost, then
-from paretune.methods import Card, Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, training
+from paretune.evaluation.metrics import MIN_GAIN
+from paretune.methods.base import Card, Method
+from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.methods.search import simplex_lattice
 from paretune.methods.sweep import near_judged
-from paretune.metrics import MIN_GAIN
+from paretune.policy.base import build_policy
 from paretune.registry import METHODS, describe
-from paretune.search import simplex_lattice
 from paretune.seeds import generator, seed_for
-from paretune.tasks import KEEP_OUT
-from paretune.types import Artifact, TrainSpec, canonical_json
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.training.cost import Cost, then
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import canonical_json
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["Measured", "OptimisticSupport", "corners", "next_corner", "next_planned", "optimistic"]
 
@@ -104,8 +106,8 @@ class OptimisticSupport(Method):
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         """Of what was trained, whatever the plan would say now: measured on another machine, its last digits may differ."""
-        from paretune.mixing import Best, Nearest
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Best, Nearest
 
         own = [a.spec.preference for a in done.values() if a.spec.preference is not None]
         specs = [spec for w_M in sorted(own, reverse=True) if (spec := training(task, learner, w_M, seed)).key in done]
@@ -310,7 +312,7 @@ def _measured(task: Task, artifact: Artifact | None, samples: int, seed: int) ->
 
 
 def _measure(task: Any, artifact: Artifact | None, samples: int, seed: int) -> Measured:
-    from paretune.returns import ExactReturns, sampled_returns
+    from paretune.policy.returns import ExactReturns, sampled_returns
 
     began = time.perf_counter()
     level, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods import Method
-from paretune.methods.experts import adapters_for, build_policy, family_meta, training
-from paretune.search import simplex_lattice
-from paretune.tasks import KEEP_OUT
-from paretune.types import Artifact, Preference, TrainSpec
+from paretune.methods.base import Method
+from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.methods.search import simplex_lattice
+from paretune.policy.base import build_policy
+from paretune.tasks.preferences import KEEP_OUT
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Preference
 
 if TYPE_CHECKING:
-    from paretune.learner import Learner
-    from paretune.policy import Family
-    from paretune.tasks import Task
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
 
 __all__ = ["SWEEP_TRAININGS", "Sweep"]
 
@@ -68,8 +70,8 @@ class Sweep(Method):
         return list(self._specs(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.mixing import Nearest
-        from paretune.policy import Family
+        from paretune.policy.family import Family
+        from paretune.policy.rules import Nearest
 
         w_KM = self.preferences(task)
         adapters = adapters_for(self._specs(task, learner, seed), done)

@@ -3,6 +3,8 @@
 The file is run once, under a module name made of its content, with its folder importable as it would be for a script. Modules
 beside it that it imports are hashed with it, so that changing any of them changes the key of every training that uses it. What a
 function reads from elsewhere (a data file, a service, an installed package) is not part of the key.
+
+Texts with {column} in them: which columns they name, and what they become for one row.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import string
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,10 +25,10 @@ from types import ModuleType
 from typing import Any
 
 from paretune.errors import ConfigError, nearest
-from paretune.objectives import Objective
+from paretune.objectives.base import Objective
 from paretune.registry import OBJECTIVES
 
-__all__ = ["FunctionObjective", "content_hashes", "load_function"]
+__all__ = ["FunctionObjective", "content_hashes", "load_function", "names_in"]
 
 
 @OBJECTIVES.register("function")
@@ -210,3 +213,16 @@ def _line_in(error: BaseException, path: Path) -> str:
             line = f" (line {trace.tb_lineno})"
         trace = trace.tb_next
     return line
+
+
+def names_in(template: str) -> list[str]:
+    """The columns that a template names, in order; ConfigError where it is no template, or names none."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(
+            "a template is text with {column} in it", found=f"{template!r}: {error}", remedy="write a literal brace twice: {{ or }}"
+        ) from None
+    if not names:
+        raise ConfigError("a template names at least one column", found=repr(template), remedy='for example "Question: {prompt}"')
+    return names

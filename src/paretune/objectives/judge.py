@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, RewardError
-from paretune.objectives import Objective, text_of
+from paretune.objectives.base import Objective, text_of
 from paretune.registry import OBJECTIVES
 from paretune.seeds import uniforms
 from paretune.types import canonical_json, key_of

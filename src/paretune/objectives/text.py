@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from paretune.errors import ConfigError
-from paretune.objectives import Objective, text_of
+from paretune.objectives.base import Objective, text_of
 from paretune.registry import OBJECTIVES
 
 __all__ = ["Format", "Length", "Lexical"]

@@ -108,7 +108,7 @@ def _seeds(group: Group) -> list[int]:
 
 def enough_for_intervals(results: Results) -> tuple[bool, int]:
     """Whether some group has intervals, and the largest number of task seeds."""
-    from paretune.stats import MIN_UNITS
+    from paretune.evaluation.stats import MIN_UNITS
 
     most = max((count for group in groups(results) for count in _seeds(group)), default=0)
     return most >= MIN_UNITS, most
@@ -142,7 +142,7 @@ def shared(group: Group, *several: Scores) -> list[str]:
 
 
 def _long(group: Group, one: Scores, seeds: Sequence[str]) -> dict[str, Any]:
-    """Values, strata and units as `paretune.stats` takes them."""
+    """Values, strata and units as `paretune.evaluation.stats` takes them."""
     places = [(setting.label, seed) for setting in group.settings for seed in seeds]
     return {"values_N": [one[place] for place in places], "strata_N": [s for s, _ in places], "units_N": [u for _, u in places]}
 
@@ -238,7 +238,7 @@ def group_row(group: Group, label: str, split: str) -> dict[str, Any] | None:
 
 
 def _measured(group: Group, one: Scores, seeds: Sequence[str], name: str, statistics: Sequence[str]) -> dict[str, float | None]:
-    from paretune.stats import estimate
+    from paretune.evaluation.stats import estimate
 
     found: dict[str, float | None] = {}
     for statistic in statistics:
@@ -307,7 +307,7 @@ def pair_table(results: Results) -> Table:
 
 def _pair(group: Group, split: str, known: Mapping[str, Mapping[str, Scores]], a: str, b: str) -> list[dict[str, Any]]:
     """a against b, and b against a: the same numbers, turned round."""
-    from paretune.stats import paired_difference, share_of_wins
+    from paretune.evaluation.stats import paired_difference, share_of_wins
 
     there, back = ({"setting": group.label, "prompts": split, "method": x, "against": y} for x, y in ((a, b), (b, a)))
     for which in QUALITIES:
@@ -339,7 +339,7 @@ def _turned(key: str, found: Estimate, sign: int, whole: float) -> dict[str, flo
 @lru_cache(maxsize=2)
 def profile_table(results: Results) -> Table:
     """The share of runs (task seeds, in every setting) whose worst score is above tau, on the headline's prompts."""
-    from paretune.stats import performance_profile
+    from paretune.evaluation.stats import performance_profile
 
     columns = (
         *(Column(key, key, "text") for key in ("setting", "method", "prompts")),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, StoreError, nearest
-from paretune.store import ARTIFACTS, CELLS, WIP, Store
+from paretune.runs.store import ARTIFACTS, CELLS, WIP, Store
 from paretune.types import canonical_json
 
 __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]

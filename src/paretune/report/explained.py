@@ -15,8 +15,8 @@ from paretune.report.plot import looks
 from paretune.report.tables import Column, Table, minus
 
 if TYPE_CHECKING:
-    from paretune.explain import Explanation, Sensitivity
-    from paretune.policy import Family
+    from paretune.evaluation.explain import Explanation, Sensitivity
+    from paretune.policy.family import Family
 
 __all__ = ["sensitivity_table", "token_table", "write_explanation"]
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.metrics import plain
+from paretune.evaluation.metrics import plain
 from paretune.report.data import Results
 from paretune.report.plot import FONT, INK, MUTED, axis, frame
 from paretune.report.tables import Column, Table, leaderboard, minus
 
 if TYPE_CHECKING:
-    from paretune.advice import Advice
-    from paretune.probe import Probe
-    from paretune.relations import Relations
+    from paretune.evaluation.advice import Advice
+    from paretune.evaluation.probe import Probe
+    from paretune.evaluation.relations import Relations
 
 __all__ = [
     "gradient_table",
@@ -232,8 +232,8 @@ def write_relations(folder: Path, found: Relations, probe: Probe | None, advice:
 
 
 def result_rows(results: Results) -> list[dict[str, Any]]:
-    """The rows of `benchmarks/results/relations.json` (see `paretune.advice`) from the cells of a suite on `exact-v1`."""
-    from paretune.advice import DIALS
+    """The rows of `benchmarks/results/relations.json` (see `paretune.evaluation.advice`) from the cells of a suite on `exact-v1`."""
+    from paretune.evaluation.advice import DIALS
 
     board = {(row["setting"], row["method"]): row for row in leaderboard(results).rows}
     rows = []

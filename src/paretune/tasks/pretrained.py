@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_local, place, unloadable
+from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, unloadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def context_length(model: str, *, revision: str | None = None, trust_remote_code
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(place(model), revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     return getattr(config, "max_position_embeddings", None)
@@ -36,7 +36,7 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
 
     check_pretrained(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place(model), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     tokenizer.padding_side = "left"
@@ -52,7 +52,7 @@ def load_pretrained(
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            place(model), revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=dtype
+            local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True, dtype=dtype
         )
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error

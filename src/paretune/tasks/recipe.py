@@ -7,29 +7,25 @@ A recipe is one YAML file; `examples/support_desk/recipe.yaml` is a worked one. 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from paretune import config
 from paretune.errors import ConfigError, nearest
-from paretune.objectives import Objective, check_callable, score_all
-from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, describe
-from paretune.tasks import Task
+from paretune.objectives.base import Objective, check_callable, score_all
+from paretune.registry import OBJECTIVES, TASKS, describe
+from paretune.tasks.base import Task
 from paretune.tasks.pretrained import check_pretrained, content_of, context_length, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource
-from paretune.types import Objectives, Preference, Prompt
+from paretune.types import Objectives, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Recipe", "RecipeTask", "load_recipe"]
+__all__ = ["RecipeTask"]
 
 
 @TASKS.register("recipe")
@@ -173,144 +169,3 @@ def _objective(spec: Mapping[str, Any]) -> Objective:
             remedy="add low: and high:, the worst and the best score that it gives",
         )
     return OBJECTIVES.build({**given, "name": "function", "use": use})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A whole run: what to fit, how, from which seed, and the run directory."""
-
-    task: RecipeTask
-    method: Any
-    learner: Any
-    seed: int
-    root: Path
-    preferences: int | tuple[tuple[float, ...], ...] | None = None  # where the result is measured: points per edge, or weights
-
-
-TASK_KEYS = {
-    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "trust_remote_code")},
-    "prompts": "prompt_source",
-    "objectives": "objective_specs",
-}
-RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, complete and check a recipe; ConfigError, with the line, before anything runs. An override reads `learner.lr=1e-3`."""
-    path = Path(path)
-    document = config.load(path, overrides, short={"prompts": "path"})
-    given = document.data
-    _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS])
-    for key in ("model", "prompts", "objectives"):
-        if given.get(key) is None:
-            raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
-    _check_shape(document)
-    _anchor(document, path.resolve().parent)
-    task = _build_task(document)
-    with document.at("method"):
-        method = METHODS.build(_named(given.get("method"), "experts"))
-    with document.at("learner"):
-        learner = LEARNERS.build(_named(given.get("learner"), "pg"))
-    task.check()
-    with document.at("preferences"):
-        preferences = _preferences(given.get("preferences"), task.objectives.names)
-    root = Path(given["output"])
-    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, preferences=preferences)
-
-
-def _preferences(given: Any, names: Sequence[str]) -> int | tuple[tuple[float, ...], ...] | None:
-    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
-        return given
-    if not isinstance(given, list) or not given or not all(isinstance(row, list | dict) for row in given):
-        raise ConfigError(
-            "preferences: is a number of points per edge, or a list of weights",
-            found=repr(given),
-            remedy="for example preferences: 11, or preferences: [[1, 0], [0.5, 0.5], [0, 1]]",
-        )
-    return tuple(Preference.of(names, row).weights for row in given)
-
-
-def _named(given: Any, default: str) -> Any:
-    """What is built where a recipe says nothing, or gives settings without a name."""
-    return {"name": default, **given} if isinstance(given, dict) else given or default
-
-
-def _check_shape(document: config.Document) -> None:
-    """Prompts are a mapping, objectives a list of mappings with usable names, the seed a number; short forms are written in full."""
-    given = document.data
-    if isinstance(given["prompts"], str):
-        given["prompts"] = {"path": given["prompts"]}
-    with document.at("prompts"):
-        if not isinstance(given["prompts"], dict):
-            raise ConfigError("prompts: is a file, or its settings", found=repr(given["prompts"]), remedy="write prompts: prompts.jsonl")
-    _known("prompts", document, [f.name for f in fields(PromptSource)], "prompts")
-    example = "write a list: - {name: brief, use: length}"
-    with document.at("objectives"):
-        specs = given["objectives"]
-        if not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
-            raise ConfigError("objectives: is a list of objectives", found=f"a {type(specs).__name__}", remedy=example)
-    for place, spec in enumerate(specs):
-        with document.at("objectives", place):
-            if not re.fullmatch(r"[^\s,=]+", _name_of(spec)):
-                raise ConfigError("the name of an objective has no space, comma or =", found=repr(_name_of(spec)), remedy=example)
-    with document.at("seed"):
-        if not isinstance(given.get("seed", 0), int) or isinstance(given.get("seed"), bool):
-            raise ConfigError("the seed is a whole number", found=repr(given["seed"]), remedy="for example seed: 0")
-
-
-def _known(what: str, document: config.Document, keys: Sequence[str], *place: str) -> None:
-    here = document.data[place[0]] if place else document.data
-    for key in here:
-        if key not in keys:
-            with document.at(*place, key):
-                raise ConfigError(f"{what} has the keys that it declares", found=repr(key), remedy=nearest(key, keys))
-
-
-def _build_task(document: config.Document) -> RecipeTask:
-    """The task, with its objectives and prompts looked at one by one so that a complaint says where."""
-    given = document.data
-    try:
-        task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
-    except ConfigError as error:
-        rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
-        named = rule.partition(":")[0].partition(",")[0].split(".")
-        where = f" ({document.where(*named)})" if named[0] in given else ""
-        raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
-    with document.at("model"):
-        check_pretrained(task.model)
-    for place, spec in enumerate(given["objectives"]):
-        with document.at("objectives", place):
-            objective = _objective(spec)
-            check_callable(_name_of(spec), objective, None)
-            objective.check()
-    with document.at("prompts"):
-        assert task.prompt_source.splits
-    return task
-
-
-def _anchor(document: config.Document, folder: Path) -> None:
-    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one."""
-
-    def absolute(text: Any, *place: str | int, always: bool = True) -> Any:
-        if not isinstance(text, str):
-            return text
-        typed = any(place[:depth] in document.overridden for depth in range(1, len(place) + 1))
-        path = Path(os.path.normpath((Path.cwd() if typed else folder) / Path(text).expanduser()))
-        return str(path) if always or text.startswith((".", "/", "~")) or path.exists() else text
-
-    given, prompts = document.data, document.data["prompts"]
-    given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
-    given["output"] = absolute(given.get("output") or str(folder / "runs"), "output")
-    of_files = prompts.get("dataset") is None
-    for key in ("path", "test") if of_files else ("dataset",):
-        if key in prompts:
-            prompts[key] = absolute(prompts[key], "prompts", key, always=of_files)
-    for place, spec in enumerate(given["objectives"]):
-        if isinstance(spec.get("use"), str) and ":" in spec["use"]:
-            file, _, function = spec["use"].rpartition(":")
-            spec["use"] = f"{absolute(file, 'objectives', place, 'use')}:{function}"
-            continue
-        known = spec.get("use") in list(OBJECTIVES)
-        for key, kind in getattr(OBJECTIVES[spec["use"]], "places", {}).items() if known else ():
-            if key in spec:
-                spec[key] = absolute(spec[key], "objectives", place, key, always=kind == "path")

@@ -1,0 +1,1 @@
+"""Evaluation: what a family of policies is worth, and why."""

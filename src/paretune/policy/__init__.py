@@ -1,0 +1,1 @@
+"""Policies: a model whose adapters are mixed under gates; sampling, scoring, saving."""

@@ -1,0 +1,215 @@
+"""A policy: one model, one bank of adapters, and the level at which the adapters are combined; and a family of them on disk.
+
+The levels themselves stand in `mixing/`. Every policy answers the same call, with a gate per row of the batch and adapter:
+
+    logits_NTV = policy.forward(ids_NT, attention_mask=mask, gates_NK=gates)
+
+which is `combine(parts(...), gates)`. Parts are expensive; at the logit and hidden levels they do not depend on the gates, so that one
+computation of them serves many preferences. A softmax over V of the result is the policy; rows of logits are defined up to a constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from paretune.errors import ConfigError
+from paretune.policy.lora.bank import LoraBank
+from paretune.registry import Registry
+from paretune.tasks.base import Task
+
+__all__ = ["LEVELS", "Policy", "build_level", "build_policy"]
+
+LEVELS = Registry("mixing level", "paretune.policy.mixing")
+
+
+class Policy(ABC):
+    """What samples text and scores tokens. `registered_name` (also `level`) names the class in LEVELS."""
+
+    registered_name: ClassVar[str]
+    version: ClassVar[int]
+    parts_need_gates: ClassVar[bool] = False
+    one_forward: ClassVar[bool] = False  # True: parts are the logits of one forward of the model
+
+    def __init__(self, bank: LoraBank, tokenizer: Any):
+        self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
+        self.eos_ids = _eos_ids(self.model, tokenizer)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad_id = int(self.eos_ids[0] if pad is None else pad)
+        self._headless = False
+
+    @property
+    def level(self) -> str:
+        return self.registered_name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the level's constructor was given beside bank and tokenizer: JSON, written into the family's file."""
+        return {}
+
+    @property
+    def K(self) -> int:
+        return self.bank.count
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def copies(self) -> int:
+        """Rows of the model's batch (and of the cache) per row of the policy's."""
+        return 1
+
+    @property
+    def forwards_per_token(self) -> float:
+        return float(self.copies)
+
+    def parameters(self) -> list[Tensor]:
+        """What a training of this policy trains: the bank's trainable tensors, and what a level has beside them."""
+        return self.bank.parameters()
+
+    def commit(self) -> None:  # noqa: B027
+        """Write into the bank's adapters what was trained in their place; most levels train the adapters themselves."""
+
+    def save_extra(self, folder: Path) -> None:  # noqa: B027
+        """Write into `folder` what the level has learned beside adapters; most have nothing."""
+
+    def load_extra(self, folder: Path) -> None:  # noqa: B027
+        """Read it back."""
+
+    @property
+    def extra_positions(self) -> int:
+        """Tokens that the policy itself puts before each prompt."""
+        return 0
+
+    @abstractmethod
+    def parts(
+        self,
+        input_ids_NT: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        gates_NK: Tensor | None = None,
+        last_only: int = False,
+    ) -> Tensor:
+        """What the model must compute. At the parameter level the gates must be given; elsewhere they are not looked at.
+
+        `attention_mask` is (N, cached + T), 1 for real tokens, or a (N or 1, 1, T, cached + T) mask: bool (True may be looked at) or
+        additive. `position_ids` default to counting the real tokens; a 4-D mask needs them given. `cache` comes from `new_cache`
+        and grows. `last_only` keeps the last position alone (a number: that many of the last).
+        """
+
+    @abstractmethod
+    def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
+        """(N, T, V) logits of the mixture: cheap."""
+
+    def forward(
+        self,
+        input_ids_NT: Tensor,
+        *,
+        gates_NK: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        last_only: int = False,
+    ) -> Tensor:
+        """(N, T, V) logits; `gates_NK=None` is the reference at every level (its cache then has N rows)."""
+        if gates_NK is None:
+            with self.bank.gates(None):
+                return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
+        gates_NK = torch.as_tensor(gates_NK, device=self.device)
+        if gates_NK.shape[:-1] not in {input_ids_NT.shape[:1], input_ids_NT.shape} or gates_NK.shape[-1] != self.K:
+            raise ConfigError(
+                "a policy takes one row of gates per row of the batch, one column per adapter",
+                found=f"gates {tuple(gates_NK.shape)} for a batch {tuple(input_ids_NT.shape)} and {self.K} adapters",
+                remedy="repeat each prompt's gates for each of its samples",
+            )
+        parts = self.parts(input_ids_NT, attention_mask, position_ids, cache=cache, gates_NK=gates_NK, last_only=last_only)
+        if last_only and gates_NK.dim() == 3:
+            gates_NK = gates_NK[:, -int(last_only) :]
+        return self.combine(parts, gates_NK)
+
+    def new_cache(self, n_rows: int) -> Any:
+        """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    @property
+    def splits_head(self) -> bool:
+        """Whether the head is the model's own, the same for all rows: then logits may be made of the states piece by piece."""
+        adapted = any(layer.module is self.model.get_output_embeddings() for layer in self.bank.layers)
+        return self.one_forward and self.model.base_model is not self.model and not adapted
+
+    @contextlib.contextmanager
+    def headless(self) -> Iterator[None]:
+        """Within, a forward gives the states that the head is given, (N, T, H), instead of logits; `trunk.run_head` goes on from there."""
+        assert self.splits_head
+        self._headless = True
+        try:
+            yield
+        finally:
+            self._headless = False
+
+    def _inputs(self, copies: int, ids_NT: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[str, Any]:
+        """The model's keyword arguments, every row repeated `copies` times, block by block."""
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask is not None and mask.dim() == 4:
+            assert positions is not None, "a 4-D mask does not say the positions"
+            if not mask.is_floating_point():  # attention implementations read a bool mask differently; all read an additive one alike
+                mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask.bool(), torch.finfo(self.model.dtype).min)
+            mask = mask.to(self.model.dtype)
+        elif positions is None:
+            if mask is None:
+                positions = torch.arange(past, past + ids_NT.shape[1], device=ids_NT.device).expand_as(ids_NT)
+            else:
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        if copies > 1:
+            ids_NT = ids_NT.repeat(copies, 1)
+            positions = positions.repeat(copies, 1) if positions is not None and positions.shape[0] > 1 else positions
+            mask = mask.repeat(copies, *[1] * (mask.dim() - 1)) if mask is not None and mask.shape[0] > 1 else mask
+        return {
+            "input_ids": ids_NT,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+
+    def _logits(self, inputs: dict[str, Any], last_only: int) -> Tensor:
+        """The model's own logits; only those of the last `last_only` positions are computed; 0 is all."""
+        if self._headless:
+            return self.model.base_model(**inputs).last_hidden_state[:, -int(last_only) :]
+        return self.model(**inputs, logits_to_keep=int(last_only)).logits
+
+
+def build_level(level: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
+    """The policy of a level, given as its name or as {"name": ..., setting: value, ...}."""
+    settings = {"name": level} if isinstance(level, str) else dict(level)
+    return LEVELS[settings.pop("name")](bank, tokenizer, **settings)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response: those of the generation settings, then the tokenizer's."""
+    found: list[int] = []
+    for given in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        for number in given if isinstance(given, (list, tuple)) else [given]:
+            if number is not None and int(number) not in found:
+                found.append(int(number))
+    if not found:
+        raise ConfigError(
+            "a policy needs to know how a response ends", found="no EOS id in the model or tokenizer", remedy="set tokenizer.eos_token"
+        )
+    return tuple(found)
+
+
+def build_policy(task: Task, level: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
+    """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_level`."""
+    model, tokenizer = task.load()
+    return build_level(level, LoraBank.load(model, adapters), tokenizer)

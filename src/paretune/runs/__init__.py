@@ -1,0 +1,1 @@
+"""Runs: suites, recipes, jobs and workers, and the run directory."""

@@ -1,0 +1,283 @@
+"""The run directory: published once, never changed, and nothing lost however a run ends.
+
+    ROOT/artifacts/<TrainSpec.key>/   a training   spec.json env.json ledger.json train.jsonl adapter_* DONE
+    ROOT/cells/<cell key>/            a result     cell.json env.json ledger.json curve.npz DONE
+    ROOT/artifacts/.wip-<key>/        the same while it is made, with checkpoint/ (and FAILED.json where it failed)
+    ROOT/suites/<name>.json  ROOT/logs/jobs/*.json  ROOT/logs/worker-*.log
+    ROOT/.lock  ROOT/.workers         held by the one process that writes here, and by its workers
+
+Publishing hashes every file into DONE, forces all of it to the disk, and renames the directory. A process that is killed leaves
+either a `.wip-` directory, which readers do not see and the next run resumes, or a published one. A `.wip-` directory that already
+holds a DONE was killed just before the rename: the next run checks the hashes and renames it, and trains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import BusyError, StoreError
+from paretune.files import ASIDE, _sha256, _sync, _write, disk_errors, write_json
+from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import canonical_json, key_of
+
+__all__ = ["ARTIFACTS", "CELLS", "CELL_SPEC", "Store"]
+
+ARTIFACTS, CELLS = "artifacts", "cells"
+
+
+KINDS = (ARTIFACTS, CELLS)
+
+
+WIP = ".wip-"
+
+
+DONE, FAILED, CHECKPOINT = "DONE", "FAILED.json", "checkpoint"
+
+
+NAMED_BY = {ARTIFACTS: "spec.json", CELLS: "cell.json"}  # the file that a directory's key is computed from
+
+
+CELL_SPEC = ("method", "task", "learner", "seed", "evaluation")  # the entries of cell.json that make its key
+
+
+WAIT_FOR_WORKERS = 5.0  # seconds that the workers of a killed run get to disappear
+
+
+class Store:
+    """One run directory. Readers need no lock; whoever writes holds `lock()`."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    # Reading
+
+    def artifact(self, key: str) -> Artifact | None:
+        """The published training `key`, or None. Raises StoreError where its spec cannot be read."""
+        folder = self._published(ARTIFACTS, key)
+        if folder is None:
+            return None
+        try:
+            spec = TrainSpec.from_json(_read_json(folder / "spec.json"))
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                "a training says what it is", found=f"{folder / 'spec.json'}: {error!r}", remedy="run `paretune check`"
+            ) from error
+        return Artifact(key=key, path=folder, spec=spec)
+
+    def cell(self, key: str) -> Path | None:
+        """The directory of the published result `key`, or None."""
+        return self._published(CELLS, key)
+
+    def published(self, kind: str) -> list[str]:
+        """Keys of everything published, sorted. `kind` is ARTIFACTS or CELLS."""
+        return sorted(d.name for d in _folders(self.root / kind) if not d.name.startswith(".") and (d / DONE).is_file())
+
+    def failures(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Key -> what FAILED.json says, of everything whose last attempt failed."""
+        wips = [d for d in _folders(self.root / kind) if d.name.startswith(WIP) and (d / FAILED).is_file()]
+        return {d.name.removeprefix(WIP): _read_json(d / FAILED) for d in sorted(wips)}
+
+    def check(self) -> list[str]:
+        """Hash everything published again: one line per problem, each naming a file. An empty list means that all is well."""
+        problems = []
+        for kind in KINDS:
+            for folder in sorted(_folders(self.root / kind)):
+                if not folder.name.startswith("."):
+                    problems += [f"{kind}/{folder.name}/{problem}" for problem in _problems(folder, NAMED_BY[kind])]
+        return problems
+
+    # Writing
+
+    @contextlib.contextmanager
+    def lock(self, *, patience: float | None = None) -> Iterator[Store]:
+        """Be the only writer; finishes what a killed run had all but published. Raises BusyError naming the process that writes.
+
+        `patience` is how many seconds the workers of a killed run get to disappear, by default 5.
+        """
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the end of the block)
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise BusyError(
+                    "one process writes to a run directory",
+                    found=f"process {handle.read().strip() or 'unknown'} works on {self.root}",
+                    remedy="wait for it, stop it, or give another --root",
+                ) from None
+            with disk_errors(self.root):
+                handle.truncate(0)
+                handle.write(f"{os.getpid()}\n")
+                handle.flush()
+                self._await_workers(WAIT_FOR_WORKERS if patience is None else patience)
+                for kind in KINDS:
+                    for wip in _folders(self.root / kind):
+                        if wip.name.startswith(WIP):
+                            self.recover(wip.name.removeprefix(WIP), kind)
+            yield self
+
+    @contextlib.contextmanager
+    def worker_lock(self) -> Iterator[None]:
+        """Held by a worker for as long as it lives, so that the next run can tell when the workers of a killed one are gone."""
+        with open(self.root / ".workers", "a", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield
+
+    def begin(self, key: str, kind: str = ARTIFACTS) -> Path:
+        """The directory to make `key` in: new, or as the last attempt left it. An old FAILED.json is removed."""
+        final, wip = self._final(kind, key), self._wip(kind, key)
+        if final.exists() and not (final / DONE).is_file():
+            raise StoreError(
+                "a directory without DONE was not published here",
+                found=str(final),
+                remedy="remove it, or copy it again with its DONE file",
+            )
+        with disk_errors(self.root):
+            wip.mkdir(parents=True, exist_ok=True)
+            (wip / FAILED).unlink(missing_ok=True)
+        return wip
+
+    def recover(self, key: str, kind: str = ARTIFACTS) -> None:
+        """Finish a publication that was cut short after DONE was written, if there is one."""
+        wip, final = self._wip(kind, key), self._final(kind, key)
+        with disk_errors(self.root):
+            if (final / DONE).is_file():
+                shutil.rmtree(wip, ignore_errors=True)
+            elif (wip / DONE).is_file():
+                if _problems(wip, NAMED_BY[kind]):
+                    (wip / DONE).unlink()  # a power cut: not all of it had reached the disk
+                else:
+                    self._finish(wip, final)
+
+    def publish(self, wip: Path) -> Path:
+        """Hash, write DONE, force to disk, rename; the checkpoint goes. Returns the final directory.
+
+        Raises StoreError where the disk is full; what was made stays in `wip`, and publishing it again goes on from there.
+        """
+        assert wip.name.startswith(WIP), wip
+        final = wip.with_name(wip.name.removeprefix(WIP))
+        with disk_errors(self.root):
+            (wip / FAILED).unlink(missing_ok=True)
+            for aside in wip.rglob(ASIDE + "*"):
+                aside.unlink()
+            files = sorted(p for p in wip.rglob("*") if p.is_file() and _listed(p.relative_to(wip)))
+            for file in files:
+                _sync(file)
+            hashes = {p.relative_to(wip).as_posix(): _sha256(p) for p in files}
+            for folder in {p.parent for p in files}:
+                _sync(folder)
+            _write(wip / DONE, _done_text(hashes))
+            return self._finish(wip, final)
+
+    def fail(self, kind: str, key: str, record: Mapping[str, Any]) -> None:
+        """Leave FAILED.json beside the checkpoint, so that the report can say why and the next run tries again."""
+        with disk_errors(self.root):
+            self._wip(kind, key).mkdir(parents=True, exist_ok=True)
+            write_json(self._wip(kind, key) / FAILED, record)
+
+    def _finish(self, wip: Path, final: Path) -> Path:
+        if (final / DONE).is_file():  # the same key is the same content: the first one stays
+            shutil.rmtree(wip)
+            return final
+        shutil.rmtree(wip / CHECKPOINT, ignore_errors=True)
+        os.replace(wip, final)
+        _sync(final.parent)
+        return final
+
+    def has_workers(self) -> bool:
+        """Is there a worker that holds `worker_lock`, on whatever machine the file system's locks reach?"""
+        with open(self.root / ".workers", "a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False  # closing the file releases it
+
+    def _await_workers(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while self.has_workers():
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    "the workers of an earlier run are gone before the next one starts",
+                    found=f"one still works on {self.root}",
+                    remedy="end it (ps shows it as paretune.runs.local, or under Ray as ray::Worker), or give another --root",
+                )
+            time.sleep(0.05)
+
+    def _published(self, kind: str, key: str) -> Path | None:
+        folder = self._final(kind, key)
+        return folder if (folder / DONE).is_file() else None
+
+    def _final(self, kind: str, key: str) -> Path:
+        assert kind in KINDS, kind
+        return self.root / kind / key
+
+    def _wip(self, kind: str, key: str) -> Path:
+        return self._final(kind, WIP + key)
+
+
+def _listed(name: Path) -> bool:
+    return name.parts[0] not in (DONE, FAILED, CHECKPOINT) and not name.name.startswith(ASIDE)
+
+
+def _done_text(hashes: Mapping[str, str]) -> str:
+    """The content of DONE: file -> sha256, and a hash of that, so that a damaged DONE is known as such."""
+    return canonical_json({"files": hashes, "sha256": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}) + "\n"
+
+
+def _problems(folder: Path, named_by: str) -> list[str]:
+    """What differs from what was published, each as "file: what is wrong"."""
+    try:
+        text = (folder / DONE).read_text(encoding="utf-8")
+        hashes: dict[str, str] = dict(json.loads(text)["files"])
+        whole = text == _done_text(hashes)
+    except FileNotFoundError:
+        return [f"{DONE}: missing, so this was not published here"]
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        return [f"{DONE}: damaged"]
+    problems = []
+    for name, expected in sorted(hashes.items()):
+        try:
+            if _sha256(folder / name) != expected:
+                problems.append(f"{name}: the content is not what was published")
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+    found = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
+    problems += [f"{name}: added after publishing" for name in sorted(found) if _listed(name) and name.as_posix() not in hashes]
+    key = folder.name.removeprefix(WIP)
+    if not problems and _key_inside(folder / named_by) != key:
+        problems.append(f"{named_by}: describes something else than {key}")
+    return problems
+
+
+def _key_inside(path: Path) -> str | None:
+    """The key that follows from the description in the file: all of spec.json, some entries of cell.json."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        return key_of({name: described[name] for name in CELL_SPEC} if path.name == NAMED_BY[CELLS] else described)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [d for d in parent.iterdir() if d.is_dir()] if parent.is_dir() else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError("the run directory can be read", found=f"{path}: {error}", remedy="run `paretune check` on it") from error

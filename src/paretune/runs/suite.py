@@ -1,0 +1,393 @@
+"""Whole runs: `task`, `method` and `fit` for a notebook, `run_suite` for methods x tasks x seeds.
+
+A suite is a YAML file; `suite_file` says what stands in it. Every cell of it is named by everything that it depends on, so that suites
+that overlap share cells, and a suite that is run again, or was killed, computes only what is missing. Trainings are shared between all
+methods that need the same. What failed is tried again by the next run.
+
+The YAML file of a suite: its schema, and the cells that it stands for.
+
+    name: quick                                   # also the name of ROOT/suites/<name>.json
+    about: every method at three correlations     # optional
+    tasks:
+      - {name: exact-v1, rho: [0.8, 0.0, -0.8]}   # one task per value; several lists give their product, in the order written
+    learner: {name: exact, steps: 100}
+    methods: [reference, {name: experts, mixer: [parameter, logit]}]   # lists as in tasks
+    seeds: [100, 101]      # the seed of every training, and of every task that has a `seed` field
+    splits: [train, test]  # default: both
+    samples: 64            # per preference and split, where a task is not exact
+    tune: {learner.lr: [1e-3, 1e-1, log]}   # for `paretune tune` alone
+
+A plain name stands for {name: ...}. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
+field, write the entry twice. Every combination of a task, a seed and a method is a *cell*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune.errors import ConfigError, nearest
+from paretune.files import disk_errors, write_json
+from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
+from paretune.runs.display import Display, display
+from paretune.runs.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
+from paretune.runs.local import Executor, Here, Workers, cpus
+from paretune.runs.plan import Member, Schedule, next_wave
+from paretune.runs.ray import PATIENCE, Ray, RayWorkers
+from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
+from paretune.training.cost import as_if_alone, read_cost
+
+if TYPE_CHECKING:
+    from paretune.methods.base import Method
+    from paretune.policy.family import Family
+    from paretune.tasks.base import Task
+    from paretune.training.learner import Learner
+import collections.abc
+import copy
+import itertools
+import types
+import typing
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
+
+from paretune.runs.config import Document, load
+from paretune.runs.jobs import evaluation_settings
+from paretune.types import key_of
+
+__all__ = ["Row", "Suite", "Summary", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
+
+EXECUTORS = ("local", "here", "ray")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training or cell of a run. `status`: "done" before, "new" from this run, "failed" (see `message`), or "planned"."""
+
+    key: str
+    label: str
+    status: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, or would do. `trainings` are distinct; a dry run knows those of each plan's next wave."""
+
+    suite: str
+    root: str
+    cells: tuple[Row, ...]
+    trainings: tuple[Row, ...]
+    seconds: float
+
+    def count(self, status: str) -> int:
+        """Cells with this status."""
+        return sum(row.status == status for row in self.cells)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in (*self.trainings, *self.cells) if row.status == "failed"]
+
+    @property
+    def trained(self) -> int:
+        return sum(row.status == "new" for row in self.trainings)
+
+    @property
+    def reused(self) -> int:
+        return sum(row.status == "done" for row in self.trainings)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "trained": self.trained, "reused": self.reused, "failed": len(self.failed)}
+
+    def text(self) -> str:
+        """For people: what is planned, or what happened."""
+        planned = [row for row in (*self.trainings, *self.cells) if row.status == "planned"]
+        if planned:
+            lines = [f"{row.status:8} {kind} {row.key} {row.label}" for kind, row in self._rows()]
+            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these"])
+        done = self.count("new") + self.count("done")
+        lines = [
+            f"suite {self.suite}: {done} of {len(self.cells)} cells ({self.count('done')} were there), "
+            f"{self.trained} trained, {self.reused} reused, {len(self.failed)} failed, {self.seconds:.0f} s"
+        ]
+        lines += [f"failed {kind} {row.key} {row.label}: {row.message.splitlines()[0]}" for kind, row in self._rows() if row in self.failed]
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, Row]]:
+        return [("training", row) for row in self.trainings] + [("cell", row) for row in self.cells]
+
+
+def task(name: str, **dials: Any) -> Task:
+    """The task `name` with these dials: `task("exact-v1", rho=-0.8)`."""
+    return TASKS.build({"name": name, **dials})
+
+
+def method(name: str, **fields: Any) -> Method:
+    """The method `name` with these hyperparameters: `method("experts", mixer="logit")`."""
+    return METHODS.build({"name": name, **fields})
+
+
+def fit(
+    task: Task | str | Mapping[str, Any],
+    method: Method | str | Mapping[str, Any],
+    *,
+    learner: Learner | str | Mapping[str, Any] = "pg",
+    root: str | Path = "runs",
+    seed: int = 0,
+    workers: int | None = 0,
+    executor: str | Ray | None = None,
+    progress: bool = True,
+) -> Family:
+    """Train what the method needs and is not yet in `root`, in this process (workers=0) or several; returns the family of policies.
+
+    `executor` is as for `run_suite`; without it, `workers` decides.
+
+    The family's `meta["ledger"]` says what the trainings cost, and `meta["trainings"]` their keys. Raises what made a training fail;
+    others that finished are kept, and calling again goes on from the last checkpoint.
+    """
+    chosen = TASKS.build(task) if isinstance(task, str | Mapping) else task
+    member = Member("", "", chosen, _whole(METHODS, method), _whole(LEARNERS, learner), seed)
+    member.label = f"{label_of(describe(member.method), METHODS)} on {label_of(describe(chosen), TASKS)}"
+    store = Store(root)
+
+    def failed(_: Member, error: Mapping[str, Any], cause: BaseException | None) -> None:
+        if cause is not None and "training" not in error:  # the plan itself
+            raise cause
+        where = store.root / ARTIFACTS / (WIP + str(error.get("training"))) / FAILED
+        raise as_error(error, str(where)) from cause
+
+    tasks, who = Tasks(), _executor(executor or ("local" if workers else "here"), workers or None)
+    tasks.put(chosen)
+    with _lock(store, who), _running(store, who, workers or None, tasks, cells=0, show=progress) as (runner, shown):
+        Schedule(store, runner, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
+    family = member.method.policy(member.task, member.learner, member.done, seed)
+    costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
+    ledger = as_if_alone([[costs[key] for key in wave] for wave in member.waves])
+    family.meta["ledger"] = {kind: cost.to_json() for kind, cost in ledger.items()}
+    family.meta["trainings"] = list(member.done)
+    return family
+
+
+def run_suite(
+    suite: str | Path | Mapping[str, Any],
+    root: str | Path,
+    *,
+    workers: int | None = None,
+    executor: str | Ray = "local",
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+) -> Summary:
+    """Compute every cell of the suite that `root` does not hold yet; `overrides` read `learner.steps=20`.
+
+    `executor` is "local" (worker processes of one thread each, by default one per CPU), "here" (this process), or "ray" or a `Ray` with
+    its settings (a cluster; by default as many workers as fit on its machines). A failure becomes a FAILED.json and stops only the cells
+    that need what failed. `dry_run` only says what would be done. Raises ConfigError before anything runs, BusyError, StoreError where
+    the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
+    """
+    began = time.monotonic()
+    who = _executor(executor, workers)
+    checked, document = load_suite(suite, overrides)
+    members = members_of(checked, document)
+    store = Store(root)
+    if dry_run:
+        return _planned(checked, store, members, began)
+    with _lock(store, who):
+        with disk_errors(store.root):
+            (store.root / "suites").mkdir(exist_ok=True)
+            labels = {member.key: member.label for member in members}
+            write_json(store.root / "suites" / f"{checked.name}.json", {"format": 1, "suite": checked.model_dump(), "cells": labels})
+        return _run(checked, store, members, began, who=who, workers=workers, progress=progress)
+
+
+def _run(
+    suite: Suite, store: Store, members: Sequence[Member], began: float, *, who: str | Ray, workers: int | None, progress: bool
+) -> Summary:
+    """With the store's lock held."""
+    rows = {member.key: Row(member.key, member.label, "done") for member in members}
+    todo = [member for member in members if store.cell(member.key) is None]
+
+    def ready(member: Member) -> Job:
+        return cell_job(store, member.spec, member.label, member.waves)
+
+    def failed(member: Member, error: Mapping[str, Any], _: BaseException | None) -> None:
+        store.fail(CELLS, member.key, error)
+        rows[member.key] = Row(member.key, member.label, "failed", str(error["message"]))
+
+    def done(member: Member) -> None:
+        rows[member.key] = Row(member.key, member.label, "new")
+
+    with _running(store, who, workers, Tasks(), cells=len(todo), show=progress) as (runner, shown):
+        schedule = Schedule(store, runner, shown, on_ready=ready, on_failed=failed, on_done=done)
+        schedule.run(todo)
+    labels = {key: training_label(spec) for key, spec in schedule.specs.items()}
+    trainings = [Row(key, labels[key], "done") for key in schedule.reused]
+    trainings += [Row(key, labels[key], "new") for key in schedule.trained]
+    trainings += [Row(key, labels[key], "failed", str(error["message"])) for key, error in schedule.broken.items()]
+    return Summary(suite.name, str(store.root), tuple(rows.values()), tuple(trainings), time.monotonic() - began)
+
+
+def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float) -> Summary:
+    """What a run would do, as far as it can be known without training."""
+    cells, trainings = [], {}
+    for member in members:
+        if store.cell(member.key) is not None:
+            cells.append(Row(member.key, member.label, "done"))
+            continue
+        try:
+            while not member.waiting and (wave := next_wave(member)):
+                member.waves.append(list(wave))
+                for key, spec in wave.items():
+                    artifact = store.artifact(key)
+                    trainings[key] = Row(key, training_label(spec), "done" if artifact else "planned")
+                    if artifact is None:
+                        member.waiting.add(key)
+                    else:
+                        member.done[key] = artifact
+            cells.append(Row(member.key, member.label, "planned"))
+        except Exception as error:
+            cells.append(Row(member.key, member.label, "failed", str(error)))
+    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began)
+
+
+def _executor(given: str | Ray, workers: int | None) -> str | Ray:
+    """Checked, with the settings of Ray written out."""
+    if workers is not None and workers < 1:
+        raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
+    if isinstance(given, str) and given not in EXECUTORS:
+        raise ConfigError("jobs are run by a known executor", found=repr(given), remedy=nearest(given, EXECUTORS))
+    who = Ray() if given == "ray" else given
+    if isinstance(who, Ray):
+        who.check()
+    return who
+
+
+def _lock(store: Store, who: str | Ray) -> contextlib.AbstractContextManager[Store]:
+    return store.lock(patience=PATIENCE) if isinstance(who, Ray) else store.lock()
+
+
+@contextlib.contextmanager
+def _running(
+    store: Store, who: str | Ray, workers: int | None, tasks: Tasks, *, cells: int, show: bool
+) -> Iterator[tuple[Executor, Display]]:
+    """An executor and what shows its work. On Ctrl-C the workers are stopped before the message appears."""
+    count = 1 if who == "here" else workers or cpus()
+    with display(show=show, cells=cells, side_by_side=count) as shown:
+        executor: Executor
+        if isinstance(who, Ray):
+            executor = RayWorkers(store, who, workers, display=shown)
+        elif who == "local":
+            executor = Workers(store, count, on_progress=shown.progress)
+        else:
+            executor = Here(tasks=tasks, on_progress=shown.progress)
+        try:
+            with executor:
+                yield executor, shown
+        except KeyboardInterrupt:
+            message = f"stopped; finished work and checkpoints are kept in {store.root}: the same command goes on from there"
+            shown.note(message)
+            raise KeyboardInterrupt(message) from None
+
+
+def _whole(registry: Registry, given: Any) -> Any:
+    """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
+    return registry.build(given if isinstance(given, str | Mapping) else describe(given))
+
+
+Entry = Annotated[dict[str, Any], BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
+
+
+class Suite(BaseModel):
+    """The schema of the YAML file; see the module's docstring."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="use letters, digits, dots, dashes and underscores")
+    about: str = ""
+    tasks: list[Entry] = Field(min_length=1, description="for example tasks: [{name: exact-v1, rho: [0.8, -0.8]}]")
+    learner: Entry = Field(default={"name": "pg"}, description="for example learner: {name: exact, steps: 100}")
+    methods: list[Entry] = Field(min_length=1, description="for example methods: [reference, experts]")
+    seeds: list[StrictInt] = Field(min_length=1, description="for example seeds: [100, 101]")
+    splits: list[Literal["train", "test"]] = Field(default=["train", "test"], min_length=1, description="train, test or both")
+    samples: int = Field(default=64, ge=1, description="a whole number of at least 1")
+    tune: dict[str, Any] | None = Field(default=None, exclude=True, description="for example tune: {learner.lr: [1e-3, 1e-1, log]}")
+
+
+def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Suite, Document]:
+    """The checked suite, and where everything in it stands. Raises ConfigError with file and line."""
+    if isinstance(given, str | Path):
+        document = load(given, overrides)
+    else:
+        document = Document(copy.deepcopy(dict(given)), "the suite")
+        for text in overrides:
+            document.override(text)
+    return document.validate(Suite), document
+
+
+def members_of(suite: Suite, document: Document) -> list[Member]:
+    """One per distinct cell: task entries, then seeds, then methods, in the order written. Everything is built and thereby checked."""
+    with document.at("learner"):
+        learner = LEARNERS.build(suite.learner)
+    methods = [one for place, entry in enumerate(suite.methods) for one in _built(METHODS, entry, document, "methods", place)]
+    evaluation = evaluation_settings(suite.splits, suite.samples)
+    members: dict[str, Member] = {}
+    for place, entry in enumerate(suite.tasks):
+        for task, seed in _tasks(entry, suite.seeds, document, place):
+            for method in methods:
+                spec: dict[str, Any] = {"method": describe(method), "task": describe(task), "learner": describe(learner)}
+                spec |= {"seed": seed, "evaluation": evaluation}
+                label = f"{label_of(spec['method'], METHODS)} on {label_of(spec['task'], TASKS)}"
+                label += f", seed {seed}" if "seed" not in spec["task"] else ""
+                members.setdefault(key_of(spec), Member(key_of(spec), label, task, method, learner, seed, spec=spec))
+    return list(members.values())
+
+
+def expand(registry: Registry, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries that an entry with lists stands for; see the module's docstring."""
+    cls = registry[str(entry.get("name", ""))]
+    hints = typing.get_type_hints(cls)
+    choices = []
+    for name, value in entry.items():
+        varies = isinstance(value, list) and name in hints and not _takes_list(hints[name])
+        if varies and not value:
+            raise ConfigError("a list of values has at least one", found=f"{name}: []", remedy="give a value, or leave the field out")
+        choices.append([(name, one) for one in (value if varies else [value])])
+    return [dict(chosen) for chosen in itertools.product(*choices)]
+
+
+def _built(registry: Registry, entry: Mapping[str, Any], document: Document, *place: str | int) -> list[Any]:
+    with document.at(*place):
+        return [registry.build(one) for one in expand(registry, entry)]
+
+
+def _tasks(entry: Mapping[str, Any], seeds: Sequence[int], document: Document, place: int) -> list[tuple[Any, int]]:
+    """(task, seed) for every value and seed; a task without a `seed` field is one instance for all seeds."""
+    with document.at("tasks", place):
+        seeded = any(f.name == "seed" and f.init for f in dataclasses.fields(TASKS[str(entry.get("name", ""))]))
+        if seeded and "seed" in entry:
+            raise ConfigError(
+                "the seeds of a suite's tasks stand under seeds:",
+                found=f"seed: {entry['seed']}",
+                remedy="move it to seeds:, which all tasks share",
+            )
+        found = []
+        for one in expand(TASKS, entry):
+            fixed = None if seeded else TASKS.build(one)
+            found += [(TASKS.build({**one, "seed": seed}) if seeded else fixed, seed) for seed in seeds]
+        return found
+
+
+def _takes_list(hint: Any) -> bool:
+    """True where a value of the declared type can be written as a list."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _takes_list(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes_list(one) for one in typing.get_args(hint))
+    kind = origin or hint
+    return hint is Any or (isinstance(kind, type) and issubclass(kind, collections.abc.Collection) and kind not in (str, bytes, dict))

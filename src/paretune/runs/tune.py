@@ -1,0 +1,354 @@
+"""Hyperparameters of a learner and a method, searched with Optuna on validation preferences.
+
+    plan = read_plan("recipe.yaml", ["learner.samples=6400"])        # a recipe, or a suite with one method
+    found = tune(plan, trials=20, metric="worst")
+    print(found.yaml())
+
+What is searched stands in the file, under `tune:`. A list is a choice; a list that ends in `log` or `linear` is a range:
+
+    tune: {learner.lr: [1e-4, 1e-2, log], learner.rank: [8, 16, 32], method.effort: [1, 4, linear]}
+
+A trial is trained and measured on one cell (a task and a seed) after the other, and given up when the mean so far is below the median of
+the earlier trials at that place. Where there is one cell only, a training of a quarter of the budget comes before it. Scores are on
+training prompts at seeded preferences that are not judged ones; tasks with judged seeds are refused. Everything is on disk, in
+ROOT/tune/<name>/: a run that was killed goes on where it was, with the same trials, and trains nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import yaml
+
+from paretune.errors import ConfigError, ParetuneError, TrainingError, nearest
+from paretune.files import write_json
+from paretune.methods.search.samplers import load_optuna, quiet
+from paretune.registry import LEARNERS, METHODS, describe
+from paretune.runs.store import ARTIFACTS, Store
+from paretune.runs.suite import fit
+from paretune.runs.tune_space import Plan, read_plan
+from paretune.seeds import generator, seed_for
+from paretune.tasks.preferences import spread_preferences
+from paretune.training.cost import Cost, read_cost, then
+from paretune.types import canonical_json, key_of
+
+if TYPE_CHECKING:
+    from paretune.tasks.base import Task
+
+__all__ = ["METRICS", "Plan", "Trial", "Tuning", "read_plan", "tune", "validation_preferences"]
+
+METRICS = ("worst", "mean", "hypervolume")
+SPLIT = "train"  # test prompts are for judging
+FIRST_RUNG = 0.25  # of the budget, where there is one cell only
+EARLIER = 4  # trials that have been at a place before one is given up there
+RANDOM = 6  # trials before Optuna's model of what was good is asked
+PREFERENCES = 8  # for two objectives; twice as many for more
+ROUNDED = 3  # significant digits of what is drawn from a range
+SCORE = 1  # raise when measuring the same family would give other scores
+
+Say = Callable[[str], None]
+
+
+def validation_preferences(count: int, *, seed: int) -> np.ndarray:
+    """(W, M) seeded preferences, spread over the simplex and away from the judged ones."""
+    return spread_preferences(generator(seed, "validation preferences"), PREFERENCES if count == 2 else 2 * PREFERENCES, count)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, counted from 1: `state` is "done", "pruned" or "failed" (see `message`); `value` is its score so far, or None."""
+
+    number: int
+    values: dict[str, Any]
+    state: str
+    value: float | None
+    cells: int  # trained and measured, of those of the plan
+    cost: Cost
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a search found. `cost` counts each training once, those of pruned trials too; `folder` holds it all."""
+
+    plan: Plan
+    metric: str
+    folder: Path
+    trials: tuple[Trial, ...]
+    cost: Cost
+
+    @cached_property
+    def best(self) -> Trial:
+        done = [trial for trial in self.trials if trial.state == "done" and trial.value is not None]
+        if not done:
+            why = next((trial.message for trial in self.trials if trial.message), "all were given up")
+            raise ParetuneError(
+                "a search ends with a trial that was trained and measured",
+                found=f"none of {len(self.trials)}: {why.splitlines()[0]}",
+                remedy="run `paretune fit` with these settings to see why, or ask for more trials",
+            )
+        return max(done, key=lambda trial: trial.value or 0.0)  # the first of equals
+
+    def yaml(self) -> str:
+        """Lines for a recipe or a suite: the best settings."""
+        learner, method = self.plan.settings(self.best.values)
+        entries = {"learner": learner, **({"method": method} if self.plan.is_recipe else {"methods": [method]})}
+        lines = [f"# {self.summary()}"]
+        for key, entry in entries.items():
+            text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip()
+            lines.append(f"{key}: {text}")
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        best, states = self.best, [trial.state for trial in self.trials]
+        return (
+            f"{self.metric} {best.value:.4g} in trial {best.number} of {len(states)} ({states.count('pruned')} pruned, "
+            f"{states.count('failed')} failed); all of them cost {self.cost.samples:,} samples, {self.cost.tokens:,} tokens, "
+            f"{self.cost.seconds:.0f} s and {self.cost.validation_samples:,} validation samples"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        learner, method = self.plan.settings(self.best.values)
+        return {
+            "format": 1,
+            "metric": self.metric,
+            "folder": str(self.folder),
+            "best": {"trial": self.best.number, "value": self.best.value, "learner": learner, "method": method},
+            "trials": [{**asdict(trial), "cost": trial.cost.to_json()} for trial in self.trials],
+            "cost": self.cost.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What one family is worth on one cell, and what that took."""
+
+    values: dict[str, float | None]  # per metric
+    trainings: tuple[str, ...]
+    validation: Cost
+
+
+class _Scores:
+    """Fits and measures, once for each setting and cell; what was measured is kept in ROOT/tune/scores."""
+
+    def __init__(self, plan: Plan, root: Path, *, seed: int, workers: int, progress: bool):
+        self._plan, self._root, self._workers, self._seed, self._progress = plan, root, workers, seed, progress
+        self.folder = root / "tune" / "scores"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, task: Task, method: Any, learner: Any, seed: int) -> _Score:
+        w_WM = validation_preferences(task.objectives.count, seed=self._seed)
+        samples = None if task.is_exact else self._plan.samples
+        about = {"task": describe(task), "method": describe(method), "learner": describe(learner), "seed": seed, "version": SCORE}
+        path = self.folder / f"{key_of({**about, 'preferences': w_WM.tolist(), 'samples': samples})}.json"
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            return _Score(known["values"], tuple(known["trainings"]), Cost.from_json(known["validation"]))
+        from paretune.evaluation.evaluate import evaluate
+
+        family = fit(task, method, learner=learner, root=self._root, seed=seed, workers=self._workers, progress=self._progress)
+        measured = evaluate(task, family, w_WM=w_WM, splits=(SPLIT,), samples=samples or 1, seed=self._seed)
+        drawn = 0 if samples is None else samples * (len(w_WM) + 1)  # and once for the reference
+        cost = measured.cost.then(Cost(validation_samples=drawn))
+        score = _Score(_values(measured.metrics["splits"][SPLIT]), tuple(family.meta["trainings"]), cost)
+        record = {"values": score.values, "trainings": list(score.trainings), "validation": cost.to_json()}
+        write_json(path, record)
+        return score
+
+    def cost(self, scores: Sequence[_Score]) -> Cost:
+        """Every training once."""
+        keys = dict.fromkeys(key for score in scores for key in score.trainings)
+        trained = then(read_cost(Store(self._root).root / ARTIFACTS / key) for key in keys)
+        return trained.then(then(score.validation for score in scores))
+
+
+def _values(split: Mapping[str, Any]) -> dict[str, float | None]:
+    """Shares of the possible gain where the optimum is known, else gains on the reference in units of return."""
+    volume = split["hypervolume"]
+    known: Mapping[str, Any] | None = split["attainment"]
+    if known is not None:
+        return {"worst": known["worst"], "mean": known["mean"], "hypervolume": volume["share"]}
+    gains = [one["value"] for one in split["gain"]["per_preference"]]
+    worst = None if None in gains else min(gains)
+    return {"worst": worst, "mean": split["gain"]["mean"]["value"], "hypervolume": volume["value"]}
+
+
+def tune(
+    plan: Plan,
+    *,
+    trials: int = 20,
+    metric: Literal["worst", "mean", "hypervolume"] = "worst",
+    root: str | Path | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    prune: bool = True,
+    say: Say | None = None,
+) -> Tuning:
+    """Run trials until there are `trials` in all, of this run and earlier ones with the same settings.
+
+    The metric of a trial is its mean over cells: of the worst, or the mean, over validation preferences of the attainment (of the gain,
+    where the optimum is not known), or of the hypervolume. The first trial is the file's own settings. The same seed gives the same
+    trials. `say` gets a line per trial, and with it trainings show how far they are. Raises BusyError where another process works on the
+    same search.
+
+    Source: Optuna (Akiba et al. 2019), its TPE sampler, and its median rule for giving up.
+    Differs: a trial's numbers depend on the seed, its place and the trials before it, not on how often a run was interrupted. The median
+        rule compares means over the same cells, of all trials that came so far.
+    Hides: the best of many trials is partly luck: measure it again on other seeds. A quarter of a budget favours fast learning. The last
+        digits of a GPU can change which trials follow. A training that failed is not in the cost.
+    """
+    optuna = load_optuna(otherwise="")
+    if metric not in METRICS:
+        raise ConfigError("a search climbs one metric", found=repr(metric), remedy=nearest(metric, METRICS))
+    if trials < 1:
+        raise ConfigError("a search has at least one trial", found=f"trials = {trials}", remedy="20 is a start")
+    folder = Path(root or plan.root) / "tune" / f"{plan.name}-{_key(plan, metric, seed, prune)[:8]}"
+    scores = _Scores(plan, Path(root or plan.root), seed=seed, workers=workers, progress=say is not None)
+    with Store(folder).lock(), quiet(optuna):
+        search = _Search(plan, _study(optuna, folder), scores, metric=metric, seed=seed, prune=prune)
+        while len(search.finished) < trials:
+            trial = search.run()
+            if say is not None:
+                say(f"trial {trial.number} of {trials}: {_shown(trial, metric)}")
+        found = search.result(folder)
+        write_json(folder / "ledger.json", found.cost.to_json())
+        write_json(folder / "tuning.json", found.to_json())
+    return found
+
+
+def _shown(trial: Trial, metric: str) -> str:
+    value = "" if trial.value is None else f", {metric} {trial.value:.4g}"
+    settings = " ".join(f"{path}={value}" for path, value in trial.values.items())
+    return f"{settings} {trial.state}{value}" + (f": {trial.message.splitlines()[0]}" if trial.message else "")
+
+
+def _key(plan: Plan, metric: str, seed: int, prune: bool) -> str:
+    """Names a search: everything that its trials depend on, but not how many there are."""
+    return key_of(
+        {
+            "cells": [[describe(task), cell_seed] for task, cell_seed in plan.cells],
+            "learner": describe(LEARNERS.build(plan.learner)),
+            "method": describe(METHODS.build(plan.method)),
+            "space": [dimension.to_json() for dimension in plan.space],
+            "search": [metric, seed, prune, plan.samples, SCORE],
+        }
+    )
+
+
+def _study(optuna: Any, folder: Path) -> Any:
+    """The search as Optuna stored it, with what a killed process left put in order; the caller holds the folder's lock."""
+    journal = folder / "optuna.log"
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if journal.exists() and not (text := journal.read_bytes()).endswith(b"\n"):
+        journal.write_bytes(text[: text.rfind(b"\n") + 1])  # a line that was not written to its end
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    study = optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # asked for again, and the same is drawn
+    return study
+
+
+class _Search:
+    """One study: asks for a trial, runs it over the stages, and tells how it went. Optuna's FAIL marks trials that were interrupted."""
+
+    def __init__(self, plan: Plan, study: Any, scores: _Scores, *, metric: str, seed: int, prune: bool):
+        self.plan, self.study, self.scores, self.metric = plan, study, scores, metric
+        self._optuna, self._seed, self._prune = load_optuna(), seed, prune
+        self._states = self._optuna.trial.TrialState
+        rung = [(FIRST_RUNG, *plan.cells[0])] if prune and len(plan.cells) == 1 and _scales(plan.learner) else []
+        self.stages = [*rung, *((1.0, task, cell_seed) for task, cell_seed in plan.cells)]
+
+    @property
+    def finished(self) -> list[Any]:
+        """The trials that count, in their order."""
+        return list(self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE, self._states.PRUNED)))
+
+    def run(self) -> Trial:
+        place, own = len(self.finished), self._own()
+        if not place and own is not None and not self.study.get_trials(deepcopy=False, states=(self._states.WAITING,)):
+            self.study.enqueue_trial(own)
+        self.study.sampler = self._optuna.samplers.TPESampler(seed=seed_for(self._seed, "tune", place) % 2**32, n_startup_trials=RANDOM)
+        trial = self.study.ask()
+        values = {
+            dimension.path: dimension.suggest(trial, digits=ROUNDED if place or own is None else None) for dimension in self.plan.space
+        }
+        seen: list[_Score] = []
+        state, value, message = "failed", None, ""
+        try:
+            state, value = self._stages(trial, values, seen)
+        except (TrainingError, ConfigError) as error:
+            if isinstance(error, ConfigError) and not place and own is not None:
+                raise  # the file's own settings
+            message = str(error)
+        cost = self.scores.cost(seen)
+        notes = {"values": values, "state": state, "value": value, "message": message, "stages": len(seen), "cost": cost.to_json()}
+        trial.set_user_attr("trial", notes | {"scores": [asdict(score) for score in seen]})
+        if state == "done":
+            self.study.tell(trial, value)
+        else:
+            self.study.tell(trial, state=self._states.PRUNED)
+        return self._trial(place + 1, self.finished[-1])
+
+    def _stages(self, trial: Any, values: Mapping[str, Any], seen: list[_Score]) -> tuple[str, float | None]:
+        """The state and the value that a trial ends with; `seen` gets the score of every stage."""
+        given = self.plan.settings(values)
+        learner, method = LEARNERS.build(given[0]), METHODS.build(given[1])
+        full: list[float] = []
+        mean: float | None = None
+        for step, (effort, task, seed) in enumerate(self.stages):
+            seen.append(self.scores.of(task, method, learner.scaled(effort), seed))
+            value = seen[-1].values[self.metric]
+            if value is None:
+                raise TrainingError(
+                    "a trial can be scored", found=f"{self.metric} is unknown on {task.registered_name}", remedy="look at the objectives"
+                )
+            full += [value] if effort == 1 else []
+            mean = statistics.fmean(full) if full else value
+            trial.report(mean, step)
+            earlier = [other.intermediate_values[step] for other in self.finished if step in other.intermediate_values]
+            below = len(earlier) >= EARLIER and mean < statistics.median(earlier)
+            if self._prune and below and step + 1 < len(self.stages):
+                return "pruned", mean
+        return "done", mean
+
+    def _own(self) -> dict[str, Any] | None:
+        """The file's own settings as Optuna's parameters, where they lie in the space."""
+        built = {"learner": LEARNERS.build(self.plan.learner), "method": METHODS.build(self.plan.method)}
+        found = {}
+        for dimension in self.plan.space:
+            part, _, name = dimension.path.partition(".")
+            parameter = dimension.parameter(getattr(built[part], name))
+            if parameter is None:
+                return None
+            found[dimension.path] = parameter
+        return found
+
+    def _trial(self, number: int, stored: Any) -> Trial:
+        notes = stored.user_attrs["trial"]
+        cost, cells = Cost.from_json(notes["cost"]), max(0, notes["stages"] - (len(self.stages) - len(self.plan.cells)))
+        return Trial(number, notes["values"], notes["state"], notes["value"], cells, cost, notes["message"])
+
+    def result(self, folder: Path) -> Tuning:
+        scores = {
+            canonical_json(one): _Score(one["values"], tuple(one["trainings"]), Cost.from_json(one["validation"]))
+            for stored in self.finished
+            for one in stored.user_attrs["trial"]["scores"]
+        }
+        rows = tuple(self._trial(number, stored) for number, stored in enumerate(self.finished, start=1))
+        return Tuning(self.plan, self.metric, folder, rows, self.scores.cost(list(scores.values())))
+
+
+def _scales(entry: Mapping[str, Any]) -> bool:
+    """Whether the learner says what a part of its budget is."""
+    try:
+        LEARNERS.build(entry).scaled(FIRST_RUNG)
+    except ConfigError:
+        return False
+    return True

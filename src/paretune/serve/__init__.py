@@ -1,0 +1,1 @@
+"""Serving: a family of policies for others, as files."""

@@ -1,0 +1,250 @@
+"""One preference of a family as files that transformers, PEFT and vLLM load: a merged checkpoint, or one plain LoRA adapter.
+
+    export(family, "helpful-70", {"helpful": 0.7, "brief": 0.3})                   a whole model, merged in float32
+    export(family, "helpful-70-lora", "helpful=.7,brief=.3", kind="adapter")       the exact change, its rank grown
+
+What is written computes what the family computes at that preference. Where no single set of weights does, nothing is written and an
+error says why: a mixture of predictions or hidden states is one set of weights only where one expert has it alone. The folder has a
+README.md (a model card) and paretune.json, the same for machines. It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretune.errors import ConfigError, StoreError, nearest
+from paretune.files import is_disk_full
+from paretune.hub import is_local
+from paretune.policy.base import Policy
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import soup_weight
+from paretune.policy.mixing.hidden import HiddenLayerMix
+from paretune.policy.mixing.parameter import MergedMix, RoutedMix
+from paretune.policy.mixing.predictions import RobustMix
+from paretune.policy.mixing.prompted import PromptedMix
+from paretune.serve.model_card import Exported, model_card, record
+from paretune.types import Preference
+
+__all__ = ["KINDS", "Weights", "export", "single_weights"]
+
+KINDS = ("merged", "adapter")
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD = "2GB"  # of a merged checkpoint: what is in memory beside the model
+EXPERTS = "it mixes the experts' {}, which no single set of weights computes"
+WHY = {
+    "logit": EXPERTS.format("predictions token by token"),
+    "divergence": EXPERTS.format("predictions token by token"),
+    "hidden": EXPERTS.format("hidden states"),
+    "hidden-layer": EXPERTS.format("hidden states"),
+    "robust": "it chooses the worst weights near the preference anew for every token",
+    "routed": "its router sets the gates anew for every token",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The one set of weights of a family at a preference: the base model and `how` its adapters change it.
+
+    `how` is "delta" (the exact soup), "factor", "merge" (TIES or DARE: dense) or "base" (no change). `prefix` are ids of tokens that stand
+    before every prompt.
+    """
+
+    how: str
+    gates_K: Tensor
+    prefix: tuple[int, ...] = ()
+
+
+def export(
+    family: Family,
+    out: str | Path,
+    preference: Preference | Mapping[str, float] | Sequence[float] | str,
+    *,
+    kind: str = "merged",
+    dtype: str | None = None,
+    shard: str = SHARD,
+    results: str | Path | None = None,
+) -> Exported:
+    """Write the family's policy at `preference` into the new folder `out`, as "merged" or "adapter".
+
+    `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case.
+    `results` is the family's folder or a run directory: measurements of this family found there go onto the card. The family stays
+    as it is, and beside it no more than one shard of a checkpoint is in memory (see `_write_model` for the exception).
+    """
+    out = Path(out)
+    for what, given, known in (("kind of export", kind, KINDS), ("dtype", dtype or DTYPES[0], DTYPES)):
+        if given not in known:
+            raise ConfigError(f"a {what} is one of {', '.join(known)}", found=repr(given), remedy=nearest(given, known))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("an export is written into a new folder", found=f"{out} exists", remedy="choose another name, or remove it")
+    if isinstance(preference, Preference):
+        preference = dict(zip(preference.names, preference.weights, strict=True))
+    asked = Preference.of(family.objectives.names, preference)
+    weights = single_weights(family, asked.w_M)
+    if kind == "adapter" and weights.how in ("base", "merge"):
+        found = "the reference alone" if weights.how == "base" else 'level "merged", whose changes are dense: they have no low rank'
+        raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
+    aside = out.resolve().with_name(f".wip-{out.resolve().name}")
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+        raise ConfigError("an export is written where a folder can be made", found=found, remedy="choose another --out") from error
+    try:
+        rank = _write(family.policy, weights, aside, kind, getattr(torch, dtype) if dtype else None, shard, family.base)
+        stored = dtype or str(family.policy.model.dtype if kind == "merged" else torch.float32).removeprefix("torch.")
+        made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix)
+        gates = weights.gates_K.tolist() if weights.how != "base" else []
+        facts = record(family, made, how=weights.how, gates=gates, results=results)
+        (aside / "paretune.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(model_card(family, made, facts), encoding="utf-8")
+        os.replace(aside, out)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_disk_full(error):
+            remedy = "free some space and export again; `--as adapter` needs little"
+            raise StoreError("an export has room on its disk", found=f"{out.parent}: {error}", remedy=remedy) from error
+        raise
+    return made
+
+
+def single_weights(family: Family, w_M: np.ndarray) -> Weights:
+    """The set of weights that computes what the family does at a preference. Raises ConfigError where there is none."""
+    policy, rule = family.policy, family.rule
+    constant = getattr(getattr(rule, "features", None), "kind", "") == "none"
+    if hasattr(rule, "prompt_gates") and not constant:
+        raise _no_single(policy, f"rule {rule.registered_name!r} sets the gates anew for every prompt")
+    gates = family.gates(np.asarray(w_M)[None])[0]
+    gates_K = torch.from_numpy(gates).float().to(policy.device)
+    if policy.level == "reference" or not policy.bank.layers:
+        return Weights("base", gates_K)
+    if isinstance(policy, PromptedMix):
+        return Weights("delta", torch.ones(1, device=policy.device), tuple(policy.prefix(gates_K[None])[0].tolist()))
+    if isinstance(policy, MergedMix):
+        return Weights("merge", gates_K)
+    if policy.level == "factor":
+        return Weights("factor", gates_K)
+    if policy.level == "parameter" or _one_expert(policy, gates):
+        return Weights("delta", gates_K)
+    why = WHY.get(policy.level, f"it is a level that Paretune does not know, {type(policy).__name__}")
+    raise _no_single(policy, f"level {policy.level!r}: {why}")
+
+
+def _one_expert(policy: Policy, gates: np.ndarray) -> bool:
+    """Whether a level that mixes otherwise than weights is, at these gates, its soup: one expert alone has a gate, and it is 1."""
+    if isinstance(policy, HiddenLayerMix) and policy.layer == 0:
+        return True
+    if policy.level not in WHY or (isinstance(policy, RobustMix) and policy.radius > 0):
+        return False
+    own = gates[: policy.settings["experts"]] if isinstance(policy, RoutedMix) else gates
+    return bool(np.allclose(np.sort(own), np.eye(len(own))[-1], rtol=0, atol=1e-9))
+
+
+def _no_single(policy: Policy, found: str) -> ConfigError:
+    vertex = "" if policy.level in ("parameter", "robust") else "a preference that one expert alone answers can be exported; for others, "
+    remedy = f'{vertex}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
+    soup = (
+        "; the same experts averaged (mixer: parameter) can, too, for what such a soup is worth"
+        if policy.level in ("logit", "hidden")
+        else ""
+    )
+    return ConfigError(
+        "an export is one set of weights", found=found, remedy=f"{remedy} exported{soup}; `paretune sample` uses this family as it is"
+    )
+
+
+def _write(
+    policy: Policy, weights: Weights, folder: Path, kind: str, dtype: torch.dtype | None, shard: str, base: Mapping[str, Any]
+) -> int | None:
+    """The weights and what is loaded with them; returns the rank of an adapter."""
+    if kind == "adapter":
+        name = base.get("model")
+        hub = name if name is not None and not is_local(name) else None
+        return policy.bank.export(weights.gates_K, folder, how=weights.how, dtype=dtype, base=hub)
+    with torch.inference_mode(False), torch.no_grad():
+        _write_model(policy, _merged(policy, weights), folder, dtype or policy.model.dtype, shard)
+    policy.tokenizer.save_pretrained(folder)
+    return None
+
+
+def _merged(policy: Policy, weights: Weights) -> dict[str, Callable[[], Tensor]]:
+    """Name of a parameter of the base model -> what makes its merged value, in float32 or wider."""
+    if weights.how == "base":
+        return {}
+    if isinstance(policy, MergedMix):
+        return {f"{layer.name}.weight": functools.partial(policy.merged_weight, layer, weights.gates_K) for layer in policy.bank.layers}
+    make = functools.partial(soup_weight, weights_K=weights.gates_K, how=weights.how)
+    return {f"{layer.name}.weight": functools.partial(make, layer) for layer in policy.bank.layers}
+
+
+class _Merging(dict[str, Tensor]):
+    """The base model's parameters by name. Who takes one out gets it merged and in the wanted dtype, made at that moment."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], merged: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype):
+        super().__init__(tensors)
+        self._merged, self._dtype = merged, dtype
+        self.waiting, self.bytes = set(merged), 0
+
+    def value(self, name: str, tensor: Tensor) -> Tensor:
+        made = self._merged[name]() if name in self.waiting else tensor
+        self.waiting.discard(name)
+        made = made.to(self._dtype) if made.is_floating_point() else made
+        self.bytes += made.nbytes
+        return made
+
+    def pop(self, name: str) -> Tensor:  # type: ignore[override]
+        return self.value(name, super().pop(name))
+
+
+def _write_model(policy: Policy, merged: Mapping[str, Callable[[], Tensor]], folder: Path, dtype: torch.dtype, shard: str) -> None:
+    """The model by its own `save_pretrained`, which takes its parameters out of a dict shard by shard.
+
+    It does not where a checkpoint's names differ from the model's: it rebuilds the dict then, so everything is merged before.
+    """
+    model, tensors = policy.model, _plain_state(policy)
+    state = _Merging(tensors, merged, dtype)
+    places: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        places.setdefault(tensor.data_ptr(), []).append(name)
+    untied = [name for names in places.values() if len(names) > 1 for name in names if name in merged]
+    for name in untied:  # a head that is tied to the embeddings, and has an adapter of its own
+        state[name] = state.value(name, state[name])
+    as_named = getattr(model, "_weight_conversions", None) == []
+    if not as_named:
+        state = _Merging({name: state.value(name, tensor) for name, tensor in state.items()}, {}, dtype)
+    settings = {"max_shard_size": shard, "save_original_format": not as_named}
+    model.save_pretrained(folder, state_dict=state, **settings)
+    if state.waiting:
+        raise AssertionError(f"{len(state.waiting)} parameters were written without their change, such as {min(state.waiting)}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config") or {}):
+        part |= {"dtype": str(dtype).removeprefix("torch."), **({"tie_word_embeddings": False} if untied else {})}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed["metadata"]["total_size"] = state.bytes
+        index.write_text(json.dumps(listed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _plain_state(policy: Policy) -> dict[str, Tensor]:
+    """The base model's parameters and buffers under the names that they have without adapters."""
+    plain, layers = {}, {layer.name for layer in policy.bank.layers}
+    for name, tensor in policy.model.state_dict().items():
+        owner, wrapped, leaf = name.partition(".base_layer.")
+        if wrapped and owner in layers:
+            plain[f"{owner}.{leaf}"] = tensor
+        elif name.partition(".lora_")[0] not in layers:
+            plain[name] = tensor
+    return plain

@@ -1,0 +1,228 @@
+"""What an export says of itself: paretune.json for machines, and README.md, a model card with the commands that load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from paretune.hub import is_local
+from paretune.registry import describe
+from paretune.runs.store import CELLS, Store
+
+if TYPE_CHECKING:
+    from paretune.policy.family import Family
+
+__all__ = ["MEASURED", "VLLM_RANKS", "Exported", "known_results", "model_card", "record", "vllm_rank"]
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank; an adapter of any lower rank is served under it
+MEASURED = "measured.json"  # beside family.json: what `paretune fit` measured
+PACKAGES = ("paretune", "torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: `kind` is "merged" or "adapter", `rank` an adapter's; `prefix` are ids that stand before every prompt."""
+
+    path: Path
+    kind: str
+    preference: dict[str, float]
+    rank: int | None
+    dtype: str
+    prefix: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path), "max_lora_rank": vllm_rank(self.rank)}
+
+
+def vllm_rank(rank: int | None) -> int | None:
+    """The smallest --max-lora-rank under which vLLM serves an adapter of this rank; None where there is none."""
+    return None if rank is None else next((known for known in VLLM_RANKS if known >= rank), None)
+
+
+def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], results: str | Path | None) -> dict[str, Any]:
+    """The content of paretune.json."""
+    policy, meta = family.policy, family.meta
+    base = dict(family.base)
+    commit = getattr(policy.model.config, "_commit_hash", None)
+    if "model" in base:
+        local = is_local(base["model"])
+        name = Path(base["model"]).name if local else base["model"]
+        base = {"model": name, "revision": base.get("revision") or commit, "local": local}
+    return {
+        "format": 1,
+        "kind": made.kind,
+        "preference": made.preference,
+        "how": how,
+        "level": policy.level,
+        "rule": describe(family.rule)["name"],
+        "gates": dict(zip(policy.bank.names, gates, strict=True)),
+        "rank": made.rank,
+        "dtype": made.dtype,
+        "prefix_ids": list(made.prefix),
+        "prefix_text": policy.tokenizer.decode(list(made.prefix)) if made.prefix else "",
+        "base": base,
+        "method": meta.get("method"),
+        "seed": meta.get("seed"),
+        "trainings": meta.get("trainings", []),
+        "measured": known_results(family, list(made.preference.values()), results),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def known_results(family: Family, w_M: Sequence[float], results: str | Path | None) -> dict[str, Any] | None:
+    """What was measured of this very family nearest to a preference: by `paretune fit`, else by a suite in the run directory; or None.
+
+    {"at": weights, "split", "by", then "returns", "rewards", "kl" and, on exact tasks, "attainment"}
+    """
+    if results is None:
+        return None
+    folder = Path(results)
+    if (folder / MEASURED).is_file():
+        found = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+        return _nearest(family, w_M, found["preferences"], found["measured"], found["split"], f"{found['samples']} responses")
+    root = folder.parent.parent if (folder / "family.json").is_file() else folder
+    trained, store = set(family.meta.get("trainings", ())), Store(root)
+    for key in store.published(CELLS) if trained else ():
+        cell = json.loads((root / CELLS / key / "cell.json").read_text(encoding="utf-8"))
+        if set(cell["trainings"]) == trained and cell["method"] == family.meta.get("method"):
+            metrics = cell["metrics"]
+            split = "test" if "test" in metrics["splits"] and not metrics["exact"] else next(iter(metrics["splits"]))
+            count = "exactly" if metrics["exact"] else f"{cell['evaluation']['samples']} responses"
+            return _nearest(family, w_M, metrics["preferences"], metrics["splits"][split], split, f"{count}, result {key}")
+    return None
+
+
+def _nearest(
+    family: Family, w_M: Sequence[float], known_WM: list[list[float]], measured: Mapping[str, Any], split: str, by: str
+) -> dict[str, Any]:
+    place = int(((np.asarray(known_WM) - np.asarray(w_M)) ** 2).sum(1).argmin())
+    names = family.objectives.names
+    found: dict[str, Any] = {"at": dict(zip(names, known_WM[place], strict=True)), "split": split, "by": by}
+    for what in ("returns", "rewards"):
+        if measured.get(what) is not None:
+            found[what] = dict(zip(names, measured[what][place], strict=True))
+    for what in ("kl", "attainment"):
+        if measured.get(what) is not None:
+            found[what] = measured[what]["per_preference"][place]
+    return found
+
+
+def model_card(family: Family, made: Exported, facts: Mapping[str, Any]) -> str:
+    """The content of README.md. Its Python runs where the export lies in the folder that Python runs in."""
+    method = (facts["method"] or {}).get("name", "a method of its own")
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in made.preference.items())
+    card = family.meta.get("card") or {}
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(made, facts), sort_keys=False)}---\n\n# {made.path.name}\n",
+        f"One policy of a family that was trained under {len(made.preference)} objectives: the one for **{weights}**. It comes from method "
+        f"`{method}`{': ' + card['summary'] if card.get('summary') else ''}.\n",
+        *([_measured(facts["measured"], family.objectives.names)] if facts["measured"] else []),
+        _loading(made, facts),
+        _provenance(made, facts),
+        *([f"What the method hides: {card['hides']}.\n"] if card.get("hides") else []),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(made: Exported, facts: Mapping[str, Any]) -> dict[str, Any]:
+    base = facts["base"].get("model")
+    named = {"base_model": base, "base_model_relation": "adapter" if made.kind == "adapter" else "finetune"}
+    return {
+        **(named if base is not None and not facts["base"]["local"] else {}),
+        "library_name": "peft" if made.kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["paretune", "multi-objective", "reinforcement-learning", *(["lora"] if made.kind == "adapter" else [])],
+    }
+
+
+def _measured(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    at = ", ".join(f"{name} {weight:.3g}" for name, weight in found["at"].items())
+    what = [key for key in ("rewards", "returns") if key in found]
+    lines = [f"## Measured\n\nAt {at} (the nearest preference that was measured), {found['split']} prompts, {found['by']}:\n"]
+    lines += [f"| objective | {' | '.join(what)} |", f"|---|{'---|' * len(what)}"]
+    lines += [f"| {name} | {' | '.join(_number(found[key][name]) for key in what)} |" for name in names]
+    more = [f"{_number(found[key])} {text}" for key, text in (("kl", "nats of KL"), ("attainment", "attainment")) if key in found]
+    return "\n".join([*lines, "", f"With {' and '.join(more)}." if more else "", ""])
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
+
+
+def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
+    here, base = f"./{made.path.name}", facts["base"]
+    model = f'"{"./" if base["local"] else ""}{base["model"]}"' if "model" in base else None
+    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if made.kind == "merged":
+        lines += [
+            f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
+        ]
+    elif model is not None:
+        lines[1:1] = ["from peft import PeftModel"]
+        revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
+        lines += [
+            f'base = AutoModelForCausalLM.from_pretrained({model}{revision}, dtype="auto")',
+            f'model = PeftModel.from_pretrained(base, "{here}")',
+            f"tokenizer = AutoTokenizer.from_pretrained({model}{revision})",
+        ]
+    else:
+        lines = ["import torch", "from peft import PeftModel", "from paretune.policy.family import load_base", ""]
+        lines += [f"base, tokenizer = load_base({base!r})", f'model = PeftModel.from_pretrained(base, "{here}")']
+    ids = 'tokenizer("your prompt")["input_ids"]'
+    start = f"{list(made.prefix)} + {ids}" if made.prefix else ids
+    lines += [
+        f"input_ids = torch.tensor([{start}])",
+        "with torch.no_grad():",
+        "    answer = model.generate(input_ids=input_ids, max_new_tokens=8, do_sample=True, top_k=0)",
+        "print(tokenizer.decode(answer[0, input_ids.shape[1] :]))",
+    ]
+    parts = ["## Use\n", *(_prefix(facts) if made.prefix else []), "```python", *lines, "```", "", *_vllm(made, model)]
+    return "\n".join(parts) + "\n"
+
+
+def _prefix(facts: Mapping[str, Any]) -> list[str]:
+    return [
+        f"This policy reads the preference: before every prompt, a chat's template included, stand the tokens `{facts['prefix_ids']}` "
+        f"(`{facts['prefix_text']}`). Give engines token ids, so that the text before the prompt is not tokenised otherwise.\n"
+    ]
+
+
+def _vllm(made: Exported, model: str | None) -> list[str]:
+    if made.kind == "merged":
+        return ["```bash", f"vllm serve ./{made.path.name}", "```"]
+    limit = vllm_rank(made.rank)
+    if limit is None:
+        return [f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {made.rank}: export it merged for vLLM."]
+    base = (model or '"the base model"').strip('"')
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {made.path.name}=./{made.path.name}"
+    said = f"Its rank is {made.rank}; vLLM's `--max-lora-rank` takes {', '.join(map(str, VLLM_RANKS))}, and has to be at least that."
+    return [said, "", "```bash", command, "```"]
+
+
+def _provenance(made: Exported, facts: Mapping[str, Any]) -> str:
+    base = facts["base"]
+    named = f"`{base['model']}`" + (f" at revision `{base['revision']}`" if base.get("revision") else "") if "model" in base else ""
+    gates = ", ".join(f"{name} {gate:.6g}" for name, gate in facts["gates"].items())
+    how = {
+        "delta": "the exact weighted sum of what the adapters add",
+        "factor": "the adapters' factors averaged separately",
+        "merge": "a TIES or DARE merge of what the adapters add",
+        "base": "nothing: the base model itself",
+    }[facts["how"]]
+    lines = [
+        f"- base model: {named or 'task `' + json.dumps(base.get('task')) + '`'}",
+        f"- change: {how}" + (f"; gates {gates}" if gates else ""),
+        f"- method: `{json.dumps(facts['method'])}`, seed {facts['seed']}; rule `{facts['rule']}`, level `{facts['level']}`",
+        *([f"- trainings: {', '.join(f'`{key}`' for key in facts['trainings'])}"] if facts["trainings"] else []),
+        f"- stored as {made.dtype}" + (f", rank {made.rank}" if made.rank else "; merged in float32"),
+        f"- versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",
+    ]
+    return "\n".join(["## Provenance\n", *lines, "", "The licence of the base model holds for this too.", ""])

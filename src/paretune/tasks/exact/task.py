@@ -1,0 +1,425 @@
+"""Exact tasks: a real causal LM whose every response can be enumerated, so that the true Pareto front is known.
+
+Regularised return of objective k: J_k = mean over prompts of (E[r_k] - beta * KL(pi || pi_ref)), KL over whole responses in nats.
+For a preference w the optimum of w . J is pi*_w(y|x) proportional to pi_ref(y|x) exp(w . r(x, y) / beta): the front is closed form.
+
+`exact-v1` with its default dials is the judged family. Task seeds 0-9 are for development, 100-109 for judging.
+
+The dials, verified when the rewards are first built (a task that misses one raises TaskError):
+
+    rho              correlation of every pair of objectives under the reference, mean over prompts, within 0.03; the prompts
+                     are split so that training and test prompts differ as little from it as 500 seeded splits allow
+    objective_count  M, 2 to 8; rho is at least -1/(M-1)
+    interaction      how much neighbouring symbols matter to each other in the rewards (stopping, squashing and the language
+                     itself couple symbols too, so token-by-token mixing is not exact even at 0)
+    strength         nats from the reference to each objective's own optimum
+
+and those of `tasks.dials`, off by default:
+
+    scale            objective_1 has this times the spread of each other objective, within 1 %. Ranges are sqrt(scale) and
+                     1 / sqrt(scale), beta stays: the strength of objective_1 grows, that of the others shrinks
+    sparse           the last objective pays 0 or one payoff, and pays at this rate under the reference, mean over prompts, within 10 %
+                     of it; rho then holds for the scores whose best responses pay, because the correlation of a rare event with
+                     anything is small; `verified` has both
+    noise            `observe`, which learners call, adds Gaussian noise of this times the objective's spread, from named seeds, within
+                     10 %; `score`, `rewards_PRM`, the front and every exact number, a search's too, stay without noise
+    context          a prompt that begins with the first letter of the alphabet has correlation rho + context, one that begins with
+                     the second rho - context, each within 0.03; half of each split, so that what is learned on training
+                     prompts holds on test prompts. `contexts` says which is which, `features` has the letters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.special import logsumexp
+
+from paretune.errors import TaskError
+from paretune.objectives.base import score_all
+from paretune.registry import TASKS
+from paretune.seeds import generator
+from paretune.tasks.base import Task
+from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, sample_language
+from paretune.tasks.exact.rewards import (
+    CONTEXTS,
+    add_noise,
+    choose_prompts,
+    correlations,
+    correlations_P,
+    factors,
+    fields,
+    mix_to_correlation,
+    pays_rarely,
+    spreads,
+    stretch,
+    verify_noise,
+)
+from paretune.tasks.exact.tree import PrefixTree, TreeInputs
+from paretune.types import Front, Objectives, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ExactTask", "Forward"]
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input_ids (P, T), additive mask (1, 1, T, T), position_ids (P, T)) -> logits (P, T, V)."""
+
+SPLITS = ("train", "test")
+MARGIN = 0.01  # the reference point lies this share of the front's range below its nadir
+
+
+@TASKS.register("exact-v1")
+@dataclass(frozen=True)
+class ExactTask(Task):
+    """A task whose front is known in closed form; see the module's docstring for the dials."""
+
+    rho: float = 0.0
+    objective_count: int = 2
+    interaction: float = 1.0
+    strength: float = 0.58
+    beta: float = 0.15
+    alphabet: int = 8
+    length: int = 4
+    prompt_count: int = 8
+    width: int = 128
+    layers: int = 2
+    seed: int = 0
+    scale: float = 1.0
+    sparse: float = 0.0
+    noise: float = 0.0
+    context: float = 0.0
+
+    is_exact: ClassVar[bool] = True
+
+    def __post_init__(self):
+        m = self.objective_count
+        ranges = {
+            "objective_count": (m, 2, 8),
+            "rho": (self.rho, -1 / (max(m, 2) - 1) - 1e-9, 0.99),
+            "interaction": (self.interaction, 0.0, 100.0),
+            "strength": (self.strength, 0.01, 5.0),
+            "beta": (self.beta, 1e-3, 10.0),
+            "alphabet": (self.alphabet, 2, 26),
+            "length": (self.length, 1, 8),
+            "prompt_count": (self.prompt_count, 1, 512),
+            "scale": (self.scale, 1.0, 100.0),
+            "sparse": (self.sparse, 1e-3 if self.sparse else 0.0, 0.5),
+            "noise": (self.noise, 0.0, 10.0),
+            "context": (self.context, 0.0, 0.99),
+        }
+        for name, (value, low, high) in ranges.items():
+            if not low <= value <= high:
+                raise TaskError(
+                    f"{name} lies between {low:.4g} and {high:.4g}" + (f" for {m} objectives" if name == "rho" else ""),
+                    found=f"{name} = {value:g}",
+                    remedy=f"choose {name} in that range",
+                )
+        if self.alphabet**self.length > 20_000:
+            raise TaskError(
+                "every response can be enumerated",
+                found=f"{self.alphabet} symbols and length {self.length}: {self.alphabet**self.length:,} full-length responses",
+                remedy="keep alphabet ** length at or below 20,000",
+            )
+        if 2 * self.prompt_count > self.alphabet**3:
+            raise TaskError(
+                "training and test prompts are distinct strings of 3 symbols",
+                found=f"2 x {self.prompt_count} prompts from {self.alphabet} symbols",
+                remedy=f"at most {self.alphabet**3 // 2} prompts, or a larger alphabet",
+            )
+        _check_dials(self)
+
+    # What every task has
+
+    @property
+    def objectives(self) -> Objectives:  # type: ignore[override]
+        m = self.objective_count
+        names = tuple(f"objective_{k + 1}" for k in range(m))
+        return Objectives(names=names, low=(0.0,) * m, high=tuple(factors(m, self.scale).tolist()))
+
+    @property
+    def max_new_tokens(self) -> int:  # type: ignore[override]
+        return self.length
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_reference(self._reference)
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        return [Prompt(text=self._text(row)) for row in self._prompts_PT[self._rows[split]]]
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        return score_all([(name, self._objective(k)) for k, name in enumerate(self.objectives.names)], prompts, completions)
+
+    def observe(self, prompts: Sequence[Prompt], completions: Sequence[str], *, streams: Sequence[int]) -> np.ndarray:
+        rewards_NM = self.score(prompts, completions)
+        return add_noise(rewards_NM, self.noise * self._spread_M, streams) if self.noise else rewards_NM
+
+    # What only an exact task knows
+
+    def contexts(self, split: str) -> np.ndarray:
+        """(P,) the context of each prompt: 0 has correlation rho + context, 1 has rho - context. All 0 where context is off."""
+        return self._contexts_P[self._rows[split]]
+
+    def features(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """(N, 3 A) what a router may read of a prompt: its letters, one indicator per place and letter. The context is linear in it."""
+        letters = alphabet_of(self.alphabet)
+        return np.stack([np.eye(len(letters))[[letters.index(c) for c in str(p.text)]].ravel() for p in prompts])
+
+    @cached_property
+    def tree(self) -> PrefixTree:
+        return PrefixTree(self.alphabet, self.length)
+
+    @cached_property
+    def responses(self) -> list[str]:
+        """(R,) all responses as text; "" is the empty one."""
+        return [self._text(row[row >= 0]) for row in self.tree.symbols_RL]
+
+    def inputs(self, split: str) -> TreeInputs:
+        """The packed prefix trees of the split's prompts."""
+        return self._inputs[split]
+
+    def logp_PR(self, forward: Forward, split: str) -> torch.Tensor:
+        """(P, R) exact log-probabilities (float64, with gradient) of every response under the policy behind `forward`: one forward."""
+        inputs = self.inputs(split)
+        logits = forward(inputs.input_ids_PT, inputs.mask_11TT, inputs.position_ids_PT)
+        return self.logp_from_logits(logits, split)
+
+    def logp_from_logits(self, logits_PTV: torch.Tensor, split: str) -> torch.Tensor:
+        """(P, R) from the (P, T, V) logits of the packed sequences."""
+        return self.tree.response_logp(logits_PTV[:, self.inputs(split).prompt_length - 1 :].double().log_softmax(-1))
+
+    def reference_logp_PR(self, split: str) -> np.ndarray:
+        return self._reference_all_PR[self._rows[split]]
+
+    def rewards_PRM(self, split: str) -> np.ndarray:
+        return self._rewards_all_PRM[self._rows[split]]
+
+    def optimum_logp_PR(self, w_M: np.ndarray, split: str) -> np.ndarray:
+        """(P, R) log-probabilities of pi*_w."""
+        tilt_PR = self.reference_logp_PR(split) + self.rewards_PRM(split) @ np.asarray(w_M) / self.beta
+        return tilt_PR - logsumexp(tilt_PR, axis=1, keepdims=True)
+
+    def composition_limit_logp_PR(self, w_M: np.ndarray, split: str) -> np.ndarray:
+        """(P, R) log-probabilities of the optimal experts pi*_k mixed token by token with weights w: the limit of logit mixing.
+
+        (P, M) weights are for each prompt its own.
+        """
+        experts = [self.optimum_logp_PR(e_M, split) for e_M in np.eye(self.objective_count)]
+        w_MP11 = np.broadcast_to(w_M, (len(experts[0]), self.objective_count)).T[..., None, None].copy()
+        mixed_PIV = sum(
+            torch.from_numpy(w_P11) * self.tree.next_logp(torch.from_numpy(logp_PR)) for w_P11, logp_PR in zip(w_MP11, experts, strict=True)
+        )
+        assert isinstance(mixed_PIV, torch.Tensor)
+        return self.tree.response_logp(mixed_PIV.log_softmax(-1)).numpy()
+
+    def returns(self, logp_PR: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Expected rewards (P, M) and KL to the reference (P,) in nats, per prompt."""
+        p_PR = np.exp(logp_PR)
+        kl_P = (p_PR * (logp_PR - self.reference_logp_PR(split))).sum(1)
+        return np.einsum("pr,prm->pm", p_PR, self.rewards_PRM(split)), kl_P
+
+    def J_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
+        """(M,) regularised returns, mean over prompts."""
+        rewards_PM, kl_P = self.returns(logp_PR, split)
+        return (rewards_PM - self.beta * kl_P[:, None]).mean(0)
+
+    def front(self, split: str, w_KM: np.ndarray | None = None) -> Front:
+        """The exact front at the preferences `w_KM` (default: 101 for two objectives; vertices and 300 seeded interior ones for more).
+
+        For 7 and 8 objectives 60 interior ones: the exact hypervolume of 300 points takes minutes there.
+        """
+        if w_KM is None:
+            m = self.objective_count
+            first = np.linspace(0.0, 1.0, 101)
+            more = generator(0, "front", m).dirichlet(np.ones(m), size=300 if m < 7 else 60)
+            w_KM = np.stack([first, 1 - first], axis=1) if m == 2 else np.concatenate([np.eye(m), more])
+        points_KM = np.stack([self.J_M(self.optimum_logp_PR(w_M, split), split) for w_M in w_KM])
+        return Front(points_KM=points_KM, w_KM=w_KM, policies="kl", beta=self.beta, proof="closed form")
+
+    def reference_point(self, split: str) -> np.ndarray:
+        """(M,) the hypervolume's reference point: the nadir of the exact front minus 1 % of its range."""
+        points_KM = self.front(split).points_KM
+        return points_KM.min(0) - MARGIN * np.ptp(points_KM, axis=0)
+
+    def verified(self) -> dict[str, Any]:
+        """What the dials came to, measured: correlations, strengths in nats, and the worst composition limit over judged preferences."""
+        found: dict[str, Any] = {}
+        for split in SPLITS:
+            logp_PR = self.reference_logp_PR(split)
+            optima = [self.returns(self.optimum_logp_PR(e, split), split)[1].mean() for e in np.eye(self.objective_count)]
+            start_M = self.J_M(logp_PR, split)
+            limits = []
+            for w_M in self.judged():
+                best = w_M @ (self.J_M(self.optimum_logp_PR(w_M, split), split) - start_M)
+                limits.append(w_M @ (self.J_M(self.composition_limit_logp_PR(w_M, split), split) - start_M) / best)
+            rows = self._rows[split]
+            found[split] = {
+                "correlations": correlations(self.rewards_PRM(split), logp_PR).round(4).tolist(),
+                **self._verified_dials(rows, self._dense_all_PRM[rows], self._rewards_all_PRM[rows], logp_PR),
+                "strength_nats": [round(float(s), 4) for s in optima],
+                "worst_composition_limit": round(float(min(limits)), 4),
+            }
+        return found
+
+    def _verified_dials(self, rows: np.ndarray, dense_PRM: np.ndarray, rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> dict[str, Any]:
+        """The further dials on the prompts `rows`, as far as they are on."""
+        found: dict[str, Any] = {}
+        if self.scale != 1:
+            found["spreads"] = spreads(rewards_PRM, logp_PR).round(4).tolist()
+        if self.sparse:
+            paid_PR = rewards_PRM[:, :, -1] > 0
+            found["rate"] = round(float((np.exp(logp_PR) * paid_PR).sum(1).mean()), 5)
+            found["payoff"] = round(float(rewards_PRM[:, :, -1].max()), 4)
+            found["dense_correlations"] = correlations(dense_PRM, logp_PR).round(4).tolist()
+        if self.noise:
+            found["noise"] = verify_noise(self.noise, self.objective_count, self.seed)
+        if self.context:
+            here_P = self._contexts_P[rows]
+            each = [correlations(dense_PRM[here_P == c], logp_PR[here_P == c]) for c in range(CONTEXTS)]
+            found["context_correlations"] = [c.round(4).tolist() for c in each]
+        return found
+
+    # How it is made
+
+    @property
+    def _reference(self) -> ReferenceSpec:
+        return ReferenceSpec(alphabet=self.alphabet, seed=self.seed, width=self.width, layers=self.layers, length=self.length)
+
+    @cached_property
+    def _prompts_PT(self) -> np.ndarray:
+        """(2P, 3) distinct prompts of both splits, drawn from the reference's language."""
+        count = (400 if not self.context else 200 * self.alphabet) * self.prompt_count
+        drawn = sample_language(self._reference, generator(self.seed, "prompts"), count, self._reference.context)
+        return choose_prompts(drawn, self.prompt_count, contexts=bool(self.context))
+
+    @cached_property
+    def _contexts_P(self) -> np.ndarray:
+        """(2P,) the context of every prompt of both splits."""
+        return self._prompts_PT[:, 0] if self.context else np.zeros(2 * self.prompt_count, dtype=np.int64)
+
+    @cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Which of the 2P prompts belong to each split: of 500 seeded splits the one whose halves are closest to rho.
+
+        Both halves have their share of each context, and are compared context by context.
+        """
+        pairs = ~np.eye(self.objective_count, dtype=bool)
+        off_P = np.stack([c_MM[pairs] for c_MM in correlations_P(self._dense_all_PRM, self._reference_all_PR)]) - self._rho_P[:, None]
+        rng = generator(self.seed, "split")
+        if not self.context:
+            orders = [rng.permutation(2 * self.prompt_count) for _ in range(500)]
+            order = min(orders, key=lambda rows: np.abs(off_P[rows].reshape(2, self.prompt_count, -1).mean(1)).max())
+            return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, 2), strict=True)}
+        halves: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        for context in range(CONTEXTS):
+            here = np.flatnonzero(self._contexts_P == context)
+            cut = (len(here) + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
+            orders = [rng.permutation(here) for _ in range(500)]
+            order = min(orders, key=lambda rows: max(np.abs(off_P[part].mean(0)).max() for part in (rows[:cut], rows[cut:])))
+            halves["train"].append(order[:cut])
+            halves["test"].append(order[cut:])
+        return {split: np.sort(np.concatenate(parts)) for split, parts in halves.items()}
+
+    @cached_property
+    def _inputs(self) -> dict[str, TreeInputs]:
+        return {split: self.tree.pack(self._prompts_PT[rows]) for split, rows in self._rows.items()}
+
+    @cached_property
+    def _reference_all_PR(self) -> np.ndarray:
+        model, _ = self.load()
+        parts = []
+        for row in self._prompts_PT:
+            packed = self.tree.pack(row[None])
+            with torch.no_grad():
+                logits = model(input_ids=packed.input_ids_PT, attention_mask=packed.mask_11TT, position_ids=packed.position_ids_PT).logits[
+                    :, packed.prompt_length - 1 :
+                ]
+            parts.append(self.tree.response_logp(logits.double().log_softmax(-1)))
+        return torch.cat(parts).numpy()
+
+    @property
+    def _rho_P(self) -> np.ndarray:
+        """(2P,) the correlation that each prompt is to have."""
+        return self.rho + self.context * np.array([1.0, -1.0])[self._contexts_P]
+
+    @cached_property
+    def _dense_all_PRM(self) -> np.ndarray:
+        """Rewards in (0, 1) of the wanted correlation and strength, context by context, before scale and sparsity."""
+        fields_PRM = fields(self.tree, self._prompts_PT, self.objective_count, self.interaction, self.seed)
+        rewards_PRM = np.empty_like(fields_PRM)
+        for rho in np.unique(self._rho_P):
+            here = self._rho_P == rho
+            rewards_PRM[here] = mix_to_correlation(fields_PRM[here], self._reference_all_PR[here], float(rho), self.strength, self.beta)
+        return rewards_PRM
+
+    @cached_property
+    def _rewards_all_PRM(self) -> np.ndarray:
+        rewards_PRM, logp_PR = self._dense_all_PRM, self._reference_all_PR
+        if self.noise:
+            verify_noise(self.noise, self.objective_count, self.seed)
+        if self.scale != 1:
+            rewards_PRM = stretch(rewards_PRM, logp_PR, self.scale)
+        if self.sparse:
+            rare_PR = pays_rarely(rewards_PRM[:, :, -1], logp_PR, self.sparse, self.strength, self.beta)
+            rewards_PRM = np.concatenate([rewards_PRM[:, :, :-1], rare_PR[:, :, None]], axis=2)
+        return rewards_PRM
+
+    @cached_property
+    def _spread_M(self) -> np.ndarray:
+        return spreads(self._rewards_all_PRM, self._reference_all_PR)
+
+    @cached_property
+    def _tables(self) -> dict[str, dict[str, np.ndarray]]:
+        """prompt text -> response text -> (M,) rewards."""
+        return {
+            self._text(row): dict(zip(self.responses, rewards_RM, strict=True))
+            for row, rewards_RM in zip(self._prompts_PT, self._rewards_all_PRM, strict=True)
+        }
+
+    def _objective(self, k: int) -> Callable[..., list[float | None]]:
+        def objective(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+            return [float(self._tables[p][c][k]) for p, c in zip(prompts, completions, strict=True)]
+
+        return objective
+
+    def _text(self, symbols: Sequence[int] | np.ndarray) -> str:
+        names = alphabet_of(self.alphabet)
+        return "".join(names[s] for s in symbols)
+
+
+def _check_dials(task: ExactTask) -> None:
+    """Raise TaskError for dials that contradict each other or leave a context empty; their ranges were checked before."""
+    m = task.objective_count
+    if task.scale != 1 and task.sparse:
+        raise TaskError(
+            "the spread of a sparse objective follows from its rate, so scale cannot set it too",
+            found=f"scale = {task.scale:g} with sparse = {task.sparse:g}",
+            remedy="leave scale at 1, or sparse at 0",
+        )
+    if not task.context:
+        return
+    low = -1 / (m - 1)
+    both = (task.rho + task.context, task.rho - task.context)
+    if both[0] > 0.99 or both[1] < low - 1e-9:
+        raise TaskError(
+            f"both contexts have a correlation between {low:.4g} and 0.99 for {m} objectives",
+            found=f"rho + context = {both[0]:.4g}, rho - context = {both[1]:.4g}",
+            remedy=f"at rho = {task.rho:g}, context is at most {max(0.0, min(0.99 - task.rho, task.rho - low)):.4g}",
+        )
+    if task.prompt_count < CONTEXTS:
+        raise TaskError(
+            "no context is empty: each has a training prompt and a test prompt",
+            found=f"prompt_count = {task.prompt_count} for {CONTEXTS} contexts",
+            remedy="ask for at least 2 prompts, or leave context at 0",
+        )
+    if task.prompt_count > task.alphabet**2:
+        raise TaskError(
+            "prompts of one context are distinct strings of 3 symbols with the same first one",
+            found=f"{task.prompt_count} prompts of each context from {task.alphabet} symbols",
+            remedy=f"at most {task.alphabet**2} prompts, or a larger alphabet",
+        )

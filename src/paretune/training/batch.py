@@ -1,0 +1,152 @@
+"""One batch of scored responses: which prompts, which preferences, which random streams."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paretune.policy.base import Policy
+from paretune.policy.lora.bank import soup_state
+from paretune.policy.rollout import encode, row_uniforms, sample, texts
+from paretune.seeds import generator, seed_for
+from paretune.tasks.base import Task
+from paretune.tasks.preferences import spread_preferences
+from paretune.training.learner import gates_of
+from paretune.training.spec import TrainSpec
+from paretune.types import Prompt
+
+__all__ = ["Responses", "draw", "preferences", "prompt_order"]
+
+MERGE_LIMIT = 2**28  # bytes of weights
+
+
+@dataclass(frozen=True)
+class Responses:
+    """N = P * G rows, group by group. Tensors are on the policy's device; see `rollout.Generation` for those of the responses."""
+
+    prompts: Sequence[Prompt]  # of the N rows
+    prompt_ids_PT: Tensor
+    prompt_mask_PT: Tensor
+    tokens_NT: Tensor
+    mask_NT: Tensor
+    logp_NT: Tensor
+    gates_NK: Tensor
+    w_NM: np.ndarray
+    rewards_NM: np.ndarray  # raw, NaN = unscored
+
+    def passes(self, *, rows: int | None, tokens: int | None, group: int) -> list[slice]:
+        """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
+
+        With `tokens` these are whole groups where they fit, because a group reads its prompt once.
+        """
+        count = len(self.tokens_NT)
+        step = rows or count
+        if tokens is not None:
+            step = max(1, tokens // (self.prompt_ids_PT.shape[1] + self.tokens_NT.shape[1]))
+            step = step if step < group else step - step % group
+        return [slice(start, min(count, start + step)) for start in range(0, count, step)]
+
+
+def draw(
+    policy: Policy,
+    task: Task,
+    spec: TrainSpec,
+    *,
+    step: int,
+    first: int,
+    prompts: int,
+    group: int,
+    temperature: float = 1.0,
+    reference: bool = False,
+) -> Responses:
+    """`group` responses to each of the `prompts` training prompts from place `first` of their endless seeded order.
+
+    A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
+    its own; `spec.rule` says which gates its rows have.
+    With `reference` the responses are the reference's, and `logp_NT` is its own.
+    """
+    known = task.prompts("train")
+    chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
+    w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
+    gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
+    ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
+    rows = [prompt for prompt in chosen for _ in range(group)]
+    digests, occurrences = _streams(chosen, group)
+    with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
+        made = sample(
+            policy,
+            ids_PT,
+            mask_PT,
+            group=group,
+            gates_NK=None if merged or reference else gates_NK,
+            max_new_tokens=task.max_new_tokens,
+            uniforms_NT=row_uniforms(spec.seed, step, digests, occurrences, task.max_new_tokens),
+            temperature=temperature,
+        )
+    noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in zip(digests, occurrences, strict=True)]
+    rewards_NM = task.observe(rows, texts(policy.tokenizer, made), streams=noise)
+    return Responses(rows, ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
+
+
+@contextlib.contextmanager
+def _merged(policy: Policy, *, one: bool) -> Iterator[bool]:
+    """Where `one` adapter serves all rows of a small model: sample from merged weights, without the cost of adapter layers.
+
+    True while the model holds W + s B A; run it with no gates then. The original tensors are put back, not recomputed. Only for float32
+    weights, as adapters are (rounding to less would sample from another policy), and up to `MERGE_LIMIT` bytes.
+    """
+    size = sum(weight.nbytes for weight in policy.model.parameters())
+    if not one or policy.level != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
+        yield False
+        return
+    soup = soup_state(policy.bank, [1.0])
+    layers = {name: policy.model.get_submodule(name.removesuffix(".weight")).base_layer for name in soup}
+    kept = {name: layer.weight.data for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight.data = soup[name]
+        yield True
+    finally:
+        for name, layer in layers.items():
+            layer.weight.data = kept[name]
+
+
+def prompt_order(seed: int, first: int, n: int, count: int) -> list[int]:
+    """Places first .. first + n of an endless sequence of prompts: all `count` of them in a seeded order, then in another, ..."""
+    assert count > 0, "a task has training prompts"
+    return [_shuffled(seed, place // count, count)[place % count] for place in range(first, first + n)]
+
+
+@lru_cache(maxsize=8)
+def _shuffled(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    return tuple(generator(seed, "prompts", epoch).permutation(count).tolist())
+
+
+def _streams(prompts: Sequence[Prompt], group: int) -> tuple[list[str], list[int]]:
+    """Digest and occurrence of every row; a prompt that comes twice in a batch goes on counting."""
+    seen: Counter[str] = Counter()
+    digests: list[str] = []
+    occurrences: list[int] = []
+    for prompt in prompts:
+        digest = prompt.digest
+        digests += [digest] * group
+        occurrences += range(seen[digest], seen[digest] + group)
+        seen[digest] += group
+    return digests, occurrences
+
+
+def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
+    """(n, M) the fixed preference, or one sampled for each prompt of the step."""
+    if spec.preference is None:
+        face = list(range(count) if spec.face is None else spec.face)
+        w_NM = np.zeros((n, count))
+        w_NM[:, face] = spread_preferences(generator(spec.seed, "preferences", step), n, len(face))
+        return w_NM
+    return np.tile(np.asarray(spec.preference, dtype=np.float64), (n, 1))

@@ -1,0 +1,289 @@
+"""From the Gramian of the objectives' gradients to one weight per objective: guards around TorchJD's aggregators, and two of our own.
+
+An aggregator of gradients that is a weighted sum of them needs their M x M inner products only. Where a preference enters:
+
+    upgrad aligned_mtl   as TorchJD's preference vector
+    pcgrad cagrad        each gradient is scaled by its relative importance u_k = M w_k (1 at equal preference)
+    mgda                 each gradient is divided by u_k: the step gains for all objectives in proportion to u. Scaling by u would turn
+                         the preference round, because the shortest vector of a hull leans towards the short gradients
+    nash_mtl imtl_g      neither of the two changes when gradients are scaled, so the preference enters the equations themselves:
+                         the asymmetric Nash bargain a_k (G a)_k = u_k, and projections on the unit gradients in proportion to u
+
+At equal preference each is TorchJD's own. Objectives with weight 0 are left out, so that at a vertex all of them climb that objective.
+Gradients are those of returns, which are climbed; turning all of them round changes no inner product.
+
+The gradient of every objective from one backward pass over LoRA layers, and their M x M Gramian.
+
+A LoRA layer adds B A x to its output y. What its factors' gradients need is x and dy, row by row; a row's dy scales with the weight of the
+row in the loss. So one backward with weight 1 on every response's log-probability gives dy for all rows, and the gradient of objective k
+follows from it by a weighted matrix product per layer, the weights being the advantages under objective k. The step at any weights
+c_k of the objectives is a sum of these: no second backward is needed.
+
+The rows of a group share the reading of their prompt, where one dy would mix them. There each prompt is read once per objective
+instead of once per response, and what flows back into its keys and values is weighted on the way: M readings for G, and still one backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from paretune.errors import ConfigError
+from paretune.policy.base import Policy
+from paretune.policy.lora.layers import FusedLayer, Gated
+from paretune.policy.rollout import _chosen, _needed, _repeatable
+from paretune.seeds import forked_torch
+from paretune.training.batch import Responses
+
+__all__ = ["AGGREGATORS", "Jacobian", "aggregate", "autograd_jacobian", "check_aggregator", "response_jacobian"]
+
+AGGREGATORS = ("mgda", "pcgrad", "cagrad", "nash_mtl", "imtl_g", "upgrad", "aligned_mtl")
+
+
+RIDGE = 1e-8  # added to the Gramian of unit gradients: opposite ones have no finite bargain
+
+
+def aggregate(name: str, gramian_MM: np.ndarray, w_M: np.ndarray, *, seed: int, c: float = 0.5) -> np.ndarray:
+    """(M,) weights c_k of the objectives' gradients under the preference `w_M`; not normalised, some may be negative.
+
+    `seed` is for PCGrad, which meets the other gradients in random order; `c` is CAGrad's radius.
+    Source: MGDA (Sener & Koltun 2018), PCGrad (2001.06782), CAGrad (2110.14048), Nash-MTL (2202.01017), IMTL-G (Liu et al. 2021),
+    UPGrad (2406.16232), Aligned-MTL (Senushkin et al. 2023), through TorchJD but for Nash-MTL and IMTL-G.
+    Differs: the preference, see above; Nash-MTL is solved by Newton's method on its convex form, which its source linearises; the
+    Gramian is divided by its mean diagonal first, because TorchJD takes what is below 1e-4 for zero.
+    Hides: where gradients oppose each other exactly every one of them stops, at any point of the front, whatever the preference.
+    """
+    kept = np.flatnonzero(w_M > 0)
+    weights_M = np.zeros(len(w_M))
+    typical = np.trace(gramian_MM[np.ix_(kept, kept)]) / len(kept)
+    if len(kept) == 1 or not typical > 0:
+        weights_M[kept] = w_M[kept]
+        return weights_M
+    g_MM, u_M = gramian_MM[np.ix_(kept, kept)] / typical, w_M[kept] * len(kept)
+    if name == "nash_mtl":
+        weights_M[kept] = _nash(g_MM, u_M)
+    elif name == "imtl_g":
+        weights_M[kept] = _impartial(g_MM, u_M)
+    else:
+        scale_M = {"mgda": 1 / u_M, "pcgrad": u_M, "cagrad": u_M}.get(name, np.ones(len(kept)))
+        weights_M[kept] = scale_M * _torchjd(name, g_MM * np.outer(scale_M, scale_M), w_M[kept], seed, c)
+    return weights_M
+
+
+def _nash(g_MM: np.ndarray, u_M: np.ndarray) -> np.ndarray:
+    """The a > 0 with a_k (G a)_k = u_k: the minimum of a'Ga / 2 - sum_k u_k log a_k, by damped Newton steps."""
+    norm_M = np.maximum(np.sqrt(np.diag(g_MM)), 1e-3)  # the bargain is the same for unit gradients
+    g_MM = g_MM / np.outer(norm_M, norm_M) + RIDGE * np.eye(len(g_MM))
+    a_M = np.sqrt(u_M)
+    for _ in range(100):
+        slope_M = g_MM @ a_M - u_M / a_M
+        step_M = np.linalg.solve(g_MM + np.diag(u_M / a_M**2), -slope_M)
+        decrement = -slope_M @ step_M
+        if decrement < 1e-20:
+            break
+        a_M = a_M + step_M / (1 + np.sqrt(decrement / u_M.min()))  # self-concordant: this damping never leaves a > 0
+    return a_M / norm_M
+
+
+def _impartial(g_MM: np.ndarray, u_M: np.ndarray) -> np.ndarray:
+    """Weights whose sum has projections on the unit gradients in proportion to u, positive ones; they add up to 1 or -1."""
+    v_M = np.linalg.pinv(g_MM, rcond=1e-10, hermitian=True) @ (u_M * np.sqrt(np.diag(g_MM)))
+    total = abs(v_M.sum())  # a negative sum, divided by itself, would turn the step round
+    return v_M / total if total > 1e-12 else np.zeros(len(v_M))
+
+
+def _torchjd(name: str, g_MM: np.ndarray, w_M: np.ndarray, seed: int, c: float) -> np.ndarray:
+    import torch
+
+    preference = torch.from_numpy(w_M)
+    if name == "upgrad":
+        weighting = _library().UPGradWeighting(preference)
+    elif name == "aligned_mtl":
+        weighting = _library().AlignedMTLWeighting(preference)
+    elif name == "cagrad":
+        weighting = _library().CAGradWeighting(c=c)
+    else:
+        weighting = {"mgda": _library().MGDAWeighting, "pcgrad": _library().PCGradWeighting}[name]()
+    with forked_torch(seed):  # PCGrad draws from the global stream
+        return weighting(torch.from_numpy(g_MM)).numpy()
+
+
+@lru_cache(maxsize=8)
+def check_aggregator(name: str) -> None:
+    """ConfigError where the aggregator's library is missing."""
+    if name in ("nash_mtl", "imtl_g"):
+        return
+    try:
+        library = _library()
+        if name == "upgrad":
+            library.UPGradWeighting()
+        elif name == "cagrad":
+            library.CAGradWeighting(c=0.5)
+    except ImportError as error:
+        raise ConfigError(
+            f"the aggregator {name} needs TorchJD and its solvers", found=str(error), remedy='pip install "paretune[gradient]"'
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    from torchjd import aggregation
+
+    return aggregation
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """Gradients of the M objectives' returns: for each trained parameter, in the order of the bank's, a tensor with axis M first."""
+
+    rows: Sequence[Tensor]
+
+    @property
+    def gramian_MM(self) -> np.ndarray:
+        """Inner products of the objectives' gradients over all parameters, float64."""
+        total = sum(rows.flatten(1) @ rows.flatten(1).t() for rows in self.rows)
+        assert isinstance(total, Tensor), "something is trained"
+        return total.double().cpu().numpy()
+
+    def descend(self, parameters: Sequence[Tensor], weights_M: np.ndarray) -> None:
+        """Set `.grad` so that an optimiser, which descends, climbs sum_k weights_k J_k."""
+        for parameter, rows in zip(parameters, self.rows, strict=True):
+            weights = torch.from_numpy(-weights_M).to(rows)
+            parameter.grad = (weights @ rows.flatten(1)).view_as(parameter)
+
+
+def autograd_jacobian(returns_M: Tensor, parameters: Sequence[Tensor]) -> Jacobian:
+    """The same by M backward passes over one graph, which is kept."""
+    grads = [torch.autograd.grad(value, parameters, retain_graph=True) for value in returns_M]
+    return Jacobian([torch.stack(rows) for rows in zip(*grads, strict=True)])
+
+
+def response_jacobian(
+    policy: Policy, made: Responses, credit_NM: np.ndarray, share_NT: Tensor, *, group: int, temperature: float, micro_batch: int | None
+) -> Jacobian:
+    """Gradients of sum over rows of credit_nk times sum over tokens of share_nt log pi, for every objective k.
+
+    `credit_NM` are advantages, one column per objective. `share_NT` is 0 where a response has ended.
+    """
+    n, step = len(credit_NM), micro_batch or len(credit_NM)
+    totals: dict[int, Tensor] = {}
+    for start in range(0, n, step):
+        rows = slice(start, min(n, start + step))
+        credit = torch.from_numpy(credit_NM[rows]).to(policy.device)
+        with _recorded(policy) as calls:
+            logp_NT = _read(policy, made, rows, credit, group=group, temperature=temperature, calls=calls)
+        seeds = torch.autograd.grad((logp_NT * share_NT[rows]).sum(), [call.y for call in calls], allow_unused=True)
+        for call, dy in zip(calls, seeds, strict=True):
+            if dy is not None:
+                _accumulate(totals, call, dy, credit)
+    parameters = policy.bank.parameters()
+    return Jacobian([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters])
+
+
+@dataclass
+class _Call:
+    """One forward of one LoRA layer. `objectives` > 0: its rows are not responses but that many blocks, one per objective."""
+
+    layer: FusedLayer
+    x: Tensor
+    y: Tensor
+    gates: Tensor
+    objectives: int = 0
+
+
+@contextlib.contextmanager
+def _recorded(policy: Policy) -> Iterator[list[_Call]]:
+    """What every LoRA layer takes in and gives out while the context is open."""
+    calls: list[_Call] = []
+
+    def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor, *, layer: FusedLayer) -> None:
+        mode = layer.switch.mode
+        assert isinstance(mode, Gated), "objectives' gradients are taken at the parameter level"
+        calls.append(_Call(layer, inputs[0].detach(), output, mode.gates))
+
+    trained = [layer for layer in policy.bank.layers if any(p.requires_grad for p in (*layer.a, *layer.b))]
+    hooks = [layer.module.register_forward_hook(partial(note, layer=layer)) for layer in trained]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read(policy: Policy, made: Responses, rows: slice, credit: Tensor, *, group: int, temperature: float, calls: list[_Call]) -> Tensor:
+    """(rows, T) log-probabilities of the responses; marks the calls that read prompts once per objective."""
+    tokens_NT, gates_NK, m = made.tokens_NT[rows], made.gates_NK[rows], credit.shape[1]
+    ids, mask, length = made.prompt_ids_PT, made.prompt_mask_PT, made.tokens_NT.shape[1]
+    cache = policy.new_cache(1)
+    if m >= group or rows.start % group or len(credit) % group or not _repeatable(cache):
+        ids, mask = (x.repeat_interleave(group, 0)[rows] for x in (ids, mask))
+        known = _needed(mask)
+        known = None if known is None else functional.pad(known, (0, length - 1), value=1)
+        whole = torch.cat([ids, tokens_NT[:, :-1]], 1)
+        return _chosen(policy.forward(whole, gates_NK=gates_NK, attention_mask=known, last_only=length), tokens_NT, temperature)
+    prompts = slice(rows.start // group, rows.start // group + len(credit) // group)
+    ids, known = ids[prompts].repeat(m, 1), _needed(mask[prompts])
+    cache = policy.new_cache(len(ids))
+    many = None if known is None else known.repeat(m, 1)
+    first = policy.forward(ids, gates_NK=gates_NK[::group].repeat(m, 1), attention_mask=many, cache=cache, last_only=True)[:, -1]
+    for call in calls:
+        call.objectives = m
+    first = _Spread.apply(first, credit, group)
+    for layer in cache.layers:
+        layer.keys, layer.values = (_Spread.apply(x, credit, group) for x in (layer.keys, layer.values))
+    cache.paretune_gates = gates_NK
+    logp = [_chosen(first[:, None], tokens_NT[:, :1], temperature)]
+    if length > 1:
+        known = None if known is None else functional.pad(known.repeat_interleave(group, 0), (0, length - 1), value=1)
+        logits = policy.forward(tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=known, cache=cache)
+        logp.append(_chosen(logits, tokens_NT[:, 1:], temperature))
+    return torch.cat(logp, 1)
+
+
+class _Spread(torch.autograd.Function):
+    """M equal blocks of P rows -> one row per response, P * group; back: block k gets the sum over a group, weighted by credit k."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, credit: Tensor, group: int) -> Tensor:
+        ctx.save_for_backward(credit)
+        ctx.group = group
+        return x[: len(credit) // group].repeat_interleave(group, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (credit,) = ctx.saved_tensors
+        (grad,) = grads
+        credit_PMG = credit.unflatten(0, (-1, ctx.group)).transpose(1, 2)
+        back_PMX = torch.bmm(credit_PMG.to(grad.dtype), grad.flatten(1).unflatten(0, (-1, ctx.group)))
+        return back_PMX.transpose(0, 1).reshape(-1, *grad.shape[1:]), None, None
+
+
+def _accumulate(totals: dict[int, Tensor], call: _Call, dy: Tensor, credit: Tensor) -> None:
+    """Add what one call contributes to the objectives' gradients of its layer's trained factors, keyed by the parameter's id."""
+    layer, m = call.layer, credit.shape[1]
+    for k, a_rI, b_Or, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
+        if not a_rI.requires_grad:
+            continue
+        gate = call.gates[..., k].to(a_rI.dtype) * scale
+        gate = gate[:, None, None] if gate.dim() == 1 else gate[..., None]  # a number, (N, 1, 1) or (N, T, 1)
+        x, out = call.x.to(a_rI.dtype), dy.to(b_Or.dtype)
+        with torch.no_grad():
+            inner = functional.linear(x, a_rI) * gate  # what B multiplies
+            back = (out @ b_Or) * gate  # the gradient at A x
+            if call.objectives:  # blocks: those of objective k are its alone
+                x, out, inner, back = (v.reshape(m, -1, v.shape[-1]) for v in (x, out, inner, back))
+                da, db = torch.bmm(back.transpose(1, 2), x), torch.bmm(out.transpose(1, 2), inner)
+            else:
+                inner, back = ((v[:, :, None] * credit[:, None, :, None].to(v.dtype)).flatten(0, 1).flatten(1) for v in (inner, back))
+                da = (back.t() @ x.flatten(0, 1)).view(m, *a_rI.shape)
+                db = (inner.t() @ out.flatten(0, 1)).view(m, -1, len(b_Or)).transpose(1, 2)
+        for parameter, value in ((a_rI, da), (b_Or, db)):
+            totals[id(parameter)] = totals[id(parameter)] + value if id(parameter) in totals else value
