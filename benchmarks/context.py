@@ -25,8 +25,8 @@ from paretune.evaluation.stats import estimate
 TASK = {"name": "exact-v1", "context": 0.8, "length": 3, "prompt_count": 64, "width": 64}
 LEARNER = {"name": "exact", "steps": 60}
 METHODS: list[Any] = [
-    {"name": "static-gates", "mixer": ["parameter", "logit"]},
-    {"name": "contextual", "mixer": ["parameter", "logit"]},
+    {"name": "static-gates", "mixing": ["parameter", "logit"]},
+    {"name": "contextual", "mixing": ["parameter", "logit"]},
     {"name": "contextual", "features": "none"},
 ]
 
@@ -34,7 +34,7 @@ METHODS: list[Any] = [
 def label(method: dict[str, Any]) -> str:
     """What tells the methods apart."""
     kind = "static" if method["name"] == "static-gates" else "blind" if method["features"] == "none" else "contextual"
-    return f"{kind} {method['mixer']}"
+    return f"{kind} {method['mixing']}"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Attainment on exact-v1 at rho = -.8 and 0, at both vertices and in the middle, j
 each, TRL's RLOOTrainer minus the embedded learner, both with their defaults. The figure is the mean of the differences; the rows have each.
 Stopped, it goes on where it was.
 
-Overhead: GRPOTrainer with one drop-in over four reward functions (normalised per objective, weights that adapt) against GRPOTrainer with
+Overhead: GRPOTrainer with one drop-in over four reward functions (normalized per objective, weights that adapt) against GRPOTrainer with
 these four and `reward_weights`: seconds of CPU per step of 64 responses, median of alternated pairs, minus 1. CPU time, because both
 use one thread and other work on the machine must not count.
 """
@@ -26,7 +26,7 @@ import torch
 
 from common import emit
 from learner_vs_trl import GROUP, TOKENS, WARM, quieten, trl_trainer
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, describe
 from paretune.runs.jobs import Tasks, run_job, train_job
@@ -42,7 +42,7 @@ SAMPLES, RHOS, PREFERENCES = 40_000, (-0.8, 0.0), ((0.5, 0.5), (1.0, 0.0), (0.0,
 
 def attainment(task: ExactTask, adapter: Path, w_M: np.ndarray) -> float:
     model, tokenizer = task.load()
-    policy = build_level("parameter", LoraBank.load(model, {"policy": adapter}), tokenizer)
+    policy = build_mixing("parameter", LoraBank.load(model, {"policy": adapter}), tokenizer)
     with torch.no_grad():
         logp_PR = enumerated(policy, task, torch.ones(task.prompt_count, 1)).logp_PR.numpy()
     start, best = (w_M @ task.J_M(p, "train") for p in (task.reference_logp_PR("train"), task.optimum_logp_PR(w_M, "train")))
@@ -111,7 +111,7 @@ def plain() -> float:
 
 def dropped_in() -> float:
     reward = MultiObjectiveReward(
-        FUNCTIONS, WEIGHTS, group=GROUP, scalarise_at="advantage", normalise="group", weighting="ctwa", max_unscored=1.0
+        FUNCTIONS, WEIGHTS, group=GROUP, scalarize_at="advantage", normalize="group", weighting="ctwa", max_unscored=1.0
     )
     return per_step([reward], reward.settings())
 

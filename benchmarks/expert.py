@@ -19,7 +19,7 @@ from paretune.runs.suite import run_suite
 
 SUITE = {
     "tasks": [{"name": "exact-v1", "rho": [0.8, 0.0, -0.8]}],
-    "methods": [{"name": "experts", "mixer": "logit"}],
+    "methods": [{"name": "experts", "mixing": "logit"}],
     "seeds": [100, 101, 102],
 }
 KINDS = {"sampled": {"name": "pg", "samples": 40_000}, "exact": {"name": "exact"}}

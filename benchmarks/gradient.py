@@ -2,7 +2,7 @@
 
     python benchmarks/gradient.py [--rounds 25] [--out benchmarks/results/gradient.json]
 
-Each aggregator in alternated pairs with linear, in one process: sampling, scoring, gradients, weights and the optimiser's step. The figure
+Each aggregator in alternated pairs with linear, in one process: sampling, scoring, gradients, weights and the optimizer's step. The figure
 is the slowest aggregator's median of the pairs' ratios.
 """
 
@@ -26,13 +26,13 @@ def stepper(task: ExactTask, learner: PolicyGradient, weighting: dict[str, Any])
     w = (1 / task.objectives.count,) * task.objectives.count
     spec = TrainSpec(task=describe(task), learner=describe(learner), preference=w, seed=0, weighting=weighting)
     policy = learner.start(spec, task, {})
-    optimiser = learner.new_optimiser(policy.bank.parameters())
+    optimizer = learner.new_optimizer(policy.bank.parameters())
     step, state = 0, None
 
     def run() -> None:
         nonlocal step, state
         batch = learner.collect(policy, task, spec, step, state)
-        learner.update(policy, optimiser, batch, beta=task.beta, step=step)
+        learner.update(policy, optimizer, batch, beta=task.beta, step=step)
         step, state = step + 1, batch.state
 
     return run

@@ -108,7 +108,7 @@ def ours() -> float:
         samples=ROWS * (WARM + TIMED),
         batch=ROWS,
         group=GROUP,
-        optimiser="adam",
+        optimizer="adam",
         lr=LR,
         log_every=WARM,
         checkpoint_every=10**6,

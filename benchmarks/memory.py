@@ -130,7 +130,7 @@ def ours(checkpointing: bool, folder: Path) -> int:
         def score(self, prompts, completions):
             return np.array([score(prompts, completions)] * 2).T
 
-    settings = {"rank": RANK, "alpha": 2 * RANK, "optimiser": "adam", "lr": 1e-4, "checkpointing": checkpointing}
+    settings = {"rank": RANK, "alpha": 2 * RANK, "optimizer": "adam", "lr": 1e-4, "checkpointing": checkpointing}
     learner = PolicyGradient(samples=ROWS * STEPS, batch=ROWS, group=GROUP, **settings)
     task = Words()
     spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)

@@ -1,10 +1,10 @@
 """Every way of mixing the same experts, and which layer is the best one to mix hidden states at.
 
-    python benchmarks/mixers.py [--root DIR] [--workers 1] [--out benchmarks/results/mixers.json]
+    python benchmarks/mixings.py [--root DIR] [--workers 1] [--out benchmarks/results/mixings.json]
 
 A small exact-v1 (5 symbols, 4 + 4 prompts, width 64, LoRA rank 8) with references of 2 and of 4 layers, three correlations, judged
 seeds 100-102, experts by 60 exact steps; bone soups train their own. With 4 layers only the layer is asked for. The worst attainment
-on training prompts over seeds and preferences, per mixer; for RMOD, which hears no preference, also what the worst-off objective
+on training prompts over seeds and preferences, per mixing; for RMOD, which hears no preference, also what the worst-off objective
 gains over the reference. Stopped, it goes on where it was.
 """
 
@@ -33,32 +33,32 @@ def methods(layers: int) -> list[Any]:
     """Layer 0 is the parameter level, and `layers` the logit level; deeper references ask the question of the layer only."""
     ends = [
         "reference",
-        {"name": "experts", "mixer": ["parameter", "logit"]},
+        {"name": "experts", "mixing": ["parameter", "logit"]},
         {"name": "hidden-layer", "layer": list(range(1, layers))},
     ]
     if layers > DEPTHS[0]:
         return ends
     return [
         *ends,
-        {"name": "experts", "mixer": "factor"},
+        {"name": "experts", "mixing": "factor"},
         {"name": "mod-divergence", "divergence": ["forward-kl", "alpha", "js"]},
         {"name": "rmod", "radius": [0.1, 1.0]},
         {"name": "ties", "density": [0.2, 0.8]},
         {"name": "dare"},
         {"name": "bone-soup", "share": 0.8},
-        {"name": "bone-soup", "share": 0.7, "mixer": "logit"},
+        {"name": "bone-soup", "share": 0.7, "mixing": "logit"},
     ]
 
 
 def label(method: dict[str, Any]) -> str:
     """A method and what tells it apart here."""
-    shown = [str(method[key]) for key in ("mixer", "divergence", "radius", "density", "layer") if key in method]
+    shown = [str(method[key]) for key in ("mixing", "divergence", "radius", "density", "layer") if key in method]
     return " ".join([method["name"], *shown])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("paretune-runs/mixers"))
+    parser.add_argument("--root", type=Path, default=Path("paretune-runs/mixings"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
     for layers in DEPTHS:
         root = given.root / f"{layers}-layers"
         suite = {"tasks": [{**TASK, "layers": layers}], "methods": methods(layers), "seeds": SEEDS, "learner": LEARNER}
-        run_suite({**suite, "name": f"mixers-{layers}"}, root=root, workers=given.workers)
+        run_suite({**suite, "name": f"mixings-{layers}"}, root=root, workers=given.workers)
         found = _rows(root, layers, settings)
         rows += found
         figures |= _figures(found, layers)
@@ -102,7 +102,7 @@ def _rows(root: Path, layers: int, learner: dict[str, Any]) -> list[dict[str, An
 
 
 def _figures(rows: list[dict[str, Any]], layers: int) -> dict[str, float]:
-    """The worst over correlations, per mixer; and hidden states at the best single layer against logit mixing, where it matters most."""
+    """The worst over correlations, per mixing; and hidden states at the best single layer against logit mixing, where it matters most."""
     worst: dict[str, float] = {}
     for row in rows:
         worst[row["method"]] = min(worst.get(row["method"], np.inf), row["worst_train"])

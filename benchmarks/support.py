@@ -20,7 +20,7 @@ import numpy as np
 from common import emit
 from paretune.evaluation.evaluate import evaluate
 from paretune.evaluation.metrics import attainment
-from paretune.methods.support import next_corner
+from paretune.methods.linear_support import next_corner
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
 from paretune.runs.suite import fit
 

@@ -50,7 +50,7 @@ class Bench:
         self.outside.mkdir()
         self.store = Store(self.root)
 
-    def run(self, *, executor="here", root=None, **suite):
+    def run(self, *, executor="in-process", root=None, **suite):
         return run_suite(suite_of(**suite), root or self.root, executor=executor, progress=False)
 
     def tell(self, *orders: str):

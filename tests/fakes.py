@@ -139,7 +139,7 @@ class FakeMethod:
 
     @dataclass(frozen=True)
     class Card:
-        family: str = "baseline"
+        category: str = "baseline"
 
     card = Card()
 

@@ -26,8 +26,8 @@ class TablePolicy:
     device = torch.device("cpu")
     forwards_per_token = 1.0
 
-    def __init__(self, task: ExactTask, tables: dict[str, list[np.ndarray]], level: str = "logit"):
-        self.task, self.level, self.calls = task, level, 0
+    def __init__(self, task: ExactTask, tables: dict[str, list[np.ndarray]], mixing: str = "logit"):
+        self.task, self.mixing, self.calls = task, mixing, 0
         self.K = len(tables["train"])
         self._logits = {split: torch.stack([self._packed(logp, split) for logp in tables[split]]) for split in SPLITS}
         self._reference = {split: self._packed(task.reference_logp_PR(split), split) for split in SPLITS}
@@ -64,12 +64,12 @@ class OneHot(Rule):
         return np.eye(len(self.w_WM))[[self.order[row] for row in rows]]
 
 
-def experts_of(task: ExactTask, rule: Rule, *, level: str = "logit", temper: float = 1.0) -> Family:
+def experts_of(task: ExactTask, rule: Rule, *, mixing: str = "logit", temper: float = 1.0) -> Family:
     """The optimal experts pi*_k; `temper` below 1 leaves them under-trained (pi_ref^(1-t) pi*^t is optimal for beta / t)."""
     vertices = np.eye(task.objectives.count)
     tables = {s: [_tempered(task, task.optimum_logp_PR(e, s), s, temper) for e in vertices] for s in SPLITS}
     meta = {"experts": list(range(task.objectives.count))}
-    return Family(TablePolicy(task, tables, level), rule, task.objectives, task.base(), {}, meta)  # type: ignore[arg-type]
+    return Family(TablePolicy(task, tables, mixing), rule, task.objectives, task.base(), {}, meta)  # type: ignore[arg-type]
 
 
 def optimum_of(task: ExactTask, w_WM: np.ndarray, order: list[int] | None = None) -> Family:

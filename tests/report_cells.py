@@ -20,23 +20,29 @@ JUDGED_WM = np.stack([(np.arange(11) + 0.5) / 11, 1 - (np.arange(11) + 0.5) / 11
 
 METHODS: dict[str, dict[str, Any]] = {
     # label: (method, family, curve, trainings, forwards, zero-shot)
-    "reference": {"method": {"name": "reference"}, "family": "baseline", "share": 0.0, "trainings": 0},
-    "expert 0": {"method": {"name": "expert", "objective": 0}, "family": "baseline", "fixed": (0.95, 0.1), "trainings": 1},
-    "expert 1": {"method": {"name": "expert", "objective": 1}, "family": "baseline", "fixed": (0.1, 0.95), "trainings": 1},
-    "uniform": {"method": {"name": "uniform"}, "family": "baseline", "fixed": (0.67, 0.67), "trainings": 1},
-    "linear": {"method": {"name": "linear", "points": 5}, "family": "multi-policy", "share": 0.93, "trainings": 5},
-    "experts parameter": {"method": {"name": "experts", "mixer": "parameter"}, "family": "meta-policy", "share": 0.95, "bend": 1.4},
-    "experts logit": {"method": {"name": "experts", "mixer": "logit"}, "family": "meta-policy", "share": 0.95, "bend": 0.25, "forwards": 2},
+    "reference": {"method": {"name": "reference"}, "category": "baseline", "share": 0.0, "trainings": 0},
+    "expert 0": {"method": {"name": "expert", "objective": 0}, "category": "baseline", "fixed": (0.95, 0.1), "trainings": 1},
+    "expert 1": {"method": {"name": "expert", "objective": 1}, "category": "baseline", "fixed": (0.1, 0.95), "trainings": 1},
+    "uniform": {"method": {"name": "uniform"}, "category": "baseline", "fixed": (0.67, 0.67), "trainings": 1},
+    "linear": {"method": {"name": "linear", "points": 5}, "category": "multi-policy", "share": 0.93, "trainings": 5},
+    "experts parameter": {"method": {"name": "experts", "mixing": "parameter"}, "category": "meta-policy", "share": 0.95, "bend": 1.4},
+    "experts logit": {
+        "method": {"name": "experts", "mixing": "logit"},
+        "category": "meta-policy",
+        "share": 0.95,
+        "bend": 0.25,
+        "forwards": 2,
+    },
     "experts hidden": {
-        "method": {"name": "experts", "mixer": "hidden"},
-        "family": "meta-policy",
+        "method": {"name": "experts", "mixing": "hidden"},
+        "category": "meta-policy",
         "share": 0.95,
         "bend": 0.25,
         "forwards": 2,
     },
     "emorl-shared": {
         "method": {"name": "emorl-shared"},
-        "family": "meta-policy",
+        "category": "meta-policy",
         "share": 0.96,
         "bend": 0.2,
         "forwards": 2,
@@ -109,9 +115,15 @@ def record(label: str, *, rho: float, task_seed: int) -> dict[str, Any]:
     total = {k: v * trainings if k not in ("evaluations", "memory_bytes") else v for k, v in cost.items()}
     verified = {"correlations": [[1.0, rho], [rho, 1.0]], "strength_nats": [0.7, 0.72], "worst_composition_limit": 1 - 0.25 * conflict}
     return {
-        "format": 1,
+        "format": 2,
         "method": {"version": 1, **spec["method"]},
-        "card": {"family": spec["family"], "summary": f"what {label} does", "zero_shot": "searches" not in spec, "source": "", "hides": ""},
+        "card": {
+            "category": spec["category"],
+            "summary": f"what {label} does",
+            "zero_shot": "searches" not in spec,
+            "source": "",
+            "hides": "",
+        },
         "task": {"name": "exact-v1", "version": 1, "rho": rho, "objective_count": 2, "beta": 0.15, "seed": task_seed},
         "learner": {"name": "pg", "version": 1},
         "seed": 0,
@@ -123,7 +135,7 @@ def record(label: str, *, rho: float, task_seed: int) -> dict[str, Any]:
             "preferences": JUDGED_WM.tolist(),
             "gates": JUDGED_WM.tolist(),
             "splits": {
-                split: measured(points_WM * scale, JUDGED_WM, mixes=spec["family"] == "meta-policy", kl=0.4 * scale)
+                split: measured(points_WM * scale, JUDGED_WM, mixes=spec["category"] == "meta-policy", kl=0.4 * scale)
                 for split, scale in (("train", 1.0), ("test", 0.97))
             },
         },

@@ -14,7 +14,7 @@ from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.weightings.adaptive import CovarianceTargeted, Exp3, exp3_probabilities
 from paretune.training.weightings.bandit import Contextual, prompt_features, ridge
-from paretune.training.weightings.base import WEIGHTINGS, Seen
+from paretune.training.weightings.base import WEIGHTINGS, StepContext
 from paretune.training.weightings.gradient import GradientLevel, Influence
 from paretune.types import Prompt
 
@@ -26,7 +26,7 @@ def seen(w, *, step=0, returns=None, covariance=None, gramian=None, prompts=(), 
     m = w_NM.shape[1]
     returns = np.full(w_NM.shape, 0.5) if returns is None else np.asarray(returns, dtype=float)
     covariance = np.eye(m) if covariance is None else np.asarray(covariance)
-    return Seen(step, 100, w_NM, returns, covariance, prompts, np.zeros(m), np.ones(m), seed=seed, gramian_MM=gramian)
+    return StepContext(step, 100, w_NM, returns, covariance, prompts, np.zeros(m), np.ones(m), seed=seed, gramian_MM=gramian)
 
 
 def test_influence_by_hand():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paretune.errors import ConfigError
-from paretune.objectives.utilities import check_scalariser, linear, log_product, scalarise
+from paretune.objectives.utilities import check_scalarizer, linear, log_product, scalarize
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.advantages import advantages, group_mean, leave_one_out, spread
@@ -43,12 +43,12 @@ def test_missing_scores_leave_the_baseline_of_their_own_objective_only():
 
 def test_nothing_known_is_no_advantage_and_no_error():
     assert (ours(np.full((8, 2), NAN)) == 0).all()
-    assert (ours(np.full((8, 2), NAN), normalise="group", at="advantage") == 0).all()
+    assert (ours(np.full((8, 2), NAN), normalize="group", at="advantage") == 0).all()
     alone = np.full((8, 2), NAN)
     alone[2] = 1.0
     assert (ours(alone) == 0).all(), "a single scored response has nothing to be compared with"
-    for normalise in ("none", "group", "batch"):
-        assert (ours(np.ones((8, 2)), normalise=normalise) == 0).all(), "equal responses"
+    for normalize in ("none", "group", "batch"):
+        assert (ours(np.ones((8, 2)), normalize=normalize) == 0).all(), "equal responses"
 
 
 def test_spread_is_the_sample_deviation_of_what_is_scored():
@@ -58,20 +58,20 @@ def test_spread_is_the_sample_deviation_of_what_is_scored():
     assert got[1, 0] == 0
 
 
-def test_both_levels_agree_without_normalisation_and_objectives_may_be_permuted():
+def test_both_levels_agree_without_normalization_and_objectives_may_be_permuted():
     scores = SCORES["full"]
     np.testing.assert_allclose(ours(scores, at="reward"), ours(scores, at="advantage"))
-    for settings in ({}, {"normalise": "group", "at": "advantage"}, {"normalise": "batch", "at": "advantage"}):
+    for settings in ({}, {"normalize": "group", "at": "advantage"}, {"normalize": "batch", "at": "advantage"}):
         flipped = advantages(scores[:, ::-1], np.tile(W_M[::-1], (8, 1)), group=GROUP, **settings)
         np.testing.assert_allclose(flipped, ours(scores, **settings))
 
 
 def test_scaling_by_the_batch_is_one_positive_number_but_by_the_group_is_not():
     plain = ours(SCORES["full"])
-    ratio = ours(SCORES["full"], normalise="batch") / plain
+    ratio = ours(SCORES["full"], normalize="batch") / plain
     assert ratio.min() > 0
     assert np.ptp(ratio) < 1e-12
-    assert np.ptp(ours(SCORES["full"], normalise="group") / plain) > 0.1
+    assert np.ptp(ours(SCORES["full"], normalize="group") / plain) > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +124,19 @@ def trl_advantages(tmp_path_factory):
     [
         ("RLOO", {}, {}, "full"),
         ("RLOO", {}, {}, "rows missing"),
-        ("RLOO", {"normalize_advantages": True}, {"normalise": "batch"}, "full"),
-        ("GRPO", {"multi_objective_aggregation": "sum_then_normalize"}, {"baseline": "group_mean", "normalise": "group"}, "full"),
+        ("RLOO", {"normalize_advantages": True}, {"normalize": "batch"}, "full"),
+        ("GRPO", {"multi_objective_aggregation": "sum_then_normalize"}, {"baseline": "group_mean", "normalize": "group"}, "full"),
         ("GRPO", {"scale_rewards": "none"}, {"baseline": "group_mean"}, "rows missing"),
         (
             "GRPO",
             {"multi_objective_aggregation": "normalize_then_sum"},
-            {"baseline": "group_mean", "normalise": "group", "at": "advantage"},
+            {"baseline": "group_mean", "normalize": "group", "at": "advantage"},
             "full",
         ),
         (
             "GRPO",
             {"multi_objective_aggregation": "normalize_then_sum"},
-            {"baseline": "group_mean", "normalise": "group", "at": "advantage"},
+            {"baseline": "group_mean", "normalize": "group", "at": "advantage"},
             "one missing",
         ),
     ],
@@ -145,13 +145,13 @@ def test_trl_computes_the_same(trl_advantages, kind, theirs, settings, scores):
     np.testing.assert_allclose(ours(SCORES[scores], **settings), trl_advantages(kind, SCORES[scores], **theirs), rtol=2e-4, atol=2e-5)
 
 
-def test_scalarisers():
+def test_scalarizers():
     rewards, w = np.array([[0.5, 0.25], [0.0, 1.0], [NAN, 0.5]]), np.tile([0.5, 0.5], (3, 1))
     np.testing.assert_allclose(linear(rewards, w), [0.375, 0.5, NAN])
     assert linear(rewards[2:], np.array([[0.0, 1.0]]))[0] == 0.5, "an objective without weight need not be known"
     got = log_product(rewards, w, low_M=np.zeros(2), high_M=np.ones(2))
     np.testing.assert_allclose(got, [0.5 * np.log(0.125), 0.5 * np.log(1e-4 * 0.9999), NAN])
-    wide = scalarise(2 * rewards - 1, w, {"name": "log_product"}, low_M=-np.ones(2), high_M=np.ones(2))
+    wide = scalarize(2 * rewards - 1, w, {"name": "log_product"}, low_M=-np.ones(2), high_M=np.ones(2))
     np.testing.assert_allclose(wide, got)
 
 
@@ -159,7 +159,7 @@ def test_scalarisers():
     ("given", "found"),
     [({"name": "liner"}, "liner"), ({"name": "linear", "floor": 0.1}, "floor"), ({"name": "log_product", "floor": -1.0}, "floor=-1")],
 )
-def test_a_scalariser_that_cannot_be_is_refused(given, found):
+def test_a_scalarizer_that_cannot_be_is_refused(given, found):
     with pytest.raises(ConfigError) as error:
-        check_scalariser(given)
+        check_scalarizer(given)
     assert found in error.value.found

@@ -19,7 +19,7 @@ def row(method, family, worst, samples, **more):
     return {
         "rho": -0.8,
         "method": method,
-        "family": family,
+        "category": family,
         "learner": "pg",
         "attainment_worst_train": worst,
         "attainment_mean_train": worst,
@@ -55,7 +55,7 @@ def test_advice_names_the_best_the_cheaper_the_families_and_the_harmful():
     assert "`sweep` (multi-policy) reached 0.62" in said[3].text
     assert "multi-policy 0.92 (`sweep`), meta-policy 0.55 (`experts logit`), single-policy 0.40 (`linear`)" in said[4].text
     assert "`experts parameter` (-0.42)" in said[5].text
-    assert str(said[1]).endswith("[benchmarks/results/relations.json: row 2, attainment_worst_train]")
+    assert str(said[1]).endswith("[results/relations.json: row 2, attainment_worst_train]")
 
 
 def test_every_number_is_of_the_rows_that_the_sentence_names():
@@ -122,7 +122,7 @@ def test_without_rows_there_is_no_advice():
         ("no json", "JSONDecodeError"),
         ('{"figures": {}}', "KeyError('rows')"),
         ('{"rows": 3}', "rows is no list"),
-        ('{"rows": [{"method": "a", "family": "b", "learner": "pg", "samples": 1}]}', "row 0: no attainment_worst_train, no n_seeds"),
+        ('{"rows": [{"method": "a", "category": "b", "learner": "pg", "samples": 1}]}', "row 0: no attainment_worst_train, no n_seeds"),
     ],
 )
 def test_a_file_that_is_no_results_is_refused(tmp_path, text, shown):
@@ -147,7 +147,7 @@ def test_rows_are_made_from_the_cells_of_a_suite(tmp_path):
             if method == one["method"] and r["attainment_worst_train"] == one["attainment_worst_train"]
         ]
         assert same
-        assert one["family"] == same[0]["family"]
+        assert one["category"] == same[0]["category"]
     path = tmp_path / "relations.json"
     path.write_text(json.dumps({"figures": {}, "rows": rows}))
     assert load_rows(path) == rows
@@ -155,8 +155,4 @@ def test_rows_are_made_from_the_cells_of_a_suite(tmp_path):
 
 
 def test_the_package_ships_the_committed_results():
-    committed = ROOT / "benchmarks" / "results" / "relations.json"
-    assert (shipped() is not None) == committed.is_file()
-    if committed.is_file():
-        assert shipped().read_bytes() == committed.read_bytes()
-        assert load_rows(committed)
+    assert load_rows(shipped())

@@ -62,8 +62,8 @@ def test_a_group_that_disagrees_more_counts_less():
 
 def test_dvao_divides_by_the_spread_that_objectives_in_agreement_would_have():
     wide = HAND * [1.0, 10.0]
-    centred = wide - wide.mean(0)
-    np.testing.assert_allclose(ours("dvao", wide), centred @ W / ((0.75 + 2.5) / ROOT3), rtol=5e-4)
+    centered = wide - wide.mean(0)
+    np.testing.assert_allclose(ours("dvao", wide), centered @ W / ((0.75 + 2.5) / ROOT3), rtol=5e-4)
     together = HAND[[0, 0, 3, 3]] * [1.0, 10.0]
     np.testing.assert_allclose(ours("dvao", together), ours("grpo", together), rtol=5e-4)
 
@@ -76,7 +76,7 @@ def test_rdpo_counts_objectives_that_agree_once():
 def test_two_of_them_are_those_that_trl_checks():
     for seed in range(3):
         returns, w = drawn(seed=seed), np.tile(W, (12, 1))
-        plain = {"group": 4, "baseline": "group_mean", "normalise": "group"}
+        plain = {"group": 4, "baseline": "group_mean", "normalize": "group"}
         np.testing.assert_allclose(ours("grpo", returns), advantages(returns, w, **plain), atol=1e-9)
         np.testing.assert_allclose(ours("gdpo", returns), advantages(returns, w, at="advantage", **plain), atol=1e-9)
         returns[[2, 7], [0, 1]] = NAN
@@ -175,8 +175,8 @@ def test_both_learners_follow_it(tmp_path):
         ({"aggregation": {"name": "gdpo", "tau": 0.1}}, "tau"),
         ({"aggregation": {"name": "gd2po", "form": "soft"}}, "soft"),
         ({"aggregation": {"name": "gd2po", "tau": 2.0}}, "tau=2.0"),
-        ({"aggregation": {"name": "gdpo"}, "scalarise_at": "advantage"}, "scalarise_at='advantage'"),
-        ({"aggregation": {"name": "gdpo"}, "scalariser": {"name": "log_product"}}, "log_product"),
+        ({"aggregation": {"name": "gdpo"}, "scalarize_at": "advantage"}, "scalarize_at='advantage'"),
+        ({"aggregation": {"name": "gdpo"}, "scalarizer": {"name": "log_product"}}, "log_product"),
     ],
 )
 @pytest.mark.parametrize("learner", [PolicyGradient(**SMALL), ExactGradient(rank=2, alpha=4)])

@@ -25,13 +25,13 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_new_responses():
     assert len(set(rows)) > 4, "40 copies of one response would mean shared streams"
 
 
-@pytest.mark.parametrize("optimiser", ["muon", "adam"])
-def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(monkeypatch, optimiser):
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(monkeypatch, optimizer):
     """After every update: sampled log-probabilities are the scorer's, with merged weights and without, and the base comes back bitwise."""
-    learner = PolicyGradient(**{**SMALL, "lr": 0.1}, optimiser=optimiser)
+    learner = PolicyGradient(**{**SMALL, "lr": 0.1}, optimizer=optimizer)
     policy, spec = moved(learner), spec_of(learner)
     base = [p.clone() for p in policy.model.parameters() if not p.requires_grad]
-    steps = learner.new_optimiser(policy.bank.parameters())
+    steps = learner.new_optimizer(policy.bank.parameters())
     for step in range(3):
         batch = learner.collect(policy, TASK, spec, step)
         made = batch.responses

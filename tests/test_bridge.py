@@ -34,7 +34,7 @@ def worst(task, family, w_WM=None):
     return evaluate(task, family, w_WM=w_WM, splits=["train"]).metrics["splits"]["train"]["attainment"]["worst"]
 
 
-def test_the_gate_is_nothing_at_vertices_and_all_at_the_centre():
+def test_the_gate_is_nothing_at_vertices_and_all_at_the_center():
     for m in (2, 3, 8):
         np.testing.assert_allclose(interaction(np.eye(m)), 0, atol=1e-12)
         np.testing.assert_allclose(interaction(np.full((1, m), 1 / m)), 1)
@@ -48,7 +48,7 @@ def test_the_experts_are_trained_first_and_stay_as_they_are(conflict, learner, d
     first = method.plan(conflict, learner, {}, 0)
     assert [spec.preference for spec in first] == [(1.0, 0.0), (0.0, 1.0)]
     *experts, bridge = method.plan(conflict, learner, done, 0)
-    assert bridge.frozen == tuple(spec.key for spec in experts)
+    assert bridge.frozen_adapters == tuple(spec.key for spec in experts)
     assert bridge.preference is None
     at_vertices = {
         name: evaluate(conflict, METHODS.build(name).policy(conflict, learner, done, 0), w_WM=np.eye(2)).curves["train"]
@@ -61,7 +61,7 @@ def test_under_conflict_it_repairs_the_soup_at_one_forward(conflict, learner, do
     """Shown on preferences of its own: nothing was trained at them. The soup of the same experts does harm; the bridge nearly none."""
     w_WM = np.stack([np.linspace(0.1, 0.9, 9), np.linspace(0.9, 0.1, 9)], axis=1)
     bridge = METHODS.build("bridge").policy(conflict, learner, done, 0)
-    soup = METHODS.build({"name": "experts", "mixer": "parameter"}).policy(conflict, learner, done, 0)
+    soup = METHODS.build({"name": "experts", "mixing": "parameter"}).policy(conflict, learner, done, 0)
     assert bridge.policy.forwards_per_token == 1
     assert worst(conflict, bridge, w_WM) > worst(conflict, soup, w_WM) + 0.2
 

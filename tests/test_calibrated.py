@@ -171,23 +171,23 @@ def build(task, learner, done, **fields):
     return METHODS.build({"name": "calibrated", **fields}).policy(task, learner, done, 0)
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "logit", "hidden"])
-def test_it_is_no_worse_where_it_searched_and_the_experts_at_the_vertices(task, learner, done, mixer):
-    family = build(task, learner, done, mixer=mixer)
-    plain = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, learner, done, 0)
+@pytest.mark.parametrize("mixing", ["parameter", "logit", "hidden"])
+def test_it_is_no_worse_where_it_searched_and_the_experts_at_the_vertices(task, learner, done, mixing):
+    family = build(task, learner, done, mixing=mixing)
+    plain = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, learner, done, 0)
     w_WM = METHODS.build("calibrated").preferences(task)
     mine, theirs = (evaluate(task, f, w_WM=w_WM, splits=["train"]) for f in (family, plain))
     utility = [np.array([u["value"] for u in e.metrics["splits"]["train"]["utility"]["per_preference"]]) for e in (mine, theirs)]
     assert (utility[0] >= utility[1] - 1e-6).all()
     one, two = (e.curves["train"].rewards_WSM[:2] for e in (mine, theirs))
     assert one == pytest.approx(two, abs=1e-6), "vertices come first in the lattice"
-    if mixer == "parameter":
+    if mixing == "parameter":
         assert (utility[0] - utility[1])[2:].max() > 0.005, "under conflict the plain soup is far from its best weights"
 
 
 def test_between_what_was_searched_it_is_nearly_as_good_as_a_search_there(task, learner, done):
     """Zero-shot at the judged preferences against the search run anew for each of them, on the same experts."""
-    mine = evaluate(task, build(task, learner, done, mixer="hidden"), splits=["train"])
+    mine = evaluate(task, build(task, learner, done, mixing="hidden"), splits=["train"])
     searched = evaluate(task, METHODS.build("emorl-shared").policy(task, learner, done, 0), splits=["train"])
     attained = [np.array(e.metrics["splits"]["train"]["attainment"]["per_preference"]) for e in (searched, mine)]
     assert (attained[0] - attained[1]).max() < 0.03
@@ -249,7 +249,7 @@ def test_it_is_saved_as_a_map(task, learner, done, tmp_path):
 
 @pytest.mark.parametrize("search", ["lattice", "grid"])
 def test_other_searches_pass_the_conformance_suite(search):
-    check_method({"name": "calibrated", "search": search, "mixer": "parameter"}, task=quick_task())
+    check_method({"name": "calibrated", "search": search, "mixing": "parameter"}, task=quick_task())
 
 
 def test_three_objectives_pass():

@@ -13,11 +13,11 @@ from paretune.training.cost import read_cost
 from paretune.training.policy_gradient import PolicyGradient
 
 
-@pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])
-def test_a_killed_training_resumes_bitwise(tmp_path, when, optimiser):
+@pytest.mark.parametrize(("when", "optimizer"), [(3, "muon"), (4, "adam"), (7, "muon")])
+def test_a_killed_training_resumes_bitwise(tmp_path, when, optimizer):
     """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""
     learner = PolicyGradient(
-        **{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3, optimiser=optimiser
+        **{**SMALL, "samples": 160, "log_every": 1, "checkpoint_every": 2}, stop_cv=1e-9, validate_every=3, optimizer=optimizer
     )
     spec = spec_of(learner)
     learner.train(spec, TASK, tmp_path / "whole")

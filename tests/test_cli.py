@@ -34,7 +34,7 @@ COMMANDS = {
     "ls": {"KIND", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
-    "normalise": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
+    "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--json"},
     "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--json"},
     "explain": {
@@ -58,7 +58,7 @@ SUITE = {
     "name": "tiny",
     "tasks": [{"name": "exact-v1", "alphabet": 3, "length": 2, "prompt_count": 4, "width": 32, "rho": [0.0]}],
     "learner": {"name": "exact", "steps": 2, "rank": 2},
-    "methods": ["reference", {"name": "experts", "mixer": ["parameter", "logit"]}],
+    "methods": ["reference", {"name": "experts", "mixing": ["parameter", "logit"]}],
     "seeds": [0],
 }
 
@@ -201,7 +201,7 @@ def test_bench_from_suite_to_report_and_again(suite, tmp_path):
     assert {row["status"] for row in planned["trainings"]} == {"planned"}
     assert not (root / "cells").exists()
 
-    first = run("bench", suite, "--root", root, "--executor", "here", "--json")
+    first = run("bench", suite, "--root", root, "--executor", "in-process", "--json")
     data = json.loads(first.stdout)
     assert (data["run"]["trained"], data["run"]["reused"], len(data["run"]["cells"])) == (2, 0, 3)
     assert {row["method"] for row in data["leaderboard"]} == {"the exact optimum", "reference", "experts parameter", "experts logit"}
@@ -209,7 +209,7 @@ def test_bench_from_suite_to_report_and_again(suite, tmp_path):
     reference = next(row for row in data["leaderboard"] if row["method"] == "reference")
     assert reference["attainment_worst_test"] == pytest.approx(0, abs=1e-4)
 
-    again = json.loads(run("bench", suite, "--root", root, "--executor", "here", "--json").stdout)
+    again = json.loads(run("bench", suite, "--root", root, "--executor", "in-process", "--json").stdout)
     assert again["run"]["trained"] == 0
     assert {row["status"] for row in again["run"]["cells"]} == {"done"}
     assert again["leaderboard"] == data["leaderboard"]
@@ -225,12 +225,12 @@ def test_bench_takes_overrides_and_goes_on_after_a_failure(suite, tmp_path, monk
         "from dataclasses import dataclass\nfrom typing import ClassVar\n"
         "from paretune.methods.base import Card, Method\nfrom paretune.registry import METHODS\n\n\n"
         "@METHODS.register('broken')\n@dataclass(frozen=True)\nclass Broken(Method):\n    card: ClassVar[Card] = Card(\n"
-        "        family='baseline', summary='fails', source='none', differs='nothing', hides='nothing',\n"
+        "        category='baseline', summary='fails', source='none', differs='nothing', hides='nothing',\n"
         "        trainings='0', forwards_per_token='1', zero_shot=True)\n"
         "    def plan(self, task, learner, done, seed):\n        return []\n"
         "    def policy(self, task, learner, done, seed):\n        raise ValueError('no policy today')\n"
     )
-    args = ["bench", suite, "learner.steps=1", "methods=[broken, reference]", "--plugin", plugin, "--executor", "here", "--json"]
+    args = ["bench", suite, "learner.steps=1", "methods=[broken, reference]", "--plugin", plugin, "--executor", "in-process", "--json"]
     result = run(*args, "--root", tmp_path / "runs", code=1)
     data = json.loads(result.stdout)
     assert {row["status"] for row in data["run"]["cells"]} == {"new", "failed"}
@@ -264,7 +264,7 @@ def test_ctrl_c_at_a_real_terminal_command(suite, tmp_path):
     data = yaml.safe_load(suite.read_text())
     data["learner"]["steps"], data["methods"] = 100_000, ["experts"]
     suite.write_text(yaml.safe_dump(data))
-    command = [sys.executable, "-m", "paretune", "bench", str(suite), "--root", str(tmp_path / "runs"), "--executor", "here"]
+    command = [sys.executable, "-m", "paretune", "bench", str(suite), "--root", str(tmp_path / "runs"), "--executor", "in-process"]
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to it
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen

@@ -41,7 +41,7 @@ def cell(label, rho, seed, *, share=None):
     share = share_of(label, rho, seed) if share is None else share
     for split, scale in (("train", 1.0), ("test", 0.8)):
         points_WM = scale * share * optimum(JUDGED_WM)
-        data["metrics"]["splits"][split] = measured(points_WM, JUDGED_WM, mixes=METHODS[label]["family"] == "meta-policy")
+        data["metrics"]["splits"][split] = measured(points_WM, JUDGED_WM, mixes=METHODS[label]["category"] == "meta-policy")
     return data
 
 
@@ -306,7 +306,7 @@ def test_heat_maps_go_from_the_best_to_the_worst_and_mark_what_is_unsure(results
 
 def test_relationships_are_the_iqm_per_setting(results):
     table = relationship_tables(results)["worst"]
-    assert [column.key for column in table.columns] == ["method", "family", "rho = 0.8", "rho = \u22120.8", ALL]
+    assert [column.key for column in table.columns] == ["method", "category", "rho = 0.8", "rho = \u22120.8", ALL]
     line = row_of(table, method="experts parameter")
     assert line["rho = \u22120.8"].value == pytest.approx(trim_mean(raw("experts parameter", rhos=(-0.8,)).ravel(), 0.25))
     overall = [row[ALL].value for row in table.rows]
@@ -421,9 +421,9 @@ def test_findings_say_who_beats_the_sweep(results):
     assert "matters most at rho = \u22120.8" in said
 
     def change(data):
-        data["card"]["family"] = "single-policy" if data["method"]["name"] == "linear" else data["card"]["family"]
-        if data["method"].get("mixer") == "logit":  # a single policy for less than the sweep, and clearly ahead
-            data["card"]["family"] = "single-policy"
+        data["card"]["category"] = "single-policy" if data["method"]["name"] == "linear" else data["card"]["category"]
+        if data["method"].get("mixing") == "logit":  # a single policy for less than the sweep, and clearly ahead
+            data["card"]["category"] = "single-policy"
             points_WM = 0.99 * optimum(JUDGED_WM)
             data["metrics"]["splits"]["train"] = measured(points_WM, JUDGED_WM, mixes=False)
         return data
@@ -460,10 +460,10 @@ def test_what_is_usual_goes_without_saying():
 def test_rows_are_flat_strict_json_and_hold_the_same_numbers(results, tmp_path):
     path = write_rows(results, tmp_path / "new" / "rows.json")
     data = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert (data["format"], data["level"], data["task_seeds"]) == (1, 0.95, [str(seed) for seed in SEEDS])
+    assert (data["format"], data["level"], data["task_seeds"]) == (2, 0.95, [str(seed) for seed in SEEDS])
     assert len(data["rows"]) == 2 * 5
     row = next(row for row in data["rows"] if row["method"] == "experts logit" and row["rho"] == -0.8)
-    assert (row["name"], row["fields"], row["learner"], row["n_seeds"]) == ("experts", {"mixer": "logit"}, "pg", 12)
+    assert (row["name"], row["fields"], row["learner"], row["n_seeds"]) == ("experts", {"mixing": "logit"}, "pg", 12)
     for split, scale in (("train", 1.0), ("test", 0.8)):
         values = raw("experts logit", rhos=(-0.8,), scale=scale).ravel()
         assert row[f"attainment_worst_{split}"] == pytest.approx(trim_mean(values, 0.25), abs=1e-5)

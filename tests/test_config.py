@@ -87,9 +87,9 @@ def test_overrides(file):
 
 
 def test_items_of_lists_by_name(file):
-    path = file("methods: [reference, {name: experts, mixer: logit}]\nprompts: a.jsonl\n")
-    document = load(path, ["methods.experts.mixer=hidden", "methods.reference.scale=2", "prompts.limit=3"], short={"prompts": "path"})
-    assert document.data["methods"] == [{"name": "reference", "scale": 2}, {"name": "experts", "mixer": "hidden"}]
+    path = file("methods: [reference, {name: experts, mixing: logit}]\nprompts: a.jsonl\n")
+    document = load(path, ["methods.experts.mixing=hidden", "methods.reference.scale=2", "prompts.limit=3"], short={"prompts": "path"})
+    assert document.data["methods"] == [{"name": "reference", "scale": 2}, {"name": "experts", "mixing": "hidden"}]
     assert document.data["prompts"] == {"path": "a.jsonl", "limit": 3}
 
 
@@ -129,7 +129,7 @@ def test_broken_files_name_the_line(file, text, found):
     assert caught.value.found.startswith(found), caught.value.found
 
 
-def test_missing_file_names_its_neighbour(file):
+def test_missing_file_names_its_neighbor(file):
     path = file("a: 1")
     with pytest.raises(ConfigError, match=r"did you mean 'quick\.yaml'"):
         load(path.with_name("quik.yaml"))

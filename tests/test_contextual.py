@@ -45,7 +45,7 @@ class ByFirstLetter(Identity):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     task, learner = small_task(context=0.8, prompt_count=8), quick_learner(steps=60)
-    method = METHODS.build({"name": "experts", "mixer": "parameter"})
+    method = METHODS.build({"name": "experts", "mixing": "parameter"})
     done = train_plan(method, task, learner, tmp_path_factory.mktemp("experts"), seed=0)
     return task, learner, done
 
@@ -54,10 +54,10 @@ def _with(family, rule):
     return Family(family.policy, rule, family.objectives, family.base, family.adapters, family.meta)
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "logit"])
-def test_constant_prompt_gates_are_the_plain_ones(trained, mixer):
+@pytest.mark.parametrize("mixing", ["parameter", "logit"])
+def test_constant_prompt_gates_are_the_plain_ones(trained, mixing):
     task, learner, done = trained
-    plain = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, learner, done, 0)
+    plain = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, learner, done, 0)
     told = _with(plain, SameForAll())
     for exact in (True, False):
         one, two = (evaluate(task, family, samples=8, exact=exact).metrics for family in (plain, told))
@@ -66,11 +66,11 @@ def test_constant_prompt_gates_are_the_plain_ones(trained, mixer):
     assert plain.sample(prompts, (0.3, 0.7), n=2) == told.sample(prompts, (0.3, 0.7), n=2)
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "logit"])
-def test_each_prompt_is_measured_and_sampled_at_its_own_gates(trained, mixer):
+@pytest.mark.parametrize("mixing", ["parameter", "logit"])
+def test_each_prompt_is_measured_and_sampled_at_its_own_gates(trained, mixing):
     """A batch with gates per prompt gives, prompt by prompt, what plain gates give it."""
     task, learner, done = trained
-    plain = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, learner, done, 0)
+    plain = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, learner, done, 0)
     letter = task.prompts("train")[0].text[0]
     family = _with(plain, ByFirstLetter(letter=letter))
     w_WM = np.array([[0.2, 0.8]])
@@ -135,7 +135,7 @@ CENTRES_CMK = np.array([[[0.9, 0.1], [0.2, 0.8]], [[0.3, 0.3], [0.6, 0.1]]])  # 
 
 
 def _peaks(context_N, gates_NK):
-    """(N, M) returns of a problem whose answer is known: at w the best gates are sum_m w_m centre_m, if w sums to 1."""
+    """(N, M) returns of a problem whose answer is known: at w the best gates are sum_m w_m center_m, if w sums to 1."""
     return 1.0 - ((gates_NK[:, None] - CENTRES_CMK[context_N]) ** 2).sum(-1)
 
 
@@ -285,7 +285,7 @@ def test_conformance(method, count):
 
 
 def test_conformance_at_the_logit_level():
-    check_method({"name": "contextual", "rounds": 4, "landmarks": 9, "mixer": "logit", "algorithm": "thompson"})
+    check_method({"name": "contextual", "rounds": 4, "landmarks": 9, "mixing": "logit", "algorithm": "thompson"})
 
 
 def test_what_a_user_can_get_wrong():

@@ -49,7 +49,7 @@ def spread_of(rewards_PRM, logp_PR):
 
 
 def test_at_their_defaults_the_dials_change_no_bit():
-    """The rewards are still the coloured fields and nothing else; the numbers are from the code before there were such dials."""
+    """The rewards are still the colored fields and nothing else; the numbers are from the code before there were such dials."""
     task = ExactTask(rho=-0.8, seed=3, alphabet=4, length=3, prompt_count=4, width=32, layers=2)
     fields_PRM = fields(task.tree, task._prompts_PT, 2, 1.0, 3)
     plain_PRM = mix_to_correlation(fields_PRM, task._reference_all_PR, -0.8, task.strength, task.beta)
@@ -226,7 +226,7 @@ def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(t
     from paretune.policy.returns import ExactReturns
 
     task = ExactTask(context=0.8, seed=0, alphabet=6, length=3, prompt_count=8, width=64)
-    family = pt.fit(task, pt.method("experts", mixer="parameter"), learner=ExactGradient(steps=60), root=tmp_path, progress=False)
+    family = pt.fit(task, pt.method("experts", mixing="parameter"), learner=ExactGradient(steps=60), root=tmp_path, progress=False)
     gates_WK = np.array([(a, b) for a in np.linspace(0, 1.2, 7) for b in np.linspace(0, 1.2, 7)])
     gain_WP, context_P = {}, {}
     for split in ("train", "test"):

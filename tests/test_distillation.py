@@ -1,4 +1,4 @@
-"""Distillation: what is minimised, by the identity that it rests on, and that the student becomes its teachers' mixture."""
+"""Distillation: what is minimized, by the identity that it rests on, and that the student becomes its teachers' mixture."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_student_becomes_the_mixture_at_one_forward(tmp_path, more):
     student = method.policy(task, learner, done, 0)
     assert student.policy.forwards_per_token == 1
     mixture = METHODS.build({"name": "placed", "more": more}).policy(task, learner, done, 0)
-    soup = METHODS.build({"name": "experts", "mixer": "parameter"}).policy(task, learner, done, 0)
+    soup = METHODS.build({"name": "experts", "mixing": "parameter"}).policy(task, learner, done, 0)
     found = {
         name: np.array(evaluate(task, one, splits=["train"]).metrics["splits"]["train"]["attainment"]["per_preference"])
         for name, one in (("student", student), ("mixture", mixture), ("soup", soup))

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from paretune.cli import app
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.registry import METHODS
 from paretune.runs.recipe import load_recipe
 from paretune.serve.model_card import VLLM_RANKS
@@ -79,6 +79,6 @@ def test_the_commands_run_in_their_order(here, capsys):
 
 def test_the_table_has_every_level_and_the_text_vllms_ranks():
     rows = " ".join(re.findall(r"^\| (.*?) \|", PAGE, re.MULTILINE))
-    assert {name for name in LEVELS if not re.search(rf"\b{name}\b", rows)} == {"reference", "tied"}  # in training only
+    assert {name for name in MIXINGS if not re.search(rf"\b{name}\b", rows)} == {"reference", "tied"}  # in training only
     assert set(re.findall(r"`([\w-]+)`", rows)) <= set(METHODS)
     assert ", ".join(map(str, VLLM_RANKS[:-1])) + f" or {VLLM_RANKS[-1]}" in " ".join(PAGE.split())

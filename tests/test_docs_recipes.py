@@ -65,9 +65,9 @@ def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
 
 
 def test_the_command_of_the_page_prints_what_can_be_pasted(recipe):
-    ran = CliRunner().invoke(app, ["normalise", str(recipe), "--samples", "2", "--limit", "3"])
+    ran = CliRunner().invoke(app, ["normalize", str(recipe), "--samples", "2", "--limit", "3"])
     assert ran.exit_code == 0, ran.output
-    assert re.search(r"^good: normalise: \{mean: .*, std: .*, from: \".*\"\}$", ran.stdout, re.MULTILINE)
+    assert re.search(r"^good: normalize: \{mean: .*, std: .*, from: \".*\"\}$", ran.stdout, re.MULTILINE)
 
 
 def test_the_table_lists_every_recipe_with_its_objectives():
@@ -81,4 +81,4 @@ def test_the_table_lists_every_recipe_with_its_objectives():
 def test_settings_that_the_page_names_exist():
     ran = CliRunner().invoke(app, ["show", "reward-model", "--json"])
     names = {field["name"] for field in json.loads(ran.stdout)[0]["fields"]}
-    assert {"device", "dtype", "batch", "max_tokens", "negate", "output", "input", "normalise", "label"} <= names
+    assert {"device", "dtype", "batch", "max_tokens", "negate", "output", "input", "normalize", "label"} <= names

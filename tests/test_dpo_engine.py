@@ -27,7 +27,7 @@ from processes import alone
 
 TIMED = ("seconds", "tokens_per_s")
 EVERY = {**SMALL, "log_every": 1}
-ADAM = {"optimiser": "adam", "lr": 1e-2}  # Muon rounds to bfloat16, which would hide small differences
+ADAM = {"optimizer": "adam", "lr": 1e-2}  # Muon rounds to bfloat16, which would hide small differences
 
 
 def untimed(folder):
@@ -47,10 +47,10 @@ class Silent(ExactTask):
     ("preference", "fields"),
     [
         (W, {"labels": "drawn", "micro_batch": 7, **ADAM}),  # 24 pairs a step, 3 at once
-        ((0.6, 0.4), {"labels": "drawn", "labelled": 1, "checkpointing": True, **ADAM}),
+        ((0.6, 0.4), {"labels": "drawn", "labeled": 1, "checkpointing": True, **ADAM}),
         ((1.0, 0.0), {"labels": "hard"}),
     ],
-    ids=["in-parts", "labelled", "vertex"],
+    ids=["in-parts", "labeled", "vertex"],
 )
 def test_it_takes_the_steps_of_the_embedded_learner(preference, fields, tmp_path):
     """Same responses, labels and first adapter, so loss, gradient, KL and weights agree. A response without EOS is among them, and one that
@@ -165,7 +165,7 @@ def test_the_method_trains_with_the_engine_that_the_learner_names(tmp_path):
         ({"temperature": 0.7}, "temperature=0.7"),
         ({"epochs": 2}, "epochs=2"),
         ({"kl_in": "loss", "kl_estimator": "k3"}, "kl_in='reward'"),
-        ({"normalise": "batch"}, "no advantages to normalise"),
+        ({"normalize": "batch"}, "no advantages to normalize"),
         ({"micro_tokens": 100}, "use micro_batch"),
     ],
 )
@@ -179,9 +179,9 @@ def test_what_it_cannot_be(fields, essential):
     ("spec", "fields", "essential"),
     [
         ({"preference": None}, {}, "one fresh adapter at one preference"),
-        ({"preference": None}, {"labelled": 0}, "sampled preferences"),
-        ({"preference": (0.0, 1.0)}, {"labelled": 0}, "must be above 0"),
-        ({"frozen": ("a",)}, {}, "one fresh adapter at one preference"),
+        ({"preference": None}, {"labeled": 0}, "sampled preferences"),
+        ({"preference": (0.0, 1.0)}, {"labeled": 0}, "must be above 0"),
+        ({"frozen_adapters": ("a",)}, {}, "one fresh adapter at one preference"),
         ({"weighting": {"name": "exp3"}}, {}, "with the preference itself"),
         ({}, {"settings": {"beta": 0.3}}, "learner trl-modpo sets beta itself"),
         ({}, {"settings": {"use_vlm": True}}, "further arguments of DPOConfig"),

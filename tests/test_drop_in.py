@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paretune.errors import ConfigError, RewardError
-from paretune.objectives.utilities import scalarise
+from paretune.objectives.utilities import scalarize
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.advantages import advantages, aggregate_advantages
 from paretune.training.trl.reward import MultiObjectiveReward
@@ -74,11 +74,11 @@ def one_step(kind, reward_funcs, **settings):
     return list(trainer._logs["completion"]), np.array(trainer._logs["advantages"]), trainer.state
 
 
-@pytest.mark.parametrize(("how", "fields"), [("sum_then_normalize", {}), ("normalize_then_sum", {"scalarise_at": "advantage"})])
+@pytest.mark.parametrize(("how", "fields"), [("sum_then_normalize", {}), ("normalize_then_sum", {"scalarize_at": "advantage"})])
 def test_trls_own_two_aggregations_come_out_of_it(how, fields):
     """With TRL's two reward functions, TRL's weights and TRL's arithmetic on the one side, the drop-in on the other."""
     theirs = one_step("grpo", [length, fussy], num_generations=GROUP, multi_objective_aggregation=how, reward_weights=list(W))
-    reward = MultiObjectiveReward([length, fussy], W, group=GROUP, normalise="group", **fields)
+    reward = MultiObjectiveReward([length, fussy], W, group=GROUP, normalize="group", **fields)
     ours = one_step("grpo", [reward], **reward.settings())
     assert ours[0] == theirs[0]
     assert np.abs(theirs[1]).max() > 0.5
@@ -96,10 +96,10 @@ def test_trls_own_two_aggregations_come_out_of_it(how, fields):
     "fields",
     [
         {},
-        {"scalarise_at": "advantage", "normalise": "group"},
-        {"scalarise_at": "advantage", "normalise": "batch", "baseline": "leave_one_out"},
+        {"scalarize_at": "advantage", "normalize": "group"},
+        {"scalarize_at": "advantage", "normalize": "batch", "baseline": "leave_one_out"},
         {"aggregation": "mo_grpo"},
-        {"scalariser": "log_product"},
+        {"scalarizer": "log_product"},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())) or "plain",
 )
@@ -113,11 +113,11 @@ def test_what_trl_trains_on_is_what_the_embedded_learner_would(kind, fields):
     baseline = fields.get("baseline", {"grpo": "group_mean", "rloo": "leave_one_out"}[kind])
     if "aggregation" in fields:
         wanted = aggregate_advantages({"name": fields["aggregation"]}, rewards_NM, w_NM, group=GROUP)
-    elif "scalariser" in fields:
-        single_N = scalarise(rewards_NM, w_NM, {"name": "log_product"}, low_M=np.zeros(2), high_M=np.array([3.0, 1.0]))
+    elif "scalarizer" in fields:
+        single_N = scalarize(rewards_NM, w_NM, {"name": "log_product"}, low_M=np.zeros(2), high_M=np.array([3.0, 1.0]))
         wanted = advantages(single_N[:, None], np.ones((BATCH, 1)), group=GROUP, baseline=baseline)
     else:
-        more = {"at": fields.get("scalarise_at", "reward"), "normalise": fields.get("normalise", "none")}
+        more = {"at": fields.get("scalarize_at", "reward"), "normalize": fields.get("normalize", "none")}
         wanted = advantages(rewards_NM, w_NM, group=GROUP, baseline=baseline, **more)
     assert np.abs(wanted).max() > 0.1
     np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -128,7 +128,7 @@ def test_what_trl_trains_on_is_what_the_embedded_learner_would(kind, fields):
     assert (logged["weights/length"], logged["weights/share"]) == pytest.approx(W)
 
 
-def test_without_normalisation_the_number_is_the_weighted_reward():
+def test_without_normalization_the_number_is_the_weighted_reward():
     """So that TRL's own curve of rewards can be read; a missing objective counts as its group's mean, not as 0."""
     reward = MultiObjectiveReward([length, share], W, group=GROUP)
     number_N = np.array(reward(PROMPTS, TEXTS))
@@ -230,7 +230,7 @@ PROMPTS12, TEXTS12 = [*PROMPTS, *["cc"] * GROUP], [*TEXTS, "b", "ca", "aca", "ca
 
 def test_groups_split_over_processes_are_put_together():
     """Six rows each: the second group is half in one process, half in the other, and a weighting with memory sees them all."""
-    fields = {"scalarise_at": "advantage", "normalise": "batch", "weighting": {"name": "ctwa"}, "high": (3.0, 1.0)}
+    fields = {"scalarize_at": "advantage", "normalize": "batch", "weighting": {"name": "ctwa"}, "high": (3.0, 1.0)}
     logged = {}
     single = MultiObjectiveReward([length, share], W, group=GROUP, **fields)
     single.objectives = type(single.objectives)(("own", "share"), single.objectives.low, single.objectives.high)
@@ -263,8 +263,8 @@ class _Model:
         ({"aggregation": "pama"}, "must have mean 0 in each group"),
         ({"aggregation": "gd2po"}, "must have mean 0 in each group"),
         ({"aggregation": "gdop"}, "did you mean 'gdpo'"),
-        ({"scalariser": "linnear"}, "did you mean 'linear'"),
-        ({"scalarise_at": "loss"}, "scalarised at the reward or at the advantage"),
+        ({"scalarizer": "linnear"}, "did you mean 'linear'"),
+        ({"scalarize_at": "loss"}, "scalarized at the reward or at the advantage"),
         ({"trainer": "ppo"}, "one of TRL's two online trainers"),
         ({"preference": (0.5, 0.6)}, "non-negative and sum to 1"),
         ({"group": 1}, "group is at least 2"),

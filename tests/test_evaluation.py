@@ -127,7 +127,7 @@ def test_weak_experts_lose_by_learning_too(task):
 
 
 def test_soups_have_no_composition_limit(task):
-    m = evaluate(task, experts_of(task, Identity(), level="parameter")).metrics["splits"]["train"]
+    m = evaluate(task, experts_of(task, Identity(), mixing="parameter")).metrics["splits"]["train"]
     assert m["loss"]["composition"] is None
     assert m["loss"]["learning"] is None
     assert m["loss"]["remainder"] == pytest.approx([1 - a for a in m["attainment"]["per_preference"]])

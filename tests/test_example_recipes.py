@@ -242,18 +242,18 @@ def test_paths_of_objectives_are_relative_to_the_recipe(tmp_path, models, monkey
     assert fine.model == "m"
 
 
-def test_normalise_prints_what_the_recipe_takes(loaded, models, tmp_path):
+def test_normalize_prints_what_the_recipe_takes(loaded, models, tmp_path):
     """From a column, and from responses of the untrained model; what is printed can be pasted, and the scores are then standard."""
     recipe = loaded("hh_assistant")
     task = recipe.task
     arguments = [f"model={tiny_model()}", "dtype=float32", "max_new_tokens=8", f"prompts.dataset={task.prompt_source.dataset}",
                  *(f"objectives.{name}.model={objective.model}" for name, objective in task.scorers)]  # fmt: skip
-    command = ["normalise", str(FOLDER / "hh_assistant.yaml"), *arguments]
+    command = ["normalize", str(FOLDER / "hh_assistant.yaml"), *arguments]
     by_column = CliRunner().invoke(app, [*command, "--column", "reply"])
     assert by_column.exit_code == 0, by_column.output
-    lines = dict(re.findall(r"^(\w+): normalise: (\{.*\})$", by_column.stdout, re.MULTILINE))
+    lines = dict(re.findall(r"^(\w+): normalize: (\{.*\})$", by_column.stdout, re.MULTILINE))
     assert set(lines) == {"harmless", "helpful", "humour"}
-    pasted = load_recipe(FOLDER / "hh_assistant.yaml", [*arguments, f"objectives.helpful.normalise={lines['helpful']}"]).task
+    pasted = load_recipe(FOLDER / "hh_assistant.yaml", [*arguments, f"objectives.helpful.normalize={lines['helpful']}"]).task
     prompts = pasted.prompts("train")
     scores_N = pasted.score(prompts, [p.columns["reply"] for p in prompts])[:, 1]
     assert scores_N.mean() == pytest.approx(0, abs=1e-3)
@@ -267,10 +267,10 @@ def test_normalise_prints_what_the_recipe_takes(loaded, models, tmp_path):
     assert "every prompt has a text in the column 'repl'" in wrong.stderr
 
 
-def test_a_recipe_without_reward_models_has_nothing_to_normalise(loaded, tmp_path):
+def test_a_recipe_without_reward_models_has_nothing_to_normalize(loaded, tmp_path):
     loaded("tool_calling")
     paths = [f"prompts.path={tmp_path / 'train.parquet'}", f"prompts.test={tmp_path / 'test.parquet'}", f"model={tiny_model()}"]
-    ran = CliRunner().invoke(app, ["normalise", str(FOLDER / "tool_calling.yaml"), *paths, "max_new_tokens=8"])
+    ran = CliRunner().invoke(app, ["normalize", str(FOLDER / "tool_calling.yaml"), *paths, "max_new_tokens=8"])
     assert ran.exit_code == 2
     assert "objectives that use: reward-model" in ran.stderr
 

@@ -30,7 +30,7 @@ def test_the_recipe_says_what_the_example_holds(model):
     assert task.score([about_parcels], [answer]).round(3).tolist() == [[0.75, 0.5, 0.841]]
 
 
-def test_the_dialogues_are_text_that_the_model_has_learnt_to_write(model):
+def test_the_dialogues_are_text_that_the_model_has_learned_to_write(model):
     rows = [json.loads(line) for line in (EXAMPLE / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len({row["customer"] for row in rows}) > 250
     assert all(row["agent"][0].isupper() and row["agent"][-1] in ".?" for row in rows)

@@ -16,7 +16,7 @@ from oracles import small_task
 from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.evaluation.explain import END, explain, sensitivity
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.rules import Identity, Nearest
@@ -57,7 +57,7 @@ def paths(tmp_path_factory):
 def family(level, paths, rule=None, make=llama):
     names = tuple("abcdefgh"[: len(paths)])
     objectives = Objectives(names=names, low=(0.0,) * len(names), high=(1.0,) * len(names))
-    policy = build_level(level, LoraBank.load(make(), paths), Letters())
+    policy = build_mixing(level, LoraBank.load(make(), paths), Letters())
     return Family(policy, rule or Identity(), objectives, {"model": "none"}, meta={"max_new_tokens": 6})
 
 
@@ -75,8 +75,8 @@ def known(paths, response="cafe", prompt="bad"):
     return ids, reference_T, np.stack([logp(peft_logits(llama, path, ids), ids, len(response) + 1) for path in paths.values()], 1)
 
 
-def test_logit_mixing_is_split_into_weighted_log_ratios_and_a_normaliser(paths):
-    """Every term against PEFT's own experts; the normaliser from the whole vocabulary, not from what is left over."""
+def test_logit_mixing_is_split_into_weighted_log_ratios_and_a_normalizer(paths):
+    """Every term against PEFT's own experts; the normalizer from the whole vocabulary, not from what is left over."""
     ids, reference_T, experts_TK = known(paths)
     (found,) = explain(family("logit", paths), "bad", W, response="cafe")
     assert found.how == "product"
@@ -86,10 +86,10 @@ def test_logit_mixing_is_split_into_weighted_log_ratios_and_a_normaliser(paths):
     assert found.opinion_TK == pytest.approx(experts_TK - reference_T[:, None], abs=1e-4)
     assert found.contribution_TK == pytest.approx(np.array(G) * (experts_TK - reference_T[:, None]), abs=1e-4)
     full = sum(g * peft_logits(llama, path, ids).double().log_softmax(-1) for g, path in zip(G, paths.values(), strict=True))
-    assert found.normaliser_T == pytest.approx(-full.logsumexp(-1)[0, -6:-1].numpy(), abs=1e-4)
-    assert found.normaliser_T.min() > 1e-4, "with weights as gates it lifts, and here the experts do disagree"
+    assert found.normalizer_T == pytest.approx(-full.logsumexp(-1)[0, -6:-1].numpy(), abs=1e-4)
+    assert found.normalizer_T.min() > 1e-4, "with weights as gates it lifts, and here the experts do disagree"
     assert found.remainder_T == pytest.approx(np.zeros(5), abs=1e-4)
-    assert found.contribution_TK.sum(1) + found.normaliser_T == pytest.approx(found.logp_T - reference_T, abs=1e-4)
+    assert found.contribution_TK.sum(1) + found.normalizer_T == pytest.approx(found.logp_T - reference_T, abs=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,10 +245,10 @@ def done(task, tmp_path_factory):
     return train_plan(METHODS.build("experts"), task, quick_learner(steps=20), tmp_path_factory.mktemp("artifacts"), seed=0)
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "logit"])
+@pytest.mark.parametrize("mixing", ["parameter", "logit"])
 @pytest.mark.parametrize("w", [(0.5, 0.3, 0.2), (1.0, 0.0, 0.0)])
-def test_slopes_are_those_of_autograd(task, done, mixer, w):
-    made = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, quick_learner(steps=20), done, 0)
+def test_slopes_are_those_of_autograd(task, done, mixing, w):
+    made = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, quick_learner(steps=20), done, 0)
     found = sensitivity(task, made, w)
     gates_K = torch.tensor(w, requires_grad=True)
     rewards_PM, kl_P = enumerated_returns(made.policy, task, gates_K.repeat(task.prompt_count, 1))[:2]
@@ -296,7 +296,7 @@ def test_tables_and_json_show_the_same_numbers(paths):
     rows = token_table(found).rows
     assert [row["token"] for row in rows] == ["c", "a", "f", "e", END, "sum"]
     assert rows[-1]["ratio"] == pytest.approx(found.ratio_T.sum())
-    parts = rows[0]["expert_0"] + rows[0]["expert_1"] + rows[0]["expert_2"] + rows[0]["normaliser"] + rows[0]["remainder"]
+    parts = rows[0]["expert_0"] + rows[0]["expert_1"] + rows[0]["expert_2"] + rows[0]["normalizer"] + rows[0]["remainder"]
     assert parts == pytest.approx(rows[0]["ratio"])
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert data["contribution_TK"][1] == pytest.approx(found.contribution_TK[1])
@@ -316,7 +316,7 @@ def test_the_page_needs_no_network_and_escapes_what_models_say(paths, task, done
     assert not re.search(r"https?://", page)
     strips = re.findall(r'<div class="token" title="([^"]*)">', page)
     assert len(strips) == 5
-    assert page.count("<rect") == 5 * 4  # three experts and the normaliser
+    assert page.count("<rect") == 5 * 4  # three experts and the normalizer
     tables = re.findall(r"<td[^>]*>(.*?)</td>", page)
     assert token_table(found).columns[1].show(found.ratio_T[0]) in tables
     assert sensitivity_table(slopes).columns[2].show(slopes.slope_MM[0, 0]) in tables

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError
 from paretune.methods.prompted import PromptedRule
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
@@ -72,7 +72,7 @@ def family_of(home, level="parameter", rule=None, count=None, dtype=torch.float3
 
     paths = dict(list(home.adapters.items())[:count])
     bank = LoraBank.load(AutoModelForCausalLM.from_pretrained(home.base, dtype=dtype).eval(), paths)
-    policy = build_level(level, bank, AutoTokenizer.from_pretrained(home.base))
+    policy = build_mixing(level, bank, AutoTokenizer.from_pretrained(home.base))
     names = ("kind", "brief", "true")[: policy.K or 2]
     objectives = Objectives(names, (0.0,) * len(names), (1.0,) * len(names))
     meta = {"method": {"name": "experts"}, "seed": 3, "card": {"summary": "a test", "hides": "nothing"}, "trainings": ["abc"]}
@@ -155,7 +155,7 @@ def test_a_dense_merge_is_exported_as_a_model_only(homes, tmp_path, how):
         export(family, tmp_path / "adapter", THREE[0], kind="adapter")
 
 
-LEVELS = [
+MIXINGS = [
     "logit",
     "hidden",
     {"name": "hidden-layer", "layer": 1},
@@ -165,16 +165,16 @@ LEVELS = [
 ]
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize("level", MIXINGS, ids=str)
 def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhere(homes, tmp_path, level):
     family = family_of(homes["tied"], level)
-    if family.policy.level == "routed":
+    if family.policy.mixing == "routed":
         for _, up in family.policy._layers:
             torch.nn.init.normal_(up.data)  # a router that corrects something, between the vertices
     export(family, tmp_path / "vertex", (0.0, 1.0))
     want = wanted(family, (0.0, 1.0)).log_softmax(-1)
     assert far(merged_logits(tmp_path / "vertex", prompt_ids(family)).log_softmax(-1), want) < TOLERANCE
-    name = family.policy.level
+    name = family.policy.mixing
     with refused("an export is one set of weights", f"level '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
         export(family, tmp_path / "middle", (0.5, 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["vertex"]
@@ -350,9 +350,9 @@ def test_ranks_that_vllm_takes(tmp_path, homes):
 
 def test_measurements_of_this_very_family_are_on_the_card(tmp_path, monkeypatch):
     learner, root = {"name": "exact", "steps": 3, "rank": 2}, tmp_path / "root"
-    soup = {"name": "experts", "mixer": "parameter"}
+    soup = {"name": "experts", "mixing": "parameter"}
     suite = {"name": "s", "tasks": [TASK], "learner": learner, "methods": [soup, {"name": "linear", "points": 3}], "seeds": [0]}
-    run_suite(suite, root, executor="here", progress=False)
+    run_suite(suite, root, executor="in-process", progress=False)
     family = fit({**TASK, "seed": 0}, soup, learner=learner, root=root, progress=False)
     family.save(root / "families" / "mine")
     made = export(Family.load(root / "families" / "mine"), tmp_path / "x", [0.7, 0.3], results=root / "families" / "mine")

@@ -44,11 +44,11 @@ def test_the_old_family_knows_nothing_of_the_added_objective(trained):
     first = method.plan(task, learner, {}, 0)
     assert [spec.preference for spec in first] == [(1, 0, 0), (0, 0, 1)]
     *_, old, added, new = method.plan(task, learner, done, 0)
-    assert old.face == (0, 2)
+    assert old.active_objectives == (0, 2)
     assert added.preference == (0, 1, 0)
     assert added.key not in old.parents
-    assert new.face is None
-    assert len(new.frozen) == 4
+    assert new.active_objectives is None
+    assert len(new.frozen_adapters) == 4
     assert len(done) == 5
 
 
@@ -61,7 +61,7 @@ def test_nothing_old_is_lost_and_the_whole_simplex_is_served(trained):
     face_WM = np.array([[0.3, 0.0, 0.7], [0.8, 0.0, 0.2]])
     after, _ = ExactReturns(task, family.policy, "train").at(family.gates(face_WM))
     np.testing.assert_allclose(after, before.at(ExtendedRule(new=1, stage="old").gates(face_WM))[0], atol=1e-6)
-    soup = METHODS.build({"name": "experts", "mixer": "parameter"}).policy(task, learner, done, 0)
+    soup = METHODS.build({"name": "experts", "mixing": "parameter"}).policy(task, learner, done, 0)
     worst = {
         name: evaluate(task, one, splits=["train"]).metrics["splits"]["train"]["attainment"]["worst"]
         for name, one in (("extended", family), ("soup", soup))

@@ -133,7 +133,7 @@ def test_at_a_vertex_a_gradient_level_training_is_the_experts(tmp_path):
         torch.testing.assert_close(nash[key], plain[key], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 2}, {"kl_in": "loss", "kl_estimator": "k3"}, {"normalise": "batch"}], ids=str)
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"kl_in": "loss", "kl_estimator": "k3"}, {"normalize": "batch"}], ids=str)
 def test_what_has_no_gradient_of_a_return_is_refused(tmp_path, settings):
     learner = PolicyGradient(**SMALL, **settings)
     with pytest.raises(ConfigError, match="gradients of the returns") as error:
@@ -142,7 +142,7 @@ def test_what_has_no_gradient_of_a_return_is_refused(tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"scalarise_at": "advantage"}, {"scalariser": {"name": "log_product"}}, {"aggregation": {"name": "gdpo"}}]
+    "settings", [{"scalarize_at": "advantage"}, {"scalarizer": {"name": "log_product"}}, {"aggregation": {"name": "gdpo"}}]
 )
 @pytest.mark.parametrize("learner", [PolicyGradient(**SMALL), ExactGradient(rank=2, alpha=4)])
 def test_two_ways_to_combine_objectives_are_one_too_many(tmp_path, learner, settings):

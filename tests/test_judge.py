@@ -131,7 +131,7 @@ def test_busy_servers_are_tried_again(status):
         assert f"HTTP {status}: 1" in said[0]
 
 
-def test_waits_double_with_jitter_and_honour_the_server(monkeypatch):
+def test_waits_double_with_jitter_and_honor_the_server(monkeypatch):
     waits = []
     monkeypatch.setattr(module.time, "sleep", waits.append)
     with JudgeServer(lambda *_: (429, "busy")) as server:

@@ -22,7 +22,7 @@ SUITE = {
     "name": "killed",
     "tasks": [{"name": "exact-v1", "alphabet": 3, "length": 2, "prompt_count": 2, "width": 32, "layers": 1, "rho": [0.5, -0.5]}],
     "learner": {"name": "pg", "samples": 96, "batch": 8, "group": 4, "rank": 2, "log_every": 1, "checkpoint_every": 2},
-    "methods": [{"name": "linear", "points": 3}, {"name": "experts", "mixer": ["parameter", "logit"]}],
+    "methods": [{"name": "linear", "points": 3}, {"name": "experts", "mixing": ["parameter", "logit"]}],
     "seeds": [0],
 }
 CLOCK = ("seconds", "tokens_per_s")
@@ -33,7 +33,7 @@ def start(root):
     child = os.fork()
     if child == 0:
         try:
-            run_suite(SUITE, root, executor="here", progress=False)
+            run_suite(SUITE, root, executor="in-process", progress=False)
         finally:
             os._exit(0)
     return child
@@ -82,14 +82,14 @@ def numbers(root):
 
 
 def test_a_suite_killed_three_times_ends_with_the_same_numbers(tmp_path):
-    run_suite(SUITE, tmp_path / "undisturbed", executor="here", progress=False)
+    run_suite(SUITE, tmp_path / "undisturbed", executor="in-process", progress=False)
     expected, root = numbers(tmp_path / "undisturbed"), tmp_path / "killed"
     rng = generator(0, "when to kill a suite")
     for _ in range(3):
         assert kill_after(start(root), root, more=int(rng.integers(3, 20)), delay=rng.uniform(0.0, 0.02)), "killed before its end"
         assert Store(root).check() == [], "what is published is whole"
         assert len(Store(root).published(CELLS)) < 6, "something is left to do"
-    summary = run_suite(SUITE, root, executor="here", progress=False)
+    summary = run_suite(SUITE, root, executor="in-process", progress=False)
     assert summary.failed == []
     assert summary.trained < 6, "what was finished is not trained again"
     assert numbers(root) == expected

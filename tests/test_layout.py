@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from paretune.methods.base import FAMILIES
+from paretune.methods.base import CATEGORIES
 from paretune.methods.search import SEARCHERS
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.registry import LEARNERS, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def test_importing_the_package_costs_nothing():
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_card_is_filled_in(name):
     card = METHODS[name].card
-    assert card.family in FAMILIES
+    assert card.category in CATEGORIES
     for field in dataclasses.fields(card):
         value = getattr(card, field.name)
         assert isinstance(value, bool) or (value.strip() and "\n" not in value), field.name
@@ -176,7 +176,7 @@ SEARCHES = [search.__name__ for search in SEARCHERS.values()]
             for name in ("attainment", "regret", "utility_losses", "controllability")
         ),
         *(pytest.param(("paretune.evaluation.pareto", name), id=name) for name in ("hypervolume", "igd_plus", "epsilon")),
-        *(pytest.param((LEVELS[name].__module__, LEVELS[name].__qualname__), id=name) for name in LEVELS if name != "reference"),
+        *(pytest.param((MIXINGS[name].__module__, MIXINGS[name].__qualname__), id=name) for name in MIXINGS if name != "reference"),
         *(pytest.param(("paretune.policy.mixing.parameter", name), id=name) for name in ("trim", "dare", "ties")),
         *(pytest.param(("paretune.methods.search", name), id=name) for name in SEARCHES),
         *(pytest.param((LEARNERS[name].__module__, LEARNERS[name].__qualname__), id=name) for name in LEARNERS),

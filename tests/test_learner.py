@@ -58,7 +58,7 @@ def test_the_default_estimator_has_the_gradient_of_j_w():
 
 
 @pytest.mark.parametrize(
-    "biased", [{"kl_in": "loss", "kl_estimator": "k3"}, {"normalise": "group"}, {"length": "token_mean"}], ids=lambda b: [*b.values()][-1]
+    "biased", [{"kl_in": "loss", "kl_estimator": "k3"}, {"normalize": "group"}, {"length": "token_mean"}], ids=lambda b: [*b.values()][-1]
 )
 def test_the_same_test_finds_the_biased_variants(biased):
     assert np.abs(z_scores(PolicyGradient(**LARGE, **biased), 60)).max() > LIMIT
@@ -223,7 +223,7 @@ def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_trainin
     learner.train(first, TASK, tmp_path / "first")
     parents = {first.key: Artifact(first.key, tmp_path / "first", first)}
     rule = {"name": "constant", "gates_K": [0.5, 0.25, 0.5, 1.0]}
-    spec = spec_of(learner, None, frozen=(first.key, first.key), init_from=(first.key,), fresh=(3,), rule=rule)
+    spec = spec_of(learner, None, frozen_adapters=(first.key, first.key), init_from=(first.key,), fresh=(3,), rule=rule)
     assert spec.parents == (first.key,) * 3
     policy = learner.start(spec, TASK, parents)
     assert policy.K == 4
@@ -240,7 +240,7 @@ def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_trainin
     with pytest.raises(ConfigError, match="one gate per adapter"):
         learner.train(wrong, TASK, tmp_path / "third", parents=parents)
     with pytest.raises(ConfigError, match="trains an adapter"):
-        learner.train(spec_of(learner, frozen=(first.key,), fresh=()), TASK, tmp_path / "fourth", parents=parents)
+        learner.train(spec_of(learner, frozen_adapters=(first.key,), fresh=()), TASK, tmp_path / "fourth", parents=parents)
 
 
 # Prompts, streams, stopping
@@ -252,7 +252,7 @@ def test_the_stopping_rule(tmp_path):
     assert not converged([1.0, 1.1] * 10, 20, 0.015)
     assert not converged([1.0] * 50, 20, None)
     learner = PolicyGradient(**SMALL, stop_cv=0.9, stop_window=2, validate_every=1, validation_samples=10)
-    cost = learner.train(spec_of(learner, scalariser={"name": "log_product"}), TASK, tmp_path)
+    cost = learner.train(spec_of(learner, scalarizer={"name": "log_product"}), TASK, tmp_path)
     assert (cost.samples, cost.evaluations, cost.validation_samples) == (32, 2, 20)
     assert log_of(tmp_path)[-1]["validation"] < 0
 
@@ -332,10 +332,10 @@ def test_fields_that_cannot_be_are_refused(given, found):
 
 def test_what_a_spec_may_ask_for(tmp_path):
     learner = PolicyGradient(**SMALL)
-    with pytest.raises(ConfigError, match="scalarised at"):
-        learner.train(spec_of(learner, scalarise_at="gradient"), TASK, tmp_path)
-    with pytest.raises(ConfigError, match="scalariser"):
-        learner.train(spec_of(learner, scalariser={"name": "tchebycheff"}), TASK, tmp_path)
+    with pytest.raises(ConfigError, match="scalarized at"):
+        learner.train(spec_of(learner, scalarize_at="gradient"), TASK, tmp_path)
+    with pytest.raises(ConfigError, match="scalarizer"):
+        learner.train(spec_of(learner, scalarizer={"name": "tchebycheff"}), TASK, tmp_path)
 
 
 # Any causal LM

@@ -189,7 +189,7 @@ def test_where_one_sibling_trains_each_computes_alone(paths):
     key.requires_grad_(True)
     assert gap(before, run(bank, ids_NT, ones)) < 1e-6
     with torch.no_grad(), bank.gates(ones):
-        key.data.mul_(3)  # as a fused optimiser writes: no version tells
+        key.data.mul_(3)  # as a fused optimizer writes: no version tells
         assert gap(before, bank.base(input_ids=ids_NT).logits) > 1e-4
 
 
@@ -297,10 +297,10 @@ def test_changed_parameters_are_seen(paths, fused):
     bank, ids_NT, ones = LoraBank.load(llama(), paths, trainable=["e0"]), some_ids(), torch.ones(4, 3)
     with torch.no_grad(), bank.gates(ones):  # one context, as in a learner that samples and steps
         before = bank.base(input_ids=ids_NT).logits
-        optimiser = torch.optim.Adam(bank.parameters(), lr=0.1, fused=fused)
+        optimizer = torch.optim.Adam(bank.parameters(), lr=0.1, fused=fused)
         with torch.enable_grad():
             bank.base(input_ids=ids_NT).logits[..., 3].sum().backward()
-        optimiser.step()
+        optimizer.step()
         after = bank.base(input_ids=ids_NT).logits
     assert gap(before, after) > 1e-2
     with torch.enable_grad(), bank.gates(ones):
@@ -358,7 +358,7 @@ def test_bfloat16_agrees_with_peft(tmp_path):
     assert torch.equal(ours, peft_logits(make, experts["e0"], ids_NT))
 
 
-def test_initialisation_is_by_seed_and_name_and_leaves_the_global_state_alone():
+def test_initialization_is_by_seed_and_name_and_leaves_the_global_state_alone():
     state = torch.random.get_rng_state()
     one = LoraBank.attach(llama(), names=["a", "lora.A"], rank=2, seed=7)
     other = LoraBank.attach(llama(), names=["lora.A"], rank=2, seed=7)

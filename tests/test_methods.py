@@ -9,7 +9,7 @@ import pytest
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.base import FAMILIES
+from paretune.methods.base import CATEGORIES
 from paretune.methods.emorl import outer_score
 from paretune.methods.search import hierarchical_grid
 from paretune.policy.base import build_policy
@@ -49,7 +49,7 @@ def test_every_shipped_method_is_registered_with_a_full_card():
     assert set(METHODS) >= SHIPPED
     for name in SHIPPED:
         card = METHODS[name].card
-        assert card.family in FAMILIES
+        assert card.category in CATEGORIES
         assert all(getattr(card, f.name) not in ("", None) for f in dataclasses.fields(card))
 
 
@@ -59,8 +59,8 @@ def test_methods_share_trainings(task, learner):
     assert keys("linear", task, learner)[:2] == experts
     assert [keys("expert", task, learner, objective=k)[0] for k in (0, 1)] == experts
     assert keys("expert", task, learner, objective="objective_2") == keys("expert", task, learner, objective="1") == experts[1:]
-    for mixer in ("parameter", "factor", "logit", "hidden"):
-        assert keys("experts", task, learner, mixer=mixer) == experts
+    for mixing in ("parameter", "factor", "logit", "hidden"):
+        assert keys("experts", task, learner, mixing=mixing) == experts
     assert keys("reference", task, learner) == []
     assert not set(keys("uniform", task, learner)) & set(experts)
     assert not set(keys("experts", task, learner, seed=1)) & set(experts)
@@ -85,9 +85,9 @@ def test_emorl_sets_the_published_stopping_rule_where_there_is_one(task, learner
     assert [s.learner["stop_cv"] for s in method.plan(task, sampled, {}, 0)] == [0.015, 0.015]
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "factor", "logit", "hidden"])
-def test_at_a_vertex_every_mixer_is_that_expert(task, learner, done, mixer):
-    family = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, learner, done, 0)
+@pytest.mark.parametrize("mixing", ["parameter", "factor", "logit", "hidden"])
+def test_at_a_vertex_every_mixer_is_that_expert(task, learner, done, mixing):
+    family = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, learner, done, 0)
     mixed = evaluate(task, family, w_WM=np.eye(2), splits=["test"]).curves["test"]
     for k in (0, 1):
         alone = METHODS.build({"name": "expert", "objective": k}).policy(task, learner, done, 0)
@@ -100,13 +100,13 @@ def test_at_a_vertex_every_mixer_is_that_expert(task, learner, done, mixer):
 
 def test_trained_experts_climb_and_hidden_equals_logit(task, learner, done):
     curves = {}
-    for mixer in ("logit", "hidden", "parameter"):
-        family = METHODS.build({"name": "experts", "mixer": mixer}).policy(task, learner, done, 0)
+    for mixing in ("logit", "hidden", "parameter"):
+        family = METHODS.build({"name": "experts", "mixing": mixing}).policy(task, learner, done, 0)
         got = evaluate(task, family)
-        curves[mixer] = got.curves["train"]
+        curves[mixing] = got.curves["train"]
         loss = got.metrics["splits"]["train"]["loss"]
         assert max(loss["experts"]) < 0.6, "40 exact steps of rank 4 are well above the reference"
-        assert (loss["composition"] is None) == (mixer == "parameter")
+        assert (loss["composition"] is None) == (mixing == "parameter")
     assert curves["hidden"].rewards_WSM == pytest.approx(curves["logit"].rewards_WSM, abs=1e-5)
     assert not np.allclose(curves["parameter"].rewards_WSM, curves["logit"].rewards_WSM, atol=1e-3)
 
@@ -151,7 +151,7 @@ def test_emorl_searches_J_w_of_hidden_state_mixing(task, learner, done, emorl):
 def test_emorl_is_no_worse_than_equal_weights_on_training_prompts(task, learner, done, emorl):
     """(.5, .5) is a point of the first grid, and the best point ever seen is kept."""
     w = np.array([[0.5, 0.5]])
-    plain = METHODS.build({"name": "experts", "mixer": "hidden"}).policy(task, learner, done, 0)
+    plain = METHODS.build({"name": "experts", "mixing": "hidden"}).policy(task, learner, done, 0)
     searched, equal = (evaluate(task, f, w_WM=w, splits=["train"]).metrics["splits"]["train"]["utility"]["mean"] for f in (emorl, plain))
     assert searched >= equal - 1e-9
 
@@ -242,7 +242,7 @@ def _renamed(task, learner, done):
 def test_families_say_what_they_are(task, learner, done):
     family = METHODS.build("experts").policy(task, learner, done, 0)
     assert family.meta["method"] == describe(METHODS.build("experts"))
-    assert family.meta["card"]["family"] == "meta-policy"
+    assert family.meta["card"]["category"] == "meta-policy"
     assert family.meta["experts"] == [0, 1]
     assert family.meta["max_new_tokens"] == task.max_new_tokens
     json.dumps(family.meta, allow_nan=False)
@@ -259,7 +259,7 @@ def test_bad_fields(task, learner):
             METHODS.build(given).plan(task, learner, {}, 0)
     for given, message in (
         ({"name": "linear", "points": 1}, "points is 0"),
-        ({"name": "experts", "mixer": "logits"}, "mixer"),
+        ({"name": "experts", "mixing": "logits"}, "mixing"),
         ({"name": "emorl", "score": "sum"}, "score"),
         ({"name": "emorll"}, "did you mean 'emorl'"),
     ):

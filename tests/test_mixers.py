@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq, minimize
 
 from paretune.errors import ConfigError
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import MergedMix, dare, ties, trim
 from paretune.policy.mixing.predictions import worst_weights
@@ -34,7 +34,7 @@ def paths(tmp_path_factory):
 
 
 def policy(level, paths, make=deep):
-    return build_level(level, LoraBank.load(make(), paths), TOKENIZER)
+    return build_mixing(level, LoraBank.load(make(), paths), TOKENIZER)
 
 
 def name_of(level):
@@ -63,11 +63,11 @@ def rows_for(level, gates_NK):
 
 @pytest.mark.parametrize("level", FAITHFUL, ids=name_of)
 def test_a_vertex_is_its_expert_and_no_gates_are_the_reference(paths, level):
-    ids_NT, mixer = some_ids(), policy(level, paths)
+    ids_NT, mixing = some_ids(), policy(level, paths)
     for k, path in enumerate(paths.values()):
-        assert gap(run(mixer, ids_NT, torch.eye(3)[k].repeat(4, 1)), peft_logits(deep, path, ids_NT)) < 1e-4
+        assert gap(run(mixing, ids_NT, torch.eye(3)[k].repeat(4, 1)), peft_logits(deep, path, ids_NT)) < 1e-4
     with torch.no_grad():
-        assert torch.equal(run(mixer, ids_NT, None), deep()(input_ids=ids_NT).logits)
+        assert torch.equal(run(mixing, ids_NT, None), deep()(input_ids=ids_NT).logits)
 
 
 @pytest.mark.parametrize("level", [*FAITHFUL, {"name": "robust"}, {"name": "merged", "density": 0.3}], ids=name_of)
@@ -82,28 +82,28 @@ def test_permuting_experts_and_gates_changes_nothing(paths, level):
 
 @pytest.mark.parametrize("level", [*MIDDLE, *DIVERGENCE, {"name": "robust", "radius": 0.5}, {"name": "merged"}], ids=name_of)
 def test_cached_decoding_equals_one_pass_with_padding_on_the_left(paths, level):
-    mixer, gates_NK = policy(level, paths), rows_for(level, some_gates(4, 3))
+    mixing, gates_NK = policy(level, paths), rows_for(level, some_gates(4, 3))
     ids_NT, pads = some_ids(4, 9), [0, 2, 3, 1]
     mask_NT = torch.stack([(torch.arange(9) >= pad).long() for pad in pads])
-    whole = run(mixer, ids_NT, gates_NK, attention_mask=mask_NT)
-    cache = mixer.new_cache(4)
-    steps = [run(mixer, ids_NT[:, :5], gates_NK, attention_mask=mask_NT[:, :5], cache=cache)]
+    whole = run(mixing, ids_NT, gates_NK, attention_mask=mask_NT)
+    cache = mixing.new_cache(4)
+    steps = [run(mixing, ids_NT[:, :5], gates_NK, attention_mask=mask_NT[:, :5], cache=cache)]
     for t in range(5, 9):
-        steps.append(run(mixer, ids_NT[:, t : t + 1], gates_NK, attention_mask=mask_NT[:, : t + 1], cache=cache, last_only=True))
+        steps.append(run(mixing, ids_NT[:, t : t + 1], gates_NK, attention_mask=mask_NT[:, : t + 1], cache=cache, last_only=True))
     cached = torch.cat(steps, 1)
     for n, pad in enumerate(pads):
         assert gap(whole[n, pad:], cached[n, pad:]) < 2e-5
-        assert gap(whole[n : n + 1, pad:], run(mixer, ids_NT[n : n + 1, pad:], gates_NK[n : n + 1])) < 2e-5
-    assert gap(whole[:, -3:], run(mixer, ids_NT, gates_NK, attention_mask=mask_NT, last_only=3)) < 2e-5
+        assert gap(whole[n : n + 1, pad:], run(mixing, ids_NT[n : n + 1, pad:], gates_NK[n : n + 1])) < 2e-5
+    assert gap(whole[:, -3:], run(mixing, ids_NT, gates_NK, attention_mask=mask_NT, last_only=3)) < 2e-5
 
 
 @pytest.mark.parametrize("level", [*MIDDLE, {"name": "divergence", "divergence": "js"}, {"name": "merged"}], ids=name_of)
 def test_sampling_reads_a_prompt_once_for_its_group(paths, level):
-    mixer, ids_PT, gates_NK = policy(level, paths), some_ids(2, 5), rows_for(level, some_gates(2, 3)).repeat_interleave(3, 0)
+    mixing, ids_PT, gates_NK = policy(level, paths), some_ids(2, 5), rows_for(level, some_gates(2, 3)).repeat_interleave(3, 0)
     draws_NT = np.stack([uniforms(4, 0, "test", n) for n in range(6)])
     wanted = {"max_new_tokens": 4, "uniforms_NT": draws_NT, "gates_NK": gates_NK}
-    grouped = sample(mixer, ids_PT, torch.ones_like(ids_PT), group=3, **wanted)
-    alone = sample(mixer, ids_PT.repeat_interleave(3, 0), torch.ones(6, 5, dtype=torch.long), **wanted)
+    grouped = sample(mixing, ids_PT, torch.ones_like(ids_PT), group=3, **wanted)
+    alone = sample(mixing, ids_PT.repeat_interleave(3, 0), torch.ones(6, 5, dtype=torch.long), **wanted)
     assert torch.equal(grouped.tokens_NT, alone.tokens_NT)
     assert torch.allclose(grouped.logp_NT, alone.logp_NT, atol=1e-4)
     assert len({tuple(row) for row in grouped.tokens_NT.tolist()}) > 2
@@ -111,7 +111,7 @@ def test_sampling_reads_a_prompt_once_for_its_group(paths, level):
 
 def test_levels_say_what_they_cost(paths):
     bank = LoraBank.load(deep(), paths)
-    found = {name_of(level): build_level(level, bank, TOKENIZER).forwards_per_token for level in (*MIDDLE, *DIVERGENCE)}
+    found = {name_of(level): build_mixing(level, bank, TOKENIZER).forwards_per_token for level in (*MIDDLE, *DIVERGENCE)}
     assert found == {
         "hidden-layer-1": pytest.approx(5 / 3),  # 3 experts in one of three layers, one soup in two
         "hidden-layer-2": pytest.approx(7 / 3),
@@ -119,10 +119,10 @@ def test_levels_say_what_they_cost(paths):
         "divergence-alpha": 3,
         "divergence-js": 4,
     }
-    assert build_level({"name": "hidden-layer", "layer": 0}, bank, TOKENIZER).forwards_per_token == 1
-    assert build_level({"name": "hidden-layer", "layer": LAYERS}, bank, TOKENIZER).forwards_per_token == 3
-    assert build_level({"name": "robust"}, bank, TOKENIZER).forwards_per_token == 3
-    assert build_level("merged", bank, TOKENIZER).forwards_per_token == 1
+    assert build_mixing({"name": "hidden-layer", "layer": 0}, bank, TOKENIZER).forwards_per_token == 1
+    assert build_mixing({"name": "hidden-layer", "layer": LAYERS}, bank, TOKENIZER).forwards_per_token == 3
+    assert build_mixing({"name": "robust"}, bank, TOKENIZER).forwards_per_token == 3
+    assert build_mixing("merged", bank, TOKENIZER).forwards_per_token == 1
 
 
 # Hidden states at a layer
@@ -141,9 +141,9 @@ def test_the_first_layer_is_the_soup_and_the_last_is_logit_mixing(tmp_path, make
         assert min(gap(between, soup), gap(between, logit)) > 1e-2
     per_token = gates_NK[:, None].repeat(1, 7, 1)
     for layer, want in enumerate(ends):
-        mixer = policy({"name": "hidden-layer", "layer": layer}, experts, make)
-        assert gap(run(mixer, ids_NT, per_token), want) < 1e-5
-        assert gap(run(mixer, ids_NT, per_token, last_only=2), want[:, -2:]) < 1e-5
+        mixing = policy({"name": "hidden-layer", "layer": layer}, experts, make)
+        assert gap(run(mixing, ids_NT, per_token), want) < 1e-5
+        assert gap(run(mixing, ids_NT, per_token, last_only=2), want[:, -2:]) < 1e-5
 
 
 def by_hand(paths, ids_NT, gates_K, layer):
@@ -175,36 +175,36 @@ def test_masks_and_positions_follow_the_rows(paths):
     sees[4:, 2:4] = False
     positions_NT = torch.tensor([[0, 1, 2, 3, 2, 3]] * 2)
     for level in MIDDLE:
-        mixer = policy(level, paths)
-        want = [run(mixer, ids_NT[:, :4], gates_NK), run(mixer, ids_NT[:, [0, 1, 4, 5]], gates_NK)[:, 2:]]
+        mixing = policy(level, paths)
+        want = [run(mixing, ids_NT[:, :4], gates_NK), run(mixing, ids_NT[:, [0, 1, 4, 5]], gates_NK)[:, 2:]]
         for mask in (sees[None, None], sees.expand(2, 1, 6, 6)):
-            packed = run(mixer, ids_NT, gates_NK, attention_mask=mask, position_ids=positions_NT)
+            packed = run(mixing, ids_NT, gates_NK, attention_mask=mask, position_ids=positions_NT)
             assert gap(packed, torch.cat(want, 1)) < 1e-5
 
 
 def test_nothing_is_left_behind(paths):
-    mixer = policy(MIDDLE[0], paths)
-    before = [len(m._forward_pre_hooks) for m in mixer.layers]
-    run(mixer, some_ids(), some_gates(4, 3))
+    mixing = policy(MIDDLE[0], paths)
+    before = [len(m._forward_pre_hooks) for m in mixing.layers]
+    run(mixing, some_ids(), some_gates(4, 3))
     with refused("a policy takes one row of gates per row of the batch"):
-        run(mixer, some_ids(), some_gates(3, 3))
+        run(mixing, some_ids(), some_gates(3, 3))
     with pytest.raises(IndexError):
-        run(mixer, torch.full((1, 2), 10_000), some_gates(1, 3))
-    assert [len(m._forward_pre_hooks) for m in mixer.layers] == before
+        run(mixing, torch.full((1, 2), 10_000), some_gates(1, 3))
+    assert [len(m._forward_pre_hooks) for m in mixing.layers] == before
     with refused("a model with a LoraBank runs under gates"):
-        mixer.model(input_ids=some_ids())
+        mixing.model(input_ids=some_ids())
 
 
 def test_gradients_reach_experts_and_gates(paths):
     """Against a finite difference of the gates, and not 0 for an adapter below and above the layer."""
-    mixer = build_level(MIDDLE[0], LoraBank.load(deep(), paths, trainable=["e1"]), TOKENIZER)
+    mixing = build_mixing(MIDDLE[0], LoraBank.load(deep(), paths, trainable=["e1"]), TOKENIZER)
     ids_NT, gates_NK = some_ids(1), some_gates(1, 3).requires_grad_()
 
     def value(gates):
-        return mixer.forward(ids_NT, gates_NK=gates).log_softmax(-1)[..., 3].sum()
+        return mixing.forward(ids_NT, gates_NK=gates).log_softmax(-1)[..., 3].sum()
 
     value(gates_NK).backward()
-    assert all(float(p.grad.abs().max()) > 0 for p in mixer.bank.parameters())
+    assert all(float(p.grad.abs().max()) > 0 for p in mixing.bank.parameters())
     for k in range(3):
         step = 1e-2 * torch.eye(3)[k]
         with torch.no_grad():
@@ -216,15 +216,15 @@ def test_wrong_layers_and_caches_of_other_gates_are_refused(paths):
     bank = LoraBank.load(deep(), paths)
     for layer in (-1, 4, True):
         with refused("hidden states are mixed at a layer from 0 (the soup) to 3", f"layer = {layer}", "this model has 3 layers"):
-            build_level({"name": "hidden-layer", "layer": layer}, bank, TOKENIZER)
-    mixer, ids_NT, gates_NK = policy(MIDDLE[0], paths), some_ids(), some_gates(4, 3)
-    cache = mixer.new_cache(4)
-    run(mixer, ids_NT, gates_NK, cache=cache)
+            build_mixing({"name": "hidden-layer", "layer": layer}, bank, TOKENIZER)
+    mixing, ids_NT, gates_NK = policy(MIDDLE[0], paths), some_ids(), some_gates(4, 3)
+    cache = mixing.new_cache(4)
+    run(mixing, ids_NT, gates_NK, cache=cache)
     with refused("a cache belongs to the gates that filled it"):
-        run(mixer, ids_NT[:, :1], gates_NK.flip(1), cache=cache)
+        run(mixing, ids_NT[:, :1], gates_NK.flip(1), cache=cache)
     bank.base.model.layers = torch.nn.ModuleList(bank.base.model.layers[:1])
     with refused("needs a decoder with one list of layers", "no list of 3 modules in LlamaModel"):
-        build_level({"name": "hidden-layer", "layer": 1}, bank, TOKENIZER)
+        build_mixing({"name": "hidden-layer", "layer": 1}, bank, TOKENIZER)
 
 
 # Divergences
@@ -259,7 +259,7 @@ def test_alpha_runs_from_the_product_to_the_harmonic_mean(paths):
 
 
 def test_js_solves_its_equation(paths):
-    """f'(x) = log(2 x / (1 + x)) for x = pi / pi_ref, by bisection, before the normaliser."""
+    """f'(x) = log(2 x / (1 + x)) for x = pi / pi_ref, by bisection, before the normalizer."""
     ids_NT, gates_NK = some_ids(1, 2), some_gates(1, 3)
     with torch.no_grad():
         reference_V = deep()(input_ids=ids_NT).logits.double().log_softmax(-1).exp()[0, -1].numpy()
@@ -278,17 +278,17 @@ def test_js_solves_its_equation(paths):
 
 @pytest.mark.parametrize("level", [*DIVERGENCE[:2], {"name": "robust", "radius": 0.4}], ids=name_of)
 def test_means_do_not_hear_the_scale_of_the_gates(paths, level):
-    mixer, ids_NT, gates_NK = policy(level, paths), some_ids(), some_gates(4, 3)
-    assert gap(run(mixer, ids_NT, 3 * gates_NK), run(mixer, ids_NT, gates_NK)) < 1e-4
+    mixing, ids_NT, gates_NK = policy(level, paths), some_ids(), some_gates(4, 3)
+    assert gap(run(mixing, ids_NT, 3 * gates_NK), run(mixing, ids_NT, gates_NK)) < 1e-4
 
 
 @pytest.mark.parametrize("level", [*DIVERGENCE, {"name": "robust"}], ids=name_of)
 def test_gates_that_are_no_weights_are_refused(paths, level):
-    mixer, ids_NT = policy(level, paths), some_ids(1)
+    mixing, ids_NT = policy(level, paths), some_ids(1)
     with refused("the gates of this level are weights", "a smallest gate of -0.5", 'level "logit"'):
-        run(mixer, ids_NT, torch.tensor([[1.5, -0.5, 0.0]]))
+        run(mixing, ids_NT, torch.tensor([[1.5, -0.5, 0.0]]))
     with refused("the gates of this level are weights", "a smallest sum of 0"):
-        run(mixer, ids_NT, torch.zeros(1, 3))
+        run(mixing, ids_NT, torch.zeros(1, 3))
 
 
 def test_bad_settings(paths):
@@ -301,7 +301,7 @@ def test_bad_settings(paths):
         ({"name": "merged", "density": 0.0}, ("a share of entries above 0 and at most 1", "density=0")),
     ):
         with refused(*parts):
-            build_level(level, bank, TOKENIZER)
+            build_mixing(level, bank, TOKENIZER)
 
 
 # The worst case
@@ -316,9 +316,9 @@ def test_the_worst_weights_are_those_of_a_general_solver(k):
     logp = random_logp(k, seed=k)
     logp[0] = 0.7 * logp[1] + 0.3 * logp[-1]  # an expert that lies between others
     logp = logp.log_softmax(-1)
-    centre = torch.full((2, 1, k), 1 / k, dtype=torch.float64)
+    center = torch.full((2, 1, k), 1 / k, dtype=torch.float64)
     for radius in (1.0, 0.4):
-        got = worst_weights(logp, centre, radius=radius)
+        got = worst_weights(logp, center, radius=radius)
         assert got.sum(-1).numpy() == pytest.approx(np.ones((2, 3)))
         assert float(got.min()) >= (1 - radius) / k - 1e-9
         for n, t in ((0, 0), (0, 2), (1, 1)):
@@ -378,10 +378,10 @@ def test_ties_is_pefts_at_equal_weights(paths):
         each = list(delta_KOI)
         want = merge_utils.ties(each, torch.ones(3), 0.4)
         kept = torch.stack([trim(d, 0.4) for d in each])
-        assert torch.allclose(ties(kept, torch.full((3,), 0.2), normalise=True), want, atol=1e-6)
+        assert torch.allclose(ties(kept, torch.full((3,), 0.2), normalize=True), want, atol=1e-6)
         assert torch.equal(kept[1], merge_utils.magnitude_based_pruning(each[1], 0.4))
         soup = merge_utils.magnitude_prune(each, torch.tensor([0.5, 0.3, 0.2]), 0.4)
-        assert not torch.allclose(ties(kept, torch.tensor([0.5, 0.3, 0.2]), normalise=False), soup, atol=1e-3)
+        assert not torch.allclose(ties(kept, torch.tensor([0.5, 0.3, 0.2]), normalize=False), soup, atol=1e-3)
 
 
 def test_ties_entry_by_entry():
@@ -393,8 +393,8 @@ def test_ties_entry_by_entry():
         agree = [k for k in range(3) if pulled[k] * sign > 0]
         total, weight = sum(pulled[k] for k in agree), sum(gates[k] for k in agree)
         deltas_KOI = torch.tensor(row, dtype=torch.float64)[:, None, None]
-        for normalise, want in ((False, total), (True, total / weight if agree else 0.0)):
-            got = ties(deltas_KOI, torch.tensor(gates, dtype=torch.float64), normalise=normalise)
+        for normalize, want in ((False, total), (True, total / weight if agree else 0.0)):
+            got = ties(deltas_KOI, torch.tensor(gates, dtype=torch.float64), normalize=normalize)
             assert float(got) == pytest.approx(want)
 
 
@@ -417,14 +417,14 @@ def test_a_merged_policy_is_the_model_with_pefts_merge_in_its_weights(paths, how
     from peft.utils import merge_utils
 
     ids_NT, gates_K, density = some_ids(), torch.full((3,), 1 / 3), 0.5
-    mixer = policy({"name": "merged", "how": how, "density": density, "normalise": True, "seed": 7}, paths)
+    mixing = policy({"name": "merged", "how": how, "density": density, "normalize": True, "seed": 7}, paths)
     model, found = deep(), deltas(paths)
-    sparse = {layer.name: None for layer in mixer.bank._layers}
+    sparse = {layer.name: None for layer in mixing.bank._layers}
     assert {f"{name}.weight" for name in sparse} == set(found)
     with torch.no_grad():
         for name in sparse:
             each = list(found[f"{name}.weight"])
-            pruned = iter(mixer._sparse(torch.stack(each), name))
+            pruned = iter(mixing._sparse(torch.stack(each), name))
             monkeypatch.setattr(merge_utils, "random_pruning", lambda tensor, density, rescale, pruned=pruned: next(pruned))
             if how == "ties":
                 merged = merge_utils.ties(each, torch.ones(3), density)
@@ -434,7 +434,7 @@ def test_a_merged_policy_is_the_model_with_pefts_merge_in_its_weights(paths, how
                 merged = merge_utils.dare_linear(each, gates_K, density)
             model.get_parameter(f"{name}.weight").add_(merged)
         want = model(input_ids=ids_NT).logits
-    got = run(mixer, ids_NT, gates_K.repeat(4, 1))
+    got = run(mixing, ids_NT, gates_K.repeat(4, 1))
     assert gap(got, want) < 1e-3
     assert gap(got, run(policy("parameter", paths), ids_NT, gates_K.repeat(4, 1))) > 1e-2
 
@@ -449,21 +449,21 @@ def test_dropping_nothing_is_the_plain_soup(paths, tmp_path):
 
 
 def test_a_merge_is_kept_until_gates_or_adapters_change(paths):
-    mixer = policy({"name": "merged"}, paths)
-    first = mixer.weights(torch.tensor([0.5, 0.3, 0.2]))
-    assert mixer.weights(torch.tensor([0.5, 0.3, 0.2])) is first
-    assert mixer.weights(torch.tensor([0.2, 0.3, 0.5])) is not first
-    again = mixer.weights(torch.tensor([0.5, 0.3, 0.2]))
+    mixing = policy({"name": "merged"}, paths)
+    first = mixing.weights(torch.tensor([0.5, 0.3, 0.2]))
+    assert mixing.weights(torch.tensor([0.5, 0.3, 0.2])) is first
+    assert mixing.weights(torch.tensor([0.2, 0.3, 0.5])) is not first
+    again = mixing.weights(torch.tensor([0.5, 0.3, 0.2]))
     with torch.no_grad():
-        mixer.bank.parameters_of(0)[0].mul_(2.0)
-    changed = mixer.weights(torch.tensor([0.5, 0.3, 0.2]))
+        mixing.bank.parameters_of(0)[0].mul_(2.0)
+    changed = mixing.weights(torch.tensor([0.5, 0.3, 0.2]))
     assert any(not torch.equal(changed[name], again[name]) for name in again)
 
 
 def test_one_merge_serves_one_preference(paths):
-    mixer = policy({"name": "merged"}, paths)
+    mixing = policy({"name": "merged"}, paths)
     with refused("a merged soup has one gate vector for the whole batch", "rows with different gates", "use the parameter level"):
-        run(mixer, some_ids(), some_gates(4, 3))
+        run(mixing, some_ids(), some_gates(4, 3))
     with refused("a merged soup has one gate vector", "no gates"):
-        mixer.parts(some_ids())
-    assert isinstance(mixer, MergedMix)
+        mixing.parts(some_ids())
+    assert isinstance(mixing, MergedMix)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
 
 
 def policy(level: str, paths, make=llama):
-    return LEVELS[level](LoraBank.load(make(), paths), TOKENIZER)
+    return MIXINGS[level](LoraBank.load(make(), paths), TOKENIZER)
 
 
 @torch.no_grad()
@@ -38,12 +38,12 @@ def run(policy, ids_NT, gates_NK, **more):
 
 @pytest.mark.parametrize("level", LEVEL_NAMES)
 def test_a_vertex_is_its_expert(paths, level):
-    ids_NT, mixer = some_ids(), policy(level, paths)
+    ids_NT, mixing = some_ids(), policy(level, paths)
     for k, path in enumerate(paths.values()):
         gates_NK = torch.eye(3)[k].repeat(4, 1)
-        assert gap(run(mixer, ids_NT, gates_NK), peft_logits(llama, path, ids_NT)) < 1e-5
+        assert gap(run(mixing, ids_NT, gates_NK), peft_logits(llama, path, ids_NT)) < 1e-5
     with torch.no_grad():
-        assert torch.equal(run(mixer, ids_NT, None), llama()(input_ids=ids_NT).logits)
+        assert torch.equal(run(mixing, ids_NT, None), llama()(input_ids=ids_NT).logits)
 
 
 @pytest.mark.parametrize("level", LEVEL_NAMES)
@@ -57,7 +57,7 @@ def test_permuting_experts_and_gates_changes_nothing(paths, level):
     assert gap(here, run(policy(level, shuffled), ids_NT, gates_NK)) > 1e-3
 
 
-def test_logit_mixing_is_the_normalised_product_of_the_experts(paths):
+def test_logit_mixing_is_the_normalized_product_of_the_experts(paths):
     ids_NT, gates_NK = some_ids(), some_gates(4, 3)
     logp_KNTV = torch.stack([peft_logits(llama, path, ids_NT).log_softmax(-1) for path in paths.values()])
     want = torch.einsum("nk,kntv->ntv", gates_NK, logp_KNTV)
@@ -130,57 +130,57 @@ def test_it_is_not_where_heads_differ(tmp_path):
 
 @pytest.mark.parametrize("level", LEVEL_NAMES)
 def test_cached_decoding_equals_one_pass_with_padding_on_the_left(paths, level):
-    mixer, gates_NK = policy(level, paths), some_gates(4, 3)
+    mixing, gates_NK = policy(level, paths), some_gates(4, 3)
     if level == "factor":
         gates_NK = gates_NK[:1].repeat(4, 1)
     ids_NT, pads = some_ids(4, 9), [0, 2, 3, 1]
     mask_NT = torch.stack([(torch.arange(9) >= pad).long() for pad in pads])
-    whole = run(mixer, ids_NT, gates_NK, attention_mask=mask_NT)
-    cache = mixer.new_cache(4)
-    steps = [run(mixer, ids_NT[:, :4], gates_NK, attention_mask=mask_NT[:, :4], cache=cache)]
-    steps.append(run(mixer, ids_NT[:, 4:6], gates_NK, attention_mask=mask_NT[:, :6], cache=cache, last_only=True))
+    whole = run(mixing, ids_NT, gates_NK, attention_mask=mask_NT)
+    cache = mixing.new_cache(4)
+    steps = [run(mixing, ids_NT[:, :4], gates_NK, attention_mask=mask_NT[:, :4], cache=cache)]
+    steps.append(run(mixing, ids_NT[:, 4:6], gates_NK, attention_mask=mask_NT[:, :6], cache=cache, last_only=True))
     for t in range(6, 9):
-        steps.append(run(mixer, ids_NT[:, t : t + 1], gates_NK, attention_mask=mask_NT[:, : t + 1], cache=cache, last_only=True))
+        steps.append(run(mixing, ids_NT[:, t : t + 1], gates_NK, attention_mask=mask_NT[:, : t + 1], cache=cache, last_only=True))
     assert steps[1].shape[1] == 1
     cached = torch.cat([steps[0], steps[0][:, :1], *steps[1:]], 1)
     for n, pad in enumerate(pads):
         real = [t for t in range(pad, 9) if t != 4]
         assert gap(whole[n, real], cached[n, real]) < 1e-5
-        alone = run(mixer, ids_NT[n : n + 1, pad:], gates_NK[n : n + 1])  # no padding at all
+        alone = run(mixing, ids_NT[n : n + 1, pad:], gates_NK[n : n + 1])  # no padding at all
         assert gap(whole[n : n + 1, pad:], alone) < 1e-5
-    assert gap(whole[:, -3:], run(mixer, ids_NT, gates_NK, attention_mask=mask_NT, last_only=3)) < 1e-5
+    assert gap(whole[:, -3:], run(mixing, ids_NT, gates_NK, attention_mask=mask_NT, last_only=3)) < 1e-5
 
 
 def test_padding_moves_no_position(tmp_path):
     """GPT-2's positions are absolute, so that a position counted from the padding would show."""
-    mixer = policy("logit", write_adapters(gpt2, tmp_path, [{"fan_in_fan_out": True}] * 2), gpt2)
+    mixing = policy("logit", write_adapters(gpt2, tmp_path, [{"fan_in_fan_out": True}] * 2), gpt2)
     ids_NT, gates_NK, mask_NT = some_ids(2, 6), some_gates(2, 2), torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
-    want = run(mixer, ids_NT[1:, 3:], gates_NK[1:])
-    assert gap(run(mixer, ids_NT, gates_NK, attention_mask=mask_NT)[1:, 3:], want) < 1e-5
-    cache = mixer.new_cache(2)
-    run(mixer, ids_NT[:, :5], gates_NK, attention_mask=mask_NT[:, :5], cache=cache)
-    assert gap(run(mixer, ids_NT[:, 5:], gates_NK, attention_mask=mask_NT, cache=cache)[1:], want[:, -1:]) < 1e-5
+    want = run(mixing, ids_NT[1:, 3:], gates_NK[1:])
+    assert gap(run(mixing, ids_NT, gates_NK, attention_mask=mask_NT)[1:, 3:], want) < 1e-5
+    cache = mixing.new_cache(2)
+    run(mixing, ids_NT[:, :5], gates_NK, attention_mask=mask_NT[:, :5], cache=cache)
+    assert gap(run(mixing, ids_NT[:, 5:], gates_NK, attention_mask=mask_NT, cache=cache)[1:], want[:, -1:]) < 1e-5
 
 
 @pytest.mark.parametrize("level", ["parameter", "logit", "hidden"])
 def test_rows_do_not_depend_on_the_batch(paths, level):
-    mixer, ids_NT, gates_NK, order = policy(level, paths), some_ids(6), some_gates(6, 3), [4, 0, 5]
-    assert gap(run(mixer, ids_NT, gates_NK)[order], run(mixer, ids_NT[order], gates_NK[order])) < 1e-5
-    assert gap(run(mixer, ids_NT, gates_NK)[order], run(mixer, ids_NT[order], gates_NK[:3])) > 1e-3
+    mixing, ids_NT, gates_NK, order = policy(level, paths), some_ids(6), some_gates(6, 3), [4, 0, 5]
+    assert gap(run(mixing, ids_NT, gates_NK)[order], run(mixing, ids_NT[order], gates_NK[order])) < 1e-5
+    assert gap(run(mixing, ids_NT, gates_NK)[order], run(mixing, ids_NT[order], gates_NK[:3])) > 1e-3
 
 
 @pytest.mark.parametrize("level", ["logit", "hidden"])
 def test_parts_are_computed_once_for_many_gates(paths, level):
-    mixer, ids_NT = policy(level, paths), some_ids()
-    assert not mixer.parts_need_gates
+    mixing, ids_NT = policy(level, paths), some_ids()
+    assert not mixing.parts_need_gates
     with torch.no_grad():
-        parts = mixer.parts(ids_NT)
+        parts = mixing.parts(ids_NT)
         for seed in range(3):
             gates_NK = some_gates(4, 3, seed=seed)
-            assert torch.equal(mixer.combine(parts, gates_NK), run(mixer, ids_NT, gates_NK))
+            assert torch.equal(mixing.combine(parts, gates_NK), run(mixing, ids_NT, gates_NK))
     tokens_NTK = some_gates(4, 7, 3, seed=9)
-    assert gap(run(mixer, ids_NT, tokens_NTK)[:, -2:], run(mixer, ids_NT, tokens_NTK, last_only=2)) < 1e-6
-    assert gap(run(mixer, ids_NT, tokens_NTK)[2:3, 5:6], run(mixer, ids_NT, tokens_NTK[:, 5])[2:3, 5:6]) < 1e-6
+    assert gap(run(mixing, ids_NT, tokens_NTK)[:, -2:], run(mixing, ids_NT, tokens_NTK, last_only=2)) < 1e-6
+    assert gap(run(mixing, ids_NT, tokens_NTK)[2:3, 5:6], run(mixing, ids_NT, tokens_NTK[:, 5])[2:3, 5:6]) < 1e-6
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -196,28 +196,28 @@ def test_4d_masks_boolean_or_additive_per_row_or_shared(paths, attention):
     positions_NT = torch.tensor([[0, 1, 2, 3, 2, 3]] * 2)
     additive = torch.zeros(6, 6).masked_fill(~sees, torch.finfo(torch.float32).min)
     for level in ("parameter", "logit", "hidden"):
-        mixer = policy(level, paths, make)
-        want = [run(mixer, ids_NT[:, :4], gates_NK), run(mixer, ids_NT[:, [0, 1, 4, 5]], gates_NK)[:, 2:]]
+        mixing = policy(level, paths, make)
+        want = [run(mixing, ids_NT[:, :4], gates_NK), run(mixing, ids_NT[:, [0, 1, 4, 5]], gates_NK)[:, 2:]]
         for mask in (sees[None, None], additive[None, None], sees.expand(2, 1, 6, 6)):
-            packed = run(mixer, ids_NT, gates_NK, attention_mask=mask, position_ids=positions_NT)
+            packed = run(mixing, ids_NT, gates_NK, attention_mask=mask, position_ids=positions_NT)
             assert gap(packed, torch.cat(want, 1)) < 1e-5
     with pytest.raises(AssertionError, match="a 4-D mask does not say the positions"):
-        run(mixer, ids_NT, gates_NK, attention_mask=sees[None, None])
+        run(mixing, ids_NT, gates_NK, attention_mask=sees[None, None])
 
 
 def test_gradients_flow_through_logit_and_hidden_mixing(paths):
     ids_NT, gates_NK = some_ids(), some_gates(4, 3)
     grads = []
     for level in ("logit", "hidden"):
-        mixer = LEVELS[level](LoraBank.load(llama(), paths, trainable=["e1"]), TOKENIZER)
-        mixer.forward(ids_NT, gates_NK=gates_NK).log_softmax(-1)[..., 3].sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in mixer.bank.parameters()]))
+        mixing = MIXINGS[level](LoraBank.load(llama(), paths, trainable=["e1"]), TOKENIZER)
+        mixing.forward(ids_NT, gates_NK=gates_NK).log_softmax(-1)[..., 3].sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in mixing.bank.parameters()]))
     assert float(grads[0].abs().max()) > 1e-3
     assert torch.allclose(*grads, atol=1e-4 * float(grads[0].abs().max()))
     peft = [peft_logits(llama, path, ids_NT) for path in paths.values()]
-    mixer = LEVELS["logit"](LoraBank.load(llama(), paths), TOKENIZER)
+    mixing = MIXINGS["logit"](LoraBank.load(llama(), paths), TOKENIZER)
     gates_NK.requires_grad_()
-    mixer.forward(ids_NT, gates_NK=gates_NK).log_softmax(-1)[..., 3].sum().backward()
+    mixing.forward(ids_NT, gates_NK=gates_NK).log_softmax(-1)[..., 3].sum().backward()
     dense_NK = gates_NK.detach().clone().requires_grad_()
     torch.einsum("nk,kntv->ntv", dense_NK, torch.stack(peft)).log_softmax(-1)[..., 3].sum().backward()
     assert torch.allclose(gates_NK.grad, dense_NK.grad, atol=1e-3)
@@ -252,7 +252,7 @@ def test_levels_say_what_they_cost(paths):
     bank = LoraBank.load(llama(), paths)
     cost = {cls.registered_name: cls(bank, TOKENIZER).forwards_per_token for cls in (ParameterMix, FactorMix, LogitMix, HiddenMix)}
     assert cost == {"parameter": 1.0, "factor": 1.0, "logit": 3.0, "hidden": 3.0}
-    assert set(LEVELS) >= {*cost, "reference", "hidden-layer", "divergence", "robust", "merged"}
+    assert set(MIXINGS) >= {*cost, "reference", "hidden-layer", "divergence", "robust", "merged"}
 
 
 def refused(*parts: str):
@@ -268,15 +268,15 @@ def test_wrong_gates_and_caches_are_refused(paths):
     with refused("factor averaging has one gate vector for the whole batch", "rows with different gates", "use the parameter level"):
         run(policy("factor", paths), ids_NT, gates_NK)
     for first, then in ((gates_NK, gates_NK.flip(1)), (None, gates_NK)):
-        mixer = policy("parameter", paths)
-        cache = mixer.new_cache(4)
-        run(mixer, ids_NT, first, cache=cache)
+        mixing = policy("parameter", paths)
+        cache = mixing.new_cache(4)
+        run(mixing, ids_NT, first, cache=cache)
         with refused("at the parameter level a cache belongs to the gates that filled it", "make a new cache for every preference"):
-            run(mixer, ids_NT[:, :1], then, cache=cache)
-    mixer = policy("logit", paths)  # where sharing is right
-    cache = mixer.new_cache(4)
-    run(mixer, ids_NT[:, :6], gates_NK, cache=cache)
-    assert gap(run(mixer, ids_NT[:, 6:], gates_NK.flip(1), cache=cache), run(mixer, ids_NT, gates_NK.flip(1))[:, 6:]) < 1e-5
+            run(mixing, ids_NT[:, :1], then, cache=cache)
+    mixing = policy("logit", paths)  # where sharing is right
+    cache = mixing.new_cache(4)
+    run(mixing, ids_NT[:, :6], gates_NK, cache=cache)
+    assert gap(run(mixing, ids_NT[:, 6:], gates_NK.flip(1), cache=cache), run(mixing, ids_NT, gates_NK.flip(1))[:, 6:]) < 1e-5
 
 
 def test_hidden_mixing_needs_a_decoder_and_a_head(paths):

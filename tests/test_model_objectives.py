@@ -168,12 +168,12 @@ def test_logit_probability_and_margin(folders):
     assert one == pytest.approx(1 / (1 + math.exp(-by_hand(folders["regression"], "p", "t")[0])), abs=1e-5)
 
 
-def test_normalised_then_cut_at_the_range(folders):
+def test_normalized_then_cut_at_the_range(folders):
     raw = by_hand(folders["regression"], "p", "t")[0]
     recorded = {"mean": raw - 3, "std": 2.0, "from": "by hand"}
-    assert build("reward-model", folders["regression"], normalise=recorded)(["p"], ["t"])[0] == pytest.approx(1.5, abs=1e-4)
-    assert build("reward-model", folders["regression"], normalise=recorded, negate=True)(["p"], ["t"])[0] == pytest.approx(-1.5, abs=1e-4)
-    assert build("reward-model", folders["regression"], normalise=recorded, low=-1, high=1)(["p"], ["t"]) == [1.0]
+    assert build("reward-model", folders["regression"], normalize=recorded)(["p"], ["t"])[0] == pytest.approx(1.5, abs=1e-4)
+    assert build("reward-model", folders["regression"], normalize=recorded, negate=True)(["p"], ["t"])[0] == pytest.approx(-1.5, abs=1e-4)
+    assert build("reward-model", folders["regression"], normalize=recorded, low=-1, high=1)(["p"], ["t"]) == [1.0]
     assert build("reward-model", folders["regression"], low=raw + 1, high=raw + 2)(["p"], ["t"]) == [pytest.approx(raw + 1)]
 
 
@@ -185,7 +185,7 @@ def test_measuring_gives_mean_zero_and_deviation_one(folders):
     assert recorded["mean"] == pytest.approx(np.mean(raw), rel=1e-4)
     assert recorded["std"] == pytest.approx(np.std(raw), rel=1e-4)
     assert recorded["from"].startswith("six texts: 6 scores, 0 unscored; model content ")
-    again = build("reward-model", folders["regression"], normalise=recorded)(PROMPTS, TEXTS)
+    again = build("reward-model", folders["regression"], normalize=recorded)(PROMPTS, TEXTS)
     assert np.mean(again) == pytest.approx(0, abs=1e-4)
     assert np.std(again) == pytest.approx(1, abs=1e-4)
     with pytest.raises(ConfigError, match="a mean and a standard deviation need two different scores") as error:
@@ -279,10 +279,10 @@ def test_labels_that_are_wrong(folders, folder, fields, rule, found, remedy):
 @pytest.mark.parametrize(
     ("fields", "rule", "found"),
     [
-        ({"normalise": {"mean": 0, "std": 1}}, "normalise gives mean, std and from", "the keys mean, std"),
-        ({"normalise": {"mean": 0, "std": 0, "from": "x"}}, "two finite numbers, std above 0, and words", "'std': 0"),
-        ({"normalise": {"mean": 0, "std": 1, "from": " "}}, "two finite numbers, std above 0, and words", "'from': ' '"),
-        ({"normalise": {"mean": float("nan"), "std": 1, "from": "x"}}, "two finite numbers", "nan"),
+        ({"normalize": {"mean": 0, "std": 1}}, "normalize gives mean, std and from", "the keys mean, std"),
+        ({"normalize": {"mean": 0, "std": 0, "from": "x"}}, "two finite numbers, std above 0, and words", "'std': 0"),
+        ({"normalize": {"mean": 0, "std": 1, "from": " "}}, "two finite numbers, std above 0, and words", "'from': ' '"),
+        ({"normalize": {"mean": float("nan"), "std": 1, "from": "x"}}, "two finite numbers", "nan"),
         ({"input": "{prompt}"}, "input names the {completion}", "{prompt}"),
         ({"input": ["{completion}"] * 3}, "input is one template or two", "{completion}"),
         ({"input": "{completion"}, "a template is text with {column} in it", "{completion"),
@@ -426,7 +426,7 @@ def test_they_keep_the_promises_of_an_objective(folders, use, folder, fields):
     check_objective(build(use, folders[folder], **fields))
 
 
-def test_normalisation_is_plain_json(folders):
-    objective = build("reward-model", folders["regression"], normalise={"mean": 0.5, "std": 2, "from": "x"})
+def test_normalization_is_plain_json(folders):
+    objective = build("reward-model", folders["regression"], normalize={"mean": 0.5, "std": 2, "from": "x"})
     assert isinstance(objective, RewardModel)
-    assert json.loads(json.dumps(describe(objective)))["normalise"] == {"mean": 0.5, "std": 2, "from": "x"}
+    assert json.loads(json.dumps(describe(objective)))["normalize"] == {"mean": 0.5, "std": 2, "from": "x"}

@@ -1,4 +1,4 @@
-"""MODPO: the loss against TRL's and by hand, its minimum in closed form, and what is learnt from the reference's responses alone."""
+"""MODPO: the loss against TRL's and by hand, its minimum in closed form, and what is learned from the reference's responses alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_with_one_objective_it_is_the_loss_of_trl(tmp_path):
 
 @pytest.mark.parametrize("w_M", [(1.0, 0.0), (0.5, 0.5), (0.3, 0.7)])
 def test_with_expected_labels_the_minimum_is_the_exact_optimum(w_M):
-    """At pi*_w the fitted reward is the labelled objective's own, so every pair's gradient is 0; elsewhere it is not."""
+    """At pi*_w the fitted reward is the labeled objective's own, so every pair's gradient is 0; elsewhere it is not."""
     task, w_M = small_task(rho=-0.5), np.array(w_M)
     change_R = (task.optimum_logp_PR(w_M, "train") - task.reference_logp_PR("train"))[0]
     reward_RM, k = task.rewards_PRM("train")[0], int(w_M.argmax())
@@ -98,8 +98,8 @@ def test_pairs_are_the_references_and_compared_by_the_largest_weight():
     torch.testing.assert_close(batch.reference_logp_NT, reference_NT, atol=1e-5, rtol=0)
     for p in range(4):
         for q, (i, j) in enumerate([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]):
-            other, labelled = made.rewards_NM[4 * p + i] - made.rewards_NM[4 * p + j]
-            assert batch.wins[p, q].item() == pytest.approx(1 / (1 + np.exp(-labelled)), abs=1e-6)
+            other, labeled = made.rewards_NM[4 * p + i] - made.rewards_NM[4 * p + j]
+            assert batch.wins[p, q].item() == pytest.approx(1 / (1 + np.exp(-labeled)), abs=1e-6)
             assert batch.margin[p, q].item() == pytest.approx(0.3 * other, abs=1e-6)
             assert batch.weight[p, q].item() == pytest.approx(0.7)
     hard, drawn = pairs_of(labels="hard")[2], pairs_of(labels="drawn")[2]
@@ -109,7 +109,7 @@ def test_pairs_are_the_references_and_compared_by_the_largest_weight():
 
 
 @pytest.mark.parametrize("w_M", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.4, 0.2, 0.4), (1 / 3, 1 / 3, 1 / 3)])
-def test_the_labelled_weight_is_never_below_an_equal_share(w_M):
+def test_the_labeled_weight_is_never_below_an_equal_share(w_M):
     task = dataclasses.replace(TINY, objective_count=3)
     batch = pairs_of(w_M, task)[2]
     assert batch.weight.min().item() >= 1 / 3 - 1e-6
@@ -173,8 +173,8 @@ def test_conformance(count):
 
 
 def test_it_takes_over_the_shape_and_budget_of_another_learner():
-    sampled = Modpo.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", normalise="group", stop_cv=0.1))
-    assert (sampled.samples, sampled.rank, sampled.kl_in, sampled.normalise, sampled.stop_cv) == (640, 3, "reward", "none", None)
+    sampled = Modpo.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", normalize="group", stop_cv=0.1))
+    assert (sampled.samples, sampled.rank, sampled.kl_in, sampled.normalize, sampled.stop_cv) == (640, 3, "reward", "none", None)
     assert Modpo.like(quick_learner(steps=7), labels="hard").steps == 7
     spec = METHODS.build({"name": "modpo", "labels": "hard"}).plan(TINY, quick_learner(), {}, 0)[0]
     assert (spec.learner["name"], spec.learner["labels"]) == ("modpo", "hard")
@@ -184,15 +184,15 @@ def test_what_a_user_can_get_wrong(tmp_path):
     with pytest.raises(ConfigError, match="no KL in a loss of its own"):
         Modpo(kl_in="loss", kl_estimator="k3")
 
-    def train(preference, labelled, **settings):
-        learner = Modpo(**SMALL, labelled=labelled)
+    def train(preference, labeled, **settings):
+        learner = Modpo(**SMALL, labeled=labeled)
         learner.train(spec_of(learner, preference, TINY, **settings), TINY, tmp_path)
 
     with pytest.raises(ConfigError, match=r"(?s)must be above 0.*objective_1 with weight 0"):
         train((0.0, 1.0), 0)
     with pytest.raises(ConfigError, match="sampled preferences"):
         train(None, 0)
-    with pytest.raises(ConfigError, match="labelled=2 of 2"):
+    with pytest.raises(ConfigError, match="labeled=2 of 2"):
         train((0.5, 0.5), 2)
     with pytest.raises(ConfigError, match="with the preference itself"):
-        train((0.5, 0.5), None, scalariser={"name": "product"})
+        train((0.5, 0.5), None, scalarizer={"name": "product"})

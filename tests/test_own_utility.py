@@ -134,7 +134,7 @@ def test_from_samples_only_value_and_gain_are_known(task, noisy):
     assert constrained["violation"]["worst"] > 0.005
 
 
-def test_the_scores_of_a_sample_are_the_scalariser(task):
+def test_the_scores_of_a_sample_are_the_scalarizer(task):
     rewards_NM = np.array([[0.5, 0.25]])
     marks = landmarks(task)
     expected = log_product(rewards_NM, W_WM[:1], low_M=marks.low_M, high_M=marks.high_M)

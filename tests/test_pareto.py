@@ -35,8 +35,8 @@ def brute_nondominated(points_KM):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_hypervolume_of_unit_vectors_and_centre(count):
-    """A box of side 1/M at the centre, nothing from the vertices: they do not lie above 0 in every objective."""
+def test_hypervolume_of_unit_vectors_and_center(count):
+    """A box of side 1/M at the center, nothing from the vertices: they do not lie above 0 in every objective."""
     points = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
     assert pareto.hypervolume(points, np.zeros(count)) == pytest.approx((1 / count) ** count, rel=1e-12)
 
@@ -65,7 +65,7 @@ def test_against_brute_force(count):
 
 
 def test_directions():
-    """Every objective is maximised: better points make hypervolume grow and the distances shrink."""
+    """Every objective is maximized: better points make hypervolume grow and the distances shrink."""
     front = np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])
     worse, reference = front - 0.5, np.array([-2.0, -2.0])
     assert pareto.hypervolume(front, reference) > pareto.hypervolume(worse, reference)

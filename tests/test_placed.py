@@ -1,4 +1,4 @@
-"""Adaptive placement: gates among neighbours, the bound that it follows, and where its experts end up."""
+"""Adaptive placement: gates among neighbors, the bound that it follows, and where its experts end up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paretune.testing.methods import check_method, quick_learner, quick_task, tr
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_gates_are_the_place_of_a_preference_among_its_neighbours(count):
+def test_gates_are_the_place_of_a_preference_among_its_neighbors(count):
     rng = generator(0, "placed", count)
     points = np.concatenate([np.eye(count), rng.dirichlet(np.ones(count), 3)])
     w_WM = rng.dirichlet(np.ones(count), 50)
@@ -67,9 +67,9 @@ def test_an_expert_more_goes_to_the_middle_of_a_conflict_and_lifts_logit_mixing(
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("mixer", ["logit", "parameter"])
-def test_conformance(count, mixer):
-    check_method({"name": "placed", "mixer": mixer, "points": 5}, task=quick_task(objective_count=count))
+@pytest.mark.parametrize("mixing", ["logit", "parameter"])
+def test_conformance(count, mixing):
+    check_method({"name": "placed", "mixing": mixing, "points": 5}, task=quick_task(objective_count=count))
 
 
 def test_what_a_user_can_get_wrong():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
@@ -43,7 +43,7 @@ def family(home, level="parameter", rule=None, adapters=None) -> Family:
     from transformers import AutoTokenizer
 
     paths = home.adapters if adapters is None else adapters
-    policy = LEVELS[level](LoraBank.load(llama(), paths), AutoTokenizer.from_pretrained(home.base["model"]))
+    policy = MIXINGS[level](LoraBank.load(llama(), paths), AutoTokenizer.from_pretrained(home.base["model"]))
     return Family(policy, rule or Identity(), OBJECTIVES, home.base, paths, {"max_new_tokens": 5, "card": {"summary": "a test"}})
 
 
@@ -68,7 +68,7 @@ def test_a_saved_family_is_the_same_family(home, tmp_path, level):
     made = family(home, level)
     made.save(tmp_path / "family")
     again = Family.load(tmp_path / "family")
-    assert (again.policy.level, again.rule, again.objectives, again.meta) == (level, Identity(), OBJECTIVES, made.meta)
+    assert (again.policy.mixing, again.rule, again.objectives, again.meta) == (level, Identity(), OBJECTIVES, made.meta)
     assert again.policy.bank.names == ("e0", "e1")
     ids_NT, gates_NK = torch.arange(12).view(2, 6), torch.tensor([[0.3, 0.7], [0.3, 0.7]])
     with torch.no_grad():
@@ -162,8 +162,8 @@ def test_what_a_family_refuses(home, tmp_path):
     file = tmp_path / "family" / "family.json"
     card = json.loads(file.read_text())
     for change, parts in [
-        ({"format": 2}, ("this version reads families of format 1", "2", "update Paretune")),
-        ({"level": "logits"}, ("a mixing level is known by its name", "'logits'", "did you mean 'logit'?")),
+        ({"format": 1}, ("this version reads families of format 2", "1", "fit it anew")),
+        ({"mixing": "logits"}, ("a mixing is known by its name", "'logits'", "did you mean 'logit'?")),
         ({"rule": {"name": "constant", "gates_K": [1.0]}}, ("a rule gives one gate per adapter", "(1,) for 2 adapters")),
         ({"base": {"model": str(tmp_path / "gone")}}, ("gone",)),
     ]:

@@ -30,9 +30,9 @@ def test_rates_are_what_a_small_step_along_a_gradient_does(task, steps):
     spec = _spec(task, learner, 0)
     policy = learner.start(spec, task, {})
     weights = policy.bank.parameters()
-    optimiser = torch.optim.Muon(weights, lr=learner.lr, weight_decay=0.0, momentum=learner.momentum)
+    optimizer = torch.optim.Muon(weights, lr=learner.lr, weight_decay=0.0, momentum=learner.momentum)
     for step in range(steps):
-        learner.update(policy, optimiser, task, spec, step)
+        learner.update(policy, optimizer, task, spec, step)
 
     def returns_M():
         reward_PM, kl_P, _ = enumerated_returns(policy, task, torch.ones(4, 1))
@@ -55,7 +55,7 @@ def test_rates_are_what_a_small_step_along_a_gradient_does(task, steps):
     assert found.samples == 0
 
 
-def test_at_initialisation_only_b_has_a_gradient(task):
+def test_at_initialization_only_b_has_a_gradient(task):
     learner = ExactGradient()
     policy = learner.start(_spec(task, learner, 0), task, {})
     reward_PM, _, _ = enumerated_returns(policy, task, torch.ones(4, 1))

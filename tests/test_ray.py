@@ -111,7 +111,7 @@ def test_real_trainings_on_ray_give_the_bytes_of_this_process_also_when_a_worker
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        run_suite(suite, tmp_path / "here", executor="here", progress=False)
+        run_suite(suite, tmp_path / "here", executor="in-process", progress=False)
     finally:
         torch.set_num_threads(threads)
     root, killed = tmp_path / "ray", []

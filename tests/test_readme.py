@@ -64,9 +64,9 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
     worst = {line.split(" prompts")[0]: float(line.split()[-1]) for line in out.splitlines() if "worst" in line}
-    assert set(worst) == {f"{mixer} on {split}" for mixer in ("parameter", "logit") for split in ("train", "test")}
+    assert set(worst) == {f"{mixing} on {split}" for mixing in ("parameter", "logit") for split in ("train", "test")}
     assert worst["logit on train"] > worst["parameter on train"] + 0.05  # measured: 0.2; under conflict the soup is worse
-    assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2, "the second mixer found its experts"
+    assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2, "the second mixing found its experts"
     assert (tmp_path / "my-family" / "family.json").is_file()
 
 

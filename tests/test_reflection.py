@@ -107,7 +107,7 @@ def test_saying_it_twice_or_as_a_heap_of_words_pays_less():
 
 
 @pytest.mark.parametrize("name", EVENTS)
-def test_paraphrases_of_the_grammar_are_recognised_and_those_of_other_events_are_not(name):
+def test_paraphrases_of_the_grammar_are_recognized_and_those_of_other_events_are_not(name):
     """Each mirror, about the same noun and person, against the statements of its own event and of all others."""
     slots = {"noun": listed(NOUNS[EVENTS[name].noun])[0], "who": "uncle", "day": "Monday"}
     own = [say.format_map(slots) for say in EVENTS[name].say]
@@ -312,7 +312,7 @@ def test_responses_stand_side_by_side_in_the_report(tmp_path):
     task = {"name": "reflection", "train_count": 4, "test_count": 12, "max_new_tokens": 8}
     learner = {**QUICK, "samples": 16, "lr": 0.1}  # far enough that responses change
     suite = {"name": "s", "tasks": [task], "methods": ["uniform"], "seeds": [0], "learner": learner, "samples": 24}
-    run_suite(suite, tmp_path / "root", workers=1, executor="here", progress=False)
+    run_suite(suite, tmp_path / "root", workers=1, executor="in-process", progress=False)
     results = load(tmp_path / "root")
     page = write_page(results, tmp_path / "report").read_text()
     kept = results.cells[0].measured("test")["generations"]

@@ -18,7 +18,7 @@ ROWS = {
         {
             "rho": -0.8,
             "method": "sweep",
-            "family": "multi-policy",
+            "category": "multi-policy",
             "learner": "pg",
             "attainment_worst_train": 0.9,
             "n_seeds": 10,
@@ -38,7 +38,7 @@ def test_tables_say_what_relates_and_end_with_advice(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(ROWS))
     shown = run("exact-v1", "rho=-0.8", "seed=3", *TINY, "--probe", "--results", path).stdout
-    for part in ("objective_1 & objective_2", "spread", "Spearman", "prompts in", "cosine", "at initialisation, of LoRA's B alone"):
+    for part in ("objective_1 & objective_2", "spread", "Spearman", "prompts in", "cosine", "at initialization, of LoRA's B alone"):
         assert part in shown, part
     assert shown.rstrip().splitlines()[-1].startswith("• Best: `sweep` (multi-policy), which reaches 0.90")
     assert f"[{path}: row 0, attainment_worst_train]" in shown

@@ -17,7 +17,7 @@ from paretune.report.data import load
 from paretune.report.figures import attainment_figures, cost_figures, front_figures, loss_figures
 from paretune.report.findings import findings
 from paretune.report.page import tint
-from paretune.report.plot import COLOURS, Series, looks, place
+from paretune.report.plot import COLORS, Series, looks, place
 from paretune.report.series import attainment_table, front_table, glance_table, loss_table, relation_table
 from paretune.report.tables import CEILING, LEADERBOARD, Column, headline, leaderboard, short_count
 from paretune.report.terminal import print_leaderboard
@@ -50,7 +50,7 @@ def test_methods_are_named_by_the_fields_in_which_they_differ(results):
 
 def test_the_worst_attainment_is_a_minimum_over_preferences_and_seeds(results, root):
     cells = [json.loads(p.read_text()) for p in root.glob("cells/*/cell.json")]
-    mine = [c for c in cells if c["method"].get("mixer") == "parameter" and c["task"]["rho"] == -0.8]
+    mine = [c for c in cells if c["method"].get("mixing") == "parameter" and c["task"]["rho"] == -0.8]
     assert len(mine) == 2
     row = board(results, "rho = \u22120.8")["experts parameter"]
     for split in ("train", "test"):
@@ -144,7 +144,7 @@ def test_a_split_that_was_not_measured_is_no_headline(tmp_path):
     assert results.settings[0].headline == "test"
     assert headline(leaderboard(results).rows[1]) == pytest.approx(min(results.settings[0].qualities("linear", "test")))
     assert "on test prompts is" in findings(results)[0]
-    assert [c.key for c in glance_table(results).columns] == ["method", "family", "exact-v1", "worst"]
+    assert [c.key for c in glance_table(results).columns] == ["method", "category", "exact-v1", "worst"]
     assert "training prompts" not in write_report(tmp_path).read_text().split("What the columns mean")[0].split("<body>")[1]
 
 
@@ -220,7 +220,7 @@ def test_loss_parts_sum_to_the_loss(results):
         attained = board(results, row["setting"])[row["method"]]["attainment_mean_train"]
         assert row["loss"] == pytest.approx(row["learning"] + row["composition"] + row["remainder"])
         assert row["loss"] == pytest.approx(1 - attained)
-    assert {row["method"] for row in loss_table(results).rows} == {m for m, spec in METHODS.items() if spec["family"] == "meta-policy"}
+    assert {row["method"] for row in loss_table(results).rows} == {m for m, spec in METHODS.items() if spec["category"] == "meta-policy"}
 
 
 def test_relations_are_what_the_tasks_verified(results):
@@ -416,11 +416,11 @@ def test_a_damaged_cell_is_named(tmp_path):
         load(tmp_path)
 
 
-def test_looks_are_distinct_without_colour():
+def test_looks_are_distinct_without_color():
     found = looks({f"m{k}": "meta-policy" for k in range(14)} | {f"b{k}": "baseline" for k in range(4)})
     assert len({(look.marker, look.dash) for look in found.values()}) == 18
-    assert len({(look.colour, look.mark) for look in found.values()}) == 18, "a table shows no dashes"
-    assert len({look.colour for look in list(found.values())[:7]}) == len(COLOURS)
+    assert len({(look.color, look.mark) for look in found.values()}) == 18, "a table shows no dashes"
+    assert len({look.color for look in list(found.values())[:7]}) == len(COLORS)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def family(conflict, learner, done):
 
 @pytest.fixture
 def soup(conflict, learner, done):
-    return METHODS.build({"name": "experts", "mixer": "parameter"}).policy(conflict, learner, done, 0)
+    return METHODS.build({"name": "experts", "mixing": "parameter"}).policy(conflict, learner, done, 0)
 
 
 def _curve(task, family, w_WM):

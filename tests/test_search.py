@@ -33,15 +33,15 @@ def published(score, levels=5):
     return np.array(best), best_score, calls
 
 
-def bowl(centre):
-    return lambda g: -float(((g - centre) ** 2).sum())
+def bowl(center):
+    return lambda g: -float(((g - center) ** 2).sum())
 
 
 def test_agrees_with_a_second_reading_of_the_published_search():
     rng = generator(0, "test grid")
     for _ in range(10):
-        centre, noise = rng.random(3), rng.normal(size=(5, 5, 5))
-        rough = lambda g, c=centre, n=noise: bowl(c)(g) + 0.3 * n[tuple((g * 4).astype(int))]  # noqa: E731
+        center, noise = rng.random(3), rng.normal(size=(5, 5, 5))
+        rough = lambda g, c=center, n=noise: bowl(c)(g) + 0.3 * n[tuple((g * 4).astype(int))]  # noqa: E731
         best, value, calls = published(rough)
         got = search.hierarchical_grid(rough, 3)
         assert got.best_K.tolist() == best.tolist()
@@ -62,9 +62,9 @@ def test_every_evaluation_is_counted(count, levels):
 
 def test_finds_the_top_of_a_bowl():
     """After 5 levels the box has sides of 1/32 and the grid points are 1/32 apart; the sum of corners follows a bowl exactly."""
-    for centre in ([0.21, 0.77], [0.5, 0.5], [0.0, 1.0]):
-        got = search.hierarchical_grid(bowl(np.array(centre)), 2)
-        assert np.abs(got.best_K - centre).max() <= 1 / 32
+    for center in ([0.21, 0.77], [0.5, 0.5], [0.0, 1.0]):
+        got = search.hierarchical_grid(bowl(np.array(center)), 2)
+        assert np.abs(got.best_K - center).max() <= 1 / 32
 
 
 def test_the_cell_is_chosen_by_its_sum_and_the_best_point_is_kept():
@@ -103,13 +103,13 @@ def test_simplex_cells_tile_the_simplex(count):
 def test_simplex_search_stays_on_the_simplex_and_scores_nothing_twice():
     for count in (2, 3, 4):
         seen = []
-        centre = generator(0, "test simplex", count).dirichlet(np.ones(count))
-        score = bowl(centre)
+        center = generator(0, "test simplex", count).dirichlet(np.ones(count))
+        score = bowl(center)
         got = search.hierarchical_simplex(lambda g, s=score, into=seen: into.append(tuple(g)) or s(g), count)
         assert got.evaluations == len(seen) == len(set(seen))
         assert np.allclose(np.sum(seen, axis=1), 1, atol=1e-15)
         assert (np.array(seen) >= 0).all()
-        assert np.abs(got.best_K - centre).max() < 0.1
+        assert np.abs(got.best_K - center).max() < 0.1
     assert search.hierarchical_simplex(lambda g: 0.0, 2).evaluations == 3 + 4, "one new midpoint for each level after the first"
 
 

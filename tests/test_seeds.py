@@ -72,4 +72,4 @@ def test_uniforms_are_uniform():
     drawn = np.concatenate([uniforms(50, 11, "row", i) for i in range(200)])
     assert kstest(drawn, "uniform").pvalue > 1e-6
     first = np.array([uniforms(1, 11, "row", i)[0] for i in range(2000)])
-    assert kstest(first, "uniform").pvalue > 1e-6, "neighbouring streams are independent"
+    assert kstest(first, "uniform").pvalue > 1e-6, "neighboring streams are independent"

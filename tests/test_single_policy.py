@@ -19,7 +19,7 @@ AT = {
 SETTINGS = [
     *({"name": "gradient", "aggregator": aggregator} for aggregator in AGGREGATORS),
     *({"name": "adaptive", "weighting": weighting} for weighting in ("influence", "ctwa", "exp3", "linucb", "thompson")),
-    *({"name": "normalised", "aggregation": a} for a in ("grpo", "mo_grpo", "gdpo", "gd2po", "gd2po_snr", "dvao", "rdpo", "pama")),
+    *({"name": "normalized", "aggregation": a} for a in ("grpo", "mo_grpo", "gdpo", "gd2po", "gd2po_snr", "dvao", "rdpo", "pama")),
 ]
 
 
@@ -42,7 +42,7 @@ def test_every_training_says_what_it_is_and_vertices_are_shared_where_they_are_t
     keys = {spec.key for spec in linear}
     for w_M, spec in zip(w_KM, planned, strict=True):
         vertex = np.count_nonzero(w_M) == 1
-        assert (spec.key in keys) == (vertex and given["name"] != "normalised")
+        assert (spec.key in keys) == (vertex and given["name"] != "normalized")
     others = [METHODS.build({**other, "points": 3}).plan(TASKS[2], quick_learner(), {}, 0)[-1].key for other in SETTINGS if other != given]
     assert planned[-1].key not in others
 

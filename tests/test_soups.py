@@ -55,7 +55,7 @@ def refused(*parts: str):
         {"name": "mod-divergence", "divergence": "js"},
         {"name": "rmod", "radius": 0.3},
         {"name": "dare", "signs": True},
-        {"name": "bone-soup", "mixer": "logit"},
+        {"name": "bone-soup", "mixing": "logit"},
     ],
     ids=lambda m: m if isinstance(m, str) else "-".join(str(v) for v in m.values()),
 )
@@ -98,8 +98,8 @@ def test_ends_of_hidden_layer_are_the_soup_and_logit_mixing(task, learner, done)
     def curve(name, **fields):
         return evaluate(task, build(task, learner, done, name, **fields), splits=["test"]).curves["test"].returns_WSM
 
-    assert curve("hidden-layer", layer=0) == pytest.approx(curve("experts", mixer="parameter"), abs=1e-5)
-    assert curve("hidden-layer", layer=task.layers) == pytest.approx(curve("experts", mixer="logit"), abs=1e-5)
+    assert curve("hidden-layer", layer=0) == pytest.approx(curve("experts", mixing="parameter"), abs=1e-5)
+    assert curve("hidden-layer", layer=task.layers) == pytest.approx(curve("experts", mixing="logit"), abs=1e-5)
     with refused("hidden states are mixed at a layer from 0", "layer = 2", "this model has 1 layers"):
         build(task, learner, done, "hidden-layer", layer=2)
     with refused("method hidden-layer: layer is at least 0", "layer = -1"):
@@ -146,7 +146,7 @@ def test_gates_for_two_objectives_in_closed_form():
 
 
 def test_plain_experts_are_the_bone_soup_of_share_1(task, learner, done):
-    bones, experts = build(task, learner, done, "bone-soup", share=1.0), build(task, learner, done, "experts", mixer="parameter")
+    bones, experts = build(task, learner, done, "bone-soup", share=1.0), build(task, learner, done, "experts", mixing="parameter")
     w_WM = np.array([[0.3, 0.7]])
     assert bones.gates(w_WM) == pytest.approx(w_WM)
     one, two = (ExactReturns(task, f.policy, "test").logp_PR(w_WM[0]) for f in (bones, experts))

@@ -194,7 +194,7 @@ def test_what_a_cell_holds(bench):
     cell = json.loads((folder / "cell.json").read_text())
     assert cell["metrics"]["samples"] == 5
     assert cell["seed"] == cell["task"]["seed"] == cell["metrics"]["seed"] == 3
-    assert cell["card"] == {"family": "baseline"}
+    assert cell["card"] == {"category": "baseline"}
     assert set(cell["seconds"]) == {"task", "policy", "evaluation"}
     with np.load(folder / "curve.npz", allow_pickle=False) as curves:
         names = ["w_WM", "rewards_WSM", "kl_WS", "prompt_S", "beta", "exact"]
@@ -229,18 +229,18 @@ def test_dry_run_says_what_would_run(bench):
     plan = run_suite(suite, bench.root, dry_run=True)
     assert [row.status for row in plan.trainings] == ["done", "done", "planned"], "and of the next, where the first is there"
     assert [row.status for row in plan.cells] == ["done", "planned"]
-    assert [row.key for row in run_suite(suite, bench.root, executor="here", progress=False).cells] == [row.key for row in plan.cells]
+    assert [row.key for row in run_suite(suite, bench.root, executor="in-process", progress=False).cells] == [row.key for row in plan.cells]
 
 
 def test_lines_for_a_log(bench, capsys):
-    run_suite(suite_of(), bench.root, executor="here")
+    run_suite(suite_of(), bench.root, executor="in-process")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("[trainings 1/2, cells 0/1, ")
     assert "] trained fake at (0, 1) on fake-task(seed=1) in 0." in lines[0]
     assert "left] measured fake-method on fake-task(seed=1) in" in lines[2]
     bench.tell("fail-2")
-    run_suite(suite_of(seeds=[2]), bench.root, executor="here")
+    run_suite(suite_of(seeds=[2]), bench.root, executor="in-process")
     assert "cell fake-method on fake-task(seed=2) failed: its training" in capsys.readouterr().err
 
 

@@ -59,9 +59,9 @@ def test_what_ships_passes(name, count):
     check_method(name, task=quick_task(objective_count=count))
 
 
-@pytest.mark.parametrize("mixer", ["parameter", "factor"])
-def test_other_mixers_pass(mixer):
-    check_method({"name": "experts", "mixer": mixer}, task=TASK)
+@pytest.mark.parametrize("mixing", ["parameter", "factor"])
+def test_other_mixers_pass(mixing):
+    check_method({"name": "experts", "mixing": mixing}, task=TASK)
 
 
 PLUGIN = '''
@@ -74,7 +74,7 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.methods.base import Card, Method
 from paretune.policy.rules import Nearest
 from paretune.objectives.base import Objective, text_of
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.policy.family import Family
 from paretune.registry import METHODS, OBJECTIVES, TASKS, describe
 from paretune.tasks.exact.task import ExactTask
@@ -87,7 +87,7 @@ class Staged(Method):
     """Uniform weights first, then both experts from there; the nearest one answers."""
 
     card: ClassVar[Card] = Card(
-        family="multi-policy", summary="warm starts", source="none", differs="nothing", hides="nothing", trainings="M + 1",
+        category="multi-policy", summary="warm starts", source="none", differs="nothing", hides="nothing", trainings="M + 1",
         forwards_per_token="1", zero_shot=True,
     )
     symmetric: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class Staged(Method):
         specs = self.specs(task, learner, seed)
         adapters = {f"stage-{i}": done[s.key].path for i, s in enumerate(specs)}
         model, tokenizer = task.load()
-        policy = LEVELS["parameter"](LoraBank.load(model, adapters), tokenizer)
+        policy = MIXINGS["parameter"](LoraBank.load(model, adapters), tokenizer)
         rule = Nearest(points_KM=tuple(s.preference for s in specs))
         from dataclasses import asdict
 
@@ -256,7 +256,7 @@ class Crashes(Experts):
         return done["missing"]
 
 
-class Favours(Experts):
+class Favors(Experts):
     """Declares itself symmetric (inherited) and mixes the first expert in at double weight."""
 
     def policy(self, task, learner, done, seed):
@@ -297,7 +297,7 @@ class HalfPlanned(Experts):
         (Writes, "finished trainings never change"),
         (Random, "policy\\(\\) is a pure function of its arguments"),
         (Crashes, "policy\\(\\) builds a family"),
-        (Favours, "with the objectives swapped"),
+        (Favors, "with the objectives swapped"),
         (HalfPlanned, "with the objectives swapped"),
     ],
 )
@@ -323,7 +323,7 @@ def test_methods_must_be_registered_frozen_and_have_a_full_card():
 
     with pytest.raises(ConformanceError, match="a method is a frozen dataclass"):
         check_method(Thawed(), task=TASK, learner=NOISE)
-    for change, message in (({"hides": " "}, "hides is empty"), ({"family": "other"}, "'other'"), ({"summary": "a\nb"}, "one line")):
+    for change, message in (({"hides": " "}, "hides is empty"), ({"category": "other"}, "'other'"), ({"summary": "a\nb"}, "one line")):
 
         @METHODS.register(f"broken-card-{next(iter(change))}")
         @dataclasses.dataclass(frozen=True)

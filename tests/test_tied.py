@@ -9,7 +9,7 @@ import torch
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.methods.conditioned import TiedRule
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import TiedMix
 from paretune.registry import LEARNERS, METHODS
@@ -26,7 +26,7 @@ def tied_policy(task, *, ranks=(4, 3, 3), own=1, shaken=True):
     bank = LoraBank(model)
     for i, rank in enumerate(ranks):
         bank.add(f"part-{i}", seed=3, rank=rank, alpha=2 * rank)
-    policy = build_level({"name": "tied", "own": own, "seed": 5}, bank, tokenizer)
+    policy = build_mixing({"name": "tied", "own": own, "seed": 5}, bank, tokenizer)
     assert isinstance(policy, TiedMix)
     if shaken:  # B is 0 at first
         generator = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def test_committed_adapters_are_the_same_policy_as_plain_loras(task, tmp_path):
     for name in policy.bank.names:
         policy.bank.save(name, tmp_path / name)
     model, tokenizer = task.load()
-    plain = build_level("parameter", LoraBank.load(model, {name: tmp_path / name for name in policy.bank.names}), tokenizer)
+    plain = build_mixing("parameter", LoraBank.load(model, {name: tmp_path / name for name in policy.bank.names}), tokenizer)
     torch.testing.assert_close(plain.forward(ids, gates_NK=gates), before, atol=1e-5, rtol=1e-5)
 
 

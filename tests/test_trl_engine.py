@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from paretune.errors import ConfigError, RewardError, TrainingError
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import launch
@@ -44,7 +44,7 @@ def spec_of(learner, preference=W, task=TASK, **settings):
 def attainment(folder, preference=W):
     """Share of what can be gained at the preference, exactly."""
     model, tokenizer = TASK.load()
-    policy = build_level("parameter", LoraBank.load(model, {"trained": folder}), tokenizer)
+    policy = build_mixing("parameter", LoraBank.load(model, {"trained": folder}), tokenizer)
     with torch.no_grad():
         logp_PR = enumerated(policy, TASK, torch.ones(TASK.prompt_count, 1)).logp_PR.numpy()
     w_M = np.array(preference)
@@ -154,18 +154,18 @@ def test_grpo_with_sums_takes_the_same_first_step(drawn, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "spec", "in_trainer"),
     [
-        ({"normalise": "batch"}, {}, True),
-        ({"normalise": "batch"}, {"scalarise_at": "advantage"}, False),
-        ({"normalise": "group"}, {}, False),
+        ({"normalize": "batch"}, {}, True),
+        ({"normalize": "batch"}, {"scalarize_at": "advantage"}, False),
+        ({"normalize": "group"}, {}, False),
         ({}, {}, False),
     ],
 )
-def test_it_is_normalised_once(fields, spec, in_trainer, tmp_path):
+def test_it_is_normalized_once(fields, spec, in_trainer, tmp_path):
     """By TRL, with the KL inside as in `pg`, where TRL can; by the drop-in elsewhere."""
     learner = Trl(**TINY, **fields)
     asked = spec_of(learner, **spec)
     assert learner._arguments(asked, TASK, tmp_path, 1).normalize_advantages == in_trainer
-    assert learner._reward(asked, TASK).rule.normalise == ("none" if in_trainer else learner.normalise)
+    assert learner._reward(asked, TASK).rule.normalize == ("none" if in_trainer else learner.normalize)
 
 
 def _killed(learner, folder, at):
@@ -284,14 +284,14 @@ def test_what_it_cannot_be(fields, essential, monkeypatch):
     ("spec", "fields", "essential"),
     [
         ({"preference": None}, {}, "the embedded learner"),
-        ({"frozen": ("a",)}, {}, "one fresh adapter at one preference"),
+        ({"frozen_adapters": ("a",)}, {}, "one fresh adapter at one preference"),
         ({"fresh": (4, 4)}, {}, "one fresh adapter at one preference"),
         ({"weighting": {"name": "gradient"}}, {}, "the embedded learner"),
         ({"aggregation": {"name": "pama"}}, {}, "the embedded learner"),
         ({}, {"micro_batch": 5}, "a multiple of processes x micro_batch"),
         ({}, {"settings": {"beta": 0.3}}, "learner trl sets beta itself"),
         ({}, {"settings": {"top_kk": 3}}, "did you mean 'top_k'"),
-        ({}, {"settings": {"fsdp": "full_shard"}}, 'use optimiser="adam"'),
+        ({}, {"settings": {"fsdp": "full_shard"}}, 'use optimizer="adam"'),
     ],
 )
 def test_trainings_that_it_refuses(spec, fields, essential, tmp_path):
@@ -336,7 +336,7 @@ def test_what_goes_wrong_while_it_runs(raised, kind, essential, tmp_path, monkey
 
 
 def test_a_step_that_is_no_number(tmp_path, monkeypatch):
-    learner = Trl(**{**TINY, "lr": 1e30, "optimiser": "adam", "clip_norm": None})
+    learner = Trl(**{**TINY, "lr": 1e30, "optimizer": "adam", "clip_norm": None})
     with pytest.raises(TrainingError, match="lower lr"):
         learner.train(spec_of(learner), TASK, tmp_path)
 

@@ -32,7 +32,7 @@ SUITE = {
     "name": "tiny",
     "tasks": [{"name": "exact-v1", "alphabet": 3, "length": 2, "prompt_count": 2, "width": 32, "layers": 1}],
     "learner": {"name": "exact", "steps": 6, "rank": 2, "lr": 1e-5},
-    "methods": [{"name": "experts", "mixer": "parameter"}],
+    "methods": [{"name": "experts", "mixing": "parameter"}],
     "seeds": [0],
     "tune": {"learner.lr": [1e-5, 3e-2, "log"]},
 }
@@ -185,15 +185,15 @@ def test_with_one_cell_a_quarter_of_the_budget_comes_first(tmp_path, fake):
 
 
 def test_choices_whole_numbers_and_settings_of_the_method(tmp_path, fake):
-    space = {"learner.steps": [2, 64, "log"], "method.mixer": ["parameter", "logit"], "learner.lr": [1e-4, 1e-3, "linear"]}
+    space = {"learner.steps": [2, 64, "log"], "method.mixing": ["parameter", "logit"], "learner.lr": [1e-4, 1e-3, "linear"]}
     found = tune(plan_of(tmp_path, tune=space), trials=8, root=tmp_path, prune=False)
     for trial in found.trials:
         assert isinstance(trial.values["learner.steps"], int)
         assert 2 <= trial.values["learner.steps"] <= 64
-        assert trial.values["method.mixer"] in ("parameter", "logit")
+        assert trial.values["method.mixing"] in ("parameter", "logit")
         assert 1e-4 <= trial.values["learner.lr"] <= 1e-3
     assert len({trial.values["learner.steps"] for trial in found.trials}) > 2
-    assert yaml.safe_load(found.yaml())["methods"] == [{"name": "experts", "mixer": found.best.values["method.mixer"]}]
+    assert yaml.safe_load(found.yaml())["methods"] == [{"name": "experts", "mixing": found.best.values["method.mixing"]}]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -276,7 +276,7 @@ def test_the_command_prints_a_table_and_lines_to_paste(tmp_path, fake):
     [
         ({"learner.rate": [1, 2]}, ("learner exact has the fields that it declares", "'learner.rate'", "choose one of")),
         ({"learner.stpes": [1, 2]}, ("'learner.stpes' (tiny.yaml, line", "did you mean 'steps'")),
-        ({"method.mixr": ["logit"]}, ("method experts has the fields", "did you mean 'mixer'")),
+        ({"method.mixr": ["logit"]}, ("method experts has the fields", "did you mean 'mixing'")),
         ({"learning.lr": [1, 2]}, ("what is tuned is learner.FIELD or method.FIELD", "did you mean 'learner.lr'")),
         ({"lr": [1e-4, 1e-2, "log"]}, ("what is tuned is learner.FIELD or method.FIELD", "'lr'")),
         ({"learner.lr": []}, ("a list of values, or a range", "learner.lr: []")),
@@ -288,7 +288,7 @@ def test_the_command_prints_a_table_and_lines_to_paste(tmp_path, fake):
         ({"learner.lr": ["log"]}, ("a range is [low, high, log]",)),
         ({"learner.steps": [1.5, 8, "linear"]}, ("learner.steps is a whole number",)),
         ({"learner.steps": [0, 8]}, ("at least 1", "steps=0", "tiny.yaml, line")),
-        ({"method.mixer": ["logits"]}, ("method experts: mixer", "'logits'")),
+        ({"method.mixing": ["logits"]}, ("method experts: mixing", "'logits'")),
         ({}, ("tune: says which fields are searched", "{}")),
     ],
     ids=str,
@@ -304,8 +304,8 @@ def test_bad_requests(tmp_path, fake, monkeypatch):
     with refused("one method is tuned at a time", "2: name=experts; name=linear", "--method NAME"):
         plan_of(tmp_path, methods=["experts", "linear"])
     assert read_plan(written(tmp_path, methods=["experts", {"name": "linear", "points": 3}]), method="linear").method["points"] == 3
-    with refused("one method is tuned at a time", "mixer=logit"):
-        plan_of(tmp_path, methods=[{"name": "experts", "mixer": ["logit", "parameter"]}])
+    with refused("one method is tuned at a time", "mixing=logit"):
+        plan_of(tmp_path, methods=[{"name": "experts", "mixing": ["logit", "parameter"]}])
     with refused("a method is known by its name", "'expertss'", "did you mean 'experts'"):
         read_plan(written(tmp_path), method="expertss")
     with refused("a suite says its seeds", "repeats = 2"):

@@ -81,7 +81,7 @@ def test_below_its_floor_the_logarithm_goes_on_as_its_tangent():
     assert at - below == pytest.approx(0.5 * 0.6 / 0.1)
 
 
-def test_the_product_of_responses_is_the_scalariser():
+def test_the_product_of_responses_is_the_scalarizer():
     rewards = generator(1, "rewards").uniform(size=(2, 4, 3))
     got = LogProduct(floor=0.01).scores(rewards, W_M, MARKS)
     expected = log_product(rewards.reshape(8, 3), np.tile(W_M, (8, 1)), low_M=MARKS.low_M, high_M=MARKS.high_M, floor=0.01)

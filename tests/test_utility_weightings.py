@@ -16,7 +16,7 @@ from paretune.registry import describe
 from paretune.tasks.exact.optimum import landmarks, optimum
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.base import Seen, weighting_of
+from paretune.training.weightings.base import StepContext, weighting_of
 from paretune.training.weightings.utility import Climb, Multipliers
 
 
@@ -24,7 +24,7 @@ def seen(returns_NM, w_M, *, exact=False, marks=None, step=0):
     returns_NM = np.atleast_2d(np.asarray(returns_NM, dtype=float))
     m = returns_NM.shape[1]
     w_NM = np.tile(np.asarray(w_M, dtype=float), (len(returns_NM), 1))
-    return Seen(step, 10, w_NM, returns_NM, np.eye(m), [], np.zeros(m), np.ones(m), exact, marks)
+    return StepContext(step, 10, w_NM, returns_NM, np.eye(m), [], np.zeros(m), np.ones(m), exact, marks)
 
 
 def climb(utility, **fields):
@@ -166,7 +166,7 @@ def test_what_a_user_can_get_wrong():
         (lambda: multipliers(LogSum()), "for utilities with kinks"),
         (lambda: climb(LogSum(), decay=1.0), "decay is at least 0 and below 1"),
         (lambda: multipliers(MaxMin(), rate=0.0), "rate is positive"),
-        (lambda: Climb(utility={"name": "log-product"}), "log-product is a scalariser"),
+        (lambda: Climb(utility={"name": "log-product"}), "log-product is a scalarizer"),
         (lambda: weighting_of(spec_of(learner, weighting={"name": "climb"})), "utility"),
         (lambda: weighting_of(spec_of(learner, None, weighting=describe(climb(LogSum())))), "follows one preference"),
         (lambda: multipliers(MaxMin(base=(0.1, 0.2, 0.3))).start(2), "one finite number per objective"),
@@ -175,10 +175,10 @@ def test_what_a_user_can_get_wrong():
             make()
 
 
-def test_the_exact_learner_climbs_a_scalariser(tmp_path):
-    """Its value before the first step is E_ref of the scalarised reward; with a weighting that would not be told, it refuses."""
+def test_the_exact_learner_climbs_a_scalarizer(tmp_path):
+    """Its value before the first step is E_ref of the scalarized reward; with a weighting that would not be told, it refuses."""
     learner = ExactGradient(rank=2, alpha=4, steps=30, log_every=1)
-    spec = dataclasses.replace(spec_of(learner), scalariser={"name": "log_product"})
+    spec = dataclasses.replace(spec_of(learner), scalarizer={"name": "log_product"})
     learner.train(spec, TASK, tmp_path / "product")
     values = [row["value"] for row in log_of(tmp_path / "product")]
     rewards_PRM = np.clip(TASK.rewards_PRM("train"), 1e-4, 0.9999)
@@ -186,5 +186,5 @@ def test_the_exact_learner_climbs_a_scalariser(tmp_path):
     assert values[0] == pytest.approx(expected, abs=1e-5)
     assert values[-1] > values[0] + 0.01
     both = dataclasses.replace(spec, weighting=describe(climb(LogSum())))
-    with pytest.raises(ConfigError, match='the scalariser "linear"'):
+    with pytest.raises(ConfigError, match='the scalarizer "linear"'):
         learner.train(both, TASK, tmp_path / "both")

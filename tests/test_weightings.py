@@ -13,7 +13,7 @@ from paretune.seeds import generator
 from paretune.training.advantages import group_covariance
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.base import Balanced, Fixed, Seen, weighting_of
+from paretune.training.weightings.base import Balanced, Fixed, StepContext, weighting_of
 
 
 def seen(w_NM, covariance_MM=None, step=0, returns_NM=None):
@@ -21,7 +21,7 @@ def seen(w_NM, covariance_MM=None, step=0, returns_NM=None):
     m = w_NM.shape[1]
     returns_NM = np.zeros_like(w_NM) if returns_NM is None else returns_NM
     covariance_MM = np.eye(m) if covariance_MM is None else covariance_MM
-    return Seen(step, 10, w_NM, returns_NM, covariance_MM, [], np.zeros(m), np.ones(m))
+    return StepContext(step, 10, w_NM, returns_NM, covariance_MM, [], np.zeros(m), np.ones(m))
 
 
 def test_fixed_is_the_preference():

@@ -97,10 +97,10 @@ def _pretrain(spec: Spec, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[
         matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
         inner = {id(p) for p in matrices}
         outer = [p for p in model.parameters() if id(p) not in inner]
-        optimisers = [torch.optim.Muon(matrices, lr=spec.lr, weight_decay=0.0), torch.optim.AdamW(outer, lr=spec.lr / 4, weight_decay=0.0)]
+        optimizers = [torch.optim.Muon(matrices, lr=spec.lr, weight_decay=0.0), torch.optim.AdamW(outer, lr=spec.lr / 4, weight_decay=0.0)]
         schedules = [
             torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], total_steps=spec.steps, pct_start=0.1, cycle_momentum=False)
-            for o in optimisers
+            for o in optimizers
         ]
         for step in range(spec.steps):
             places = order.ravel()[step * spec.batch : (step + 1) * spec.batch].tolist()
@@ -113,11 +113,11 @@ def _pretrain(spec: Spec, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[
             )
             logits = model(input_ids=tokens[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
-            for optimiser in optimisers:
-                optimiser.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            for optimiser, schedule in zip(optimisers, schedules, strict=True):
-                optimiser.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
                 schedule.step()
             if step % 50 == 0:
                 print(f"step {step}: {loss.item():.3f} nats per token of the answers", flush=True)

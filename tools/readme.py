@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paretune.report.catalogue import taxonomy
+from paretune.report.catalog import taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
 from paretune.report.figures import attainment_figures, front_figures
 from paretune.report.series import glance_table
@@ -85,11 +85,11 @@ TARGETS = (
     ("context_gain_mean", "context.py", "the same gain, mean", None),
     ("shared_trunk_logit_vs_plain", "decode.py", "logit mixing of 3 experts that share their lower layers, batch 16: the same share", 0.6),
     ("logit_vs_published_loop", "decode.py", "logit mixing against the published loop (3 full copies, no cache), times", None),
-    ("experts_logit_worst_2_layers", "mixers.py", "logit mixing of plain experts, a small exact task: worst attainment", None),
-    ("bone_soup_logit_worst_2_layers", "mixers.py", "logit mixing of backbones trained at (.7, .3), same: worst attainment", None),
+    ("experts_logit_worst_2_layers", "mixings.py", "logit mixing of plain experts, a small exact task: worst attainment", None),
+    ("bone_soup_logit_worst_2_layers", "mixings.py", "logit mixing of backbones trained at (.7, .3), same: worst attainment", None),
     (
         "hidden_best_layer_minus_logit_worst_4_layers",
-        "mixers.py",
+        "mixings.py",
         "hidden states at the best of three layers below the last one, minus logit mixing: worst attainment",
         None,
     ),
@@ -170,14 +170,14 @@ def _results() -> str:
     if results is None:
         return "No results are committed yet.\n"
     table = glance_table(results)
-    table = Table(table.name, tuple(c for c in table.columns if c.key != "family"), table.rows)
+    table = Table(table.name, tuple(c for c in table.columns if c.key != "category"), table.rows)
     commits = sorted({str(cell.env.get("commit"))[:10] for cell in results.cells})
     return markdown(table) + f"\n{len(results.cells)} cells; commit {', '.join(commits)}.\n"
 
 
 def _figures() -> str:
     measured: dict[str, float] = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    for path in sorted([*(ROOT / "benchmarks" / "results").glob("*.json"), *(ROOT / "src" / "paretune" / "results").glob("*.json")]):
         measured |= json.loads(path.read_text(encoding="utf-8")).get("figures", {})
     lines = ["| what | script | at least | measured |", "|---|---|---:|---:|"]
     for name, script, what, least in TARGETS:

@@ -77,9 +77,28 @@ def _rebuild(kind: type[ParetuneError], rule: str, found: str, remedy: str) -> P
 SHOWN = 60  # names in one message
 
 
+# What recipes, suites and calls said before version 0.2 -> what they say now.
+RENAMED = {
+    "distil": "distill",
+    "face": "active_objectives",
+    "frozen": "frozen_adapters",
+    "here": "in-process",
+    "labelled": "labeled",
+    "level": "mixing",
+    "mixer": "mixing",
+    "normalise": "normalize",
+    "normalised": "normalized",
+    "optimiser": "optimizer",
+    "scalarise_at": "scalarize_at",
+    "scalariser": "scalarizer",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: the closest known one first, then all of them; of very many, the closest `SHOWN`."""
+    """A remedy for an unknown name: what it is called now, else the closest known ones first; of very many, the closest `SHOWN`."""
     known = sorted(known)
+    if RENAMED.get(name) in known:
+        return f"it is called {RENAMED[name]!r} since version 0.2"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     shown, rest = known, ""
     if len(known) > SHOWN:

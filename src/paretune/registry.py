@@ -22,7 +22,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = ["LEARNERS", "METHODS", "OBJECTIVES", "RULES", "TASKS", "Registry", "describe", "load_plugin", "loaded_plugins"]
+__all__ = [
+    "LEARNERS",
+    "METHODS",
+    "OBJECTIVES",
+    "RULES",
+    "TASKS",
+    "Registry",
+    "describe",
+    "load_plugin",
+    "loaded_plugins",
+    "nearest",
+]
 
 
 class Registry:

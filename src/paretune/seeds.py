@@ -34,7 +34,7 @@ def uniforms(n: int, root: int, *path: str | int) -> np.ndarray:
 
 @contextlib.contextmanager
 def forked_torch(seed: int) -> Iterator[None]:
-    """Run library code that draws from torch's global state (LoRA initialisation, dropout) under `seed`, then restore it."""
+    """Run library code that draws from torch's global state (LoRA initialization, dropout) under `seed`, then restore it."""
     import torch
 
     with torch.random.fork_rng():

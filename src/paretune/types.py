@@ -7,8 +7,8 @@ Axis legend (suffixes of array names in every module):
     W  preferences                      S  samples at one preference
     K  points of a front, or adapters   R  enumerable responses L  layers
 
-Every objective is MAXIMISED. NaN in a reward means "could not be scored"; it is never 0 and is always counted.
-Rewards stay vectors (axis M last) until `scalarise` or `advantage`.
+Every objective is MAXIMIZED. NaN in a reward means "could not be scored"; it is never 0 and is always counted.
+Rewards stay vectors (axis M last) until `scalarize` or `advantage`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Preference:
-    """How much each objective matters: non-negative, sums to 1 (checked, never silently renormalised)."""
+    """How much each objective matters: non-negative, sums to 1 (checked, never silently renormalized)."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
@@ -143,9 +143,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Front:
-    """Points on (or estimating) a Pareto front of regularised returns, best known per preference.
+    """Points on (or estimating) a Pareto front of regularized returns, best known per preference.
 
-    `policies` says over which class it is the front: "kl" (all policies, KL-regularised), "stochastic" or "deterministic".
+    `policies` says over which class it is the front: "kl" (all policies, KL-regularized), "stochastic" or "deterministic".
     `proof` says why it can be believed, e.g. "closed form" or "best found".
     """
 

@@ -110,7 +110,7 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 def _bench(
     suite: str, overrides: list[str], root: Path | None, executor: str | Ray, workers: int | None, *, dry_run: bool, as_json: bool
 ) -> None:
-    from paretune.report.catalogue import suite_path
+    from paretune.report.catalog import suite_path
     from paretune.runs.suite import run_suite
 
     path = suite_path(suite)

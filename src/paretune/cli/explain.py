@@ -25,7 +25,7 @@ def explain(
     response: Annotated[str | None, typer.Option(help="Explain this response instead of a sampled one.")] = None,
     seed: Annotated[int, typer.Option(help="As for `paretune sample`: the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with coloured tokens to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with colored tokens to this file.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
     split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
     samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,

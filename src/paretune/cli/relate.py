@@ -56,7 +56,7 @@ def relate(
         show_table(pair_table(found), title="Pairs: correlations, and what one gains while the other gains 1")
         if looked is not None:
             place = (
-                f"after {looked.steps} steps at equal weights" if looked.steps else "at initialisation, of LoRA's B alone (A has none yet)"
+                f"after {looked.steps} steps at equal weights" if looked.steps else "at initialization, of LoRA's B alone (A has none yet)"
             )
             show_table(gradient_table(looked), title=f"Gradients {place}")
         for line in [*_warnings(found), *map(str, advice)]:

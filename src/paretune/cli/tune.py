@@ -34,7 +34,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search a learner's and a method's settings; stopped or killed, the same command goes on."""
-    from paretune.report.catalogue import suite_path
+    from paretune.report.catalog import suite_path
     from paretune.runs.tune import read_plan
     from paretune.runs.tune import tune as search
 

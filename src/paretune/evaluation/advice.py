@@ -1,11 +1,11 @@
 """Which families of methods fit a relationship: read from committed results, never from opinion.
 
-The results are one JSON file, `benchmarks/results/relations.json`; the package ships a copy as `results/relations.json`. Its key "rows"
-holds one flat row per method and setting, a setting being dials of `exact-v1` (one left out has its default):
+The results are one JSON file that ships with the package, `src/paretune/results/relations.json`. Its key "rows" holds one flat row per
+method and setting, a setting being dials of `exact-v1` (one left out has its default):
 
     {"objective_count": 2, "rho": -0.8, "scale": 1.0, "sparse": 0.0, "noise": 0.0, "context": 0.0,
      "method": "experts logit",        as the leaderboard names it
-     "family": "meta-policy",          from the method's card
+     "category": "meta-policy",          from the method's card
      "learner": "pg",
      "attainment_worst_train": 0.45, "attainment_mean_train": 0.71, "attainment_worst_test": 0.23,
      "n_seeds": 10,                    task seeds behind the row
@@ -29,9 +29,9 @@ from paretune.errors import ConfigError
 
 __all__ = ["DIALS", "RESULTS", "Advice", "advise", "load_rows", "shipped"]
 
-RESULTS = "benchmarks/results/relations.json"
+RESULTS = "results/relations.json"
 DIALS: dict[str, float] = {"objective_count": 2, "rho": 0.0, "scale": 1.0, "sparse": 0.0, "noise": 0.0, "context": 0.0}
-NEEDED = ("method", "family", "learner", "attainment_worst_train", "n_seeds", "samples")
+NEEDED = ("method", "category", "learner", "attainment_worst_train", "n_seeds", "samples")
 # How far a dial may be from a measured setting that still counts as near.
 NEAR = {"objective_count": 0.0, "rho": 0.25, "scale": 0.35, "sparse": 0.5, "noise": 0.5, "context": 0.35}
 CLOSE = 0.03  # of attainment: a cheaper method within this of the best one is named
@@ -70,13 +70,13 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(rows, list):
             raise TypeError("rows is no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = 'give a file as benchmarks/results/relations.json is: {"rows": [...]}'
+        remedy = 'give a file as results/relations.json of the package is: {"rows": [...]}'
         raise ConfigError("advice is read from a file of results", found=f"{path.name}: {error!r}", remedy=remedy) from None
     for number, row in enumerate(rows):
         missing = [key for key in NEEDED if not isinstance(row, Mapping) or key not in row]
         if missing:
             raise ConfigError(
-                "a row of results names its method, family, learner, attainment, seeds and samples",
+                "a row of results names its method, category, learner, attainment, seeds and samples",
                 found=f"{path.name}, row {number}: no {', no '.join(missing)}",
                 remedy="see the docstring of paretune.evaluation.advice",
             )
@@ -102,7 +102,7 @@ def advise(
     found = [(n, row) for n, row in found if row["learner"] == learner]
     sentences = [_where(nearest, learner, found)]
     affordable = [(n, row) for n, row in found if budget is None or (row["samples"] is not None and row["samples"] <= budget)]
-    contest = [(n, row) for n, row in affordable if row["family"] != "baseline"]
+    contest = [(n, row) for n, row in affordable if row["category"] != "baseline"]
     if not contest:
         return [
             *sentences,
@@ -146,7 +146,7 @@ def _where(setting: tuple[float, ...], learner: str, found: Iterable[tuple[int, 
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"`{row['method']}` ({row['family']})"
+    return f"`{row['method']}` ({row['category']})"
 
 
 def _cost(row: Mapping[str, Any]) -> str:
@@ -183,13 +183,13 @@ def _best(ranked: Sequence[tuple[int, Mapping[str, Any]]], budget: int | None) -
 
 
 def _families(ranked: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Advice]:
-    """The best method of each family, the families in the order of these."""
+    """The best method of each category, the categories in the order of these."""
     first: dict[str, tuple[int, Mapping[str, Any]]] = {}
     for n, row in ranked:
-        first.setdefault(str(row["family"]), (n, row))
+        first.setdefault(str(row["category"]), (n, row))
     if len(first) < 2:
         return []
-    parts = [f"{family} {row['attainment_worst_train']:.2f} (`{row['method']}`)" for family, (_, row) in first.items()]
+    parts = [f"{category} {row['attainment_worst_train']:.2f} (`{row['method']}`)" for category, (_, row) in first.items()]
     return [Advice(f"Families by their best method: {', '.join(parts)}.", tuple(n for n, _ in first.values()), "attainment_worst_train")]
 
 

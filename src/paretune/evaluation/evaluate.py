@@ -180,7 +180,7 @@ def _loss(
     best_M = np.diagonal(task.front(split, vertices).points_KM)
     total_W = 1.0 - attainment_W
     composition_W, learning_W, remainder_W = None, None, total_W
-    if family.policy.level in LIMIT_LEVELS and len(experts) == family.policy.K:
+    if family.policy.mixing in LIMIT_LEVELS and len(experts) == family.policy.K:
         own_W = gates_W[..., list(experts)]  # gates of the experts, in the order of the objectives
         limit_WM = np.stack([task.J_M(task.composition_limit_logp_PR(own, split), split) for own in own_W])
         composition_W = 1.0 - metrics.attainment(metrics.utility(limit_WM, w_WM), start_W, best_W)

@@ -3,7 +3,7 @@
 For a response y the log-ratio log pi(y_t) - log pi_ref(y_t) of every token is split over the experts. How depends on the level:
 
     product   logit mixing (and hidden states under a linear head): log pi = sum_k g_k log pi_k - log Z, so that expert k moved the token
-              by g_k (log pi_k - log pi_ref), and the normaliser -log Z - (1 - sum_k g_k) log pi_ref, shown as its own term, is the rest.
+              by g_k (log pi_k - log pi_ref), and the normalizer -log Z - (1 - sum_k g_k) log pi_ref, shown as its own term, is the rest.
               Z is at most 1 where gates are weights: the more the experts disagree, the more it gives to all tokens alike.
     path      soups of parameters: the gates go from 0 (the reference) to g on a straight line, and expert k is credited with
               g_k times the integral of d log pi / d g_k along it. The credits sum to the log-ratio; what the quadrature misses is shown.
@@ -54,7 +54,7 @@ END = "\N{MATHEMATICAL LEFT ANGLE BRACKET}end\N{MATHEMATICAL RIGHT ANGLE BRACKET
 class Explanation:
     """One response, token by token; logarithms in nats.
 
-    contribution_TK, summed over K, with normaliser_T and remainder_T, is logp_T - reference_T.
+    contribution_TK, summed over K, with normalizer_T and remainder_T, is logp_T - reference_T.
     """
 
     prompt: str
@@ -69,7 +69,7 @@ class Explanation:
     reference_T: np.ndarray
     opinion_TK: np.ndarray  # log pi_k - log pi_ref: what each expert alone says
     contribution_TK: np.ndarray
-    normaliser_T: np.ndarray  # of a product; else 0
+    normalizer_T: np.ndarray  # of a product; else 0
     remainder_T: np.ndarray  # what no term explains: rounding and quadrature
 
     @property
@@ -80,7 +80,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """Strict JSON, with the sums over the response."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        sums = {"ratio": self.ratio_T.sum(), "contribution_K": self.contribution_TK.sum(0), "normaliser": self.normaliser_T.sum()}
+        sums = {"ratio": self.ratio_T.sum(), "contribution_K": self.contribution_TK.sum(0), "normalizer": self.normalizer_T.sum()}
         return plain({**fields, "ratio_T": self.ratio_T, "sum": sums})
 
 
@@ -139,7 +139,7 @@ def explain(
                 prompt=str(given.raw),
                 response="".join(piece for piece in pieces if piece != END),
                 preference=dict(zip(names, map(float, chosen.weights), strict=True)),
-                level=family.policy.level,
+                level=family.policy.mixing,
                 adapters=family.policy.bank.names,
                 gates_K=gates_K.double().cpu().numpy(),
                 tokens_T=tuple(pieces),
@@ -186,36 +186,36 @@ def _split(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, g
             return token_logp(policy, ids_1T, mask_1T, tokens_1T, gates_NK=None if gates is None else gates[None])[0].double().cpu().numpy()
 
     mine_T, reference_T = logp_T(gates_K), logp_T(None)
-    alone = [logp_T(row) for row in torch.eye(k, device=gates_K.device)] if policy.level != "reference" else [reference_T] * k
+    alone = [logp_T(row) for row in torch.eye(k, device=gates_K.device)] if policy.mixing != "reference" else [reference_T] * k
     opinion_TK = np.stack(alone, 1) - reference_T[:, None] if k else np.zeros((length, 0))
     gates = gates_K.double().cpu().numpy()
-    normaliser_T, how = np.zeros(length), "shapley"
-    if policy.level in PRODUCT:
+    normalizer_T, how = np.zeros(length), "shapley"
+    if policy.mixing in PRODUCT:
         how, contribution_TK = "product", gates * opinion_TK
-        normaliser_T = (gates.sum() - 1) * reference_T - _log_normaliser(policy, ids_1T, mask_1T, tokens_1T, gates_K)
-        missed = float(np.abs(mine_T - reference_T - contribution_TK.sum(1) - normaliser_T).max())
-        if policy.level == "hidden" and missed > SLACK:  # a head with a bias or a soft cap
-            how, normaliser_T = "shapley", np.zeros(length)
-    elif policy.level in ("parameter", "reference"):
+        normalizer_T = (gates.sum() - 1) * reference_T - _log_normalizer(policy, ids_1T, mask_1T, tokens_1T, gates_K)
+        missed = float(np.abs(mine_T - reference_T - contribution_TK.sum(1) - normalizer_T).max())
+        if policy.mixing == "hidden" and missed > SLACK:  # a head with a bias or a soft cap
+            how, normalizer_T = "shapley", np.zeros(length)
+    elif policy.mixing in ("parameter", "reference"):
         how, points = "path", POINTS
         contribution_TK = gates * _along(policy, ids_1T, mask_1T, tokens_1T, gates_K, points)
         while points < MOST_POINTS and np.abs(mine_T - reference_T - contribution_TK.sum(1)).max() > SLACK:
             points *= 2
             contribution_TK = gates * _along(policy, ids_1T, mask_1T, tokens_1T, gates_K, points)
     if how == "shapley":
-        contribution_TK = _shapley(gates_K, reference_T, logp_T, share=policy.level not in SOUPS)
+        contribution_TK = _shapley(gates_K, reference_T, logp_T, share=policy.mixing not in SOUPS)
     return {
         "how": how,
         "logp_T": mine_T,
         "reference_T": reference_T,
         "opinion_TK": opinion_TK,
         "contribution_TK": contribution_TK,
-        "normaliser_T": normaliser_T,
-        "remainder_T": mine_T - reference_T - contribution_TK.sum(1) - normaliser_T,
+        "normalizer_T": normalizer_T,
+        "remainder_T": mine_T - reference_T - contribution_TK.sum(1) - normalizer_T,
     }
 
 
-def _log_normaliser(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, gates_K: Tensor) -> np.ndarray:
+def _log_normalizer(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, gates_K: Tensor) -> np.ndarray:
     """(T,) log sum_v exp(sum_k g_k log pi_k(v)), from the experts' own distributions."""
     length = tokens_1T.shape[1]
     ids = torch.cat([ids_1T, tokens_1T[:, :-1]], 1)
@@ -237,7 +237,7 @@ def _along(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, g
     nodes, weights = np.polynomial.legendre.leggauss(points)
     length = tokens_1T.shape[1]
     total_TK = torch.zeros(length, policy.K, dtype=torch.float64, device=gates_K.device)
-    if policy.level == "reference" or not policy.K:
+    if policy.mixing == "reference" or not policy.K:
         return total_TK.cpu().numpy()
     for (node, weight), start in itertools.product(zip(nodes, weights, strict=True), range(0, length, ROWS)):
         rows = torch.arange(start, min(start + ROWS, length), device=gates_K.device)

@@ -1,7 +1,7 @@
 """What a family of policies is worth against the exact optimum: pure functions of returns.
 
-Points are regularised returns J_k = E[r_k] - beta * KL, one row per preference, (W, M); `w_WM` are the preferences. Everything is
-maximised. NaN is unknown and stays unknown; `summary` counts it beside the mean.
+Points are regularized returns J_k = E[r_k] - beta * KL, one row per preference, (W, M); `w_WM` are the preferences. Everything is
+maximized. NaN is unknown and stays unknown; `summary` counts it beside the mean.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def controllability(points_WM: np.ndarray, optimum_WM: np.ndarray) -> float:
     Differs: from rank correlations of w_k and r_k, which every monotone family satisfies however little it moves.
     Hides: the level: a family far below the front that moves in parallel to it scores 1. Attainment shows that.
     """
-    steps_WM = np.asarray(points_WM) - np.mean(points_WM, axis=0)  # all pairs of steps have twice the spread of the centred points
+    steps_WM = np.asarray(points_WM) - np.mean(points_WM, axis=0)  # all pairs of steps have twice the spread of the centered points
     wanted_WM = np.asarray(optimum_WM) - np.mean(optimum_WM, axis=0)
     spread_M = np.sqrt((wanted_WM**2).mean(0))
     moves_M = spread_M >= MIN_GAIN

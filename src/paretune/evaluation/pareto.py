@@ -1,9 +1,9 @@
-"""Measures of a set of points against a Pareto front: guards around moocore, with every objective MAXIMISED.
+"""Measures of a set of points against a Pareto front: guards around moocore, with every objective MAXIMIZED.
 
 moocore answers 0.0 to NaN and to nothing at all, which reads like a measured hypervolume. Here a number that cannot be known is
 NaN (a point with an unknown coordinate), and a question without meaning is refused (no points, wrong shapes).
 
-Points are (K, M) arrays of regularised returns; their order does not matter, and dominated points may stay in.
+Points are (K, M) arrays of regularized returns; their order does not matter, and dominated points may stay in.
 """
 
 from __future__ import annotations

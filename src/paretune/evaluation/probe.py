@@ -4,7 +4,7 @@
     rate    what J_j gains while J_k gains 1, along the gradient of J_k: trade-offs as the parameters see them
     norm    length of each gradient: who dominates a plain sum
 
-At initialisation every B of LoRA is 0: only B has a gradient, and it is the gradient of the full weights seen through the random A, in
+At initialization every B of LoRA is 0: only B has a gradient, and it is the gradient of the full weights seen through the random A, in
 which angles are kept up to an error that falls with the rank. After `steps` of training at equal weights both factors have one.
 
 On an exact task the gradients are exact. Elsewhere `batches` batches are drawn, and inner products are means over pairs of *different*
@@ -12,7 +12,7 @@ batches: within a batch the noise of two gradients is correlated as the rewards 
 squared length comes out negative, the gradient is smaller than its noise: unknown (NaN). Intervals leave out a batch at a time (jackknife).
 
 Source: gradient conflict as in PCGrad (Yu et al. 2020); inner products without the batch's own noise are a U-statistic (Hoeffding 1948).
-Differs: whole-response returns with a leave-one-out baseline, no normalisation, the KL of J_k included.
+Differs: whole-response returns with a leave-one-out baseline, no normalization, the KL of J_k included.
 Hides: one place in parameter space; conflict may come and go during a training.
 """
 
@@ -140,9 +140,9 @@ def _exact(task: Any, steps: int, seed: int, like: PolicyGradient | None) -> np.
     spec = _spec(task, learner, seed)
     policy = learner.start(spec, task, {})
     weights = policy.bank.parameters()
-    optimiser = torch.optim.Muon(weights, lr=learner.lr, weight_decay=0.0, momentum=learner.momentum)
+    optimizer = torch.optim.Muon(weights, lr=learner.lr, weight_decay=0.0, momentum=learner.momentum)
     for step in range(steps):
-        learner.update(policy, optimiser, task, spec, step)
+        learner.update(policy, optimizer, task, spec, step)
     reward_PM, kl_P, _ = enumerated_returns(policy, task, torch.ones(task.prompt_count, 1, device=policy.device))
     returns_M = (reward_PM - task.beta * kl_P[:, None]).mean(0)
     return _flat(list(returns_M), weights)[None]
@@ -154,18 +154,18 @@ def _sampled(task: Task, steps: int, batches: int, seed: int, learner: PolicyGra
     spec = _spec(task, learner, seed)
     policy = learner.start(spec, task, {})
     weights = policy.bank.parameters()
-    optimiser = learner.new_optimiser(weights)
+    optimizer = learner.new_optimizer(weights)
     for step in range(steps):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learner.lr * learner.pace(step)
-        learner.update(policy, optimiser, learner.collect(policy, task, spec, step), beta=task.beta, step=step)
+        learner.update(policy, optimizer, learner.collect(policy, task, spec, step), beta=task.beta, step=step)
     found = [_of_batch(policy, task, spec, learner, steps + number) for number in range(batches)]
     return np.stack(found), (steps + batches) * learner.batch
 
 
 def _of_batch(policy: ParameterMix, task: Task, spec: TrainSpec, learner: PolicyGradient, step: int) -> np.ndarray:
     """(M, D) policy gradients of the M returns from one batch, with one forward."""
-    plain_learner = replace(learner, baseline="leave_one_out", normalise="none", kl_in="reward", kl_estimator="k1", length="sum", epochs=1)
+    plain_learner = replace(learner, baseline="leave_one_out", normalize="none", kl_in="reward", kl_estimator="k1", length="sum", epochs=1)
     batch = plain_learner.collect(policy, task, spec, step)
     made, m = batch.responses, task.objectives.count
     logp_NT = plain_learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)

@@ -43,7 +43,7 @@ class Adaptive(Sweep):
     settings: Mapping[str, float] = field(default_factory=dict)
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="a sweep whose weights adapt: gradient influence, covariance targets, an Exp3 bandit, or a bandit over prompt features",
         source="gradient influence (2509.11452); CTWA (2602.06869); DynaOpt's Exp3 (2403.13578); LinUCB and Thompson sampling over prompts "
         "(2510.02850, LASeR)",

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Card", "Method"]
 
-FAMILIES = ("single-policy", "multi-policy", "meta-policy", "baseline")
+CATEGORIES = ("single-policy", "multi-policy", "meta-policy", "baseline")
 
 
 @dataclass(frozen=True)
 class Card:
     """What a reader must know before believing a method's numbers. `paretune ls methods` is made of these."""
 
-    family: str  # one of FAMILIES
+    category: str  # one of CATEGORIES
     summary: str  # one line
     source: str  # paper, arXiv number
     differs: str  # what differs from the source

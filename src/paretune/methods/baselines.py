@@ -29,7 +29,7 @@ class Reference(Method):
     """The untrained reference at every preference: attainment 0 by definition, the floor of every table."""
 
     card: ClassVar[Card] = Card(
-        family="baseline",
+        category="baseline",
         summary="the untrained reference policy at every preference",
         source="none: the zero of attainment",
         differs="nothing",
@@ -80,7 +80,7 @@ class Expert(_OnePolicy):
     objective: int | str = 0
 
     card: ClassVar[Card] = Card(
-        family="baseline",
+        category="baseline",
         summary="the expert of one objective alone, used at every preference",
         source="none: what ignoring the other objectives gives",
         differs="nothing",
@@ -116,7 +116,7 @@ class Uniform(_OnePolicy):
     """One training with equal weights, at every preference."""
 
     card: ClassVar[Card] = Card(
-        family="baseline",
+        category="baseline",
         summary="one training at uniform weights, used at every preference",
         source="EMORL (2505.02579) and DynaOpt (2403.13578) compare with it",
         differs="nothing",

@@ -25,7 +25,7 @@ __all__ = ["Bridge", "BridgeRule", "interaction"]
 
 
 def interaction(w_WM: np.ndarray) -> np.ndarray:
-    """(W, 1) how far a preference is from all vertices: M/(M-1) * (1 - sum w_k^2), 0 at the vertices and 1 at the centre."""
+    """(W, 1) how far a preference is from all vertices: M/(M-1) * (1 - sum w_k^2), 0 at the vertices and 1 at the center."""
     w_WM = np.asarray(w_WM, dtype=np.float64)
     m = w_WM.shape[1]
     return m / (m - 1) * (1.0 - (w_WM**2).sum(1, keepdims=True))
@@ -54,7 +54,7 @@ class Bridge(Method):
     balance: float = 0.0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="a soup of experts and one more adapter, gated by how mixed the preference is, that repairs the soup in between",
         source="ours; experts and soup as in rewarded soups (2306.04488), preferences sampled as in CLP (2407.15762)",
         differs="the experts stay as they are and the gate is 0 at the vertices, so that nothing is lost there; preferences of a batch are "
@@ -93,7 +93,7 @@ class Bridge(Method):
             seed,
             rule=BridgeRule(),
             fresh=(self.rank or learner.rank,),
-            frozen=vertex_trainings(task, learner, seed).values(),
+            frozen_adapters=vertex_trainings(task, learner, seed).values(),
             effort=self.effort,
             balance=self.balance,
         )

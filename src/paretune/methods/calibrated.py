@@ -130,7 +130,7 @@ class Calibrated(Method):
     published search and takes all its points, whatever the budget allows.
     """
 
-    mixer: Literal["parameter", "logit", "hidden"] = "logit"
+    mixing: Literal["parameter", "logit", "hidden"] = "logit"
     search: Literal["model", "lattice", "grid"] = "model"
     points: int = 4  # preferences on each edge of the lattice, vertices included; those near judged ones are left out
     budget: int = 60  # evaluations for each preference of the lattice, at most
@@ -138,7 +138,7 @@ class Calibrated(Method):
     smoothing: float = 0.0  # above 0 the map may pass beside what was found, against noise
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="experts mixed with gates that are searched at a few preferences and interpolated between them",
         source="none: ours; a search of the weights on validation utility as in EMORL (2505.02579)",
         differs="one calibration for all preferences instead of a search for each; the scale of the gates is free (but for lattice); a "
@@ -171,7 +171,7 @@ class Calibrated(Method):
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
-        policy = build_policy(task, self.mixer, adapters)
+        policy = build_policy(task, self.mixing, adapters)
         start = time.perf_counter()
         returns = outer_returns(task, policy, samples=self.samples, seed=seed)
         found = calibrate(returns, self.preferences(task), search=self.search, budget=self.budget)

@@ -45,7 +45,7 @@ class TiedRule(Rule):
     seed: int = 0
 
     @property
-    def level(self) -> Mapping[str, Any]:
+    def mixing(self) -> Mapping[str, Any]:
         """The level at which a training under this rule runs."""
         return {"name": "tied", "own": 1, "seed": self.seed}
 
@@ -73,10 +73,10 @@ class Conditioned(Method):
     scale: float = 1.0
 
     card: ClassVar[Card] = Card(
-        family="multi-policy",
+        category="multi-policy",
         summary="one policy conditioned on the preference through the gates of its adapters, trained with preferences sampled per prompt",
         source="clp: CLP (2407.15762); panacea: Panacea (2402.02030); pblora: PBLoRA (PARM, 2505.06274); bridge: ours",
-        differs="clp mixes LoRA deltas, not all parameters; panacea has a plain LoRA beside the gated ranks (its learnt singular values "
+        differs="clp mixes LoRA deltas, not all parameters; panacea has a plain LoRA beside the gated ranks (its learned singular values "
         "are absorbed), linear utilities only, and scale is fixed where the source learns a scale per layer; pblora trains the policy, "
         "not a reward model that guides one, and its first core is absorbed by a plain LoRA; preferences of a batch are spread over the "
         "simplex",

@@ -155,7 +155,7 @@ class ContextualBandit(Method):
     have in common. ridge and between: the strength of the penalty, the latter for each pull of a prompt.
     """
 
-    mixer: Literal["parameter", "logit"] = "parameter"
+    mixing: Literal["parameter", "logit"] = "parameter"
     algorithm: Literal["linucb", "thompson"] = "thompson"
     features: Literal["auto", "letters", "words", "none"] = "auto"
     rounds: int = 100
@@ -169,7 +169,7 @@ class ContextualBandit(Method):
     between: float = 0.004
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="a contextual bandit learns gates of the experts, their scale included, from the prompt's text and the preference",
         source="contextual Gaussian process bandits (Krause and Ong 2011); LinUCB (1003.0146), Thompson sampling with linear payoffs "
         "(1209.3352)",
@@ -199,7 +199,7 @@ class ContextualBandit(Method):
         from paretune.policy.family import Family
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
-        policy = build_policy(task, self.mixer, adapters)
+        policy = build_policy(task, self.mixing, adapters)
         prompts = task.prompts(SPLIT)
         features = Features.fitting(self.features, prompts, share=self.share)
         features_PF = features.of(prompts)
@@ -243,13 +243,13 @@ class StaticGates(Method):
     What `contextual` is compared with: the same gates to choose from, measured on all training prompts. budget: points of the grid.
     """
 
-    mixer: Literal["parameter", "logit"] = "parameter"
+    mixing: Literal["parameter", "logit"] = "parameter"
     top: float = 1.25
     budget: int = 256
     samples: int = 64  # responses for each point, where the task is not exact
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="experts mixed with the best fixed gates of a dense grid, chosen for every preference by what was measured once",
         source="none: a grid search, as a baseline for gates that look at the prompt",
         differs="nothing",
@@ -275,7 +275,7 @@ class StaticGates(Method):
         from paretune.policy.family import Family
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
-        policy = build_policy(task, self.mixer, adapters)
+        policy = build_policy(task, self.mixing, adapters)
         start = time.perf_counter()
         gates_GK = _gates(policy, self.top, self.budget)
         returns_GM, drawn = _returns_at(task, policy, gates_GK, samples=self.samples, seed=seed)
@@ -291,7 +291,7 @@ class StaticGates(Method):
 def _gates(policy: Policy, top: float, budget: int) -> np.ndarray:
     """(C, K) gates to choose from; at the logit level without those that are all 0, the uniform policy there."""
     gates_CK = box_lattice(policy.K, top, budget)
-    return gates_CK if policy.level == "parameter" else gates_CK[gates_CK.sum(1) > 0]
+    return gates_CK if policy.mixing == "parameter" else gates_CK[gates_CK.sum(1) > 0]
 
 
 def _puller(task: Task, policy: Policy, *, seed: int) -> Pull:

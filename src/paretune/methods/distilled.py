@@ -1,4 +1,4 @@
-"""Distillation: what mixing several experts gives at several forwards per token, learnt by one steerable student."""
+"""Distillation: what mixing several experts gives at several forwards per token, learned by one steerable student."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class StudentRule(Rule):
 class Distilled(Method):
     """The logit mixture of a `placed` family, distilled into M adapters and a bridge that start from the experts at the vertices.
 
-    more: experts between the vertices, see `placed`; 0 distils plain logit mixing. effort: the budget of the distillation.
+    more: experts between the vertices, see `placed`; 0 distills plain logit mixing. effort: the budget of the distillation.
     """
 
     more: int = 1
     effort: float = 1.0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
-        summary="the token-level mixture of experts, neighbours of the preference, distilled on-policy into one steerable student",
+        category="meta-policy",
+        summary="the token-level mixture of experts, neighbors of the preference, distilled on-policy into one steerable student",
         source="on-policy distillation from weighted teachers, MOPD (2606.30406); the teachers' mixture as in MOD (2406.18853)",
         differs="one student for all preferences, gated as a bridge; teachers at mixed preferences beside single objectives; "
         "the KL of a token is summed over the vocabulary",
@@ -92,7 +92,7 @@ class Distilled(Method):
             learner=describe(Distillation.like(learner, describe(rule)).scaled(self.effort)),
             preference=None,
             seed=seed,
-            frozen=keys,
+            frozen_adapters=keys,
             init_from=keys[: task.objectives.count],
             fresh=(learner.rank,),
             rule=describe(StudentRule(teachers=len(keys))),

@@ -41,7 +41,7 @@ Scorer = Callable[[np.ndarray, np.ndarray], float]
 
 
 def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: int) -> Scorer:
-    """What the search maximises on the training prompts: exact where the task is exact, else `samples` responses with shared noise.
+    """What the search maximizes on the training prompts: exact where the task is exact, else `samples` responses with shared noise.
 
     "linear" is J_w, KL included. "product" is E[sum_k w_k log r_k], each reward scaled to its declared range and clipped to
     [1e-4, 1 - 1e-4], per response and without KL, as in the experts' score of the source. NaN where any response is unscored.
@@ -175,7 +175,7 @@ class Emorl(_Emorl):
     stop_cv: float = 0.015
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="experts with the published stopping rule; hidden states summed with weights searched anew for each preference",
         source="EMORL (2505.02579), paper and the authors' code",
         differs=_DIFFERS,
@@ -202,7 +202,7 @@ class EmorlShared(_Emorl):
     samples: int = 64
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="EMORL's search and aggregation on the experts shared with the other methods",
         source="EMORL (2505.02579), paper and the authors' code",
         differs="the experts are the shared ones, without the published stopping rule; " + _DIFFERS,

@@ -36,12 +36,12 @@ def sampled_training(
     *,
     rule: Rule,
     fresh: tuple[int, ...],
-    frozen: Iterable[TrainSpec] = (),
+    frozen_adapters: Iterable[TrainSpec] = (),
     effort: float = 1.0,
     balance: float = 0.0,
-    face: tuple[int, ...] | None = None,
+    active_objectives: tuple[int, ...] | None = None,
 ) -> TrainSpec:
-    """The training over sampled preferences, gated by `rule`: new adapters of the ranks `fresh` beside the `frozen` trainings' adapters.
+    """The training over sampled preferences, gated by `rule`: new adapters of the ranks `fresh` beside those of `frozen_adapters`.
 
     effort: its budget, in budgets of the learner. balance: the power of the weighting "balanced", 0 is plain sampling.
     """
@@ -51,10 +51,10 @@ def sampled_training(
         preference=None,
         seed=seed,
         weighting=describe(Balanced(power=balance) if balance else Fixed()),
-        frozen=tuple(spec.key for spec in frozen),
+        frozen_adapters=tuple(spec.key for spec in frozen_adapters),
         fresh=fresh,
         rule=describe(rule),
-        face=face,
+        active_objectives=active_objectives,
     )
     learner.accept(spec)
     return spec
@@ -82,7 +82,7 @@ class OnExperts(Method):
 
     symmetric: ClassVar[bool] = True
 
-    def level(self) -> str | Mapping[str, Any]:
+    def mixing_settings(self) -> str | Mapping[str, Any]:
         """The mixing level, by name or with its settings."""
         raise AssertionError("subclasses name their level")
 
@@ -95,7 +95,7 @@ class OnExperts(Method):
 
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        return Family(build_policy(task, self.level(), adapters), Identity(), task.objectives, task.base(), adapters, meta)
+        return Family(build_policy(task, self.mixing_settings(), adapters), Identity(), task.objectives, task.base(), adapters, meta)
 
 
 @METHODS.register("experts")
@@ -103,14 +103,14 @@ class OnExperts(Method):
 class Experts(OnExperts):
     """M experts, one per objective; a preference is the vector of their gates.
 
-    mixer: "parameter" is the exact delta soup, "factor" the soup of the factors as its authors' code does it, "logit" the product of
+    mixing: "parameter" is the exact delta soup, "factor" the soup of the factors as its authors' code does it, "logit" the product of
     the experts' next-token distributions, "hidden" the sum of their last hidden states under the shared head.
     """
 
-    mixer: Literal["parameter", "factor", "logit", "hidden"] = "logit"
+    mixing: Literal["parameter", "factor", "logit", "hidden"] = "logit"
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, mixed with the preference as weights (soup, logits or hidden states)",
         source="rewarded soups (2306.04488) for parameter and factor; MOD (2406.18853), reverse KL, for logit; "
         "EMORL (2505.02579) for hidden",
@@ -123,5 +123,5 @@ class Experts(OnExperts):
         zero_shot=True,
     )
 
-    def level(self) -> str:
-        return self.mixer
+    def mixing_settings(self) -> str:
+        return self.mixing

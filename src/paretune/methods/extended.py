@@ -64,7 +64,7 @@ class Extended(Method):
     balance: float = 0.0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="a bridge family to which an objective is added later: two more trainings, and nothing old is trained again",
         source="ours",
         differs="nothing old changes: where the added objective has no weight, the answers are those of the old family",
@@ -116,7 +116,7 @@ class Extended(Method):
         experts = list(vertex_trainings(task, learner, seed).values())
         others = [k for k in range(len(experts)) if k != place]
         found: dict[str, TrainSpec] = {}
-        for stage, frozen, face in (("old", [experts[k] for k in others], tuple(others)), ("new", experts, None)):
+        for stage, frozen, active_objectives in (("old", [experts[k] for k in others], tuple(others)), ("new", experts, None)):
             if stage == "old" and len(others) == 1:
                 continue
             found[stage] = sampled_training(
@@ -125,9 +125,9 @@ class Extended(Method):
                 seed,
                 rule=ExtendedRule(new=place, stage=stage),
                 fresh=(learner.rank,),
-                frozen=(*frozen, *found.values()),
+                frozen_adapters=(*frozen, *found.values()),
                 effort=self.effort,
                 balance=self.balance,
-                face=face,
+                active_objectives=active_objectives,
             )
         return found

@@ -33,7 +33,7 @@ class Gradient(Sweep):
     c: float = 0.5  # of cagrad
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="a sweep whose steps combine the objectives' gradients by MGDA, PCGrad, CAGrad, Nash-MTL, IMTL-G, UPGrad or Aligned-MTL",
         source="MGDA (Sener & Koltun 2018), PCGrad (2001.06782), CAGrad (2110.14048), Nash-MTL (2202.01017), IMTL-G (Liu et al. 2021), "
         "UPGrad (2406.16232), Aligned-MTL (Senushkin et al. 2023)",

@@ -21,8 +21,8 @@ class Linear(Sweep):
     """
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
-        summary="one linearly scalarised training per preference of a lattice, so a sweep of single policies; the nearest one answers",
+        category="single-policy",
+        summary="one linearly scalarized training per preference of a lattice, so a sweep of single policies; the nearest one answers",
         source='the weighted sum of rewards ("MORLHF"), as most trainers do it',
         differs="the learner's: KL in the reward and a leave-one-out baseline by default, so that its optimum is that of w . J",
         hides="points = 0 was trained at the very preferences it is judged at; otherwise some of the loss is the lattice's, not the "

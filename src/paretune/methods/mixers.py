@@ -23,10 +23,10 @@ class ModDivergence(OnExperts):
     alpha: float = 0.5
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, next-token distributions mixed by forward KL (harmonic mean), an alpha-divergence or JS",
         source="MOD (2406.18853), its divergences beside the reverse KL",
-        differs="1/alpha is kept, which the authors' code leaves out; the normaliser is a factor outside, as in the source's formulas; "
+        differs="1/alpha is kept, which the authors' code leaves out; the normalizer is a factor outside, as in the source's formulas; "
         "for JS the reference runs beside the experts, and its closed form is ours",
         hides="the experts were trained under the reverse KL, so that this answers another game than theirs",
         trainings="M",
@@ -34,7 +34,7 @@ class ModDivergence(OnExperts):
         zero_shot=True,
     )
 
-    def level(self) -> Mapping[str, Any]:
+    def mixing_settings(self) -> Mapping[str, Any]:
         return {"name": "divergence", "divergence": self.divergence, "alpha": self.alpha}
 
 
@@ -46,7 +46,7 @@ class Rmod(OnExperts):
     radius: float = 1.0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, logits mixed at the worst weights for each token: robust, and at radius 1 without a preference",
         source="RMOD (2503.08796)",
         differs="the experts' log-ratios stand for trained value functions; the game is played and solved exactly at every token, not for "
@@ -58,7 +58,7 @@ class Rmod(OnExperts):
         zero_shot=True,
     )
 
-    def level(self) -> Mapping[str, Any]:
+    def mixing_settings(self) -> Mapping[str, Any]:
         return {"name": "robust", "radius": self.radius}
 
 
@@ -70,7 +70,7 @@ class HiddenLayer(OnExperts):
     layer: int = 1
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, hidden states mixed at a layer; below it the experts run apart, above it their soup runs once",
         source="EMORL (2505.02579) for the last layer; the layers below are our extension",
         differs="any layer, with a KV cache; the preference is the weights, without a search",
@@ -80,7 +80,7 @@ class HiddenLayer(OnExperts):
         zero_shot=True,
     )
 
-    def level(self) -> Mapping[str, Any]:
+    def mixing_settings(self) -> Mapping[str, Any]:
         if self.layer < 0:
             raise ConfigError("method hidden-layer: layer is at least 0", found=f"layer = {self.layer}", remedy="0 is the soup")
         return {"name": "hidden-layer", "layer": self.layer}

@@ -1,4 +1,4 @@
-"""The MODPO sweep: single policies learnt offline, from pairs of the reference's responses."""
+"""The MODPO sweep: single policies learned offline, from pairs of the reference's responses."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ModpoSweep(Sweep):
     labels: Literal["expected", "drawn", "hard"] = "expected"
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="a sweep of offline trainings on pairs of the reference's responses: DPO with the other objectives as a margin",
         source="MODPO (2310.03708)",
         differs="pairs are built from the task: all pairs of a prompt's responses, compared by the reward of the objective with the "
         "largest weight, so that w_1 is at least 1/M (the source's is fixed, and its loss has no value at w_1 = 0); margins are true "
-        "rewards, not learnt ones; labels are chances under Bradley-Terry by default; every pair is seen in one pass",
+        "rewards, not learned ones; labels are chances under Bradley-Terry by default; every pair is seen in one pass",
         hides="every training draws responses of its own, which a stored set of pairs would share; it learns only from what the "
         "reference says; labels = hard, the usual ones, have another optimum than J_w",
         trainings=SWEEP_TRAININGS,

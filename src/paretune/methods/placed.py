@@ -1,4 +1,4 @@
-"""Adaptive placement: the next expert is trained where the family so far may lose most; neighbours are mixed in between."""
+"""Adaptive placement: the next expert is trained where the family so far may lose most; neighbors are mixed in between."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPLIT = "train"
 def barycentric_gates(points_KM: np.ndarray, w_WM: np.ndarray) -> np.ndarray:
     """(W, K) gates >= 0 that sum to 1 with sum_k g_k p_k = w, on the corners of one cell of the points' triangulation.
 
-    For two objectives these are the two neighbours; for more, the corners of the Delaunay cell that holds w. The vertices of the
+    For two objectives these are the two neighbors; for more, the corners of the Delaunay cell that holds w. The vertices of the
     simplex must be among the points.
     """
     points_KM, w_WM = np.asarray(points_KM, dtype=np.float64), np.asarray(w_WM, dtype=np.float64)
@@ -92,20 +92,20 @@ def optimistic_regret(values_K: np.ndarray, gates_WK: np.ndarray, utility_W: np.
 class Placed(Method):
     """Experts at the vertices and at `more` preferences, each chosen where the family so far has the largest optimistic regret.
 
-    Candidates are a lattice with `points` per edge, without what lies near a judged preference. mixer: "logit" mixes neighbours token by
+    Candidates are a lattice with `points` per edge, without what lies near a judged preference. mixing: "logit" mixes neighbors token by
     token, "parameter" is their exact soup. samples: responses per candidate where the task is not exact.
     """
 
     more: int = 1
-    mixer: Literal["logit", "parameter"] = "logit"
+    mixing: Literal["logit", "parameter"] = "logit"
     points: int = 9
     samples: int = 64
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
-        summary="experts at the vertices and wherever the family so far may lose most; the neighbours of a preference are mixed",
+        category="meta-policy",
+        summary="experts at the vertices and wherever the family so far may lose most; the neighbors of a preference are mixed",
         source="ours; mixing as in MOD (2406.18853), the bound from optimistic linear support (Roijers 2016)",
-        differs="experts at mixed preferences beside those of single objectives; gates are the preference's place among its neighbours",
+        differs="experts at mixed preferences beside those of single objectives; gates are the preference's place among its neighbors",
         hides="every expert more is a training more, one wave after the other, and at the logit level a forward more per token (all run, "
         "though at most M have a gate); candidates are measured on training prompts",
         trainings="M + more",
@@ -132,7 +132,7 @@ class Placed(Method):
         meta = {**family_meta(self, task, seed=seed), "placed_at": [list(p) for p in rule.points_KM]}
         from paretune.policy.family import Family
 
-        return Family(build_policy(task, self.mixer, adapters), rule, task.objectives, task.base(), adapters, meta)
+        return Family(build_policy(task, self.mixing, adapters), rule, task.objectives, task.base(), adapters, meta)
 
     def _placed(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> tuple[dict[str, TrainSpec], Cost]:
         """The trainings of this and all earlier waves, and what choosing them cost."""
@@ -144,7 +144,7 @@ class Placed(Method):
                 break
             points_KM = np.array([spec.preference for spec in specs.values()])
             left_WM = candidates_WM[np.abs(candidates_WM[:, None] - points_KM).max(-1).min(-1) > 1e-9]
-            policy = build_policy(task, self.mixer, adapters_for(specs, done))
+            policy = build_policy(task, self.mixing, adapters_for(specs, done))
             gates_WK = np.concatenate([np.eye(len(points_KM)), barycentric_gates(points_KM, left_WM)])
             asked_WM = np.concatenate([points_KM, left_WM])
             utility_W, spent = _utility(task, policy, gates_WK, asked_WM, self.samples, seed)

@@ -33,7 +33,7 @@ class PromptedRule(Rule):
     digits: int = 2
 
     @property
-    def level(self) -> Mapping[str, Any]:
+    def mixing(self) -> Mapping[str, Any]:
         return {"name": "prompted", "objectives": self.objectives, "digits": self.digits}
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ class Prompted(Method):
     digits: int = 2
 
     card: ClassVar[Card] = Card(
-        family="multi-policy",
+        category="multi-policy",
         summary="one policy and one adapter, conditioned on the preference by text before the prompt, preferences sampled per prompt",
         source="preferences in the prompt: RiC (2402.10207), MO-ODPO (2503.00295)",
         differs="trained by the learner on its own responses, not by supervised rounds (RiC) or on preference pairs (MO-ODPO); the text "
@@ -82,7 +82,7 @@ class Prompted(Method):
         adapters = adapters_for({"policy": self._spec(task, learner, seed)}, done)
         rule = self._rule(task)
         meta = family_meta(self, task, seed=seed)
-        return Family(build_policy(task, rule.level, adapters), rule, task.objectives, task.base(), adapters, meta)
+        return Family(build_policy(task, rule.mixing, adapters), rule, task.objectives, task.base(), adapters, meta)
 
     def _rule(self, task: Task) -> PromptedRule:
         return PromptedRule(objectives=task.objectives.count, digits=self.digits)

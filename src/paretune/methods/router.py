@@ -37,7 +37,7 @@ class RouterRule(Rule):
     bridge: bool = False
 
     @property
-    def level(self) -> Mapping[str, Any]:
+    def mixing(self) -> Mapping[str, Any]:
         """The level at which a training under this rule runs."""
         return {"name": "routed", "experts": self.experts, "width": self.width, "seed": self.seed}
 
@@ -61,7 +61,7 @@ class Router(Method):
     balance: float = 0.0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="frozen experts and a router per layer that sets their gates for each token, from its hidden state and the preference",
         source="ours; gates over LoRA experts from hidden states as in X-LoRA (2402.07148), preferences sampled as in CLP (2407.15762)",
         differs="the router hears the preference, corrects it instead of replacing it, and is silent at the vertices; no softmax",
@@ -91,7 +91,7 @@ class Router(Method):
         specs = vertex_trainings(task, learner, seed)
         adapters = adapters_for({**specs, "bridge": spec} if self.bridge else specs, done)
         rule = self._rule(task, seed)
-        policy = build_policy(task, rule.level, adapters)
+        policy = build_policy(task, rule.mixing, adapters)
         policy.load_extra(Path(done[spec.key].path))
         meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
         return Family(policy, rule, task.objectives, task.base(), adapters, meta)
@@ -106,7 +106,7 @@ class Router(Method):
             seed,
             rule=self._rule(task, seed),
             fresh=(learner.rank,) if self.bridge else (),
-            frozen=vertex_trainings(task, learner, seed).values(),
+            frozen_adapters=vertex_trainings(task, learner, seed).values(),
             effort=self.effort,
             balance=self.balance,
         )

@@ -35,10 +35,10 @@ class Ties(OnExperts):
     """Trim, elect signs, merge what agrees; see `mixing.MergedMix`."""
 
     density: float = 0.8
-    normalise: bool = False
+    normalize: bool = False
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, a TIES soup: largest entries kept, one sign elected per entry, what agrees is merged",
         source="TIES-Merging (2306.01708)",
         differs=_DIFFERS + "; the default keeps 80 % of the entries (the source: 20 %) and sums what agrees instead of averaging it, both "
@@ -49,8 +49,8 @@ class Ties(OnExperts):
         zero_shot=True,
     )
 
-    def level(self) -> Mapping[str, Any]:
-        return {"name": "merged", "how": "ties", "density": self.density, "normalise": self.normalise}
+    def mixing_settings(self) -> Mapping[str, Any]:
+        return {"name": "merged", "how": "ties", "density": self.density, "normalize": self.normalize}
 
 
 @METHODS.register("dare")
@@ -63,7 +63,7 @@ class Dare(OnExperts):
     mask_seed: int = 0
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one expert per objective, a DARE soup: entries dropped at random, the rest scaled up, summed (or merged as by TIES)",
         source="DARE (2311.03099)",
         differs=_DIFFERS + "; the default keeps 80 % of the entries (the source drops up to 99 % of full fine-tunings)",
@@ -74,9 +74,9 @@ class Dare(OnExperts):
     )
     symmetric: ClassVar[bool] = False
 
-    def level(self) -> Mapping[str, Any]:
+    def mixing_settings(self) -> Mapping[str, Any]:
         how = "dare-ties" if self.signs else "dare"
-        return {"name": "merged", "how": how, "density": self.density, "normalise": False, "seed": self.mask_seed}
+        return {"name": "merged", "how": how, "density": self.density, "normalize": False, "seed": self.mask_seed}
 
 
 @METHODS.register("bone-soup")
@@ -89,14 +89,14 @@ class BoneSoup(Method):
 
     share: float = 0.8
     extrapolation: float = 0.0
-    mixer: Literal["parameter", "logit"] = "parameter"
+    mixing: Literal["parameter", "logit"] = "parameter"
 
     card: ClassVar[Card] = Card(
-        family="meta-policy",
+        category="meta-policy",
         summary="one training per objective at a mixed preference; a soup whose gates bring their mixture to the wanted preference",
         source="Bone Soups (2502.10762)",
         differs="share is .8, by the worst attainment on a development seed; the source chooses from .6, .7, .8 by the hypervolume of "
-        "short trainings. For M > 2 the rest is shared evenly. The soup is of the exact changes, unmerged. mixer logit is ours",
+        "short trainings. For M > 2 the rest is shared evenly. The soup is of the exact changes, unmerged. mixing logit is ours",
         hides="preferences beyond the backbones are extrapolated with negative gates; one's own objective alone was never trained",
         trainings="M",
         forwards_per_token="parameter: 1; logit: M",
@@ -129,5 +129,5 @@ class BoneSoup(Method):
         adapters = adapters_for(self._specs(task, learner, seed), done)
         points_KM = tuple(tuple(map(float, row)) for row in self.points_KM(task.objectives.count))
         rule = Backbones(points_KM=points_KM, extrapolation=self.extrapolation)
-        policy = build_policy(task, self.mixer, adapters)
+        policy = build_policy(task, self.mixing, adapters)
         return Family(policy, rule, task.objectives, task.base(), adapters, family_meta(self, task, seed=seed))

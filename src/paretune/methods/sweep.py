@@ -1,5 +1,5 @@
 """A sweep: one single-policy training per preference of a lattice, and the nearest trained policy answers. What each training is, is a
-hook, so that every single-policy method (a weighting, a scalariser, an aggregation of advantages or of gradients) is a few lines.
+hook, so that every single-policy method (a weighting, a scalarizer, an aggregation of advantages or of gradients) is a few lines.
 """
 
 from __future__ import annotations

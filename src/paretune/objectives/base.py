@@ -36,7 +36,7 @@ Score = Callable[..., Any]
 class Objective(ABC):
     """A registered objective: a frozen dataclass whose fields are its hyperparameters; `low` and `high` state its range.
 
-    Every objective is maximised. `low` is also the hypervolume's reference point, so state what the worst text really scores.
+    Every objective is maximized. `low` is also the hypervolume's reference point, so state what the worst text really scores.
     """
 
     registered_name: ClassVar[str]

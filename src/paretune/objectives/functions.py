@@ -38,7 +38,7 @@ class FunctionObjective(Objective):
 
     Source: the `reward_funcs` convention of TRL 1.16.
     Differs: `trainer_state` is not offered, because a score depends on prompts and completions alone; `completion_ids` are the
-    completion's text tokenised again, without EOS.
+    completion's text tokenized again, without EOS.
     Hides: the file is hashed with the modules beside it, but not the data, services or packages that it uses.
     """
 
@@ -158,9 +158,9 @@ def _import_file(path: Path) -> ModuleType:
     write_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cache by modification time could serve an older text
     try:
         spec.loader.exec_module(module)
-        for neighbour in sorted(beside):  # also those imported only inside a function, while the folder can be found
+        for neighbor in sorted(beside):  # also those imported only inside a function, while the folder can be found
             with contextlib.suppress(ImportError):
-                importlib.import_module(neighbour)
+                importlib.import_module(neighbor)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         line = _line_in(error, path)
@@ -183,7 +183,7 @@ def _forget(names: set[str], folder: Path) -> None:
 
 
 def _refuse_taken(names: set[str], path: Path) -> None:
-    """A neighbour whose name something else has would get that thing, or hide it from everybody else."""
+    """A neighbor whose name something else has would get that thing, or hide it from everybody else."""
     for name in sorted(names):
         try:
             spec = importlib.util.find_spec(name)

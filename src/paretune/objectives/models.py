@@ -292,13 +292,13 @@ class RewardModel(ModelObjective):
     label: str | int | None = None  # the class that is wanted, where the head has several
     output: Literal["logit", "probability", "margin"] = "logit"  # margin: the log-odds of the label against all others
     input: str | tuple[str, ...] = "auto"  # auto, chat, a template, or two templates
-    normalise: dict[str, Any] | None = None  # {mean, std, from}: (score - mean) / std; `paretune normalise` measures it
-    negate: bool = False  # for costs, where less is better: the sign changes after the normalisation
+    normalize: dict[str, Any] | None = None  # {mean, std, from}: (score - mean) / std; `paretune normalize` measures it
+    negate: bool = False  # for costs, where less is better: the sign changes after the normalization
     head: str | None = None  # the name in the files of a head with one output, where it is not the one of transformers
 
     def __post_init__(self):
         super().__post_init__()
-        _check_normalise(self)
+        _check_normalize(self)
         if self.templates is None:
             return
         if len(self.templates) not in (1, 2):
@@ -369,13 +369,13 @@ class RewardModel(ModelObjective):
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         raw = self.raw(prompts, completions, **columns)
-        if self.normalise is not None:
-            mean, std = self.normalise["mean"], self.normalise["std"]
+        if self.normalize is not None:
+            mean, std = self.normalize["mean"], self.normalize["std"]
             raw = [None if value is None else (value - mean) / std for value in raw]
         return self.scored([-value if self.negate and value is not None else value for value in raw])
 
     def raw(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """What the head says, before normalisation and before it is cut at low and high."""
+        """What the head says, before normalization and before it is cut at low and high."""
         needed = {name: columns[name] for name in self.needs()}
         scores: list[float | None] = [None] * len(completions)
         known = [n for n in range(len(completions)) if all(values[n] is not None for values in needed.values())]
@@ -509,7 +509,7 @@ class Fluency(ModelObjective):
 
 
 def measure(objective: RewardModel, prompts: Sequence[Prompt], completions: Sequence[str], *, source: str) -> dict[str, Any]:
-    """{mean, std, from} of the raw scores of `completions`, ready for `normalise:`; `source` says where the texts came from."""
+    """{mean, std, from} of the raw scores of `completions`, ready for `normalize:`; `source` says where the texts came from."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     scores = np.array(objective.raw([prompt.raw for prompt in prompts], completions, **columns), dtype=np.float64)
@@ -525,12 +525,12 @@ def measure(objective: RewardModel, prompts: Sequence[Prompt], completions: Sequ
     return {"mean": float(f"{kept.mean():.6g}"), "std": float(f"{kept.std():.6g}"), "from": provenance}
 
 
-def _check_normalise(objective: RewardModel) -> None:
-    given = objective.normalise
+def _check_normalize(objective: RewardModel) -> None:
+    given = objective.normalize
     if given is None:
         return
-    rule = "normalise gives mean, std and from"
-    example = '`paretune normalise` measures it; or {mean: 0.3, std: 1.2, from: "where the numbers come from"}'
+    rule = "normalize gives mean, std and from"
+    example = '`paretune normalize` measures it; or {mean: 0.3, std: 1.2, from: "where the numbers come from"}'
     if set(given) != {"mean", "std", "from"}:
         raise objective.refuse(rule, found=f"the keys {', '.join(map(str, given)) or 'none'}", remedy=example)
     numbers = all(isinstance(given[k], int | float) and not isinstance(given[k], bool) and math.isfinite(given[k]) for k in ("mean", "std"))

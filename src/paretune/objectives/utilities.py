@@ -1,15 +1,15 @@
 """What a user may want other than w . J: concave utilities of expected returns, and a utility of single responses.
 
-J_k is a regularised return, E[r_k] - beta KL, of the whole policy. Every utility here rises with each J_k and is concave in J, so that its
+J_k is a regularized return, E[r_k] - beta KL, of the whole policy. Every utility here rises with each J_k and is concave in J, so that its
 best policy is pi*_lambda for some weights lambda >= 0: those of the utility's gradient at the optimum. Only the direction of lambda
 counts, since every J_k contains the KL penalty: sum_k lambda_k J_k = (sum lambda) (w . J) with w = lambda / sum lambda, and the same beta.
 
 An objective whose weight in the preference is 0 is left out, so that at a vertex every utility here, but for `constrained`, is that of
 the single objective, and its optimum the expert. Returns are measured in units of the objective's declared range.
 
-Vectors of rewards to one number per response: the scalarisers that a `TrainSpec` can name.
+Vectors of rewards to one number per response: the scalarizers that a `TrainSpec` can name.
 
-A scalariser is `{"name": ..., field: value}`; `linear` is the default and the only one whose optimum the exact tasks know.
+A scalarizer is `{"name": ..., field: value}`; `linear` is the default and the only one whose optimum the exact tasks know.
 The KL penalty is no part of it: the learner subtracts it afterwards.
 """
 
@@ -32,14 +32,14 @@ __all__ = [
     "LogProduct",
     "LogSum",
     "MaxMin",
-    "SCALARISERS",
+    "SCALARIZERS",
     "Tchebycheff",
     "UTILITIES",
     "Utility",
-    "check_scalariser",
+    "check_scalarizer",
     "linear",
     "log_product",
-    "scalarise",
+    "scalarize",
 ]
 
 UTILITIES = Registry("utility", "paretune.objectives")
@@ -112,7 +112,7 @@ class Tchebycheff(Utility):
 
     z is `ideal` where given; else, on exact tasks, the largest return of each objective, and elsewhere the upper end of its range.
 
-    Source: smooth Tchebycheff scalarisation (2402.19078), at the level of expected returns. Differs: distances are in units of
+    Source: smooth Tchebycheff scalarization (2402.19078), at the level of expected returns. Differs: distances are in units of
     each objective's range, weights are shares M w_k, so that U is in units of a return, and an objective with weight 0 is left out
     instead of adding a constant. Hides: mu softens the worst case: U lies up to mu log M below it; where the ideal point is the
     end of the range and far away, the optimum is nearly that of equal w_k (z_k - J_k), whatever the front looks like.
@@ -251,7 +251,7 @@ class Constrained(Utility):
     for every objective: gain what you can, and let nobody lose.
 
     Source: constrained Markov decision processes (Altman 1999); Safe-RLHF (2310.12773) for language models. Differs: thresholds
-    bound regularised returns, as everything here does; a plain reward exceeds its return by beta KL. Hides: by how much a
+    bound regularized returns, as everything here does; a plain reward exceeds its return by beta KL. Hides: by how much a
     constraint is broken: the violation stands beside the attainment, which charges it at the optimum's own multipliers.
     """
 
@@ -286,7 +286,7 @@ class Constrained(Utility):
 @UTILITIES.register("log-product")
 @dataclass(frozen=True)
 class LogProduct:
-    """The product of single responses' rewards: U = E[sum_k w_k log clip(r_k)] - beta KL; see `scalarise.log_product`.
+    """The product of single responses' rewards: U = E[sum_k w_k log clip(r_k)] - beta KL; see `scalarize.log_product`.
 
     No function of J, hence no `Utility`: the expectation is of the logarithm. It is linear in the policy, so its optimum is closed form.
 
@@ -300,17 +300,17 @@ class LogProduct:
     version: ClassVar[int]
 
     def __post_init__(self):
-        check_scalariser(self.scalariser)
+        check_scalarizer(self.scalarizer)
 
     @property
-    def scalariser(self) -> Mapping[str, Any]:
+    def scalarizer(self) -> Mapping[str, Any]:
         """As a `TrainSpec` names it."""
         return {"name": "log_product", "floor": self.floor, "ceiling": self.ceiling}
 
     def scores(self, rewards: np.ndarray, w_M: np.ndarray, marks: Landmarks) -> np.ndarray:
         """(...) what single responses with `rewards` (..., M) are worth, before the KL penalty."""
         flat_NM = rewards.reshape(-1, rewards.shape[-1])
-        found_N = scalarise(flat_NM, np.tile(w_M, (len(flat_NM), 1)), self.scalariser, low_M=marks.low_M, high_M=marks.high_M)
+        found_N = scalarize(flat_NM, np.tile(w_M, (len(flat_NM), 1)), self.scalarizer, low_M=marks.low_M, high_M=marks.high_M)
         return found_N.reshape(rewards.shape[:-1])
 
 
@@ -321,9 +321,9 @@ def _linear(slope_Q: np.ndarray) -> Any:
 def linear(rewards_NM: np.ndarray, w_NM: np.ndarray) -> np.ndarray:
     """(N,) weighted sums; NaN where any objective with a positive weight is NaN.
 
-    Source: the usual scalarisation ("MORLHF").
+    Source: the usual scalarization ("MORLHF").
     Differs: nothing.
-    Hides: the objective with the larger spread dominates; only the convex part of a front can be reached without regularisation.
+    Hides: the objective with the larger spread dominates; only the convex part of a front can be reached without regularization.
     """
     return np.where(w_NM > 0, w_NM * rewards_NM, 0.0).sum(-1)
 
@@ -347,33 +347,33 @@ def log_product(
     return linear(np.log(unit_NM), w_NM)
 
 
-SCALARISERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
+SCALARIZERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
 
 
 FIELDS: Mapping[str, tuple[str, ...]] = {"linear": (), "log_product": ("floor", "ceiling")}
 
 
-def check_scalariser(scalariser: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless `scalarise` can use it."""
-    name = str(scalariser.get("name", ""))
-    if name not in SCALARISERS:
-        raise ConfigError("a scalariser is known by its name", found=repr(name), remedy=nearest(name, SCALARISERS))
-    for field in scalariser:
+def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `scalarize` can use it."""
+    name = str(scalarizer.get("name", ""))
+    if name not in SCALARIZERS:
+        raise ConfigError("a scalarizer is known by its name", found=repr(name), remedy=nearest(name, SCALARIZERS))
+    for field in scalarizer:
         if field not in ("name", *FIELDS[name]):
             known = ", ".join(FIELDS[name]) or "none"
-            raise ConfigError(f"scalariser {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {known}")
-    low, high = float(scalariser.get("floor", 1e-4)), float(scalariser.get("ceiling", 0.9999))
+            raise ConfigError(f"scalarizer {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {known}")
+    low, high = float(scalarizer.get("floor", 1e-4)), float(scalarizer.get("ceiling", 0.9999))
     if not 0 < low < high <= 1:
         raise ConfigError(
             "0 < floor < ceiling <= 1", found=f"floor={low:g}, ceiling={high:g}", remedy="leave them out for the published 1e-4 and 0.9999"
         )
 
 
-def scalarise(
-    rewards_NM: np.ndarray, w_NM: np.ndarray, scalariser: Mapping[str, Any], *, low_M: np.ndarray, high_M: np.ndarray
+def scalarize(
+    rewards_NM: np.ndarray, w_NM: np.ndarray, scalarizer: Mapping[str, Any], *, low_M: np.ndarray, high_M: np.ndarray
 ) -> np.ndarray:
     """(N,) one number per response, NaN where it cannot be said. `low_M` and `high_M` are the objectives' ranges."""
-    fields = {name: value for name, value in scalariser.items() if name != "name"}
-    if scalariser["name"] == "linear":
+    fields = {name: value for name, value in scalarizer.items() if name != "name"}
+    if scalarizer["name"] == "linear":
         return linear(rewards_NM, w_NM)
-    return SCALARISERS[scalariser["name"]](rewards_NM, w_NM, low_M=low_M, high_M=high_M, **fields)
+    return SCALARIZERS[scalarizer["name"]](rewards_NM, w_NM, low_M=low_M, high_M=high_M, **fields)

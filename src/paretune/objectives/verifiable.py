@@ -99,7 +99,7 @@ class Limit(TextObjective):
 
     Source: the length reward of GDPO (2601.05242): 1 within a limit, for reasoning 4,000 tokens.
     Differs: nothing; "tokens" are those of `completion_ids`, so whether EOS counts depends on who calls.
-    Hides: a step has no slope: where all or none of a group keep to it, nothing is learnt from it (see `length` for a slope).
+    Hides: a step has no slope: where all or none of a group keep to it, nothing is learned from it (see `length` for a slope).
     """
 
     most: int

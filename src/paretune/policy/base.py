@@ -24,13 +24,13 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.registry import Registry
 from paretune.tasks.base import Task
 
-__all__ = ["LEVELS", "Policy", "build_level", "build_policy"]
+__all__ = ["MIXINGS", "Policy", "build_mixing", "build_policy"]
 
-LEVELS = Registry("mixing level", "paretune.policy.mixing")
+MIXINGS = Registry("mixing", "paretune.policy.mixing")
 
 
 class Policy(ABC):
-    """What samples text and scores tokens. `registered_name` (also `level`) names the class in LEVELS."""
+    """What samples text and scores tokens. `registered_name` (also `level`) names the class in MIXINGS."""
 
     registered_name: ClassVar[str]
     version: ClassVar[int]
@@ -45,7 +45,7 @@ class Policy(ABC):
         self._headless = False
 
     @property
-    def level(self) -> str:
+    def mixing(self) -> str:
         return self.registered_name
 
     @property
@@ -189,10 +189,10 @@ class Policy(ABC):
         return self.model(**inputs, logits_to_keep=int(last_only)).logits
 
 
-def build_level(level: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
+def build_mixing(level: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
     """The policy of a level, given as its name or as {"name": ..., setting: value, ...}."""
     settings = {"name": level} if isinstance(level, str) else dict(level)
-    return LEVELS[settings.pop("name")](bank, tokenizer, **settings)
+    return MIXINGS[settings.pop("name")](bank, tokenizer, **settings)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -210,6 +210,6 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def build_policy(task: Task, level: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
-    """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_level`."""
+    """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_mixing`."""
     model, tokenizer = task.load()
-    return build_level(level, LoraBank.load(model, adapters), tokenizer)
+    return build_mixing(level, LoraBank.load(model, adapters), tokenizer)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError
-from paretune.policy.base import Policy, build_level
+from paretune.policy.base import Policy, build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.registry import RULES, TASKS, describe
@@ -23,7 +23,7 @@ from paretune.types import Objectives, Preference, Prompt
 
 __all__ = ["Family"]
 
-FAMILY_FILE, FAMILY_FORMAT = "family.json", 1
+FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
 
 
 SAMPLE_ROWS = 64  # rows sampled in one batch
@@ -138,7 +138,7 @@ class Family:
         self.policy.save_extra(aside)
         card = {
             "format": FAMILY_FORMAT,
-            "level": {"name": self.policy.level, **self.policy.settings} if self.policy.settings else self.policy.level,
+            "mixing": {"name": self.policy.mixing, **self.policy.settings} if self.policy.settings else self.policy.mixing,
             "rule": describe(self.rule),
             "objectives": asdict(self.objectives),
             "base": dict(self.base),
@@ -162,14 +162,16 @@ class Family:
             raise ConfigError(f"{FAMILY_FILE} is JSON", found=f"{path}: {error}", remedy="fit the family again") from error
         if card.get("format") != FAMILY_FORMAT:
             raise ConfigError(
-                f"this version reads families of format {FAMILY_FORMAT}", found=repr(card.get("format")), remedy="update Paretune"
+                f"this version reads families of format {FAMILY_FORMAT}",
+                found=repr(card.get("format")),
+                remedy="load it with the version that wrote it, or fit it anew",
             )
         rule = RULES.build(card["rule"])
         model, tokenizer = load_base(card["base"])
         if device is not None:
             model = model.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
-        policy = build_level(card["level"], LoraBank.load(model, adapters), tokenizer)
+        policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
         policy.load_extra(path)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"])

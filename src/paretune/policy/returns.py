@@ -1,6 +1,6 @@
 """What a policy earns at given gates: exactly, where every response can be enumerated, or from samples with shared noise.
 
-Outer-level search and evaluation both measure with this, so that what a search optimises is what is later judged.
+Outer-level search and evaluation both measure with this, so that what a search optimizes is what is later judged.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def texts(tokenizer: Any, generation: Generation) -> list[str]:
 
 
 def _gates(policy: Policy, gates_NK: Any) -> Tensor | None:
-    """On the policy's device once, because decoding recognises the gates that it has already expanded."""
+    """On the policy's device once, because decoding recognizes the gates that it has already expanded."""
     return None if gates_NK is None else torch.as_tensor(gates_NK, dtype=torch.float32, device=policy.device)
 
 

@@ -27,7 +27,7 @@ class Rule(ABC):
     version: ClassVar[int]
 
     @property
-    def level(self) -> str | Mapping[str, Any]:
+    def mixing(self) -> str | Mapping[str, Any]:
         """The level that a learner trains these gates at: a name, or a name with settings."""
         return "parameter"
 
@@ -168,7 +168,7 @@ class Interpolated(Rule):
 
     @cached_property
     def _spline(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Centres (W, M), their coefficients (W, K) and the linear part (M, K)."""
+        """Centers (W, M), their coefficients (W, K) and the linear part (M, K)."""
         w_WM, gates_WK = np.asarray(self.w_WM), np.asarray(self.gates_WK)
         count, m = w_WM.shape
         cubes_WW = (((w_WM[:, None] - w_WM[None]) ** 2).sum(-1)) ** 1.5

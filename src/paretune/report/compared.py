@@ -58,9 +58,9 @@ def relationship_tables(results: Results) -> dict[str, Table]:
     for which in QUALITIES if len(across) > 1 else ():
         rows: dict[str, dict[str, Any]] = {}
         for row in _on_headline(comparison_table(results), across):
-            line = rows.setdefault(row["method"], {"method": row["method"], "family": row["family"]})
+            line = rows.setdefault(row["method"], {"method": row["method"], "category": row["category"]})
             line[row["setting"]] = estimate_of(row, f"{which}_iqm")
-        columns = [Column("method", "method", "text"), Column("family", "family", "text")]
+        columns = [Column("method", "method", "text"), Column("category", "category", "text")]
         columns += [Column(group.label, group.label, "share") for group in sorted(across, key=lambda group: group.pooled)]
         overall = next((group.label for group in across if group.pooled), "")
 
@@ -91,11 +91,11 @@ def _board(results: Results, group: Group) -> Table:
     default = baselines(group)
     columns = [
         Column("method", "method", "text"),
-        Column("family", "family", "text"),
+        Column("category", "category", "text"),
         Column("worst", "IQM", "share", "interquartile mean over task seeds of the lowest value over preferences", "worst {quality}"),
         Column("lowest", "lowest", "share", "the lowest of all task seeds", "worst {quality}"),
         Column("mean", "IQM", "share", "interquartile mean over task seeds of the mean over preferences", "mean {quality}"),
-        Column("own_name", "utility", "text", "the utility that the method optimises", "by its own utility"),
+        Column("own_name", "utility", "text", "the utility that the method optimizes", "by its own utility"),
         Column("own_worst", "worst", "share", "IQM of the worst attainment of that utility", "by its own utility"),
         Column("own_mean", "mean", "share", "IQM of the mean attainment of that utility", "by its own utility"),
         Column("violation", "violation", "number", "largest violation of a constraint", "by its own utility"),
@@ -115,7 +115,7 @@ def _board(results: Results, group: Group) -> Table:
     ]
     rows = []
     for row in _on_headline(comparison_table(results), [group]):
-        line = {key: row.get(key) for key in ("method", "family", "own_name", "seeds")}
+        line = {key: row.get(key) for key in ("method", "category", "own_name", "seeds")}
         line |= {"worst": estimate_of(row, "worst_iqm"), "lowest": row["worst_min"], "mean": estimate_of(row, "mean_iqm")}
         line |= {"own_worst": estimate_of(row, "own_worst_iqm"), "own_mean": estimate_of(row, "own_mean_iqm")}
         line["violation"] = row.get("violation_worst")
@@ -232,7 +232,7 @@ def _profiles(group: Group, rows: Mapping[str, Sequence[Mapping[str, Any]]], kno
         lines.append(trace(label, points, {**style(known[label], line=True), "mode": "lines"}, hover))
         if all(row["share_low"] is not None for row in mine):
             edge = [(row["tau"], row["share_high"]) for row in mine] + [(row["tau"], row["share_low"]) for row in mine[::-1]]
-            look = {"mode": "lines", "fill": "toself", "fillcolor": _pale(known[label].colour), "line": {"width": 0, "color": "white"}}
+            look = {"mode": "lines", "fill": "toself", "fillcolor": _pale(known[label].color), "line": {"width": 0, "color": "white"}}
             bands.append({**trace(label, np.array(edge), look, []), "hoverinfo": "skip", "hovertemplate": None})
         spots = points[[int(np.abs(points[:, 1] - share).argmin()) for share in (0.5, 0.3, 0.7, 0.15, 0.85)]]
         series.append(Series(label, pixels(spots, x, y), pixels(dense(points), x, y)))
@@ -240,7 +240,7 @@ def _profiles(group: Group, rows: Mapping[str, Sequence[Mapping[str, Any]]], kno
     return {"data": [*bands, *lines], "layout": layout(titles, x, y, label_notes(series, x, y, known))}
 
 
-def _pale(colour: str) -> str:
-    """The colour of a band: the method's, nearly transparent."""
-    red, green, blue = (int(colour[k : k + 2], 16) for k in (1, 3, 5))
+def _pale(color: str) -> str:
+    """The color of a band: the method's, nearly transparent."""
+    red, green, blue = (int(color[k : k + 2], 16) for k in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.1)"

@@ -188,7 +188,7 @@ HELP = {
 }
 COSTS = ("trainings", "forwards_per_token", "evaluations", "samples_total", "samples_path", "tokens_total", "tokens_path")
 COMPARISON = (
-    *(Column(key, key, "text") for key in ("setting", "method", "family", "prompts")),
+    *(Column(key, key, "text") for key in ("setting", "method", "category", "prompts")),
     Column("seeds", "seeds", "count", "task seeds measured in every setting"),
     *(
         column
@@ -199,7 +199,7 @@ COMPARISON = (
             Column(f"{which}_min", f"{which}: lowest", "share", f"lowest value over task seeds {HELP[which]}"),
         )
     ),
-    Column("own_name", "own utility", "text", "the utility that the method optimises, where that is not the weighted sum"),
+    Column("own_name", "own utility", "text", "the utility that the method optimizes, where that is not the weighted sum"),
     *_ends("own_worst_iqm", "own: worst, IQM", "interquartile mean over task seeds of the worst attainment of the method's own utility"),
     *_ends("own_mean_iqm", "own: mean, IQM", "interquartile mean over task seeds of the mean attainment of the method's own utility"),
     Column("violation_worst", "violation, worst", "number", "the largest violation of a constraint over preferences and seeds"),
@@ -226,7 +226,7 @@ def comparison_table(results: Results) -> Table:
 def group_row(group: Group, label: str, split: str) -> dict[str, Any] | None:
     """A row of the comparison; None where no task seed is known in every setting."""
     cells = group.of(label)
-    row: dict[str, Any] = {"setting": group.label, "method": label, "family": cells[0].card["family"], "prompts": split}
+    row: dict[str, Any] = {"setting": group.label, "method": label, "category": cells[0].card["category"], "prompts": split}
     for which in QUALITIES:
         one = scores(group, label, split, which)
         seeds = shared(group, one)
@@ -247,7 +247,7 @@ def _measured(group: Group, one: Scores, seeds: Sequence[str], name: str, statis
 
 
 def _own(group: Group, label: str, split: str) -> dict[str, Any]:
-    """Attainment of the utility that the method optimises, and how far it misses its constraints, where its cells know."""
+    """Attainment of the utility that the method optimizes, and how far it misses its constraints, where its cells know."""
     found = [own for cell in group.of(label) if (own := cell.measured(split).get("own_utility"))]
     row: dict[str, Any] = {"own_name": ", ".join(sorted({str(own["name"]) for own in found}))} if found else {}
     for which in QUALITIES if found else ():

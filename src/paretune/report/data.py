@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, StoreError, nearest
-from paretune.runs.store import ARTIFACTS, CELLS, WIP, Store
+from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
 from paretune.types import canonical_json
 
 __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
@@ -108,7 +108,7 @@ class Setting:
         """The split that methods are ranked by, and that every number is on whose name says no other.
 
         Training prompts where the optimum is known: there the distance from it is that of learning and combining, and nothing else; test
-        prompts add what does not generalise. Test prompts elsewhere: without an optimum, a gain on prompts seen in training can be memory.
+        prompts add what does not generalize. Test prompts elsewhere: without an optimum, a gain on prompts seen in training can be memory.
         """
         return self.splits[0]
 
@@ -156,7 +156,7 @@ class Setting:
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
     def mean_points(self, label: str, split: str) -> np.ndarray:
-        """(W, M) regularised returns of a method, mean over the shared seeds; NaN where a return is unknown."""
+        """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
         cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
         return np.mean([np.asarray(cell.measured(split)["returns"], dtype=float) for cell in cells], axis=0)
 
@@ -178,7 +178,7 @@ class Results:
     @cached_property
     def families(self) -> dict[str, str]:
         """Label -> family, baselines last: the order in which methods get their looks."""
-        found = {cell.label: str(cell.card["family"]) for cell in self.cells}
+        found = {cell.label: str(cell.card["category"]) for cell in self.cells}
         return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
 
     @property
@@ -229,6 +229,13 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
             remedy=f"run `paretune bench SUITE.yaml --root {root}` first",
         )
     records = {key: _json(folder / "cell.json") for key, folder in folders.items()}
+    for key, record in records.items():
+        if record.get("format") != CELL_FORMAT:
+            raise ConfigError(
+                f"this version reads cells of format {CELL_FORMAT}",
+                found=f"format {record.get('format')!r} in {folders[key]}",
+                remedy="read them with the version that wrote them (env.json names it), or run the suite in a new --root",
+            )
     envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
     failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, found in broken.items() for key, record in found.items()]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)

@@ -1,4 +1,4 @@
-"""An explanation for people: tables for the terminal, and one page with coloured tokens that needs no network."""
+"""An explanation for people: tables for the terminal, and one page with colored tokens that needs no network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
 MARKS = {*SHOWN.values(), "\N{MIDDLE DOT}"}
 FAINT = 0.02  # of the largest contribution: a token that was moved by less stays white
 HOW = {
-    "product": "Each expert's bar is its gate times the log-ratio of its own probability to the reference's. The normaliser is what makes "
+    "product": "Each expert's bar is its gate times the log-ratio of its own probability to the reference's. The normalizer is what makes "
     "the product of the experts a distribution again; it lifts all tokens of a position alike.",
     "path": "Gates go from 0 (the reference) to their values on a straight line; each expert is credited with what its gate changed on the "
     "way (integrated gradients). Bars sum to the log-ratio.",
@@ -41,7 +41,7 @@ def token_table(explanation: Explanation) -> Table:
         Column("token", "token", "text"),
         Column("ratio", "log-ratio", "number"),
         *(Column(f"expert_{k}", name) for k, name in enumerate(explanation.adapters)),
-        *((Column("normaliser", "normaliser"),) if explanation.how == "product" else ()),
+        *((Column("normalizer", "normalizer"),) if explanation.how == "product" else ()),
         Column("remainder", "remainder"),
     )
     rows = [
@@ -50,19 +50,19 @@ def token_table(explanation: Explanation) -> Table:
             explanation.tokens_T,
             explanation.ratio_T,
             explanation.contribution_TK,
-            explanation.normaliser_T,
+            explanation.normalizer_T,
             explanation.remainder_T,
             strict=True,
         )
     ]
     e = explanation
-    rows.append(_row("sum", e.ratio_T.sum(), e.contribution_TK.sum(0), e.normaliser_T.sum(), e.remainder_T.sum()))
+    rows.append(_row("sum", e.ratio_T.sum(), e.contribution_TK.sum(0), e.normalizer_T.sum(), e.remainder_T.sum()))
     return Table("tokens", columns, rows)
 
 
-def _row(token: str, ratio: float, contribution_K: np.ndarray, normaliser: float, remainder: float) -> dict[str, Any]:
+def _row(token: str, ratio: float, contribution_K: np.ndarray, normalizer: float, remainder: float) -> dict[str, Any]:
     experts = {f"expert_{k}": float(value) for k, value in enumerate(contribution_K)}
-    return {"token": token, "ratio": float(ratio), **experts, "normaliser": float(normaliser), "remainder": float(remainder)}
+    return {"token": token, "ratio": float(ratio), **experts, "normalizer": float(normalizer), "remainder": float(remainder)}
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
@@ -95,12 +95,12 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
     first = found[0]
     known = looks(dict.fromkeys(first.adapters, "meta-policy"))
     largest = max((float(np.abs(e.contribution_TK).max()) for e in found if e.contribution_TK.size), default=0.0)
-    largest = max(largest, *(float(np.abs(e.normaliser_T).max()) for e in found), 1e-9)
+    largest = max(largest, *(float(np.abs(e.normalizer_T).max()) for e in found), 1e-9)
     steepest = float(np.nanmax(np.abs(slopes.slope_MM))) if slopes and np.isfinite(slopes.slope_MM).any() else 0.0
     page = environment.get_template("explained.html.j2").render(
         found=found,
         first=first,
-        level=family.policy.level,
+        level=family.policy.mixing,
         method=family.meta.get("method", {}).get("name", ""),
         looks=known,
         how=HOW[first.how],
@@ -119,20 +119,20 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
 
 
 def _tokens(explanation: Explanation, known: dict[str, Any], largest: float) -> list[dict[str, Any]]:
-    """Per token: its text, the colour of the expert that moved it most, and a bar for every part."""
-    parts = [(name, known[name].colour) for name in explanation.adapters]
-    with_normaliser = explanation.how == "product"
+    """Per token: its text, the color of the expert that moved it most, and a bar for every part."""
+    parts = [(name, known[name].color) for name in explanation.adapters]
+    with_normalizer = explanation.how == "product"
     made = []
     for t, token in enumerate(explanation.tokens_T):
         values = [float(v) for v in explanation.contribution_TK[t]]
         lead = int(np.argmax(np.abs(values))) if values else None
         named = list(zip(parts, values, strict=True))
-        bars = [{"colour": colour, **_bar(number, value, largest)} for number, ((_, colour), value) in enumerate(named)]
-        if with_normaliser:
-            bars.append({"colour": "#b9c0c9", **_bar(len(bars), float(explanation.normaliser_T[t]), largest)})
+        bars = [{"color": color, **_bar(number, value, largest)} for number, ((_, color), value) in enumerate(named)]
+        if with_normalizer:
+            bars.append({"color": "#b9c0c9", **_bar(len(bars), float(explanation.normalizer_T[t]), largest)})
         lines = [f"log-ratio {_signed(float(explanation.ratio_T[t]))}", *(f"{name} {_signed(value)}" for (name, _), value in named)]
-        if with_normaliser:
-            lines.append(f"normaliser {_signed(float(explanation.normaliser_T[t]))}")
+        if with_normalizer:
+            lines.append(f"normalizer {_signed(float(explanation.normalizer_T[t]))}")
         share = abs(values[lead]) / largest if lead is not None else 0.0
         made.append(
             {
@@ -152,9 +152,9 @@ def _bar(number: int, value: float, largest: float) -> dict[str, float]:
     return {"x": GAP + number * (BAR + GAP), "y": round(HALF - height if value >= 0 else HALF, 2), "height": round(height, 2), "width": BAR}
 
 
-def _wash(colour: str, share: float, *, against: bool) -> str:
-    """The expert's colour, never so dark that text cannot be read; stripes where it spoke against the token."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def _wash(color: str, share: float, *, against: bool) -> str:
+    """The expert's color, never so dark that text cannot be read; stripes where it spoke against the token."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     full = f"rgba({red}, {green}, {blue}, {0.06 + 0.44 * share:.3f})"
     return f"repeating-linear-gradient(135deg, {full} 0 4px, transparent 4px 8px)" if against else full
 

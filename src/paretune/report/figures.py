@@ -40,7 +40,7 @@ from paretune.report.tables import CEILING, cost_table, headline, minus
 __all__ = ["Figure", "attainment_figures", "cost_figures", "front_figures", "loss_figures"]
 
 FLOOR = -1.0  # attainments below are drawn at the edge
-LOSS_COLOURS = {"learning": "#56B4E9", "composition": "#D55E00", "remainder": "#c3c9d1"}
+LOSS_COLORS = {"learning": "#56B4E9", "composition": "#D55E00", "remainder": "#c3c9d1"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def front_figures(results: Results) -> list[Figure]:
             views = {split: _front(setting, split, a, b, known) for split in setting.splits if _curves(setting, split)}
             if views:
                 pair = f": {setting.objectives[a]} and {setting.objectives[b]}" if count > 2 else ""
-                alt = f"Regularised returns on {setting.label}{pair}; the numbers are in tables/fronts.csv."
+                alt = f"Regularized returns on {setting.label}{pair}; the numbers are in tables/fronts.csv."
                 figures.append(Figure(f"front-{setting.slug}-{a}{b}", setting.label + pair, alt, views))
     return figures
 
@@ -116,7 +116,7 @@ def _whiskers(setting: Setting, split: str, label: str, pair: tuple[int, int], l
     errors_WM = setting.mean_errors(label, split)
     if errors_WM is None or not np.isfinite(setting.mean_points(label, split)[:, pair]).all():
         return {}
-    red, green, blue = (int(look.colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(look.color[i : i + 2], 16) for i in (1, 3, 5))
     bars = {"type": "data", "color": f"rgba({red}, {green}, {blue}, 0.3)", "thickness": 0.8, "width": 0}
     return {
         f"error_{axis}": {**bars, "array": [None if np.isnan(e) else round(float(e), 6) for e in errors_WM[:count, k]]}
@@ -252,7 +252,7 @@ def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]],
         hover = [f"critical path: {row[f'{unit}_path']:,.0f} {unit}", f"in total: {row[f'{unit}_total']:,.0f} {unit}"]
         hollow = look.marker if look.marker.endswith("open") else f"{look.marker}-open"
         drawn = style(look, line=True)
-        drawn["marker"] = {"symbol": [hollow, look.marker], "size": 10, "color": look.colour, "line": {"width": 1.5, "color": look.colour}}
+        drawn["marker"] = {"symbol": [hollow, look.marker], "size": 10, "color": look.color, "line": {"width": 1.5, "color": look.color}}
         data.append(trace(row["method"], np.stack([10 ** ends[:, 0], ends[:, 1]], axis=1), drawn, hover))
         spots[row["method"]] = ends
     series = [
@@ -303,7 +303,7 @@ def _loss(rows: Sequence[Mapping[str, Any]], span: tuple[float, float]) -> dict[
                     "insidetextanchor": "middle",
                     "textangle": 0,
                     "constraintext": "none",
-                    "marker": {"color": LOSS_COLOURS[part], "line": {"color": "white", "width": 1}},
+                    "marker": {"color": LOSS_COLORS[part], "line": {"color": "white", "width": 1}},
                     "hovertemplate": f"%{{y}}<br>{part}: %{{x:.3f}}<extra></extra>",
                 }
             )

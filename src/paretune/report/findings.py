@@ -31,13 +31,13 @@ def findings(results: Results) -> list[str]:
         *_order(results, board),
         *_same(results),
         *_hidden(board),
-        *_generalises(board),
+        *_generalizes(board),
     ]
     return [s for s in sentences if s]
 
 
 def _best(results: Results) -> str:
-    rows = [row for row in glance_table(results).rows if row["family"] != "baseline"]
+    rows = [row for row in glance_table(results).rows if row["category"] != "baseline"]
     if not rows:
         return ""
     first, settings = rows[0], [s for s in results.settings if s.exact]
@@ -79,7 +79,7 @@ def _single(results: Results, group: Group, linear: str, better: set[str]) -> li
     alike = [
         label
         for label, row in rows.items()
-        if row["family"] == "single-policy" and label != linear and row[f"{unit}_total"] <= 1.01 * rows[linear][f"{unit}_total"]
+        if row["category"] == "single-policy" and label != linear and row[f"{unit}_total"] <= 1.01 * rows[linear][f"{unit}_total"]
     ]
     if not alike:
         return []
@@ -93,11 +93,11 @@ def _single(results: Results, group: Group, linear: str, better: set[str]) -> li
 
 def _levels(results: Results) -> list[str]:
     """Where the level at which the same experts are combined matters most, and where least; over several task seeds only."""
-    mixers = {str(c.record["method"]["mixer"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
+    mixings = {str(c.record["method"]["mixing"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
     worst: dict[str, dict[str, float]] = {}
     wanted = {group.label: group.headline for group in groups(results) if group.exact and not group.pooled}
     for row in comparison_table(results).rows:
-        if row["method"] in mixers.values() and wanted.get(row["setting"]) == row["prompts"]:
+        if row["method"] in mixings.values() and wanted.get(row["setting"]) == row["prompts"]:
             worst.setdefault(row["setting"], {})[row["method"]] = row["worst_iqm"]
     spread = {place: max(found.values()) - min(found.values()) for place, found in worst.items() if len(found) > 1}
     if not spread:
@@ -113,7 +113,7 @@ def _levels(results: Results) -> list[str]:
 
 def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:
     """Is the soup far below logit mixing where objectives conflict most? If not, say why."""
-    soup, logit = (_labels(results, mixer) for mixer in ("parameter", "logit"))
+    soup, logit = (_labels(results, mixing) for mixing in ("parameter", "logit"))
     settings = [s for s in results.settings if s.exact and soup in s.labels and logit in s.labels]
     if soup is None or logit is None or not settings:
         return []
@@ -163,7 +163,7 @@ def _same(results: Results) -> list[str]:
 
 def _hidden(board: list[dict[str, Any]]) -> list[str]:
     """The widest gap between a good hypervolume and a bad worst attainment."""
-    rows = [row for row in board if row["hypervolume_share"] is not None and row["family"] != "baseline"]
+    rows = [row for row in board if row["hypervolume_share"] is not None and row["category"] != "baseline"]
     if not rows:
         return []
     row = max(rows, key=lambda r: r["hypervolume_share"] - r["worst"])
@@ -176,10 +176,10 @@ def _hidden(board: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _generalises(board: list[dict[str, Any]]) -> list[str]:
+def _generalizes(board: list[dict[str, Any]]) -> list[str]:
     """How much attainment is lost from training to test prompts."""
     both = [row for row in board if row["attainment_mean_train"] is not None and row["attainment_mean_test"] is not None]
-    rows = [row for row in both if row["family"] != "baseline"]
+    rows = [row for row in both if row["category"] != "baseline"]
     if not rows:
         return []
     row = max(rows, key=lambda r: r["attainment_mean_train"] - r["attainment_mean_test"])
@@ -194,9 +194,9 @@ def _generalises(board: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _labels(results: Results, mixer: str) -> str | None:
+def _labels(results: Results, mixing: str) -> str | None:
     def is_it(method: Mapping[str, Any]) -> bool:
-        return method["name"] == "experts" and method.get("mixer") == mixer
+        return method["name"] == "experts" and method.get("mixing") == mixing
 
     found = [cell.label for cell in results.cells if is_it(cell.record["method"])]
     return found[0] if found else None

@@ -115,7 +115,7 @@ def _intro(results: Results) -> list[str]:
     )
     third = f"Ranks, figures and every number that names no other prompts are on {results.prompts}" + (
         ": there, all that is missing from the optimum is lost by learning and by combining. Test prompts stand beside them; they also ask "
-        "what generalises."
+        "what generalizes."
         if results.prompts == PROMPTS["train"]
         else "."
     )
@@ -255,13 +255,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _level(value: Any, times: float = 1.0) -> float | None:
-    """The number that a cell is coloured by: an estimate's value, enlarged where it is a difference."""
+    """The number that a cell is colored by: an estimate's value, enlarged where it is a difference."""
     number = value.value if isinstance(value, Estimate) else value
     return None if number is None else times * number
 
 
 def _runs(columns: list[Column]) -> list[dict[str, Any]]:
-    """Neighbouring columns of one group, for the upper line of a table's head."""
+    """Neighboring columns of one group, for the upper line of a table's head."""
     return [{"title": group, "count": len(list(run))} for group, run in groupby(columns, key=lambda column: column.group)]
 
 
@@ -270,5 +270,5 @@ def tint(value: float | None, low: float = -1.0) -> str:
     if value is None:
         return "transparent"
     share = max(-1.0, min(1.0, value if value >= 0 else value / -low))
-    colour = (0, 114, 178) if share >= 0 else (213, 94, 0)
-    return f"rgba({colour[0]}, {colour[1]}, {colour[2]}, {0.42 * abs(share):.3f})"
+    color = (0, 114, 178) if share >= 0 else (213, 94, 0)
+    return f"rgba({color[0]}, {color[1]}, {color[2]}, {0.42 * abs(share):.3f})"

@@ -1,8 +1,8 @@
 """What pictures are made of: one look per method, axes and traces for plotly, and labels placed beside what they name.
 
-Colours are those of Okabe and Ito (2008) without the yellow that vanishes on white; every method also has a marker of its own, and a
-dash once the colours come round again, so that methods are told apart without colour, the same in the page, the pictures and the
-terminal. Baselines are grey: they are the scale, not the contest. The exact front is black.
+Colors are those of Okabe and Ito (2008) without the yellow that vanishes on white; every method also has a marker of its own, and a
+dash once the colors come round again, so that methods are told apart without color, the same in the page, the pictures and the
+terminal. Baselines are gray: they are the scale, not the contest. The exact front is black.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "EXACT",
     "FONT",
     "INK",
@@ -47,8 +47,8 @@ INK = "#1b1f24"
 MUTED = "#6b7480"
 EXACT = "#1b1f24"
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
-GREYS = ("#6b7480", "#8a929c", "#59616b", "#a3a9b1")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
+GRAYS = ("#6b7480", "#8a929c", "#59616b", "#a3a9b1")
 MARKS = (
     ("circle", "●"),
     ("square", "■"),
@@ -59,16 +59,16 @@ MARKS = (
     ("hexagon", "⬢"),
     ("pentagon", "⬟"),
     ("triangle-right", "▶"),
-)  # more than colours, so that a table, which shows no dashes, tells more than seven methods apart, too
-GREY_MARKS = (("x-thin-open", "×"), ("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"))
+)  # more than colors, so that a table, which shows no dashes, tells more than seven methods apart, too
+GRAY_MARKS = (("x-thin-open", "×"), ("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"))
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colour (hex), marker (plotly's name and a character) and dash (plotly's name) of one method."""
+    """Color (hex), marker (plotly's name and a character) and dash (plotly's name) of one method."""
 
-    colour: str
+    color: str
     marker: str
     mark: str
     dash: str
@@ -79,12 +79,12 @@ def looks(families: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, 
     found: dict[str, Look] = {}
     counts = {True: 0, False: 0}
     for label, family in dict(families).items():
-        grey = family == "baseline"
-        n = counts[grey]
-        counts[grey] += 1
-        colours, marks = (GREYS, GREY_MARKS) if grey else (COLOURS, MARKS)
+        gray = family == "baseline"
+        n = counts[gray]
+        counts[gray] += 1
+        colors, marks = (GRAYS, GRAY_MARKS) if gray else (COLORS, MARKS)
         marker, mark = marks[n % len(marks)]
-        found[label] = Look(colours[n % len(colours)], marker, mark, DASHES[n // len(colours) % len(DASHES)])
+        found[label] = Look(colors[n % len(colors)], marker, mark, DASHES[n // len(colors) % len(DASHES)])
     return found
 
 
@@ -115,11 +115,11 @@ def trace(name: str, points: np.ndarray, style: Mapping[str, Any], hover: Sequen
 def style(look: Look, *, line: bool, large: bool = False) -> dict[str, Any]:
     """A method's look in plotly's words."""
     size = 11 if large else 7
-    edge = {"width": 2 if "open" in look.marker else 0.8, "color": look.colour if "open" in look.marker else "white"}
-    marker = {"symbol": look.marker, "size": size, "color": look.colour, "line": edge}
+    edge = {"width": 2 if "open" in look.marker else 0.8, "color": look.color if "open" in look.marker else "white"}
+    marker = {"symbol": look.marker, "size": size, "color": look.color, "line": edge}
     return {
         "mode": "lines+markers" if line else "markers",
-        "line": {"color": look.colour, "width": 1.8, "dash": look.dash},
+        "line": {"color": look.color, "width": 1.8, "dash": look.dash},
         "marker": marker,
     }
 
@@ -158,7 +158,7 @@ def pixels(points: np.ndarray, x: tuple[float, float], y: tuple[float, float]) -
     return np.stack([across, down], axis=1)
 
 
-def level(y: float, colour: str, width: float) -> dict[str, Any]:
+def level(y: float, color: str, width: float) -> dict[str, Any]:
     """A horizontal line across the plot."""
     return {
         "type": "line",
@@ -168,7 +168,7 @@ def level(y: float, colour: str, width: float) -> dict[str, Any]:
         "y0": y,
         "y1": y,
         "layer": "between",
-        "line": {"color": colour, "width": width},
+        "line": {"color": color, "width": width},
     }
 
 
@@ -227,7 +227,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Label:
-    """`x, y` is the centre of the text, `anchor` the place that it names; pixels, y downwards."""
+    """`x, y` is the center of the text, `anchor` the place that it names; pixels, y downwards."""
 
     name: str
     x: float
@@ -238,7 +238,7 @@ class Label:
 def place(series: Sequence[Series], *, width: float, height: float, extra: int = 2, taken: Sequence[np.ndarray] = ()) -> list[Label]:
     """One label per series inside a width x height plot; greedy, the longest names first. `extra` letters stand for the marker.
 
-    `taken` are boxes that stay free: (2, 2), centre and half size. A series for whose label there is no free place gets none: the key
+    `taken` are boxes that stay free: (2, 2), center and half size. A series for whose label there is no free place gets none: the key
     beside the picture still names it.
     """
     ink = np.concatenate([s.ink for s in series]) if series else np.empty((0, 2))
@@ -249,35 +249,35 @@ def place(series: Sequence[Series], *, width: float, height: float, extra: int =
         anchors = np.repeat(one.anchors, len(OFFSETS), axis=0)
         offsets = np.tile(OFFSETS, (len(one.anchors), 1))
         aside = np.where(np.abs(offsets[:, 0]) > 4, np.sign(offsets[:, 0]) * half[0] * np.minimum(1, np.abs(offsets[:, 0]) / 12), 0.0)
-        centres = anchors + offsets + np.stack([aside, np.zeros_like(aside)], axis=1)
+        centers = anchors + offsets + np.stack([aside, np.zeros_like(aside)], axis=1)
         others = np.concatenate([np.empty((0, 2)), *[s.ink for s in series if s is not one]])
-        outside = (centres - half < 0).any(1) | (centres + half > (width, height)).any(1)
+        outside = (centers - half < 0).any(1) | (centers + half > (width, height)).any(1)
         for box in boxes:
-            outside |= (np.abs(centres - box[0]) < half + box[1]).all(1)
+            outside |= (np.abs(centers - box[0]) < half + box[1]).all(1)
         free = np.flatnonzero(~outside)
         if len(free):
-            best = free[_best(centres[free], anchors[free], half, ink, others)]
-            boxes.append(np.stack([centres[best], half]))
-            (x, y), (ax, ay) = centres[best], anchors[best]
+            best = free[_best(centers[free], anchors[free], half, ink, others)]
+            boxes.append(np.stack([centers[best], half]))
+            (x, y), (ax, ay) = centers[best], anchors[best]
             labels.append(Label(one.name, float(x), float(y), (float(ax), float(ay))))
     return labels
 
 
-def _best(centres: np.ndarray, anchors: np.ndarray, half: np.ndarray, ink: np.ndarray, others: np.ndarray) -> int:
+def _best(centers: np.ndarray, anchors: np.ndarray, half: np.ndarray, ink: np.ndarray, others: np.ndarray) -> int:
     """The place that covers least, points to the least crowded spot from nearby, and whose leader crosses fewest other curves."""
 
     def gaps(places: np.ndarray) -> np.ndarray:
         return np.maximum(np.abs(places[:, :1] - others[:, 0]), np.abs(places[:, 1:] - others[:, 1])).min(1)
 
-    covered = ((np.abs(centres[:, :1] - ink[:, 0]) < half[0]) & (np.abs(centres[:, 1:] - ink[:, 1]) < half[1])).sum(1)
-    costs = 3.0 * covered + 0.05 * np.hypot(*(centres - anchors).T)
+    covered = ((np.abs(centers[:, :1] - ink[:, 0]) < half[0]) & (np.abs(centers[:, 1:] - ink[:, 1]) < half[1])).sum(1)
+    costs = 3.0 * covered + 0.05 * np.hypot(*(centers - anchors).T)
     if not len(others):
         return int(costs.argmin())
     spots, which = np.unique(anchors, axis=0, return_inverse=True)
     costs = costs + (12.0 / (1.0 + gaps(spots)))[which.ravel()]
     tried = np.argsort(costs, kind="stable")[:TRIED]
     for share in np.linspace(0.25, 0.75, 5):
-        costs[tried] += 2.0 * (gaps(anchors[tried] + share * (centres - anchors)[tried]) < 4)
+        costs[tried] += 2.0 * (gaps(anchors[tried] + share * (centers - anchors)[tried]) < 4)
     return int(tried[costs[tried].argmin()])
 
 
@@ -288,7 +288,7 @@ def label_notes(
     notes = []
     for label in place(series, width=PLOT[0], height=PLOT[1], taken=taken):
         first = label.name.split(", ")[0]
-        marks = "".join(f'<span style="color:{known[n].colour}">{known[n].mark}</span>' for n in label.name.split(", ") if n in known)
+        marks = "".join(f'<span style="color:{known[n].color}">{known[n].mark}</span>' for n in label.name.split(", ") if n in known)
         dx, dy = label.x - label.anchor[0], label.y - label.anchor[1]
         notes.append(
             {
@@ -301,7 +301,7 @@ def label_notes(
                 "showarrow": True,
                 "arrowhead": 0,
                 "arrowwidth": 0.8,
-                "arrowcolor": known[first].colour if first in known else EXACT,
+                "arrowcolor": known[first].color if first in known else EXACT,
                 "standoff": 5,
                 "font": {"size": 12, "color": INK},
                 "bgcolor": "rgba(255,255,255,0.7)",

@@ -118,9 +118,9 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def heat_map(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
-    """A plotly description of values in [-1, 1]: conflict is orange, agreement blue, unknown grey."""
+    """A plotly description of values in [-1, 1]: conflict is orange, agreement blue, unknown gray."""
     shown = plain(np.asarray(values, dtype=np.float64).round(4))
-    scale = [[0.0, _colour(-1.0)], [0.5, _colour(0.0)], [1.0, _colour(1.0)]]
+    scale = [[0.0, _color(-1.0)], [0.5, _color(0.0)], [1.0, _color(1.0)]]
     trace = {
         "type": "heatmap",
         "z": shown,
@@ -149,7 +149,7 @@ def heat_maps(found: Relations, probe: Probe | None = None) -> dict[str, tuple[s
         "by_prompt": ("Correlation prompt by prompt", heat_map(found.within_PMM[:, j, k], rows=_distinct(found.prompts), columns=pairs)),
     }
     if probe is not None:
-        after = f"after {probe.steps} steps" if probe.steps else "at initialisation"
+        after = f"after {probe.steps} steps" if probe.steps else "at initialization"
         maps["cosine"] = (f"Cosine of the objectives' gradients {after}", heat_map(probe.cosine_MM, rows=names, columns=names))
     return maps
 
@@ -177,13 +177,13 @@ def heat_svg(view: Mapping[str, Any], *, title: str) -> str:
         for number, value in enumerate(values):
             x = left + column * number
             ink = "white" if value is not None and abs(value) > 0.7 else INK
-            parts.append(f'<rect x="{x:g}" y="{y}" width="{column - 2:g}" height="{ROW - 2}" fill="{_colour(value)}" stroke="#e8ebef"/>')
+            parts.append(f'<rect x="{x:g}" y="{y}" width="{column - 2:g}" height="{ROW - 2}" fill="{_color(value)}" stroke="#e8ebef"/>')
             where = f'x="{x + column / 2 - 1:g}" y="{y + ROW / 2 + 3:g}"'
             parts.append(f'<text {where} text-anchor="middle" fill="{ink}">{_text(value)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _colour(value: float | None) -> str:
+def _color(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     end, share = (AGREE if value > 0 else CONFLICT), min(abs(value), 1.0)
@@ -232,7 +232,7 @@ def write_relations(folder: Path, found: Relations, probe: Probe | None, advice:
 
 
 def result_rows(results: Results) -> list[dict[str, Any]]:
-    """The rows of `benchmarks/results/relations.json` (see `paretune.evaluation.advice`) from the cells of a suite on `exact-v1`."""
+    """The rows of `results/relations.json` (see `paretune.evaluation.advice`) from the cells of a suite on `exact-v1`."""
     from paretune.evaluation.advice import DIALS
 
     board = {(row["setting"], row["method"]): row for row in leaderboard(results).rows}
@@ -246,7 +246,7 @@ def result_rows(results: Results) -> list[dict[str, Any]]:
                 {
                     **{name: setting.dials.get(name, usual) for name, usual in DIALS.items()},
                     "method": label,
-                    "family": row["family"],
+                    "category": row["category"],
                     "learner": cell.record["learner"]["name"],
                     **measured,
                     "n_seeds": row["cells"],

@@ -1,8 +1,8 @@
 """Results small enough to be committed: one flat row per setting and method, as JSON, for programs that give advice from them.
 
-    {"format": 1, "suite", "statistic", "level", "commits", "task_seeds", "rows": [
+    {"format": 2, "suite", "statistic", "level", "commits", "task_seeds", "rows": [
       {the task's dials (rho, objective_count, ...), "task", "setting", "objectives",
-       "method", "name", "fields", "family", "learner", "n_seeds",
+       "method", "name", "fields", "category", "learner", "n_seeds",
        "attainment_worst_train", "attainment_worst_train_low", "attainment_worst_train_high", "attainment_worst_train_min",
        the same for mean and for test, "own_utility", "own_worst_train", ..., "violation_worst_train", "trainings",
        "forwards_per_token", "evaluations", "samples", "samples_path", "tokens", "tokens_path", "seconds", "seconds_path"}]}
@@ -23,7 +23,7 @@ from paretune.report.data import NOT_DIALS, Results
 
 __all__ = ["rows", "write_rows"]
 
-FORMAT = 1
+FORMAT = 2
 DIGITS = 6
 STATISTIC = "interquartile mean over task seeds"
 COSTS = {  # of one family, mean over cells: key in the comparison -> key here
@@ -61,7 +61,7 @@ def _row(group: Group, label: str) -> dict[str, Any]:
         "method": label,
         "name": method["name"],
         "fields": {key: value for key, value in method.items() if key not in NOT_DIALS},
-        "family": cells[0].card["family"],
+        "category": cells[0].card["category"],
         "learner": learner["name"] if learner and cells[0].record["trainings"] else None,
         "n_seeds": len({cell.unit for cell in cells}),
     }

@@ -18,7 +18,7 @@ def glance_table(results: Results) -> Table:
     exact = [s for s in results.settings if s.exact]
     here = {s.label for s in exact}
     board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in here]
-    columns = [Column("method", "method", "text"), Column("family", "family", "text")]
+    columns = [Column("method", "method", "text"), Column("category", "category", "text")]
     columns += [Column(s.label, s.label, "share") for s in exact]
     columns.append(Column("worst", "worst of all", "share"))
     if all(s.headline != "test" for s in exact):
@@ -30,7 +30,7 @@ def glance_table(results: Results) -> Table:
         if values:
             there = [row["attainment_worst_test"] for row in mine if row["attainment_worst_test"] is not None]
             rows.append(
-                {"method": label, "family": family, **values, "worst": min(values.values()), "worst_test": min(there, default=None)}
+                {"method": label, "category": family, **values, "worst": min(values.values()), "worst_test": min(there, default=None)}
             )
     return Table("glance", tuple(columns), sorted(rows, key=lambda row: -row["worst"]))
 

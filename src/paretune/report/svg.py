@@ -113,15 +113,15 @@ def _axes(shape: Mapping[str, Any], x: _Scale, y: _Scale) -> Iterator[str]:
 
 
 def _marker(symbol: str, at: tuple[float, float], marker: Mapping[str, Any]) -> str:
-    radius, colour = marker["size"] / 2, marker["color"]
+    radius, color = marker["size"] / 2, marker["color"]
     name, hollow = symbol.removesuffix("-open"), symbol.endswith("-open")
     edge = marker.get("line", {})
-    fill = "white" if hollow else colour
+    fill = "white" if hollow else color
     paint = f'fill="{fill}" fill-opacity="{marker.get("opacity", 1)}"'
     paint += f' stroke="{edge.get("color", "none")}" stroke-width="{edge.get("width", 0)}"'
     if name == "x-thin":
         d = " ".join(f"M{at[0] - s * radius:.2f},{at[1] - radius:.2f} L{at[0] + s * radius:.2f},{at[1] + radius:.2f}" for s in (1, -1))
-        return f'<path d="{d}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        return f'<path d="{d}" fill="none" stroke="{color}" stroke-width="2"/>'
     if name in CORNERS:
         points = " ".join(f"{at[0] + radius * a:.2f},{at[1] + radius * b:.2f}" for a, b in CORNERS[name])
         return f'<polygon points="{points}" {paint}/>'

@@ -118,7 +118,7 @@ HEADLINE = "on {prompts}"
 LEADERBOARD = (
     Column("setting", "setting", "text"),
     Column("method", "method", "text"),
-    Column("family", "family", "text"),
+    Column("category", "category", "text"),
     Column("prompts", "prompts", "text", "train or test: where every number was measured whose heading says no other"),
     *(
         Column(f"attainment_{which}_{split}", which, "share", f"on {PROMPTS[split]}, {text}", f"attainment, {split}")
@@ -196,7 +196,7 @@ def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _row(setting: Setting, label: str) -> dict[str, Any]:
     cells, on = setting.of(label), setting.headline
-    row: dict[str, Any] = {"setting": setting.label, "method": label, "family": cells[0].card["family"], "prompts": on}
+    row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].card["category"], "prompts": on}
     for split in SPLITS:
         row[f"attainment_worst_{split}"] = _reduce(min, cells, split, "attainment", "worst")
         row[f"attainment_mean_{split}"] = _reduce(_mean, cells, split, "attainment", "mean")

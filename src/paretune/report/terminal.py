@@ -1,4 +1,4 @@
-"""The same tables in a terminal: rich, in the colours of the page, and as wide as the terminal allows."""
+"""The same tables in a terminal: rich, in the colors of the page, and as wide as the terminal allows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def print_leaderboard(results: Results, to: Console) -> None:
         for column in columns:
             grid.add_column(SHOWN[column.key][0], justify="right", vertical="bottom", no_wrap=True)
         for row in rows:
-            style = "italic" if row["method"] == CEILING else "dim" if row["family"] == "baseline" else ""
+            style = "italic" if row["method"] == CEILING else "dim" if row["category"] == "baseline" else ""
             grid.add_row(_name(row["method"], known), *(_cell(column, row) for column in columns), style=style)
         to.print(grid)
         to.print()
@@ -103,7 +103,7 @@ def _comparison(results: Results, to: Console) -> None:
         for column in columns[:count]:
             grid.add_column(column.title.replace(", ", ",\n"), justify="right", vertical="bottom", no_wrap=True)
         for row, line in zip(table.rows, texts, strict=True):
-            grid.add_row(_name(row["method"], known), *line[:count], style="dim" if row["family"] == "baseline" else "")
+            grid.add_row(_name(row["method"], known), *line[:count], style="dim" if row["category"] == "baseline" else "")
         to.print(grid)
         to.print()
     if note(results):
@@ -118,7 +118,7 @@ def _width(column: Column) -> int:
 def _name(label: str, known: dict[str, Any]) -> Text:
     if label not in known:
         return Text(f"  {label}")
-    return Text.assemble((f"{known[label].mark} ", known[label].colour), label)
+    return Text.assemble((f"{known[label].mark} ", known[label].color), label)
 
 
 def _cell(column: Column, row: dict[str, Any]) -> Text:

@@ -1,6 +1,6 @@
 """One YAML file and `key=value` overrides become one plain dict, and every complaint names the file, the line and the nearest key.
 
-    document = load("suite.yaml", ["learner.steps=20", "methods.experts.mixer=hidden"])
+    document = load("suite.yaml", ["learner.steps=20", "methods.experts.mixing=hidden"])
     suite = document.validate(Suite)  # a pydantic model
     with document.at("methods", 0):  # adds "(suite.yaml, line 6)" to a ConfigError
         METHODS.build(document.data["methods"][0])
@@ -8,8 +8,8 @@
 YAML is read as its version 1.2 means it: `1e-3` and `.5` are numbers, `no` and `on` are words, dates stay text. A key stands once,
 and there are no aliases: what a file says stands where it is used.
 An override is `dotted.path=YAML`; the items of a list are known by number, or by their name. Where a plain string stands and the
-path goes below it, the string is the item's name: `methods: [experts]` and `methods.experts.mixer=hidden` give
-{name: experts, mixer: hidden}; `short` says where it is another key than `name`.
+path goes below it, the string is the item's name: `methods: [experts]` and `methods.experts.mixing=hidden` give
+{name: experts, mixing: hidden}; `short` says where it is another key than `name`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, short: Mapping[str,
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("a configuration file exists", found=str(path), remedy=_neighbours(path)) from None
+        raise ConfigError("a configuration file exists", found=str(path), remedy=_neighbors(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         remedy = "give the path of a YAML file"
         raise ConfigError("a configuration file is readable text", found=f"{path}: {error}", remedy=remedy) from None
@@ -208,6 +208,6 @@ def _key(here: Any, step: str, override: str) -> str | int:
     raise ConfigError("an override names one item of a list, by name or by number", found=repr(override), remedy=nearest(step, known))
 
 
-def _neighbours(path: Path) -> str:
+def _neighbors(path: Path) -> str:
     others = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     return nearest(path.name, others) if others else "check the path"

@@ -31,7 +31,7 @@ from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError
 from paretune.files import disk_errors, is_disk_full, no_room, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins
-from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import canonical_json, key_of
@@ -56,7 +56,6 @@ __all__ = [
 
 TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
-FORMAT = 1  # of cell.json
 EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
 PACKAGES = (
     "paretune",
@@ -234,7 +233,7 @@ def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str
     ledger = as_if_alone([[costs[k] for k in wave] for wave in waves], measured.cost)
     work = store.begin(key, CELLS)
     record = {
-        "format": FORMAT,
+        "format": CELL_FORMAT,
         **spec,
         "card": dataclasses.asdict(method.card),
         "metrics": measured.metrics,

@@ -35,7 +35,7 @@ from paretune.files import disk_errors, is_disk_full, no_room
 from paretune.runs.jobs import CELL, KIND, Job, Tasks, failure, run_job
 from paretune.runs.store import Store
 
-__all__ = ["ATTEMPTS", "PROGRESS_EVERY", "Executor", "Here", "Outcome", "Workers", "attempt", "cpus", "lost"]
+__all__ = ["ATTEMPTS", "PROGRESS_EVERY", "Executor", "InProcess", "Outcome", "Workers", "attempt", "cpus", "lost"]
 
 ATTEMPTS = 2
 PROGRESS_EVERY = 0.3  # seconds between two progress events of a worker
@@ -120,7 +120,7 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Here(Executor):
+class InProcess(Executor):
     """In this process, one after the other, with this process's threads; `tasks` are used as they are."""
 
     def __init__(self, *, tasks: Tasks | None = None, on_progress: OnProgress | None = None):

@@ -29,7 +29,7 @@ from paretune.files import ASIDE, _sha256, _sync, _write, disk_errors, write_jso
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import canonical_json, key_of
 
-__all__ = ["ARTIFACTS", "CELLS", "CELL_SPEC", "Store"]
+__all__ = ["ARTIFACTS", "CELLS", "CELL_FORMAT", "CELL_SPEC", "Store"]
 
 ARTIFACTS, CELLS = "artifacts", "cells"
 
@@ -46,6 +46,7 @@ DONE, FAILED, CHECKPOINT = "DONE", "FAILED.json", "checkpoint"
 NAMED_BY = {ARTIFACTS: "spec.json", CELLS: "cell.json"}  # the file that a directory's key is computed from
 
 
+CELL_FORMAT = 2  # of cell.json; 1 was before version 0.2, whose fields had other names
 CELL_SPEC = ("method", "task", "learner", "seed", "evaluation")  # the entries of cell.json that make its key
 
 

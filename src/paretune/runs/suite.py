@@ -11,7 +11,7 @@ The YAML file of a suite: its schema, and the cells that it stands for.
     tasks:
       - {name: exact-v1, rho: [0.8, 0.0, -0.8]}   # one task per value; several lists give their product, in the order written
     learner: {name: exact, steps: 100}
-    methods: [reference, {name: experts, mixer: [parameter, logit]}]   # lists as in tasks
+    methods: [reference, {name: experts, mixing: [parameter, logit]}]   # lists as in tasks
     seeds: [100, 101]      # the seed of every training, and of every task that has a `seed` field
     splits: [train, test]  # default: both
     samples: 64            # per preference and split, where a task is not exact
@@ -36,7 +36,7 @@ from paretune.files import disk_errors, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
 from paretune.runs.display import Display, display
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
-from paretune.runs.local import Executor, Here, Workers, cpus
+from paretune.runs.local import Executor, InProcess, Workers, cpus
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
@@ -62,7 +62,7 @@ from paretune.types import key_of
 
 __all__ = ["Row", "Suite", "Summary", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 
-EXECUTORS = ("local", "here", "ray")
+EXECUTORS = ("local", "in-process", "ray")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def task(name: str, **dials: Any) -> Task:
 
 
 def method(name: str, **fields: Any) -> Method:
-    """The method `name` with these hyperparameters: `method("experts", mixer="logit")`."""
+    """The method `name` with these hyperparameters: `method("experts", mixing="logit")`."""
     return METHODS.build({"name": name, **fields})
 
 
@@ -161,7 +161,7 @@ def fit(
         where = store.root / ARTIFACTS / (WIP + str(error.get("training"))) / FAILED
         raise as_error(error, str(where)) from cause
 
-    tasks, who = Tasks(), _executor(executor or ("local" if workers else "here"), workers or None)
+    tasks, who = Tasks(), _executor(executor or ("local" if workers else "in-process"), workers or None)
     tasks.put(chosen)
     with _lock(store, who), _running(store, who, workers or None, tasks, cells=0, show=progress) as (runner, shown):
         Schedule(store, runner, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
@@ -185,8 +185,8 @@ def run_suite(
 ) -> Summary:
     """Compute every cell of the suite that `root` does not hold yet; `overrides` read `learner.steps=20`.
 
-    `executor` is "local" (worker processes of one thread each, by default one per CPU), "here" (this process), or "ray" or a `Ray` with
-    its settings (a cluster; by default as many workers as fit on its machines). A failure becomes a FAILED.json and stops only the cells
+    `executor` is "local" (worker processes of one thread each, by default one per CPU), "in-process", or "ray" or a `Ray` with its
+    settings (a cluster; by default as many workers as fit on its machines). A failure becomes a FAILED.json and stops only the cells
     that need what failed. `dry_run` only says what would be done. Raises ConfigError before anything runs, BusyError, StoreError where
     the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
     """
@@ -276,7 +276,7 @@ def _running(
     store: Store, who: str | Ray, workers: int | None, tasks: Tasks, *, cells: int, show: bool
 ) -> Iterator[tuple[Executor, Display]]:
     """An executor and what shows its work. On Ctrl-C the workers are stopped before the message appears."""
-    count = 1 if who == "here" else workers or cpus()
+    count = 1 if who == "in-process" else workers or cpus()
     with display(show=show, cells=cells, side_by_side=count) as shown:
         executor: Executor
         if isinstance(who, Ray):
@@ -284,7 +284,7 @@ def _running(
         elif who == "local":
             executor = Workers(store, count, on_progress=shown.progress)
         else:
-            executor = Here(tasks=tasks, on_progress=shown.progress)
+            executor = InProcess(tasks=tasks, on_progress=shown.progress)
         try:
             with executor:
                 yield executor, shown

@@ -201,7 +201,7 @@ def tune(
     Source: Optuna (Akiba et al. 2019), its TPE sampler, and its median rule for giving up.
     Differs: a trial's numbers depend on the seed, its place and the trials before it, not on how often a run was interrupted. The median
         rule compares means over the same cells, of all trials that came so far.
-    Hides: the best of many trials is partly luck: measure it again on other seeds. A quarter of a budget favours fast learning. The last
+    Hides: the best of many trials is partly luck: measure it again on other seeds. A quarter of a budget favors fast learning. The last
         digits of a GPU can change which trials follow. A training that failed is not in the cost.
     """
     optuna = load_optuna(otherwise="")

@@ -127,36 +127,36 @@ def single_weights(family: Family, w_M: np.ndarray) -> Weights:
         raise _no_single(policy, f"rule {rule.registered_name!r} sets the gates anew for every prompt")
     gates = family.gates(np.asarray(w_M)[None])[0]
     gates_K = torch.from_numpy(gates).float().to(policy.device)
-    if policy.level == "reference" or not policy.bank.layers:
+    if policy.mixing == "reference" or not policy.bank.layers:
         return Weights("base", gates_K)
     if isinstance(policy, PromptedMix):
         return Weights("delta", torch.ones(1, device=policy.device), tuple(policy.prefix(gates_K[None])[0].tolist()))
     if isinstance(policy, MergedMix):
         return Weights("merge", gates_K)
-    if policy.level == "factor":
+    if policy.mixing == "factor":
         return Weights("factor", gates_K)
-    if policy.level == "parameter" or _one_expert(policy, gates):
+    if policy.mixing == "parameter" or _one_expert(policy, gates):
         return Weights("delta", gates_K)
-    why = WHY.get(policy.level, f"it is a level that Paretune does not know, {type(policy).__name__}")
-    raise _no_single(policy, f"level {policy.level!r}: {why}")
+    why = WHY.get(policy.mixing, f"it is a level that Paretune does not know, {type(policy).__name__}")
+    raise _no_single(policy, f"level {policy.mixing!r}: {why}")
 
 
 def _one_expert(policy: Policy, gates: np.ndarray) -> bool:
     """Whether a level that mixes otherwise than weights is, at these gates, its soup: one expert alone has a gate, and it is 1."""
     if isinstance(policy, HiddenLayerMix) and policy.layer == 0:
         return True
-    if policy.level not in WHY or (isinstance(policy, RobustMix) and policy.radius > 0):
+    if policy.mixing not in WHY or (isinstance(policy, RobustMix) and policy.radius > 0):
         return False
     own = gates[: policy.settings["experts"]] if isinstance(policy, RoutedMix) else gates
     return bool(np.allclose(np.sort(own), np.eye(len(own))[-1], rtol=0, atol=1e-9))
 
 
 def _no_single(policy: Policy, found: str) -> ConfigError:
-    vertex = "" if policy.level in ("parameter", "robust") else "a preference that one expert alone answers can be exported; for others, "
+    vertex = "" if policy.mixing in ("parameter", "robust") else "a preference that one expert alone answers can be exported; for others, "
     remedy = f'{vertex}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
     soup = (
-        "; the same experts averaged (mixer: parameter) can, too, for what such a soup is worth"
-        if policy.level in ("logit", "hidden")
+        "; the same experts averaged (mixing: parameter) can, too, for what such a soup is worth"
+        if policy.mixing in ("logit", "hidden")
         else ""
     )
     return ConfigError(

@@ -60,7 +60,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "kind": made.kind,
         "preference": made.preference,
         "how": how,
-        "level": policy.level,
+        "level": policy.mixing,
         "rule": describe(family.rule)["name"],
         "gates": dict(zip(policy.bank.names, gates, strict=True)),
         "rank": made.rank,
@@ -191,7 +191,7 @@ def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
 def _prefix(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"This policy reads the preference: before every prompt, a chat's template included, stand the tokens `{facts['prefix_ids']}` "
-        f"(`{facts['prefix_text']}`). Give engines token ids, so that the text before the prompt is not tokenised otherwise.\n"
+        f"(`{facts['prefix_text']}`). Give engines token ids, so that the text before the prompt is not tokenized otherwise.\n"
     ]
 
 
@@ -225,4 +225,4 @@ def _provenance(made: Exported, facts: Mapping[str, Any]) -> str:
         f"- stored as {made.dtype}" + (f", rank {made.rank}" if made.rank else "; merged in float32"),
         f"- versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",
     ]
-    return "\n".join(["## Provenance\n", *lines, "", "The licence of the base model holds for this too.", ""])
+    return "\n".join(["## Provenance\n", *lines, "", "The license of the base model holds for this too.", ""])

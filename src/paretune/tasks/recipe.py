@@ -88,7 +88,7 @@ class RecipeTask(Task):
         return self.prompt_source.splits[split]
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """(N, M) raw scores. `completion_ids` are the completions tokenised again, without special tokens."""
+        """(N, M) raw scores. `completion_ids` are the completions tokenized again, without special tokens."""
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"] if len(completions) else []
         return score_all(self.scorers, prompts, completions, completion_ids=ids)
 

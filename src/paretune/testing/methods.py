@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.methods.base import FAMILIES, Card, Method
+from paretune.methods.base import CATEGORIES, Card, Method
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
 from paretune.seeds import generator
 from paretune.testing.objectives import ConformanceError, attempt, check_objective, check_registered, require
@@ -148,12 +148,12 @@ def _check_card(method: Method) -> None:
         value = getattr(card, field.name)
         require(value != "" and value is not None and (not isinstance(value, str) or bool(value.strip())), "every line of a card is filled",
                  f"{field.name} is empty", 'say "nothing" or "none" where that is the truth')  # fmt: skip
-    require(card.family in FAMILIES, "a card's family is one of the taxonomy's", repr(card.family), f"one of {', '.join(FAMILIES)}")
+    require(card.category in CATEGORIES, "a card's family is one of the taxonomy's", repr(card.category), f"one of {', '.join(CATEGORIES)}")
     require("\n" not in card.summary, "a card's summary is one line", repr(card.summary), "move the rest into the class's docstring")
 
 
 def _some_preferences(task: Task, *, ties: bool = True) -> np.ndarray:
-    """(W, M): the vertices, two others, and the centre unless `ties` are out: two nearest policies have no symmetric answer."""
+    """(W, M): the vertices, two others, and the center unless `ties` are out: two nearest policies have no symmetric answer."""
     m = task.objectives.count
     return np.concatenate([np.eye(m), generator(0, "conformance").dirichlet(np.ones(m), size=2), np.full((int(ties), m), 1 / m)])
 
@@ -199,7 +199,7 @@ def _check_probabilities(family: Family, again: Family, task: Any, w_WM: np.ndar
         for w_M, gates in zip(w_WM, family.gates(w_WM, prompts), strict=True):
             logp_PR = one.logp_PR(gates)
             off = float(np.abs(np.exp(logp_PR).sum(1) - 1).max())
-            require(off < 1e-5, "the policy is a distribution over responses", f"probabilities sum to 1 +- {off:.2g}", "normalise logits")
+            require(off < 1e-5, "the policy is a distribution over responses", f"probabilities sum to 1 +- {off:.2g}", "normalize logits")
             same = np.array_equal(two.logp_PR(again.gates(w_M[None], prompts)[0]), logp_PR)
             require(same, "policy() is a pure function of its arguments", "two families of the same trainings differ", "draw from the seed")
 
@@ -213,7 +213,7 @@ def _check_saved(family: Family, path: Path, w_WM: np.ndarray) -> None:
     attempt(rule, remedy, partial(family.save, path))
     loaded = attempt(rule, remedy, partial(Family.load, path))
     require(np.array_equal(loaded.gates(w_WM), gates_WK), rule, "other gates at the same preferences", "save what the rule needs")
-    require(loaded.policy.level == family.policy.level, rule, f"level {loaded.policy.level}", f"save level {family.policy.level}")
+    require(loaded.policy.mixing == family.policy.mixing, rule, f"level {loaded.policy.mixing}", f"save level {family.policy.mixing}")
     require(isinstance(loaded.meta.get("card"), dict), "a family carries its method's card", f"meta has {sorted(loaded.meta)}",
              'meta={"card": dataclasses.asdict(method.card), ...}')  # fmt: skip
 

@@ -3,7 +3,7 @@
 Rows stand group by group: N = P * G, a group being the G responses to one prompt under one preference. NaN means "unscored": such
 an entry is left out of its objective's baseline and spread, and adds nothing to its row's advantage.
 
-    at        baseline        normalise  is
+    at        baseline        normalize  is
     reward    leave_one_out   none       the default: unbiased for the gradient of the expected weighted return
     reward    leave_one_out   batch      TRL's RLOO with normalize_advantages (one positive number for all rows of the batch)
     reward    group_mean      group      TRL's GRPO, sum_then_normalize (biased: each prompt's gradient is divided by its own spread)
@@ -11,8 +11,8 @@ an entry is left out of its objective's baseline and spread, and adds nothing to
 
 Aggregations: named ways in which the returns of a prompt's responses, a vector each, become one advantage per response.
 
-A `TrainSpec` names one as `{"name": ..., field: value}`; "learner" leaves it to the learner's own baseline, normalisation and
-`scalarise_at`. All of them compare a response with the others to its prompt under the group's own mean and spread, and climb something
+A `TrainSpec` names one as `{"name": ..., field: value}`; "learner" leaves it to the learner's own baseline, normalization and
+`scalarize_at`. All of them compare a response with the others to its prompt under the group's own mean and spread, and climb something
 other than J_w, which is what they are here to show. Returns hold the penalty for KL in every objective.
 
 Arrays are (P, G, M), one group per prompt. `mass_PG` is the probability of a response within its group: None for samples, which count
@@ -100,7 +100,7 @@ def advantages(
     *,
     group: int,
     baseline: str = "leave_one_out",
-    normalise: str = "none",
+    normalize: str = "none",
     at: str = "reward",
     eps: float = EPS,
 ) -> np.ndarray:
@@ -114,15 +114,15 @@ def advantages(
     returns_PGM = returns_NM.reshape(-1, group, returns_NM.shape[1])
     w_PGM = w_NM.reshape(returns_PGM.shape)
     each_PGM = {"leave_one_out": leave_one_out, "group_mean": group_mean}[baseline](returns_PGM)
-    over = {"none": None, "group": 1, "batch": (0, 1)}[normalise]
+    over = {"none": None, "group": 1, "batch": (0, 1)}[normalize]
     if at == "advantage" and over is not None:
         each_PGM = each_PGM / (spread(each_PGM, over) + eps)
     known = ~np.isnan(each_PGM)
     summed_PG = (np.where(known, each_PGM, 0.0) * w_PGM).sum(-1)
     summed_PG[~known.any(-1)] = np.nan
     if at == "advantage" and over is not None:
-        centre = np.nanmean(summed_PG) if known.any() else 0.0
-        summed_PG = (summed_PG - centre) / (spread(summed_PG, (0, 1)) + eps)
+        center = np.nanmean(summed_PG) if known.any() else 0.0
+        summed_PG = (summed_PG - center) / (spread(summed_PG, (0, 1)) + eps)
     elif over is not None:
         summed_PG = summed_PG / (spread(summed_PG, over) + eps)
     return np.nan_to_num(summed_PG, nan=0.0).reshape(-1)
@@ -165,25 +165,25 @@ class Groups:
         summed = (np.where(known, each_PGM, 0.0) * self.w_PGM).sum(-1)
         return np.where(known.any(-1), summed, np.nan)
 
-    def scaled(self, values_PG: np.ndarray, axis: Axis, *, centre: bool) -> np.ndarray:
-        """Divided by their spread over `axis`, after their mean has been subtracted where `centre`."""
+    def scaled(self, values_PG: np.ndarray, axis: Axis, *, center: bool) -> np.ndarray:
+        """Divided by their spread over `axis`, after their mean has been subtracted where `center`."""
         mean, spread = self.moments(values_PG[:, :, None], axis)
-        return ((values_PG[:, :, None] - (mean if centre else 0.0)) / (spread + EPS))[:, :, 0]
+        return ((values_PG[:, :, None] - (mean if center else 0.0)) / (spread + EPS))[:, :, 0]
 
 
 def grpo(groups: Groups) -> np.ndarray:
-    """z_G(sum_k w_k r_k): sum first, then normalise.
+    """z_G(sum_k w_k r_k): sum first, then normalize.
 
     Source: GRPO (2402.03300) on a weighted sum of rewards; TRL's sum_then_normalize.
     Differs: returns instead of rewards, here and below: the source has its KL in the loss.
     Hides: the objective with the larger spread dominates; each prompt's gradient is divided by its own spread.
     """
     mean, _ = groups.moments(groups.returns_PGM, GROUP)
-    return groups.scaled(groups.weighted(groups.returns_PGM - mean), GROUP, centre=False)
+    return groups.scaled(groups.weighted(groups.returns_PGM - mean), GROUP, center=False)
 
 
 def mo_grpo(groups: Groups) -> np.ndarray:
-    """sum_k w_k z_G(r_k): normalise each objective first, then sum.
+    """sum_k w_k z_G(r_k): normalize each objective first, then sum.
 
     Source: MO-GRPO (2509.22047), abstract.
     Differs: a preference weighs the z-scores.
@@ -199,7 +199,7 @@ def gdpo(groups: Groups) -> np.ndarray:
     Differs: nothing; equal to TRL's where everything is scored.
     Hides: as MO-GRPO; whitening moves every advantage by the batch's mean, which is no baseline of a prompt.
     """
-    return groups.scaled(groups.weighted(groups.z_PGM()), BATCH, centre=True)
+    return groups.scaled(groups.weighted(groups.z_PGM()), BATCH, center=True)
 
 
 def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray:
@@ -222,7 +222,7 @@ def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray
     mass = groups.mass_PG * scored
     share = (mass * keep).sum(1, keepdims=True) / np.maximum(mass.sum(1, keepdims=True), 1e-300)
     kept = np.where(keep, plain.sum(-1) * share, np.nan)
-    return np.nan_to_num(groups.scaled(kept, BATCH, centre=True), nan=0.0)
+    return np.nan_to_num(groups.scaled(kept, BATCH, center=True), nan=0.0)
 
 
 def dvao(groups: Groups) -> np.ndarray:
@@ -240,7 +240,7 @@ def dvao(groups: Groups) -> np.ndarray:
 def rdpo(groups: Groups) -> np.ndarray:
     """Normal scores of each objective's ranks within its group, decorrelated over the batch, then weighted. Experimental.
 
-    Source: RDPO (2605.13641), abstract: quantile normalisation, then Mahalanobis whitening in the subspace of active rewards.
+    Source: RDPO (2605.13641), abstract: quantile normalization, then Mahalanobis whitening in the subspace of active rewards.
     Differs: "magnitude-aware" is not said in the abstract and left out; ties share their middle rank; whitening is by the symmetric
         inverse root, with eigenvalues of at least 1 % of the largest; active are objectives with a weight that are not constant.
     Hides: ranks forget how large a difference is; whitening amplifies whatever objectives that agree still disagree on.
@@ -334,10 +334,10 @@ def check_aggregation(spec: TrainSpec) -> bool:
             found=", ".join(f"{field}={value!r}" for field, value in given.items()),
             remedy='leave them out for "hard" and 0.2',
         )
-    if name != LEARNER and (spec.scalariser["name"] != "linear" or spec.scalarise_at != "reward"):
+    if name != LEARNER and (spec.scalarizer["name"] != "linear" or spec.scalarize_at != "reward"):
         raise ConfigError(
             f"aggregation {name} combines the objectives itself",
-            found=f"scalariser {spec.scalariser['name']}, scalarise_at={spec.scalarise_at!r}",
-            remedy='leave out scalariser and scalarise_at, or the aggregation ("learner" is the default)',
+            found=f"scalarizer {spec.scalarizer['name']}, scalarize_at={spec.scalarize_at!r}",
+            remedy='leave out scalarizer and scalarize_at, or the aggregation ("learner" is the default)',
         )
     return name != LEARNER

@@ -103,7 +103,7 @@ def _merged(policy: Policy, *, one: bool) -> Iterator[bool]:
     weights, as adapters are (rounding to less would sample from another policy), and up to `MERGE_LIMIT` bytes.
     """
     size = sum(weight.nbytes for weight in policy.model.parameters())
-    if not one or policy.level != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
+    if not one or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
         yield False
         return
     soup = soup_state(policy.bank, [1.0])
@@ -145,8 +145,8 @@ def _streams(prompts: Sequence[Prompt], group: int) -> tuple[list[str], list[int
 def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
     """(n, M) the fixed preference, or one sampled for each prompt of the step."""
     if spec.preference is None:
-        face = list(range(count) if spec.face is None else spec.face)
+        active_objectives = list(range(count) if spec.active_objectives is None else spec.active_objectives)
         w_NM = np.zeros((n, count))
-        w_NM[:, face] = spread_preferences(generator(spec.seed, "preferences", step), n, len(face))
+        w_NM[:, active_objectives] = spread_preferences(generator(spec.seed, "preferences", step), n, len(active_objectives))
         return w_NM
     return np.tile(np.asarray(spec.preference, dtype=np.float64), (n, 1))

@@ -1,6 +1,6 @@
 """What a running training leaves on disk: a checkpoint to resume from, its log, and the line that a person watches.
 
-`checkpoint/<step>/` holds `state.safetensors` (parameters and optimiser moments) and `state.json`; a step's directory appears by one
+`checkpoint/<step>/` holds `state.safetensors` (parameters and optimizer moments) and `state.json`; a step's directory appears by one
 rename, so one that exists is whole. `train.jsonl` is cut back to the checkpoint on resume. No pickle anywhere.
 """
 
@@ -30,7 +30,7 @@ FOLDER = "checkpoint"
 
 
 def save_checkpoint(
-    work: Path, step: int, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer, state: Mapping[str, Any]
+    work: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """Write `work/checkpoint/<step>` and drop older ones. `state` is JSON: everything that the next step depends on beside tensors."""
     from safetensors.torch import save_file
@@ -38,7 +38,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     for i, parameter in enumerate(parameters):
         tensors[f"{i}.parameter"] = parameter.detach()
-        tensors.update({f"{i}.{name}": torch.as_tensor(value) for name, value in optimiser.state[parameter].items()})
+        tensors.update({f"{i}.{name}": torch.as_tensor(value) for name, value in optimizer.state[parameter].items()})
     folder = work / FOLDER
     aside = folder / ".wip"
     shutil.rmtree(aside, ignore_errors=True)
@@ -53,8 +53,8 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Put the newest checkpoint into `parameters` and `optimiser` and return its state; None where there is none.
+def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Put the newest checkpoint into `parameters` and `optimizer` and return its state; None where there is none.
 
     Raises TrainingError for a checkpoint of another training (`state["key"]` is not `key`).
     """
@@ -75,7 +75,7 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimise
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors.pop(f"{i}.parameter"))
             moments = {name.split(".")[1]: value for name, value in tensors.items() if name.split(".")[0] == str(i)}
-            optimiser.state[parameter] = {  # Adam keeps its count of steps on the CPU
+            optimizer.state[parameter] = {  # Adam keeps its count of steps on the CPU
                 name: value if name == "step" else value.to(parameter.device) for name, value in moments.items()
             }
     return state

@@ -37,7 +37,7 @@ class Cost:
 
     samples: int = 0  # responses drawn for training
     tokens: int = 0  # generated for training, and enumerated by the exact learner
-    steps: int = 0  # optimiser steps
+    steps: int = 0  # optimizer steps
     flops: float = 0.0  # floating-point operations, estimated
     seconds: float = 0.0  # wall clock on the machine that ran it
     evaluations: int = 0  # calls of a search's score

@@ -38,18 +38,18 @@ def mixture_kl(student_NTV: Tensor, teacher_NTV: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lesson(Batch):
+class DistillBatch(Batch):
     """A batch with the teachers' logits on the student's own responses."""
 
     teacher_NTV: Tensor
 
 
-@LEARNERS.register("distil")
+@LEARNERS.register("distill")
 @dataclass(frozen=True, kw_only=True)
 class Distillation(PolicyGradient):
-    """On-policy distillation of `spec.frozen`, mixed by the rule `teacher`, into the adapters that are trained.
+    """On-policy distillation of `spec.frozen_adapters`, mixed by the rule `teacher`, into the adapters that are trained.
 
-    Source: on-policy distillation from several weighted teachers, MOPD (2606.30406); generalised to all preferences at once.
+    Source: on-policy distillation from several weighted teachers, MOPD (2606.30406); generalized to all preferences at once.
     Differs: the teachers' mixture is that of their logits, conditioned on the preference; the KL of a token is summed over V.
     Hides: the student can be no better than the mixture; M and more forwards per token while it learns, one when it serves.
     """
@@ -67,7 +67,7 @@ class Distillation(PolicyGradient):
 
     @classmethod
     def like(cls, learner: Any, teacher: Mapping[str, Any]) -> Distillation:
-        """With the shape, budget and optimiser of another learner; an exact one counts as a batch of samples per step."""
+        """With the shape, budget and optimizer of another learner; an exact one counts as a batch of samples per step."""
         same = {f.name: getattr(learner, f.name) for f in dataclasses.fields(cls) if hasattr(learner, f.name)}
         same |= {"epochs": 1, "kl_in": "reward", "kl_estimator": "k1", "stop_cv": None, "teacher": teacher}
         if not isinstance(learner, PolicyGradient):
@@ -75,7 +75,7 @@ class Distillation(PolicyGradient):
             same |= {"samples": default.batch * learner.steps, "lr": default.lr, "momentum": default.momentum}
         return cls(**same)
 
-    def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Lesson:
+    def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> DistillBatch:
         count = self.batch // self.group
         made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
         gates_NK = torch.from_numpy(RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
@@ -83,7 +83,7 @@ class Distillation(PolicyGradient):
             raise ConfigError(
                 "the teachers' rule gives a gate to each frozen adapter",
                 found=f"{gates_NK.shape[1]} gates, {policy.K} adapters in all",
-                remedy="name a rule for the adapters in `frozen`",
+                remedy="name a rule for the adapters in `frozen_adapters`",
             )
         teacher_NTV: Tensor | None = None
         with torch.no_grad():
@@ -95,11 +95,11 @@ class Distillation(PolicyGradient):
                 teacher_NTV = part_NTV if teacher_NTV is None else teacher_NTV + part_NTV
         assert teacher_NTV is not None
         kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-        return Lesson(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, teacher_NTV)
+        return DistillBatch(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, teacher_NTV)
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the mean over responses of the KL to the teachers' mixture; returns it, in nats per response."""
-        assert isinstance(batch, Lesson)
+        assert isinstance(batch, DistillBatch)
         made = batch.responses
         student_NTV = _response_logits(policy, made, self.group, made.gates_NK)
         loss = (mixture_kl(student_NTV, batch.teacher_NTV) * made.mask_NT).sum() / len(batch.kl_N)

@@ -1,6 +1,6 @@
 """The exact learner: gradient ascent on J_w itself, by enumeration of every response. Exact tasks only.
 
-No sampling noise is left, so what a family of its experts lacks is capacity, optimisation or composition, and nothing else.
+No sampling noise is left, so what a family of its experts lacks is capacity, optimization or composition, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.objectives.utilities import check_scalariser, scalarise
+from paretune.objectives.utilities import check_scalarizer, scalarize
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS
 from paretune.tasks.base import Task
@@ -32,7 +32,7 @@ from paretune.training.cost import Cost, read_cost
 from paretune.training.gradients import autograd_jacobian
 from paretune.training.learner import Learner, converged, gates_of
 from paretune.training.spec import Artifact, TrainSpec
-from paretune.training.weightings.base import Seen, State, check_combination, weighting_of
+from paretune.training.weightings.base import State, StepContext, check_combination, weighting_of
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
@@ -55,7 +55,7 @@ class _Run:
 class ExactGradient(Learner):
     """Full-batch ascent on the enumerated J_w: every response to every training prompt, one forward and backward a step.
 
-    Source: the gradient in closed form; the optimiser is Muon (Jordan et al. 2024), as PyTorch ships it.
+    Source: the gradient in closed form; the optimizer is Muon (Jordan et al. 2024), as PyTorch ships it.
     Differs: Muon instead of Adam, which needed about twice the steps (development seeds; the log has the figures).
     Hides: a training costs no samples, but every step costs a forward over all prefixes; `tokens` counts them.
     """
@@ -99,12 +99,12 @@ class ExactGradient(Learner):
         _check(spec)
         policy = self.start(spec, task, parents or {})
         weights = policy.parameters()
-        optimiser = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
-        run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
+        optimizer = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
+        run = _Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
         began, per_step = time.monotonic() - run.seconds, task.inputs("train").input_ids_PT.numel()
         with TrainLog(work / "train.jsonl", length=run.log_length, began=began, tokens=run.tokens, progress=progress) as log:
             while run.step < self.steps and not converged(run.validations, self.stop_window, self.stop_cv):
-                value, rewards_M, kl, run.weighting = self.update(policy, optimiser, task, spec, run.step, run.weighting)
+                value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting)
                 run.step, run.tokens = run.step + 1, run.tokens + per_step
                 run.validations = [*run.validations, value][-self.stop_window :]
                 last = run.step == self.steps or converged(run.validations, self.stop_window, self.stop_cv)
@@ -114,7 +114,7 @@ class ExactGradient(Learner):
                     log.write(record, steps=self.steps)
                 if last or run.step % self.checkpoint_every == 0:
                     run.seconds, run.log_length = log.seconds, log.length
-                    save_checkpoint(work, run.step, weights, optimiser, dataclasses.asdict(run))
+                    save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
         size = sum(p.numel() for p in policy.model.parameters())
         cost = Cost(tokens=run.tokens, steps=run.step, flops=6.0 * size * run.tokens, seconds=run.seconds)
         return self.finish(spec, policy, work, cost)
@@ -122,14 +122,14 @@ class ExactGradient(Learner):
     def update(
         self,
         policy: ParameterMix,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         task: ExactTask,
         spec: TrainSpec,
         step: int,
         state: State | None = None,
     ) -> tuple[float, np.ndarray, float, State]:
         """One step up; returns J_w, the expected rewards (M,) and the KL in nats before it, means, and the weighting's state."""
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         w_PM = preferences(spec, step, task.prompt_count, task.objectives.count)
         gates_PK = torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device)
@@ -138,7 +138,7 @@ class ExactGradient(Learner):
         return_PM = reward_PM - task.beta * kl_P[:, None]
         weighting, parameters = weighting_of(spec), policy.parameters()
         jacobian = autograd_jacobian(return_PM.mean(0), parameters) if weighting.needs_gramian else None
-        seen = Seen(
+        seen = StepContext(
             step=step,
             steps=self.steps,
             w_NM=w_PM,
@@ -154,36 +154,36 @@ class ExactGradient(Learner):
         )
         weights_PM, state = weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
-        if spec.scalariser["name"] != "linear":
-            scores_PR = torch.from_numpy(_scores(task, spec.scalariser, w_PM)).to(all_of.p_PR)
+        if spec.scalarizer["name"] != "linear":
+            scores_PR = torch.from_numpy(_scores(task, spec.scalarizer, w_PM)).to(all_of.p_PR)
             utility = ((all_of.p_PR * scores_PR).sum(1) - task.beta * kl_P).mean()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         if jacobian is not None:
             jacobian.descend(parameters, weights_PM[0])
         else:
             climbed = aggregated(all_of, spec, weights_PM, beta=task.beta) if spec.aggregation["name"] != "learner" else utility
             (-climbed).backward()
-        optimiser.step()
+        optimizer.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 
 
 def _check(spec: TrainSpec) -> None:
-    check_scalariser(spec.scalariser)
+    check_scalarizer(spec.scalarizer)
     check_combination(spec)
-    if weighting_of(spec).registered_name != "fixed" and spec.scalariser["name"] != "linear":
+    if weighting_of(spec).registered_name != "fixed" and spec.scalarizer["name"] != "linear":
         raise ConfigError(
-            "the exact learner weighs a scalariser other than linear with the preference itself",
-            found=f"scalariser {spec.scalariser['name']} with the weighting {spec.weighting['name']}",
-            remedy='use the weighting "fixed", or the scalariser "linear"',
+            "the exact learner weighs a scalarizer other than linear with the preference itself",
+            found=f"scalarizer {spec.scalarizer['name']} with the weighting {spec.weighting['name']}",
+            remedy='use the weighting "fixed", or the scalarizer "linear"',
         )
 
 
-def _scores(task: ExactTask, scalariser: Mapping[str, Any], w_PM: np.ndarray) -> np.ndarray:
-    """(P, R) what every response to every training prompt is worth to a scalariser."""
+def _scores(task: ExactTask, scalarizer: Mapping[str, Any], w_PM: np.ndarray) -> np.ndarray:
+    """(P, R) what every response to every training prompt is worth to a scalarizer."""
     rewards_PRM = task.rewards_PRM("train")
     low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
     w_NM = w_PM.repeat(rewards_PRM.shape[1], axis=0)
-    return scalarise(rewards_PRM.reshape(len(w_NM), -1), w_NM, scalariser, low_M=low_M, high_M=high_M).reshape(rewards_PRM.shape[:2])
+    return scalarize(rewards_PRM.reshape(len(w_NM), -1), w_NM, scalarizer, low_M=low_M, high_M=high_M).reshape(rewards_PRM.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ RIDGE = 1e-8  # added to the Gramian of unit gradients: opposite ones have no fi
 
 
 def aggregate(name: str, gramian_MM: np.ndarray, w_M: np.ndarray, *, seed: int, c: float = 0.5) -> np.ndarray:
-    """(M,) weights c_k of the objectives' gradients under the preference `w_M`; not normalised, some may be negative.
+    """(M,) weights c_k of the objectives' gradients under the preference `w_M`; not normalized, some may be negative.
 
     `seed` is for PCGrad, which meets the other gradients in random order; `c` is CAGrad's radius.
     Source: MGDA (Sener & Koltun 2018), PCGrad (2001.06782), CAGrad (2110.14048), Nash-MTL (2202.01017), IMTL-G (Liu et al. 2021),
@@ -154,7 +154,7 @@ class Jacobian:
         return total.double().cpu().numpy()
 
     def descend(self, parameters: Sequence[Tensor], weights_M: np.ndarray) -> None:
-        """Set `.grad` so that an optimiser, which descends, climbs sum_k weights_k J_k."""
+        """Set `.grad` so that an optimizer, which descends, climbs sum_k weights_k J_k."""
         for parameter, rows in zip(parameters, self.rows, strict=True):
             weights = torch.from_numpy(-weights_M).to(rows)
             parameter.grad = (weights @ rows.flatten(1)).view_as(parameter)

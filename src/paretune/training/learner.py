@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.policy.base import build_level
+from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import RULES
@@ -76,7 +76,7 @@ class Learner(ABC):
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
         paths: dict[str, Path] = {}
-        for keys, kind in ((spec.frozen, "frozen"), (spec.init_from, "policy")):
+        for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
             paths |= {_adapter_name(kind, i, len(found)): path for i, path in enumerate(found)}
         trained = [name for name in paths if name.startswith("policy")]
@@ -88,7 +88,7 @@ class Learner(ABC):
             alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         rule = None if spec.rule is None else RULES.build(spec.rule)
-        policy = build_level("parameter" if rule is None else rule.level, bank, tokenizer)
+        policy = build_mixing("parameter" if rule is None else rule.mixing, bank, tokenizer)
         assert isinstance(policy, ParameterMix), "a training runs at the parameter level, with a router or without"
         if not policy.parameters():
             raise ConfigError(
@@ -108,7 +108,7 @@ class Learner(ABC):
         policy.save_extra(work)
         size = sum(p.numel() * p.element_size() for p in policy.parameters())
         base = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-        # Memory: weights, gradients and the optimiser's two moments; activations are not counted.
+        # Memory: weights, gradients and the optimizer's two moments; activations are not counted.
         cost = dataclasses.replace(cost, memory_bytes=base + 3 * size, storage_bytes=size)
         write_cost(work, cost)
         clear_checkpoint(work)

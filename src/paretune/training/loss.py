@@ -41,7 +41,7 @@ def policy_loss(
     ratio: str = "sequence",
     length: str = "sum",
 ) -> Tensor:
-    """Scalar to minimise: minus the mean over `rows` responses of advantage times (clipped) probability ratio.
+    """Scalar to minimize: minus the mean over `rows` responses of advantage times (clipped) probability ratio.
 
     `rows` is the size of the whole batch, so that micro-batches add up to it. Without `old_logp_NT` the responses count as drawn
     from the present policy: every ratio is 1, nothing is clipped, and the gradient is that of advantage * log pi.

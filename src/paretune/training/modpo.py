@@ -33,7 +33,7 @@ def modpo_loss(ratio: Tensor, margin: Tensor, weight: Tensor, wins: Tensor, *, b
     """The loss of each pair: -log sigmoid((beta * ratio - margin) / weight) where the first response wins, of its negative where not.
 
     Of the first response minus the second: `ratio` is the difference of log pi - log pi_ref, `margin` that of the weighted rewards of
-    all objectives but the labelled one, whose weight is `weight`. `wins` is 1 where the first is preferred, 0 where the second is,
+    all objectives but the labeled one, whose weight is `weight`. `wins` is 1 where the first is preferred, 0 where the second is,
     or the chance of it.
     Source: MODPO (2310.03708); DPO (2305.18290) where the weight is 1 and there is no margin. Differs: a label may be a chance.
     Hides: below a small `weight` the loss is steep, and all of it is the margin's.
@@ -57,35 +57,35 @@ class Pairs(Batch):
 class Modpo(PolicyGradient):
     """MODPO on pairs that are built from the task: `samples` responses of the reference, `group` to a prompt, all pairs of a group.
 
-    labelled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M.
+    labeled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M.
     labels: the first of two responses wins with the chance sigmoid(r_1 - r_1'), as the Bradley-Terry model of the loss has it.
     "expected" puts that chance into the loss, "drawn" draws the winner, "hard" takes the one with the larger reward.
 
     Source: MODPO (2310.03708), the loss.
-    Differs: pairs come from the task's rewards instead of people, margins from the rewards instead of learnt reward models; the
-        source's labelled objective is fixed, so that its loss has no value where that weight is 0. beta is the task's.
-    Hides: it sees only what the reference says, so what the reference hardly ever says is not learnt. With "hard" labels the larger
+    Differs: pairs come from the task's rewards instead of people, margins from the rewards instead of learned reward models; the
+        source's labeled objective is fixed, so that its loss has no value where that weight is 0. beta is the task's.
+    Hides: it sees only what the reference says, so what the reference hardly ever says is not learned. With "hard" labels the larger
         reward wins however close the two are: the optimum is then not that of J_w, and without an early end KL grows.
     """
 
-    labelled: int | None = None
+    labeled: int | None = None
     labels: Literal["expected", "drawn", "hard"] = "expected"
 
     def __post_init__(self):
         super().__post_init__()
-        plain = (self.kl_in, self.normalise, self.length, self.stop_cv)
+        plain = (self.kl_in, self.normalize, self.length, self.stop_cv)
         if plain != ("reward", "none", "sum", None):
             raise ConfigError(
-                "modpo has no KL in a loss of its own, no advantages to normalise, whole responses and no validation",
-                found="kl_in={!r}, normalise={!r}, length={!r}, stop_cv={}".format(*plain),
+                "modpo has no KL in a loss of its own, no advantages to normalize, whole responses and no validation",
+                found="kl_in={!r}, normalize={!r}, length={!r}, stop_cv={}".format(*plain),
                 remedy="leave these fields out",
             )
 
     @classmethod
     def like(cls, learner: Any, **fields: Any) -> Modpo:
-        """With the shape, budget and optimiser of another learner; an exact one counts as a batch of samples per step."""
+        """With the shape, budget and optimizer of another learner; an exact one counts as a batch of samples per step."""
         same = {f.name: getattr(learner, f.name) for f in dataclasses.fields(cls) if hasattr(learner, f.name)}
-        same |= {"kl_in": "reward", "kl_estimator": "k1", "normalise": "none", "length": "sum", "stop_cv": None}
+        same |= {"kl_in": "reward", "kl_estimator": "k1", "normalize": "none", "length": "sum", "stop_cv": None}
         if not isinstance(learner, PolicyGradient):
             default = cls()
             same |= {"samples": default.batch * learner.steps, "lr": default.lr, "momentum": default.momentum}
@@ -96,26 +96,26 @@ class Modpo(PolicyGradient):
         return super().train(spec, task, work, parents=parents, progress=progress)
 
     def _check_compared(self, spec: TrainSpec, task: Task) -> None:
-        given = (spec.scalariser["name"], spec.aggregation["name"], spec.weighting["name"])
+        given = (spec.scalarizer["name"], spec.aggregation["name"], spec.weighting["name"])
         if given != ("linear", "learner", "fixed"):
             raise ConfigError(
                 "modpo weighs the objectives with the preference itself",
-                found="scalariser {}, aggregation {}, weighting {}".format(*given),
+                found="scalarizer {}, aggregation {}, weighting {}".format(*given),
                 remedy='leave these fields out, or use learner "pg"',
             )
-        if self.labelled is not None:
+        if self.labeled is not None:
             names, w_M = task.objectives.names, spec.preference
-            if not 0 <= self.labelled < len(names):
+            if not 0 <= self.labeled < len(names):
                 raise ConfigError(
-                    "the labelled objective is one of the task's, counted from 0",
-                    found=f"labelled={self.labelled} of {len(names)}",
+                    "the labeled objective is one of the task's, counted from 0",
+                    found=f"labeled={self.labeled} of {len(names)}",
                     remedy="leave it out: the largest weight's is taken",
                 )
-            if w_M is None or w_M[self.labelled] == 0:
+            if w_M is None or w_M[self.labeled] == 0:
                 raise ConfigError(
-                    "modpo divides by the weight of the labelled objective, which must be above 0",
-                    found=f"{names[self.labelled]} with {'sampled preferences' if w_M is None else 'weight 0'}",
-                    remedy="leave `labelled` out: the largest weight's is taken",
+                    "modpo divides by the weight of the labeled objective, which must be above 0",
+                    found=f"{names[self.labeled]} with {'sampled preferences' if w_M is None else 'weight 0'}",
+                    remedy="leave `labeled` out: the largest weight's is taken",
                 )
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Pairs:
@@ -139,7 +139,7 @@ class Modpo(PolicyGradient):
         """Margin, weight, wins and known of all pairs, (P, pairs of a group) each; see `Pairs`."""
         group = self.group
         w_PM = made.w_NM[::group]
-        k_P = w_PM.argmax(1) if self.labelled is None else np.full(len(w_PM), self.labelled)
+        k_P = w_PM.argmax(1) if self.labeled is None else np.full(len(w_PM), self.labeled)
         is_k_PM = np.eye(w_PM.shape[1])[k_P]
         first, second = np.triu_indices(group, 1)
         rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)

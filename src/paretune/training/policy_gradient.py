@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paretune.errors import ConfigError, TrainingError
 from paretune.objectives.base import refuse_unscored
-from paretune.objectives.utilities import check_scalariser, scalarise
+from paretune.objectives.utilities import check_scalarizer, scalarize
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.rollout import token_logp
@@ -39,7 +39,7 @@ from paretune.training.gradients import Jacobian, response_jacobian
 from paretune.training.learner import Learner, converged, memory_explained
 from paretune.training.loss import kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
-from paretune.training.weightings.base import Seen, State, check_combination, weighting_of
+from paretune.training.weightings.base import State, StepContext, check_combination, weighting_of
 
 __all__ = ["Batch", "PolicyGradient"]
 
@@ -87,14 +87,14 @@ class PolicyGradient(Learner):
 
     Source: REINFORCE with a leave-one-out baseline (Kool et al. 2019; RLOO, 2402.14740), the KL penalty in the return.
     Differs: whole responses are the actions; sums over tokens; no division by a group's spread.
-    Hides: `normalise="group"`, `kl_in="loss"`, `length="token_mean"`, `epochs` above 1 and `temperature` other than 1 are there for
-        comparison and climb something other than J_w; `normalise="batch"` rescales each step by one positive number.
+    Hides: `normalize="group"`, `kl_in="loss"`, `length="token_mean"`, `epochs` above 1 and `temperature` other than 1 are there for
+        comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
 
     samples: int = 40_000
     batch: int = 64
     group: int = 8
-    optimiser: Literal["muon", "adam"] = "muon"
+    optimizer: Literal["muon", "adam"] = "muon"
     lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
     momentum: float = 0.9  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
@@ -102,7 +102,7 @@ class PolicyGradient(Learner):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int = 0  # steps of linear warm-up
     baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
-    normalise: Literal["none", "batch", "group"] = "none"
+    normalize: Literal["none", "batch", "group"] = "none"
     kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     length: Literal["sum", "token_mean"] = "sum"
@@ -156,19 +156,19 @@ class PolicyGradient(Learner):
         if is_finished(work):  # by a process that was killed before it could publish
             return read_cost(work)
         began = time.monotonic()
-        check_scalariser(spec.scalariser)
-        if spec.scalarise_at not in ("reward", "advantage"):
+        check_scalarizer(spec.scalarizer)
+        if spec.scalarize_at not in ("reward", "advantage"):
             raise ConfigError(
-                "objectives are scalarised at the reward or at the advantage",
-                found=f"scalarise_at={spec.scalarise_at!r}",
-                remedy='use "reward" (sum, then normalise) or "advantage" (normalise, then sum)',
+                "objectives are scalarized at the reward or at the advantage",
+                found=f"scalarize_at={spec.scalarize_at!r}",
+                remedy='use "reward" (sum, then normalize) or "advantage" (normalize, then sum)',
             )
         check_combination(spec)
         self._check_gradients(spec)
         policy = self.start(spec, task, parents or {})
         weights = policy.parameters()
-        optimiser = self.new_optimiser(weights)
-        run = _Run(**(load_checkpoint(work, spec.key, weights, optimiser) or {"key": spec.key}))
+        optimizer = self.new_optimizer(weights)
+        run = _Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
         saved = time.monotonic()
         with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
             window: list[dict[str, Any]] = []
@@ -176,10 +176,10 @@ class PolicyGradient(Learner):
                 batch = self.collect(policy, task, spec, run.step, run.weighting)
                 run.weighting = batch.state
                 self._count(run, policy, batch, task)
-                for group in optimiser.param_groups:
+                for group in optimizer.param_groups:
                     group["lr"] = self.lr * self.pace(run.step)
                 for _ in range(self.epochs):
-                    loss, norm = self.update(policy, optimiser, batch, beta=task.beta, step=run.step)
+                    loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
                 run.step += 1
                 if self.stop_cv is not None and run.step % self.validate_every == 0:
                     run.validations.append(self.validate(policy, task, spec, run))
@@ -192,7 +192,7 @@ class PolicyGradient(Learner):
                     window = []
                 if last or run.step % self.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     run.seconds, run.log_length, saved = log.seconds, log.length, time.monotonic()
-                    save_checkpoint(work, run.step, weights, optimiser, dataclasses.asdict(run))
+                    save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
         cost = Cost(
             samples=run.samples,
             tokens=run.tokens,
@@ -204,9 +204,9 @@ class PolicyGradient(Learner):
         )
         return self.finish(spec, policy, work, cost)
 
-    def new_optimiser(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """Muon (Jordan et al. 2024) orthogonalises each factor's update; both optimisers have no weight decay."""
-        if self.optimiser == "muon":
+    def new_optimizer(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Muon (Jordan et al. 2024) orthogonalises each factor's update; both optimizers have no weight decay."""
+        if self.optimizer == "muon":
             return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
         return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
 
@@ -253,7 +253,7 @@ class PolicyGradient(Learner):
     ) -> tuple[np.ndarray, State]:
         """(N, M) the weights of this step, and the weighting's next state."""
         weighting = weighting_of(spec)
-        seen = Seen(
+        seen = StepContext(
             step=step,
             steps=self.steps,
             w_NM=made.w_NM,
@@ -272,24 +272,24 @@ class PolicyGradient(Learner):
         """(N,) what each response is worth, compared with the others to its prompt; the only place where objectives are combined."""
         if spec.aggregation["name"] != "learner":
             return aggregate_advantages(spec.aggregation, rewards_NM - penalty_N[:, None], weights_NM, group=self.group)
-        if spec.scalariser["name"] == "linear":
+        if spec.scalarizer["name"] == "linear":
             returns_NM = rewards_NM - penalty_N[:, None]
         else:
             low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
-            single_N = scalarise(rewards_NM, weights_NM, spec.scalariser, low_M=low_M, high_M=high_M) - penalty_N
+            single_N = scalarize(rewards_NM, weights_NM, spec.scalarizer, low_M=low_M, high_M=high_M) - penalty_N
             returns_NM, weights_NM = single_N[:, None], np.ones((len(weights_NM), 1))
-        return advantages(returns_NM, weights_NM, group=self.group, baseline=self.baseline, normalise=self.normalise, at=spec.scalarise_at)
+        return advantages(returns_NM, weights_NM, group=self.group, baseline=self.baseline, normalize=self.normalize, at=spec.scalarize_at)
 
     @memory_explained(SMALLER)
-    def update(self, policy: Policy, optimiser: torch.optim.Optimizer, batch: Batch, *, beta: float, step: int) -> tuple[float, float]:
-        """One step of the optimiser; returns the loss and the norm of the gradient before clipping."""
-        optimiser.zero_grad(set_to_none=True)
+    def update(self, policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, *, beta: float, step: int) -> tuple[float, float]:
+        """One step of the optimizer; returns the loss and the norm of the gradient before clipping."""
+        optimizer.zero_grad(set_to_none=True)
         loss = self.gradient(policy, batch, beta=beta)
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(f"loss {loss:g}, gradient norm {norm:g}", step, self.lr)
-        optimiser.step()
+        optimizer.step()
         return loss, norm
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
@@ -338,11 +338,11 @@ class PolicyGradient(Learner):
             return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
 
     def _check_gradients(self, spec: TrainSpec) -> None:
-        if weighting_of(spec).needs_gramian and (self.epochs, self.kl_in, self.normalise) != (1, "reward", "none"):
+        if weighting_of(spec).needs_gramian and (self.epochs, self.kl_in, self.normalize) != (1, "reward", "none"):
             raise ConfigError(
                 f"weighting {weighting_of(spec).registered_name} needs the gradients of the returns J_k themselves",
-                found=f"epochs={self.epochs}, kl_in={self.kl_in!r}, normalise={self.normalise!r}",
-                remedy='use epochs=1, kl_in="reward" and normalise="none", the defaults',
+                found=f"epochs={self.epochs}, kl_in={self.kl_in!r}, normalize={self.normalize!r}",
+                remedy='use epochs=1, kl_in="reward" and normalize="none", the defaults',
             )
 
     def pace(self, step: int) -> float:
@@ -352,13 +352,13 @@ class PolicyGradient(Learner):
         return shape * min(1.0, (step + 1) / max(self.warmup, 1))
 
     def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: _Run) -> float:
-        """Mean scalarised reward of fresh responses to training prompts, from streams of their own; test prompts are never looked at."""
+        """Mean scalarized reward of fresh responses to training prompts, from streams of their own; test prompts are never looked at."""
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
         made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
         run.validation_samples += len(made.w_NM)
         run.evaluations += 1
         low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
-        return float(np.nanmean(scalarise(made.rewards_NM, made.w_NM, spec.scalariser, low_M=low_M, high_M=high_M)))
+        return float(np.nanmean(scalarize(made.rewards_NM, made.w_NM, spec.scalarizer, low_M=low_M, high_M=high_M)))
 
     def _count(self, run: _Run, policy: Policy, batch: Batch, task: Task) -> None:
         """Charge a batch to the run; stop where too many completions could not be scored."""

@@ -20,30 +20,30 @@ class TrainSpec:
     `task`, `learner`, `weighting` and `rule` are descriptions made by `registry.describe` (name, version, every field, content hashes).
     `preference` is the fixed (M,) weighting, or None where the learner samples a preference for every prompt of a batch.
 
-    Axis K of the policy that is trained holds, in this order, the adapters of the artifacts `frozen` (they stay as they are), those of
-    `init_from` (trained on), and new ones of the ranks `fresh`. `rule` turns the preference of a row into its K gates. With the
-    defaults a fixed preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective, gated by the
-    preference.
+    Axis K of the policy that is trained holds, in this order, the adapters of the artifacts `frozen_adapters` (they stay as they
+    are), those of `init_from` (trained on), and new ones of the ranks `fresh`. `rule` turns the preference of a row into its K
+    gates. With the defaults a fixed preference trains one adapter whose gate is 1, and sampled ones train one adapter per objective,
+    gated by the preference.
     """
 
     task: Mapping[str, Any]
     learner: Mapping[str, Any]
     preference: tuple[float, ...] | None
     seed: int
-    scalariser: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
-    scalarise_at: str = "reward"  # "reward" | "advantage"
+    scalarizer: Mapping[str, Any] = field(default_factory=lambda: {"name": "linear"})
+    scalarize_at: str = "reward"  # "reward" | "advantage"
     aggregation: Mapping[str, Any] = field(default_factory=lambda: {"name": "learner"})  # see `paretune.training.advantages`
     weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})  # how weights follow from the preference, step by step
-    frozen: tuple[str, ...] = ()
+    frozen_adapters: tuple[str, ...] = ()
     init_from: tuple[str, ...] = ()
     fresh: tuple[int, ...] | None = None  # None: what the default needs beside those of `init_from`, of the learner's rank
     rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
-    face: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
+    active_objectives: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
 
     @property
     def parents(self) -> tuple[str, ...]:
         """Keys of all artifacts that must be finished before."""
-        return (*self.frozen, *self.init_from)
+        return (*self.frozen_adapters, *self.init_from)
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(canonical_json(asdict(self)))
@@ -52,8 +52,8 @@ class TrainSpec:
     def from_json(cls, data: Mapping[str, Any]) -> TrainSpec:
         given = dict(data)
         given["preference"] = None if given["preference"] is None else tuple(given["preference"])
-        given["frozen"], given["init_from"] = tuple(given["frozen"]), tuple(given["init_from"])
-        for name in ("fresh", "face"):
+        given["frozen_adapters"], given["init_from"] = tuple(given["frozen_adapters"]), tuple(given["init_from"])
+        for name in ("fresh", "active_objectives"):
             given[name] = None if given[name] is None else tuple(given[name])
         return cls(**given)
 

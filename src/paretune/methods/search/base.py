@@ -12,7 +12,7 @@ from paretune.errors import ParetuneError
 __all__ = ["Evaluations", "Score", "SearchResult", "Spent"]
 
 Score = Callable[[np.ndarray], float]
-"""(K,) mixing weights -> a number to be maximised; NaN where it cannot be scored."""
+"""(K,) mixing weights -> a number to be maximized; NaN where it cannot be scored."""
 
 
 @dataclass(frozen=True)

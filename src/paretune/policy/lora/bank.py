@@ -67,7 +67,7 @@ class LoraBank:
         targets: str | Sequence[str] = "all-linear",
         trainable: Sequence[str] | None = None,
     ) -> LoraBank:
-        """Fresh adapters (B = 0) on the HF causal LM `model`; each is initialised from its own stream of `seed`, named by its name.
+        """Fresh adapters (B = 0) on the HF causal LM `model`; each is initialized from its own stream of `seed`, named by its name.
 
         `targets` is "all-linear" (every linear layer but the head) or names of modules. `names` may be empty: the reference alone.
         """
@@ -246,14 +246,14 @@ class LoraBank:
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Within, nobody writes into adapters (a decoding loop): they are looked at once, not at every context."""
-        self._look()
+        self._forget_changed()
         before, self._held = self._held, True
         try:
             yield
         finally:
             self._held = before
 
-    def _look(self) -> None:
+    def _forget_changed(self) -> None:
         """Forget what was made of parameters that have been written into, moved, frozen or thawed since."""
         if self._held:
             return
@@ -273,7 +273,7 @@ class LoraBank:
     @contextlib.contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
         """What the layers compute within; `gates`, `blocks`, `factor` and `routing.routed` make the mode."""
-        self._look()
+        self._forget_changed()
         before = self._switch.turn(mode)
         try:
             yield

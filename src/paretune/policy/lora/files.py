@@ -16,7 +16,7 @@ __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "re
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# Settings of PEFT that make an adapter more than B A x: variants, other trained tensors, initialisations that change the base weights.
+# Settings of PEFT that make an adapter more than B A x: variants, other trained tensors, initializations that change the base weights.
 NOT_PLAIN = (
     *(
         "use_dora",

@@ -8,7 +8,7 @@ with all A_k as one matrix, the gates on the K * rank numbers in between, and al
 input (query, key and value; gate and up) share one product with their A where nothing is trained: decoding one token is many small
 operations, and their number is what it costs.
 
-Where every adapter of a layer is frozen these matrices are kept; otherwise they are made anew in each call, because optimisers may write
+Where every adapter of a layer is frozen these matrices are kept; otherwise they are made anew in each call, because optimizers may write
 into parameters without a trace (Adam with `fused=True` leaves a tensor's version as it was). The bank looks at all parameters whenever a
 context is entered, so that writing into frozen ones is seen from the next context on (through `copy_` under `no_grad`; through `p.data`
 nothing can be seen).

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS
+from paretune.policy.base import MIXINGS
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.mixing.parameter import _own
+from paretune.policy.mixing.parameter import _claim_cache
 from paretune.policy.mixing.predictions import _Stacked, _weighted
 
 __all__ = ["HiddenLayerMix", "HiddenMix"]
 
 
-@LEVELS.register("hidden")
+@MIXINGS.register("hidden")
 class HiddenMix(_Stacked):
     """The last hidden states of the experts, mixed, under the model's own head (bias, scale and soft cap included).
 
@@ -51,7 +51,7 @@ class HiddenMix(_Stacked):
             return run_head(self.model, _weighted(parts, gates_NK).to(parts.dtype))
 
 
-@LEVELS.register("hidden-layer")
+@MIXINGS.register("hidden-layer")
 class HiddenLayerMix(HiddenMix):
     """Up to `layer` each expert runs alone; their hidden states are mixed with the gates; the layers above run once, under the soup.
 
@@ -99,7 +99,7 @@ class HiddenLayerMix(HiddenMix):
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(N, T, V) logits."""
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         if self.layer == len(self.layers):
             states = super().parts(input_ids_NT, attention_mask, position_ids, cache, gates_NK, last_only)
             kept = gates_NK[:, -int(last_only) :] if last_only and gates_NK.dim() == 3 else gates_NK

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS, Policy
+from paretune.policy.base import MIXINGS, Policy
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.decoder import routed
 from paretune.policy.lora.layers import FusedLayer
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-@LEVELS.register("parameter")
+@MIXINGS.register("parameter")
 class ParameterMix(Policy):
     """The exact soup of the adapters, its own for every row.
 
@@ -56,7 +56,7 @@ class ParameterMix(Policy):
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         with self.bank.gates(gates_NK):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
@@ -64,7 +64,7 @@ class ParameterMix(Policy):
         return parts
 
 
-@LEVELS.register("reference")
+@MIXINGS.register("reference")
 class ReferencePolicy(ParameterMix):
     """The base model without adapters, whatever the gates."""
 
@@ -72,7 +72,7 @@ class ReferencePolicy(ParameterMix):
         return super().parts(input_ids_NT, attention_mask, position_ids, cache, None, last_only)
 
 
-@LEVELS.register("factor")
+@MIXINGS.register("factor")
 class FactorMix(ParameterMix):
     """The soup of the factors: A and B averaged separately.
 
@@ -89,12 +89,12 @@ class FactorMix(ParameterMix):
                 remedy="sample one preference at a time, or use the parameter level, which mixes per row",
             )
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         with self.bank.factor(gates_NK[0]):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
 
-def _own(cache: Any, gates: Tensor | None) -> None:
+def _claim_cache(cache: Any, gates: Tensor | None) -> None:
     """Keys and values at the parameter level were computed under gates: refuse others (a router's per-token gates may change)."""
     if gates is not None and gates.dim() == 3:
         return
@@ -114,7 +114,7 @@ def _own(cache: Any, gates: Tensor | None) -> None:
 RECIPES = ("ties", "dare", "dare-ties")
 
 
-@LEVELS.register("merged")
+@MIXINGS.register("merged")
 class MergedMix(ParameterMix):
     """The base model plus a merge of the adapters' dense changes D_k = s_k B_k A_k, matrix by matrix; one merge for a whole batch.
 
@@ -124,15 +124,15 @@ class MergedMix(ParameterMix):
 
     Source: TIES (2306.01708), DARE (2311.03099); weights as mergekit has them.
     Differs: entries are trimmed per matrix, as PEFT and mergekit do, not over the whole model as the paper does. The weights take part in
-        the election. `normalise` divides what agrees by the sum of its weights (mergekit, and the paper's mean at equal weights);
+        the election. `normalize` divides what agrees by the sum of its weights (mergekit, and the paper's mean at equal weights);
         without it, it is their weighted sum. What is merged is the product B A, not the factors, which PEFT's `add_weighted_adapter`
         merges. Masks come from `seed`, one stream per matrix and adapter.
-    Hides: at g = e_k it is the trimmed expert, not the expert, unless density is 1. Normalised, it jumps at the vertices: an entry that
+    Hides: at g = e_k it is the trimmed expert, not the expert, unless density is 1. Normalized, it jumps at the vertices: an entry that
         one expert alone keeps counts fully however small that expert's gate. A merge is dense: no rank is left, and it is computed anew
         for every preference, at the memory of one model.
     """
 
-    def __init__(self, bank: Any, tokenizer: Any, *, how: str = "ties", density: float = 0.5, normalise: bool = True, seed: int = 0):
+    def __init__(self, bank: Any, tokenizer: Any, *, how: str = "ties", density: float = 0.5, normalize: bool = True, seed: int = 0):
         super().__init__(bank, tokenizer)
         if how not in RECIPES or not 0 < density <= 1:
             raise ConfigError(
@@ -140,12 +140,12 @@ class MergedMix(ParameterMix):
                 found=f"how={how!r}, density={density:g}",
                 remedy='density is the share that is kept; use level "parameter" for the plain soup',
             )
-        self.how, self.density, self.normalise, self.seed = how, density, normalise, seed
+        self.how, self.density, self.normalize, self.seed = how, density, normalize, seed
         self._known: tuple[Any, dict[str, Tensor]] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"how": self.how, "density": self.density, "normalise": self.normalise, "seed": self.seed}
+        return {"how": self.how, "density": self.density, "normalize": self.normalize, "seed": self.seed}
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         if gates_NK is None or gates_NK.dim() != 2 or not bool((gates_NK == gates_NK[:1]).all()):
@@ -155,7 +155,7 @@ class MergedMix(ParameterMix):
                 remedy="sample one preference at a time, or use the parameter level, which mixes per row",
             )
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         inputs = {**self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), "logits_to_keep": int(last_only)}
         with self.bank.gates(None):
             return functional_call(self.model, self.weights(gates_NK[0]), kwargs=inputs).logits
@@ -182,7 +182,7 @@ class MergedMix(ParameterMix):
             deltas[k] = b_Or.detach().to(wide) @ a_rI.detach().to(wide) * scale
         kept = self._sparse(deltas, layer.name)
         gates = gates_K.to(wide)
-        merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalise=self.normalise)
+        merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalize=self.normalize)
         return weight.to(wide) + (merged.t() if layer.module.fan_in_fan_out else merged)
 
     def _sparse(self, deltas_KOI: Tensor, name: str) -> Tensor:
@@ -214,8 +214,8 @@ def dare(delta: Tensor, density: float, *, seed: int) -> Tensor:
     return torch.where(draws < density, delta / density, 0.0)
 
 
-def ties(deltas_KOI: Tensor, gates_K: Tensor, *, normalise: bool) -> Tensor:
-    """(O, I): per entry, the gated changes that have the sign of their sum; their weighted mean with `normalise`, else their sum.
+def ties(deltas_KOI: Tensor, gates_K: Tensor, *, normalize: bool) -> Tensor:
+    """(O, I): per entry, the gated changes that have the sign of their sum; their weighted mean with `normalize`, else their sum.
 
     Source: TIES (2306.01708), election and disjoint merge; with weights as in mergekit.
     Differs: an entry whose changes cancel exactly is elected positive, as in PEFT.
@@ -226,7 +226,7 @@ def ties(deltas_KOI: Tensor, gates_K: Tensor, *, normalise: bool) -> Tensor:
     elected = torch.where(pulled.sum(0) >= 0, 1.0, -1.0)
     agrees = pulled.sign() == elected
     total = (pulled * agrees).sum(0)
-    if not normalise:
+    if not normalize:
         return total
     weight = (gates * agrees).sum(0)
     return torch.where(weight == 0, 0.0, total / torch.where(weight == 0, 1.0, weight))
@@ -235,7 +235,7 @@ def ties(deltas_KOI: Tensor, gates_K: Tensor, *, normalise: bool) -> Tensor:
 ROUTER_FILE = "router.safetensors"
 
 
-@LEVELS.register("routed")
+@MIXINGS.register("routed")
 class RoutedMix(ParameterMix):
     """A mixture of the adapters whose gates are those of the rule plus what a small network per layer corrects, token by token.
 
@@ -295,7 +295,7 @@ class RoutedMix(ParameterMix):
                 remedy="give the gates of each row's preference, (rows, adapters)",
             )
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         routers = {layer: partial(self._gates, layer) for layer in range(len(self._layers))}
         with routed(self.bank, routers, gates_NK):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
@@ -313,7 +313,7 @@ class RoutedMix(ParameterMix):
         return gates_NTK + mixed_N11 * functional.linear(torch.tanh(functional.linear(seen, down)), up)
 
 
-@LEVELS.register("tied")
+@MIXINGS.register("tied")
 class TiedMix(ParameterMix):
     """The soup of adapters of which all but the first `own` share A and B: adapter k adds B C_k A, with a core C_k of its own.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS, Policy
+from paretune.policy.base import MIXINGS, Policy
 from paretune.policy.lora.decoder import branch_point, branched, stacked_share
 
 __all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "worst_weights"]
@@ -43,12 +43,12 @@ class _Stacked(Policy):
             yield self._inputs(1 if first else self.copies, *inputs)
 
 
-@LEVELS.register("logit")
+@MIXINGS.register("logit")
 class LogitMix(_Stacked):
     """A product of the experts, token by token: log pi(y_t) = sum_k g_k log pi_k(y_t) + constant.
 
     Source: MOD (2406.18853), the reverse-KL case.
-    Differs: all experts share one stacked forward and one cache. Logits are mixed instead of their log-softmaxes: the normalisers
+    Differs: all experts share one stacked forward and one cache. Logits are mixed instead of their log-softmaxes: the normalizers
         are constants over V for each row, and drop out.
     Hides: the sequence-level product is optimal for linear preferences, the token-level one is not; K forwards per token (of the
         layers with adapters and those above).
@@ -78,9 +78,9 @@ def _weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
 DIVERGENCES = ("forward-kl", "alpha", "js")
 
 
-@LEVELS.register("divergence")
+@MIXINGS.register("divergence")
 class DivergenceMix(LogitMix):
-    """The mixture that a divergence other than the reverse KL asks for, token by token, normalised over V:
+    """The mixture that a divergence other than the reverse KL asks for, token by token, normalized over V:
 
         forward-kl  pi = (sum_k g_k / pi_k)^-1                              the weighted harmonic mean
         alpha       pi = (sum_k g_k pi_k^-alpha)^(-1/alpha)                 0 < alpha <= 1; 1 is forward-kl, towards 0 the product
@@ -132,12 +132,12 @@ class DivergenceMix(LogitMix):
         return (gates.log() - power * logp).logsumexp(0) / -power
 
 
-@LEVELS.register("robust")
+@MIXINGS.register("robust")
 class RobustMix(LogitMix):
     """The product of the experts at the worst weights within `radius` of the preference, chosen anew for every token.
 
     The weights are g = (1 - radius) w + radius u, with u anywhere on the simplex; radius 1 is the source's game, which does not hear
-    the preference, and radius 0 is logit mixing. The worst weights minimise log sum_y prod_k pi_k(y)^g_k, and the policy is the
+    the preference, and radius 0 is logit mixing. The worst weights minimize log sum_y prod_k pi_k(y)^g_k, and the policy is the
     product at them: the best answer to them, and the saddle point of max_pi min_g E_pi[sum_k g_k log(pi_k / pi_ref)] - KL(pi || pi_ref).
     At radius 1 the mixture is equally far, in KL, from every expert that has a weight.
     Source: RMOD (2503.08796): decoding as a game between policy and weights, whose equilibrium is a convex problem in the weights.
@@ -168,19 +168,19 @@ class RobustMix(LogitMix):
         return torch.einsum("ntk,kntv->ntv", weights.to(logp.dtype), logp)
 
 
-def worst_weights(logp_KNTV: Tensor, centre_NTK: Tensor, *, radius: float, rounds: int = 9, steps: int = 4) -> Tensor:
-    """(N, T, K) float64 minimisers of log sum_v exp(sum_k g_k logp_k) over g = (1 - radius) centre + radius u, u on the simplex.
+def worst_weights(logp_KNTV: Tensor, center_NTK: Tensor, *, radius: float, rounds: int = 9, steps: int = 4) -> Tensor:
+    """(N, T, K) float64 minimizers of log sum_v exp(sum_k g_k logp_k) over g = (1 - radius) center + radius u, u on the simplex.
 
     The problem is convex with K unknowns: Newton's method with a logarithmic barrier for u >= 0 that shrinks tenfold every round, and
     steps halved until the value falls. No gradient.
     """
     with torch.no_grad():
-        x, centre = logp_KNTV.double(), centre_NTK.double()
+        x, center = logp_KNTV.double(), center_NTK.double()
         k = len(x)
         u = torch.full((*x.shape[1:3], k), 1.0 / k, dtype=torch.float64, device=x.device)
 
         def mixed(u: Tensor) -> Tensor:
-            return torch.einsum("ntk,kntv->ntv", (1 - radius) * centre + radius * u, x)
+            return torch.einsum("ntk,kntv->ntv", (1 - radius) * center + radius * u, x)
 
         def value(u: Tensor, barrier: float) -> Tensor:
             return mixed(u).logsumexp(-1) - barrier * u.log().sum(-1)
@@ -203,7 +203,7 @@ def worst_weights(logp_KNTV: Tensor, centre_NTK: Tensor, *, radius: float, round
                     break
                 length = torch.where(worse[..., None], length / 2, length)
             u = torch.where((value(u + length * step, barrier) > here + 1e-14)[..., None], u, u + length * step)
-        return (1 - radius) * centre + radius * u
+        return (1 - radius) * center + radius * u
 
 
 def _log_softmax(parts: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.policy.base import LEVELS
-from paretune.policy.mixing.parameter import ParameterMix, _own
+from paretune.policy.base import MIXINGS
+from paretune.policy.mixing.parameter import ParameterMix, _claim_cache
 
 __all__ = ["PromptedMix", "digit_ids"]
 
@@ -32,7 +32,7 @@ def digit_ids(tokenizer: Any) -> list[int]:
     return found
 
 
-@LEVELS.register("prompted")
+@MIXINGS.register("prompted")
 class PromptedMix(ParameterMix):
     """One adapter; the gates of a row are its preference, whose weights stand as digits before the prompt: `digits` for each objective.
 
@@ -54,7 +54,7 @@ class PromptedMix(ParameterMix):
                 remedy='train it with `fresh=(rank,)` and the rule "prompted"',
             )
         self.objectives, self.digits = objectives, digits
-        self._on = torch.ones(1, device=self.device)  # the adapter's gate, one object: decoding recognises it
+        self._on = torch.ones(1, device=self.device)  # the adapter's gate, one object: decoding recognizes it
         self.symbols = torch.tensor(digit_ids(tokenizer), device=self.device)
 
     @property
@@ -92,7 +92,7 @@ class PromptedMix(ParameterMix):
             )
         opens = cache is None or cache.get_seq_length() == 0  # else the digits are in the cache already
         if cache is not None:
-            _own(cache, gates_NK)
+            _claim_cache(cache, gates_NK)
         keep = int(last_only) or input_ids_NT.shape[1]
         if opens:
             input_ids_NT = torch.cat([self.prefix(gates_NK), input_ids_NT], 1)

@@ -1,8 +1,8 @@
 """The rewards of exact tasks: seeded score fields with shared compositional features, then the dials.
 
 A field scores a response symbol by symbol: a weight per symbol, a weight per pair (prompt symbol, response symbol), and, scaled by
-`interaction`, a weight per pair of neighbouring symbols. The same tables serve training and test prompts, so a policy that
-learns the features can do well on prompts it never saw. M independent fields are whitened under the reference policy, coloured to
+`interaction`, a weight per pair of neighboring symbols. The same tables serve training and test prompts, so a policy that
+learns the features can do well on prompts it never saw. M independent fields are whitened under the reference policy, colored to
 the wanted correlation, and squashed to (0, 1).
 
 The further dials of exact tasks: scale, sparsity, noise and context. Each is off by default, and verified where it is on.
@@ -100,9 +100,9 @@ def mix_to_correlation(fields_PRM: np.ndarray, logp_PR: np.ndarray, rho: float, 
     rewards_PRM, missed, best = white_PRM, np.inf, (np.inf, white_PRM)
     for _ in range(60):
         values, vectors = np.linalg.eigh(latent)
-        colour = vectors * np.sqrt(np.clip(values, 0.0, None)) @ vectors.T
-        coloured_PRM = white_PRM @ (colour / np.linalg.norm(colour, axis=1, keepdims=True)).T
-        rewards_PRM = expit(coloured_PRM * gains_for(coloured_PRM, logp_PR, strength, beta))
+        color = vectors * np.sqrt(np.clip(values, 0.0, None)) @ vectors.T
+        colored_PRM = white_PRM @ (color / np.linalg.norm(color, axis=1, keepdims=True)).T
+        rewards_PRM = expit(colored_PRM * gains_for(colored_PRM, logp_PR, strength, beta))
         measured = correlations(rewards_PRM, logp_PR)
         missed = np.abs(measured - target).max()
         best = min(best, (missed, rewards_PRM), key=lambda pair: pair[0])
@@ -144,7 +144,7 @@ def gains_for(scores_PRM: np.ndarray, logp_PR: np.ndarray, strength: float, beta
 
 
 def _whiten(fields_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
-    """Centre per prompt under the reference, then one linear map for all prompts that makes the mean covariance the identity."""
+    """Center per prompt under the reference, then one linear map for all prompts that makes the mean covariance the identity."""
     centred_PRM = fields_PRM - (np.exp(logp_PR)[:, :, None] * fields_PRM).sum(1, keepdims=True)
     values, vectors = np.linalg.eigh(_covariance(fields_PRM, logp_PR).mean(0))
     return centred_PRM @ (vectors / np.sqrt(values) @ vectors.T)

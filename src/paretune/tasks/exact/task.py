@@ -1,6 +1,6 @@
 """Exact tasks: a real causal LM whose every response can be enumerated, so that the true Pareto front is known.
 
-Regularised return of objective k: J_k = mean over prompts of (E[r_k] - beta * KL(pi || pi_ref)), KL over whole responses in nats.
+Regularized return of objective k: J_k = mean over prompts of (E[r_k] - beta * KL(pi || pi_ref)), KL over whole responses in nats.
 For a preference w the optimum of w . J is pi*_w(y|x) proportional to pi_ref(y|x) exp(w . r(x, y) / beta): the front is closed form.
 
 `exact-v1` with its default dials is the judged family. Task seeds 0-9 are for development, 100-109 for judging.
@@ -10,7 +10,7 @@ The dials, verified when the rewards are first built (a task that misses one rai
     rho              correlation of every pair of objectives under the reference, mean over prompts, within 0.03; the prompts
                      are split so that training and test prompts differ as little from it as 500 seeded splits allow
     objective_count  M, 2 to 8; rho is at least -1/(M-1)
-    interaction      how much neighbouring symbols matter to each other in the rewards (stopping, squashing and the language
+    interaction      how much neighboring symbols matter to each other in the rewards (stopping, squashing and the language
                      itself couple symbols too, so token-by-token mixing is not exact even at 0)
     strength         nats from the reference to each objective's own optimum
 
@@ -224,7 +224,7 @@ class ExactTask(Task):
         return np.einsum("pr,prm->pm", p_PR, self.rewards_PRM(split)), kl_P
 
     def J_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
-        """(M,) regularised returns, mean over prompts."""
+        """(M,) regularized returns, mean over prompts."""
         rewards_PM, kl_P = self.returns(logp_PR, split)
         return (rewards_PM - self.beta * kl_P[:, None]).mean(0)
 

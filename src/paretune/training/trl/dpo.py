@@ -3,7 +3,7 @@
 DPO's loss is -log sigmoid(beta' d), d the difference of log pi - log pi_ref, better response minus worse. MODPO's is that of
 (beta d - margin) / w_1. So beta' = beta / w_1, and half of margin / beta is added to the reference's log-probability of the better
 response and taken from that of the worse. `precompute_ref_log_probs` makes DPOTrainer read these numbers from the batch, where the data
-collator, an argument of the trainer's, moves them. The collator also brings the tokens as they were drawn: DPOTrainer itself tokenises
+collator, an argument of the trainer's, moves them. The collator also brings the tokens as they were drawn: DPOTrainer itself tokenizes
 text and ends every response with EOS, which is wrong for one that the length limit cut.
 """
 
@@ -32,7 +32,7 @@ from paretune.training.trl.learner import SMALLER, Trl
 
 __all__ = ["TrlModpo"]
 
-UNUSED = {"prompt": "", "chosen": "", "rejected": ""}  # DPOTrainer wants texts and tokenises them; the collator has tokens instead
+UNUSED = {"prompt": "", "chosen": "", "rejected": ""}  # DPOTrainer wants texts and tokenizes them; the collator has tokens instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class TrlModpo(Modpo, Trl):
     def _beta(self, spec: TrainSpec, task: Task) -> float:
         """DPO's beta."""
         assert spec.preference is not None
-        return task.beta / (max(spec.preference) if self.labelled is None else spec.preference[self.labelled])
+        return task.beta / (max(spec.preference) if self.labeled is None else spec.preference[self.labeled])
 
     def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
         import trl

@@ -1,6 +1,6 @@
 """The learner `trl`: what a `TrainSpec` asks for, trained by TRL's RLOOTrainer or GRPOTrainer through their public interface.
 
-Prompts in the embedded learner's order, its fresh adapter, its optimiser and schedule; the objectives are combined by the drop-in. What TRL
+Prompts in the embedded learner's order, its fresh adapter, its optimizer and schedule; the objectives are combined by the drop-in. What TRL
 does itself is the loop: generation (its own, or vLLM's), log-probabilities, baseline, loss, checkpoints, and many processes.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml -m paretune.runs.launch ROOT/logs/jobs/train-KEY.json
@@ -66,8 +66,8 @@ class Trl(PolicyGradient):
     `vllm_mode`. `quantise` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
 
     Source: TRL's RLOOTrainer (RLOO, 2402.14740) and GRPOTrainer (2402.03300).
-    Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalisation
-        other than "none" (and "batch" under "rloo"), the KL is not inside of what is normalised; weightings see the mean KL of the
+    Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalization
+        other than "none" (and "batch" under "rloo"), the KL is not inside of what is normalized; weightings see the mean KL of the
         batch before instead of each response's.
     Hides: as `pg`; "grpo" climbs something other than J_w (k3 per token in the loss), which its fields must say.
     """
@@ -154,19 +154,19 @@ class Trl(PolicyGradient):
             streams = [seed_for(spec.seed, "reward noise", "trl", step, first + n) for n in range(len(texts))]
             return task.observe([known[place] for place in given["place"]], texts, streams=streams)
 
-        normalise = "none" if self._in_trainer(spec) else self.normalise
+        normalize = "none" if self._in_trainer(spec) else self.normalize
         assert spec.preference is not None
         return MultiObjectiveReward(
             task.objectives,
             spec.preference,
             group=self.group,
             trainer="rloo" if self.trainer == "rloo" else "grpo",
-            scalariser=spec.scalariser,
-            scalarise_at=spec.scalarise_at,
+            scalarizer=spec.scalarizer,
+            scalarize_at=spec.scalarize_at,
             aggregation=spec.aggregation,
             weighting=spec.weighting,
             baseline=self.baseline,
-            normalise=normalise,
+            normalize=normalize,
             beta=task.beta,
             landmarks=landmarks(task) if task.is_exact else None,
             max_unscored=self.max_unscored,
@@ -176,8 +176,8 @@ class Trl(PolicyGradient):
 
     def _in_trainer(self, spec: TrainSpec) -> bool:
         """Whether TRL itself divides by the batch's spread, with the KL inside, as `pg` does."""
-        plain = spec.scalarise_at == "reward" and spec.aggregation["name"] == "learner"
-        return self.trainer == "rloo" and self.normalise == "batch" and plain
+        plain = spec.scalarize_at == "reward" and spec.aggregation["name"] == "learner"
+        return self.trainer == "rloo" and self.normalize == "batch" and plain
 
     def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
         """The configuration of TRL's trainer."""
@@ -213,7 +213,7 @@ class Trl(PolicyGradient):
         return self._configured(trl.RLOOConfig if self.trainer == "rloo" else trl.GRPOConfig, own, {"top_p": 1.0, "top_k": 0})
 
     def _loop(self, spec: TrainSpec, work: Path, rows: int, parts: int) -> dict[str, Any]:
-        """What all of TRL's trainers are told: steps of `parts` times `rows`, the optimiser, logs and checkpoints."""
+        """What all of TRL's trainers are told: steps of `parts` times `rows`, the optimizer, logs and checkpoints."""
         return {
             "output_dir": str(work / FOLDER),
             "per_device_train_batch_size": rows,
@@ -264,7 +264,7 @@ class Trl(PolicyGradient):
         return self._built(made, spec, task, reward_funcs=[reward], args=args, train_dataset=rows)
 
     def _built(self, made: Any, spec: TrainSpec, task: Task, **given: Any) -> Any:
-        """The trainer `made` with the embedded learner's first adapter, optimiser and schedule."""
+        """The trainer `made` with the embedded learner's first adapter, optimizer and schedule."""
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from transformers import PrinterCallback
 
@@ -281,19 +281,19 @@ class Trl(PolicyGradient):
         trainer.remove_callback(PrinterCallback)
         if not self._sharded():
             weights = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.optimizer = self.new_optimiser(weights)
+            trainer.optimizer = self.new_optimizer(weights)
             trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda n: self.pace(n // self.epochs))
         return trainer
 
     def _sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed owns parameters and optimiser; ConfigError where the optimiser needs whole matrices."""
+        """Whether FSDP or DeepSpeed owns parameters and optimizer; ConfigError where the optimizer needs whole matrices."""
         on = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true")]
         on += [name.upper() for name in ("fsdp", "deepspeed") if self.settings.get(name)]
-        if on and self.optimiser != "adam":
+        if on and self.optimizer != "adam":
             raise ConfigError(
                 f"{on[0]} splits the parameters over processes, and Muon needs whole matrices",
-                found=f"optimiser={self.optimiser!r}",
-                remedy='use optimiser="adam" (lr about 3e-3 for adapters of small models, 1e-5 to 1e-4 for large ones), or DDP',
+                found=f"optimizer={self.optimizer!r}",
+                remedy='use optimizer="adam" (lr about 3e-3 for adapters of small models, 1e-5 to 1e-4 for large ones), or DDP',
             )
         return bool(on)
 

@@ -1,15 +1,15 @@
 """A reward function for TRL's own trainers that keeps several objectives apart until the last step.
 
-    reward = MultiObjectiveReward([helpful, brief], (0.7, 0.3), group=8, scalarise_at="advantage", normalise="group")
+    reward = MultiObjectiveReward([helpful, brief], (0.7, 0.3), group=8, scalarize_at="advantage", normalize="group")
     trainer = GRPOTrainer(model, reward_funcs=[reward], args=GRPOConfig(..., **reward.settings()), ...)
 
 TRL asks it for one number per completion. It scores every objective, gathers the batch from all processes, and combines the vectors as the
-embedded learner does: weighting, scalariser, normalisation, aggregation. The number has such group means that the baseline which TRL
+embedded learner does: weighting, scalarizer, normalization, aggregation. The number has such group means that the baseline which TRL
 subtracts leaves the advantage as it was meant. Means, unscored counts and present weights go to TRL's logs; what a weighting
 remembers goes to the trainer's state, and so into its checkpoints.
 
 A reward function sees no log-probabilities. The price of KL is therefore TRL's own (`beta` of its configuration): RLOOTrainer subtracts it
-from the number, GRPOTrainer adds it to the loss. Neither is inside what is normalised here, and weights that do not sum to 1 do not
+from the number, GRPOTrainer adds it to the loss. Neither is inside what is normalized here, and weights that do not sum to 1 do not
 multiply it. Weightings that look at returns see rewards minus `beta` times the mean KL that the trainer logged last.
 """
 
@@ -23,11 +23,11 @@ import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError
 from paretune.objectives.base import check_callable, refuse_unscored, score_given
-from paretune.objectives.utilities import Landmarks, check_scalariser, scalarise
+from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
 from paretune.training.advantages import group_covariance
 from paretune.training.policy_gradient import WATCHED, PolicyGradient
 from paretune.training.spec import TrainSpec
-from paretune.training.weightings.base import Seen, State, check_combination, weighting_of
+from paretune.training.weightings.base import State, StepContext, check_combination, weighting_of
 from paretune.types import Objectives, Preference, Prompt
 
 __all__ = ["MultiObjectiveReward"]
@@ -36,7 +36,7 @@ Scorer = Callable[[Mapping[str, Any], int, int], np.ndarray]
 """(what TRL gives, number of the batch, place of the first row in the whole batch) -> (N, M) rewards, NaN = unscored."""
 
 STATE = "paretune"  # where a weighting's memory lies in the trainer's state
-CENTRED = ("learner", "grpo", "mo_grpo", "gdpo", "dvao")  # aggregations whose advantages have mean 0 in every group
+CENTERED = ("learner", "grpo", "mo_grpo", "gdpo", "dvao")  # aggregations whose advantages have mean 0 in every group
 TRL_BASELINE = {"grpo": "group_mean", "rloo": "leave_one_out"}
 
 
@@ -45,7 +45,7 @@ class MultiObjectiveReward:
 
     objectives: functions with TRL's reward signature, or Paretune's objectives; or names and ranges (`Objectives`) together with
     `scorer`, which scores all of them at once. `group` is TRL's num_generations. The other fields are those of a `TrainSpec` and of the
-    learner `pg`; `low` and `high`, the objectives' ranges, matter to weightings and to scalarisers other than "linear".
+    learner `pg`; `low` and `high`, the objectives' ranges, matter to weightings and to scalarizers other than "linear".
     Evaluation calls the same function: with a weighting that remembers, give the evaluation a trainer and a reward of its own.
     """
 
@@ -56,12 +56,12 @@ class MultiObjectiveReward:
         *,
         group: int,
         trainer: Literal["grpo", "rloo"] = "grpo",
-        scalariser: str | Mapping[str, Any] = "linear",
-        scalarise_at: str = "reward",
+        scalarizer: str | Mapping[str, Any] = "linear",
+        scalarize_at: str = "reward",
         aggregation: str | Mapping[str, Any] = "learner",
         weighting: str | Mapping[str, Any] = "fixed",
         baseline: Literal["leave_one_out", "group_mean"] | None = None,
-        normalise: Literal["none", "batch", "group"] = "none",
+        normalize: Literal["none", "batch", "group"] = "none",
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
         beta: float = 0.0,
@@ -77,10 +77,10 @@ class MultiObjectiveReward:
         self.trainer, self.beta, self.landmarks, self.max_unscored = trainer, beta, landmarks, max_unscored
         self.objectives, self.scorer = _scored_by(objectives, scorer, low, high)
         w_M = Preference.of(self.objectives.names, preference).weights
-        described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalariser, aggregation, weighting)]
-        self.spec = TrainSpec({}, {}, w_M, seed, described[0], scalarise_at, described[1], described[2])
+        described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalarizer, aggregation, weighting)]
+        self.spec = TrainSpec({}, {}, w_M, seed, described[0], scalarize_at, described[1], described[2])
         chosen: Any = baseline or TRL_BASELINE[trainer]
-        self.rule = PolicyGradient(batch=group, samples=group, group=group, baseline=chosen, normalise=normalise)
+        self.rule = PolicyGradient(batch=group, samples=group, group=group, baseline=chosen, normalize=normalize)
         _check(self.spec)
         self.restart()
 
@@ -200,7 +200,7 @@ class MultiObjectiveReward:
     def _weights(self, rewards_NM: np.ndarray, prompts: Sequence[Any], state: Any) -> np.ndarray:
         """(N, M) the weights of this batch; the weighting's memory moves on."""
         weighting = weighting_of(self.spec)
-        seen = Seen(
+        seen = StepContext(
             step=self.step,
             steps=int(getattr(state, "max_steps", 0) or 0),
             w_NM=np.tile(np.asarray(self.spec.preference, dtype=np.float64), (len(rewards_NM), 1)),
@@ -217,20 +217,20 @@ class MultiObjectiveReward:
         return weights_NM
 
     def _numbers(self, rewards_NM: np.ndarray, weights_NM: np.ndarray) -> np.ndarray:
-        """(N,) what TRL's baseline turns into the advantages; the scalarised reward itself where nothing is normalised."""
+        """(N,) what TRL's baseline turns into the advantages; the scalarized reward itself where nothing is normalized."""
         group = self.rule.group
         advantage_N = self.rule.advantages(self.spec, cast(Any, self), rewards_NM, weights_NM, np.zeros(len(rewards_NM)))
         single_NM, known_N = weights_NM * rewards_NM, ~np.isnan(rewards_NM).all(1)
-        if self.spec.scalariser["name"] != "linear":
+        if self.spec.scalarizer["name"] != "linear":
             low_M, high_M = np.array(self.objectives.low), np.array(self.objectives.high)
-            single_NM = scalarise(rewards_NM, weights_NM, self.spec.scalariser, low_M=low_M, high_M=high_M)[:, None]
+            single_NM = scalarize(rewards_NM, weights_NM, self.spec.scalarizer, low_M=low_M, high_M=high_M)[:, None]
             known_N = ~np.isnan(single_NM[:, 0])
         known_PG = known_N.reshape(-1, group)
         number_PG = np.where(known_PG, advantage_N.reshape(-1, group), np.nan)
         if self.trainer == "rloo":  # what is subtracted is the mean of the others: it stretches by n / (n - 1)
             n_P1 = known_PG.sum(1, keepdims=True)
             number_PG = number_PG * (np.maximum(n_P1 - 1, 0) / np.maximum(n_P1, 1))
-        if self.rule.normalise == "none" and self.spec.aggregation["name"] == "learner":  # a level that people can read in the logs
+        if self.rule.normalize == "none" and self.spec.aggregation["name"] == "learner":  # a level that people can read in the logs
             single_PGM = single_NM.reshape(len(number_PG), group, -1)
             scored_PM = (~np.isnan(single_PGM)).sum(1)
             number_PG = number_PG + (np.nansum(single_PGM, axis=1) / np.maximum(scored_PM, 1)).sum(1, keepdims=True)
@@ -275,10 +275,10 @@ def _name(function: Any) -> str:
 
 def _check(spec: TrainSpec) -> None:
     """ConfigError for what a reward function cannot do, or cannot be."""
-    check_scalariser(spec.scalariser)
-    if spec.scalarise_at not in ("reward", "advantage"):
+    check_scalarizer(spec.scalarizer)
+    if spec.scalarize_at not in ("reward", "advantage"):
         raise ConfigError(
-            "objectives are scalarised at the reward or at the advantage", found=repr(spec.scalarise_at), remedy='"reward" or "advantage"'
+            "objectives are scalarized at the reward or at the advantage", found=repr(spec.scalarize_at), remedy='"reward" or "advantage"'
         )
     weighting = weighting_of(spec)
     if weighting.needs_gramian:
@@ -288,11 +288,11 @@ def _check(spec: TrainSpec) -> None:
             remedy='use learner "pg", the embedded learner, for it; or a weighting of returns, such as climb, multipliers or ctwa',
         )
     check_combination(spec)
-    if spec.aggregation["name"] not in CENTRED:
+    if spec.aggregation["name"] not in CENTERED:
         raise ConfigError(
             "TRL subtracts a group's mean from what a reward function returns, so the advantages must have mean 0 in each group",
             found=f"aggregation {spec.aggregation['name']}",
-            remedy=f'use one of {", ".join(CENTRED[1:])}; or learner "pg", the embedded learner, for it',
+            remedy=f'use one of {", ".join(CENTERED[1:])}; or learner "pg", the embedded learner, for it',
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.seeds import generator
-from paretune.training.weightings.base import WEIGHTINGS, Seen, State, Weighting
+from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
 from paretune.training.weightings.gradient import tilted
 
 __all__ = ["CovarianceTargeted", "Exp3", "exp3_probabilities"]
@@ -46,18 +46,18 @@ class CovarianceTargeted(Weighting):
     def start(self, count: int) -> State:
         return {"ema": None, "change": [0.0] * count}
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         change_M = np.array(state["change"])
-        w_M, s_MM = tilted(seen.w_NM, change_M)[0], seen.covariance_MM
+        w_M, s_MM = tilted(context.w_NM, change_M)[0], context.covariance_MM
         spread_M = np.sqrt(np.maximum(np.diag(s_MM) * (w_M @ s_MM @ w_M), 0.0))
         known_M = spread_M > 1e-12
         found_M = np.where(known_M, s_MM @ w_M / np.where(known_M, spread_M, 1.0), 0.0)
         before_M = found_M if state["ema"] is None else np.array(state["ema"])
         ema_M = (1 - self.smoothing) * before_M + self.smoothing * found_M
-        reached_M = (_means(seen.returns_NM) - seen.low_M) / (seen.high_M - seen.low_M)
+        reached_M = (_means(context.returns_NM) - context.low_M) / (context.high_M - context.low_M)
         short_M = np.where(known_M & (reached_M < self.enough), np.maximum(self.target - ema_M, 0.0), 0.0)
         change_M = change_M + self.rate * short_M
-        return tilted(seen.w_NM, change_M), {"ema": ema_M.tolist(), "change": (change_M - change_M.max()).tolist()}
+        return tilted(context.w_NM, change_M), {"ema": ema_M.tolist(), "change": (change_M - change_M.max()).tolist()}
 
 
 @WEIGHTINGS.register("exp3")
@@ -90,11 +90,11 @@ class Exp3(Weighting):
         history = {"sum": [0.0] * count, "batches": 0}
         return {"arms": [0.0] * (count + 1), "change": [0.0] * count, "pulled": None, "recent": history, "past": history}
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         arms, change_M, pulled = np.array(state["arms"]), np.array(state["change"]), state["pulled"]
-        unit_M = (_means(seen.returns_NM) - seen.low_M) / (seen.high_M - seen.low_M)
+        unit_M = (_means(context.returns_NM) - context.low_M) / (context.high_M - context.low_M)
         recent, past = _add(state["recent"], unit_M, 1), state["past"]
-        if seen.step % self.every == 0:
+        if context.step % self.every == 0:
             if pulled is not None and past["batches"]:
                 risen_M = np.array(recent["sum"]) / recent["batches"] - np.array(past["sum"]) / past["batches"]
                 p = exp3_probabilities(arms, self.gamma)[pulled]
@@ -102,17 +102,17 @@ class Exp3(Weighting):
                 arms -= arms.max()
             past, recent = _add(past, recent["sum"], recent["batches"]), {"sum": [0.0] * len(unit_M), "batches": 0}
             cumulative = np.cumsum(exp3_probabilities(arms, self.gamma))
-            draw = generator(seen.seed, "exp3", seen.step).random() * cumulative[-1]
+            draw = generator(context.seed, "exp3", context.step).random() * cumulative[-1]
             pulled = min(int(np.searchsorted(cumulative, draw, side="right")), len(unit_M))
             if pulled < len(unit_M):
                 change_M[pulled] += self.gamma / len(change_M) / exp3_probabilities(change_M, self.gamma)[pulled]
                 change_M -= change_M.max()
         after = {"arms": arms.tolist(), "change": change_M.tolist(), "pulled": pulled, "recent": recent, "past": past}
-        return tilted(seen.w_NM, change_M), after
+        return tilted(context.w_NM, change_M), after
 
 
 def exp3_probabilities(log_weights: np.ndarray, gamma: float) -> np.ndarray:
-    """(1 - gamma) times the normalised weights plus gamma times uniform ones."""
+    """(1 - gamma) times the normalized weights plus gamma times uniform ones."""
     raw = np.exp(log_weights - log_weights.max())
     return (1 - gamma) * raw / raw.sum() + gamma / len(raw)
 

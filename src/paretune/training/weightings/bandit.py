@@ -11,7 +11,7 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.seeds import generator
-from paretune.training.weightings.base import WEIGHTINGS, Seen, State, Weighting
+from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
 from paretune.types import Prompt
 
 __all__ = ["Contextual", "prompt_features", "ridge"]
@@ -53,15 +53,15 @@ class Contextual(Weighting):
         empty = {"gram": np.zeros((d, d)).tolist(), "sum": [0.0] * d}
         return {"arms": [empty] * (count + 1), "waiting": {}}
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         arms = [{"gram": np.array(arm["gram"]), "sum": np.array(arm["sum"])} for arm in state["arms"]]
         waiting = dict(state["waiting"])
-        unit_NM = (seen.returns_NM - seen.low_M) / (seen.high_M - seen.low_M)
-        value_N = np.where(seen.w_NM > 0, seen.w_NM * np.nan_to_num(unit_NM), 0.0).sum(1)
+        unit_NM = (context.returns_NM - context.low_M) / (context.high_M - context.low_M)
+        value_N = np.where(context.w_NM > 0, context.w_NM * np.nan_to_num(unit_NM), 0.0).sum(1)
         rows: dict[str, list[int]] = {}
-        for n, prompt in enumerate(seen.prompts):
+        for n, prompt in enumerate(context.prompts):
             rows.setdefault(prompt.digest, []).append(n)
-        features = {digest: prompt_features(seen.prompts[places[0]], self.width) for digest, places in rows.items()}
+        features = {digest: prompt_features(context.prompts[places[0]], self.width) for digest, places in rows.items()}
         for digest, places in rows.items():  # first learn from all, then choose
             if digest in waiting:
                 arm, before = waiting[digest]
@@ -70,18 +70,18 @@ class Contextual(Weighting):
                     "gram": arms[arm]["gram"] + np.outer(x_D, x_D),
                     "sum": arms[arm]["sum"] + x_D * (value_N[places].mean() - before),
                 }
-        weights_NM = seen.w_NM.copy()
+        weights_NM = context.w_NM.copy()
         for digest, places in rows.items():
-            arm = self._choose(arms, features[digest], seen, digest)
-            if arm < seen.w_NM.shape[1]:
+            arm = self._choose(arms, features[digest], context, digest)
+            if arm < context.w_NM.shape[1]:
                 weights_NM[places, arm] *= 1 + self.stress
                 weights_NM[places] /= weights_NM[places].sum(1, keepdims=True)
             waiting[digest] = [arm, float(value_N[places].mean())]
         plain = [{"gram": arm["gram"].tolist(), "sum": arm["sum"].tolist()} for arm in arms]
         return weights_NM, {"arms": plain, "waiting": waiting}
 
-    def _choose(self, arms: Sequence[State], x_D: np.ndarray, seen: Seen, digest: str) -> int:
-        rng = generator(seen.seed, "contextual", seen.step, digest)
+    def _choose(self, arms: Sequence[State], x_D: np.ndarray, context: StepContext, digest: str) -> int:
+        rng = generator(context.seed, "contextual", context.step, digest)
         scores = []
         for arm in arms:
             theta_D, covariance_DD = ridge(arm["gram"], arm["sum"], self.penalty)

@@ -1,4 +1,4 @@
-"""Weightings: how the weights of one training step follow from the preference and from what the training has seen.
+"""Weightings: how the weights of one training step follow from the preference and from what the training has context.
 
 A learner asks its weighting before every step, with the batch that the step will use, and then climbs sum_k weights_k * J_k. The answer
 is constant during the step, so whatever depends on expected returns (Tchebycheff, worst case, constraints), on how the
@@ -24,7 +24,7 @@ from paretune.training.advantages import check_aggregation
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt, canonical_json
 
-__all__ = ["Balanced", "Fixed", "Seen", "State", "WEIGHTINGS", "Weighting", "check_combination", "weighting_of"]
+__all__ = ["Balanced", "Fixed", "StepContext", "State", "WEIGHTINGS", "Weighting", "check_combination", "weighting_of"]
 
 WEIGHTINGS = Registry("weighting", "paretune.training.weightings")
 
@@ -34,7 +34,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepContext:
     """One batch before its step. The exact learner has a row per prompt, holding expectations; the sampled one a row per response."""
 
     step: int
@@ -67,7 +67,7 @@ class Weighting(ABC):
         return {}
 
     @abstractmethod
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         """(N, M) weights of this step, and the next state. A pure function. Not negative, but for weightings with `needs_gramian`."""
 
 
@@ -81,8 +81,8 @@ class Fixed(Weighting):
 
     takes_sampled_preferences: ClassVar[bool] = True
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        return seen.w_NM, state
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        return context.w_NM, state
 
 
 @WEIGHTINGS.register("balanced")
@@ -112,15 +112,15 @@ class Balanced(Weighting):
     def start(self, count: int) -> State:
         return {"covariance": [[0.0] * count for _ in range(count)], "steps": 0}
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         sum_MM, steps = np.array(state["covariance"]), state["steps"]
         if steps < self.window:
-            sum_MM, steps = sum_MM + seen.covariance_MM, steps + 1
+            sum_MM, steps = sum_MM + context.covariance_MM, steps + 1
         mean_MM = sum_MM / steps
-        gain_N = np.einsum("nj,jk,nk->n", seen.w_NM, mean_MM, seen.w_NM)
+        gain_N = np.einsum("nj,jk,nk->n", context.w_NM, mean_MM, context.w_NM)
         typical = np.trace(mean_MM) / len(mean_MM)
         scale_N = (typical / np.maximum(gain_N, 1e-2 * typical)) ** self.power if typical > 0 else np.ones(len(gain_N))
-        return seen.w_NM * scale_N[:, None], {"covariance": sum_MM.tolist(), "steps": steps}
+        return context.w_NM * scale_N[:, None], {"covariance": sum_MM.tolist(), "steps": steps}
 
 
 def weighting_of(spec: TrainSpec) -> Weighting:
@@ -143,11 +143,11 @@ def _built(description: str) -> Weighting:
 
 
 def check_combination(spec: TrainSpec) -> None:
-    """ConfigError where a training's weighting, aggregation and scalariser cannot go together, or one of them cannot be."""
+    """ConfigError where a training's weighting, aggregation and scalarizer cannot go together, or one of them cannot be."""
     weighting, own = weighting_of(spec), check_aggregation(spec)
-    if weighting.needs_gramian and (own or spec.scalariser["name"] != "linear" or spec.scalarise_at != "reward"):
+    if weighting.needs_gramian and (own or spec.scalarizer["name"] != "linear" or spec.scalarize_at != "reward"):
         raise ConfigError(
             f"weighting {weighting.registered_name} combines the gradients of the returns J_k",
-            found=f"aggregation {spec.aggregation['name']}, scalariser {spec.scalariser['name']}, scalarise_at={spec.scalarise_at!r}",
+            found=f"aggregation {spec.aggregation['name']}, scalarizer {spec.scalarizer['name']}, scalarize_at={spec.scalarize_at!r}",
             remedy="leave these three at their defaults, or choose a weighting that needs no gradients",
         )

@@ -10,7 +10,7 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.seeds import seed_for
 from paretune.training.gradients import aggregate, check_aggregator
-from paretune.training.weightings.base import WEIGHTINGS, Seen, State, Weighting
+from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
 
 __all__ = ["GradientLevel", "Influence"]
 
@@ -40,12 +40,12 @@ class GradientLevel(Weighting):
     def check(self) -> None:
         check_aggregator(self.aggregator)
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        assert seen.gramian_MM is not None, "the learner gives what a weighting needs"
-        seed = seed_for(seen.seed, "aggregator", seen.step)
-        weights_M = aggregate(self.aggregator, seen.gramian_MM, seen.w_NM[0], seed=seed, c=self.c)
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        assert context.gramian_MM is not None, "the learner gives what a weighting needs"
+        seed = seed_for(context.seed, "aggregator", context.step)
+        weights_M = aggregate(self.aggregator, context.gramian_MM, context.w_NM[0], seed=seed, c=self.c)
         total = np.abs(weights_M).sum()
-        return np.tile(weights_M / total if total > 0 else weights_M, (len(seen.w_NM), 1)), state
+        return np.tile(weights_M / total if total > 0 else weights_M, (len(context.w_NM), 1)), state
 
 
 @WEIGHTINGS.register("influence")
@@ -53,7 +53,7 @@ class GradientLevel(Weighting):
 class Influence(Weighting):
     """The weight of an objective grows with how much its gradient helps all of them: w <- softmax(log w + eta s), s_i = sum_j <g_i, g_j>.
 
-    Source: gradient-based weight optimisation (2509.11452), paper and the authors' code.
+    Source: gradient-based weight optimization (2509.11452), paper and the authors' code.
     Differs: it starts at the preference, so that an objective with weight 0 stays out; s is in units of the mean squared norm of
         the gradients (their code divides by a constant that fits one model's gradients); the penalty for KL is part of every gradient.
     Hides: under conflict s is smallest for the objective that is hurt most, and the weights run to a vertex: eta says how soon.
@@ -70,13 +70,13 @@ class Influence(Weighting):
     def start(self, count: int) -> State:
         return {"change": [0.0] * count}  # of the log weights, since the start
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        assert seen.gramian_MM is not None, "the learner gives what a weighting needs"
-        typical = np.trace(seen.gramian_MM) / len(seen.gramian_MM)
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        assert context.gramian_MM is not None, "the learner gives what a weighting needs"
+        typical = np.trace(context.gramian_MM) / len(context.gramian_MM)
         change_M = np.array(state["change"])
         if typical > 0:
-            change_M = change_M + self.eta * seen.gramian_MM.sum(1) / typical
-        return tilted(seen.w_NM, change_M), {"change": (change_M - change_M.max()).tolist()}
+            change_M = change_M + self.eta * context.gramian_MM.sum(1) / typical
+        return tilted(context.w_NM, change_M), {"change": (change_M - change_M.max()).tolist()}
 
 
 def tilted(w_NM: np.ndarray, change_M: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, MaxMin, Utility
-from paretune.training.weightings.base import WEIGHTINGS, Seen, State, Weighting
+from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
 
 __all__ = ["Climb", "Multipliers"]
 
@@ -56,17 +56,17 @@ class _OfReturns(Weighting):
         self.seeks.check(count)
         return {"sum": [0.0] * count, "mass": [0.0] * count, "reference": None}
 
-    def estimate(self, state: State, seen: Seen) -> tuple[np.ndarray, Landmarks, State]:
+    def estimate(self, state: State, context: StepContext) -> tuple[np.ndarray, Landmarks, State]:
         """(M,) J, the landmarks, and the state with this batch in it. An objective that was never scored stands at its low."""
-        scored_NM = ~np.isnan(seen.returns_NM)
+        scored_NM = ~np.isnan(context.returns_NM)
         count_M = scored_NM.sum(0)
-        mean_M = np.where(scored_NM, seen.returns_NM, 0.0).sum(0) / np.maximum(count_M, 1)
-        decay_M = np.where(count_M > 0, 0.0 if seen.exact else self.decay, 1.0)
+        mean_M = np.where(scored_NM, context.returns_NM, 0.0).sum(0) / np.maximum(count_M, 1)
+        decay_M = np.where(count_M > 0, 0.0 if context.exact else self.decay, 1.0)
         sum_M = decay_M * np.array(state["sum"]) + (1 - decay_M) * mean_M
         mass_M = decay_M * np.array(state["mass"]) + (1 - decay_M)
-        J_M = np.where(mass_M > 0, sum_M / np.where(mass_M > 0, mass_M, 1.0), seen.low_M)
+        J_M = np.where(mass_M > 0, sum_M / np.where(mass_M > 0, mass_M, 1.0), context.low_M)
         reference = J_M.tolist() if state["reference"] is None else state["reference"]
-        marks = seen.landmarks or Landmarks(seen.low_M, seen.high_M, seen.high_M, np.array(reference))
+        marks = context.landmarks or Landmarks(context.low_M, context.high_M, context.high_M, np.array(reference))
         return J_M, marks, {**state, "sum": sum_M.tolist(), "mass": mass_M.tolist(), "reference": reference}
 
 
@@ -84,12 +84,12 @@ class Climb(_OfReturns):
             raise ConfigError(
                 "weighting climb follows the gradient of a smooth utility of returns",
                 found=f"utility {built.registered_name}",
-                remedy='use the weighting "multipliers" for max-min and constrained; log-product is a scalariser, not a weighting',
+                remedy='use the weighting "multipliers" for max-min and constrained; log-product is a scalarizer, not a weighting',
             )
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        J_M, marks, state = self.estimate(state, seen)
-        return _rows(self.seeks.gradient(J_M, seen.w_NM[0], marks), seen), state
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        J_M, marks, state = self.estimate(state, context)
+        return _rows(self.seeks.gradient(J_M, context.w_NM[0], marks), context), state
 
 
 @WEIGHTINGS.register("multipliers")
@@ -131,12 +131,12 @@ class Multipliers(_OfReturns):
     def start(self, count: int) -> State:
         return {**super().start(count), "integral": [0.0] * count}
 
-    def weights(self, state: State, seen: Seen) -> tuple[np.ndarray, State]:
-        J_M, marks, state = self.estimate(state, seen)
-        w_M, kept_M = seen.w_NM[0], np.array(state["integral"])
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        J_M, marks, state = self.estimate(state, context)
+        w_M, kept_M = context.w_NM[0], np.array(state["integral"])
         follow = self._shares if isinstance(self.seeks, MaxMin) else self._prices
         lambda_M, kept_M = follow(J_M / (marks.high_M - marks.low_M), w_M, marks, kept_M)
-        return _rows(lambda_M / (marks.high_M - marks.low_M), seen), {**state, "integral": kept_M.tolist()}
+        return _rows(lambda_M / (marks.high_M - marks.low_M), context), {**state, "integral": kept_M.tolist()}
 
     def _shares(self, unit_M: np.ndarray, w_M: np.ndarray, marks: Landmarks, kept_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Multipliers of max-min: an objective counts more the further its gain lies below its share w_k of the common level."""
@@ -166,9 +166,9 @@ class Multipliers(_OfReturns):
 MAX_LOG = 12.0  # exp(12) to 1 leaves nothing of the preference: prices of constraints that cannot be met stop there
 
 
-def _rows(lambda_M: np.ndarray, seen: Seen) -> np.ndarray:
+def _rows(lambda_M: np.ndarray, context: StepContext) -> np.ndarray:
     """(N, M) the same weights for every row, with sum 1."""
-    return np.tile(lambda_M / lambda_M.sum(), (len(seen.w_NM), 1))
+    return np.tile(lambda_M / lambda_M.sum(), (len(context.w_NM), 1))
 
 
 def _softmax(logits_M: np.ndarray, on_M: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ import pytest
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods import support
-from paretune.methods.support import Measured, corners, next_corner, next_planned, optimistic
+from paretune.methods import linear_support
+from paretune.methods.linear_support import Measured, corners, next_corner, next_planned, optimistic
 from paretune.policy.family import Family
 from paretune.policy.rules import Best
 from paretune.registry import METHODS
@@ -36,7 +36,7 @@ def test_corners_of_two_lines():
 
 
 def test_corners_of_three_objectives():
-    """Three experts meet at the centre, two of them on the middle of each edge."""
+    """Three experts meet at the center, two of them on the middle of each edge."""
     found = corners(np.eye(3))
     expected = [*np.eye(3), *(1 - np.eye(3)) / 2, np.full(3, 1 / 3)]
     assert len(found) == len(expected)
@@ -45,7 +45,7 @@ def test_corners_of_three_objectives():
 
 
 def test_the_optimistic_bound_by_hand():
-    """Experts at (1, 0) and (0, 1): nothing forbids (1, 1). A policy of w . J = .6 at the centre forbids more than v1 + v2 = 1.2."""
+    """Experts at (1, 0) and (0, 1): nothing forbids (1, 1). A policy of w . J = .6 at the center forbids more than v1 + v2 = 1.2."""
     assert optimistic(np.eye(2), np.eye(2), np.array([0.5, 0.5])) == pytest.approx(1.0)
     returns, trained = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.6]]), np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     assert optimistic(returns, trained, np.array([0.5, 0.5])) == pytest.approx(0.6)
@@ -84,10 +84,10 @@ def perfect(task, count, **fields):
     """What would be trained if every training were perfect."""
     method = METHODS.build({"name": "ols", "budget": count, **fields})
     w_KM = np.eye(task.objectives.count) if method.estimate == "bound" else np.empty((0, task.objectives.count))
-    reference = support._measured(task, None, 1, 0)
-    asked_WM = task.judged() if method.asked == "judged" else support._spread(task.objectives.count, 101)
-    candidates = support._spread(task.objectives.count, 201)
-    candidates = candidates[support._allowed(candidates, task.judged())]
+    reference = linear_support._measured(task, None, 1, 0)
+    asked_WM = task.judged() if method.asked == "judged" else linear_support._spread(task.objectives.count, 101)
+    candidates = linear_support._spread(task.objectives.count, 201)
+    candidates = candidates[linear_support._allowed(candidates, task.judged())]
     while len(w_KM) < count:
         returns_KM = task.front("train", w_KM).points_KM if len(w_KM) else np.empty((0, task.objectives.count))
         if method.estimate == "bound":
@@ -113,7 +113,7 @@ def test_planning_by_curvature_serves_the_worst_preference_better_than_corners(t
     assert asked >= planned - 0.01
     assert len(np.unique(planned_KM, axis=0)) == len(planned_KM) == 5
     for w_KM in (corners_KM, planned_KM, asked_KM):
-        assert support._allowed(w_KM, task.judged()).all()
+        assert linear_support._allowed(w_KM, task.judged()).all()
 
 
 def test_it_stops_when_no_preference_can_gain_eps(task):
@@ -133,7 +133,7 @@ def test_three_objectives_are_spread_over_the_simplex():
 def test_curvature_is_exact_for_rewards_that_are_normal():
     """Missing at w from the best policy of v is (w - v)' S (w - v) / (2 beta): with S = 1 the best two mirror each other."""
     reference = Measured(np.zeros(2), np.eye(2), Cost())
-    grid = support._spread(2, 101)
+    grid = linear_support._spread(2, 101)
     first = next_planned(
         np.empty((0, 2)), np.empty((0, 2)), reference=reference, beta=0.5, asked_WM=grid, candidates_CM=grid, left=2, eps=0.0
     )
@@ -194,7 +194,7 @@ def test_off_exact_tasks_it_measures_samples(task, trained):
     blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
     artifact = next(iter(done.values()))
     for given in (artifact, None):
-        exact, drawn = support._measured(task, given, 1, 0), support._measured(blind, given, 2000, 0)
+        exact, drawn = linear_support._measured(task, given, 1, 0), linear_support._measured(blind, given, 2000, 0)
         np.testing.assert_allclose(drawn.returns_M, exact.returns_M, atol=4.5 * 0.25 / np.sqrt(2000))
         np.testing.assert_allclose(drawn.covariance_MM, exact.covariance_MM, atol=4.5 * 0.06 / np.sqrt(2000))
         assert (drawn.cost.validation_samples, drawn.cost.evaluations) == (2000, 1)
@@ -203,7 +203,7 @@ def test_off_exact_tasks_it_measures_samples(task, trained):
 
 def test_unscored_samples_are_left_out_of_the_covariance():
     rewards_SM = np.array([[0.0, 1.0], [1.0, 0.0], [np.nan, 0.5], [0.2, 0.2], [0.4, 0.4]])
-    got = support._within(rewards_SM, np.array([0, 0, 0, 1, 1]))
+    got = linear_support._within(rewards_SM, np.array([0, 0, 0, 1, 1]))
     np.testing.assert_allclose(got, (np.array([[0.5, -0.5], [-0.5, 0.5]]) + 0.02 * np.ones((2, 2))) / 2)
 
 

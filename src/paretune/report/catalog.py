@@ -16,14 +16,14 @@ from paretune.errors import ConfigError, nearest
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
 from paretune.report.tables import Column, Table
 
-__all__ = ["KINDS", "catalogue", "describe_name", "suite_path", "taxonomy"]
+__all__ = ["KINDS", "catalog", "describe_name", "suite_path", "taxonomy"]
 
 REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectives": OBJECTIVES, "learners": LEARNERS}
 KINDS = (*REGISTRIES, "suites")
 COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
 
 
-def catalogue(kind: str) -> Table:
+def catalog(kind: str) -> Table:
     """One row per name of a kind; methods with what their cards say."""
     if kind not in KINDS:
         raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, KINDS))
@@ -40,7 +40,7 @@ def taxonomy() -> Table:
     """The methods by family, from their cards."""
     columns = (
         Column("name", "method", "text"),
-        Column("family", "family", "text"),
+        Column("category", "category", "text"),
         Column("summary", "what it does", "text"),
         Column("trainings", "trainings", "text"),
         Column("forwards_per_token", "forwards per token", "text"),
@@ -49,7 +49,7 @@ def taxonomy() -> Table:
     )
     cards = {name: METHODS[name].card for name in METHODS}  # type: ignore[attr-defined]
     order = {family: place for place, family in enumerate(("single-policy", "multi-policy", "meta-policy", "baseline"))}
-    names = sorted(cards, key=lambda name: (order.get(cards[name].family, len(order)), name))
+    names = sorted(cards, key=lambda name: (order.get(cards[name].category, len(order)), name))
     return Table("methods", columns, [{"name": name, **{c.key: getattr(cards[name], c.key) for c in columns[1:]}} for name in names])
 
 

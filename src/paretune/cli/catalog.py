@@ -18,10 +18,10 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what there is: methods (the taxonomy), tasks, objectives, learners, suites."""
-    from paretune.report.catalogue import KINDS, catalogue
+    from paretune.report.catalog import KINDS, catalog
 
     plug(plugin)
-    tables = {name: catalogue(name) for name in ([kind] if kind else KINDS)}
+    tables = {name: catalog(name) for name in ([kind] if kind else KINDS)}
     if as_json:
         print_json(tables[kind].to_json() if kind else {name: table.to_json() for name, table in tables.items()})
         return
@@ -32,7 +32,7 @@ def list_(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="As `paretune ls` prints it.")], plugin: Plugins = None, as_json: Json = False) -> None:
     """Show one method, task, objective, learner or suite: its card, its fields and their defaults."""
-    from paretune.report.catalogue import describe_name
+    from paretune.report.catalog import describe_name
 
     plug(plugin)
     found = describe_name(name)

@@ -58,9 +58,9 @@ class Tchebycheff(_Climbing):
     decay: float = 0.9
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="one training per preference of a lattice for the softened worst distance from the ideal point; the nearest one answers",
-        source="smooth Tchebycheff scalarisation (2402.19078)",
+        source="smooth Tchebycheff scalarization (2402.19078)",
         differs="at the level of expected returns, estimated by a running mean of batches where they are not exact; weights are "
         "shares M w_k; a weight of 0 leaves its objective out; the ideal point is exact on exact tasks, else declared, or the ranges' ends",
         hides=_TWICE + "; mu softens the worst case by up to mu log M",
@@ -84,7 +84,7 @@ class LogSum(_Climbing):
     decay: float = 0.9
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="one training per preference of a lattice for the product of expected returns; the nearest one answers",
         source="Nash's bargaining product, at the level of expected returns",
         differs="returns below the floor are extended linearly; the product counts from each range's low unless `base` is given",
@@ -110,7 +110,7 @@ class MaxMin(_Climbing):
     decay: float = 0.9
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="one training per preference of a lattice for the largest smallest gain in shares of w; the nearest one answers",
         source="max-min alignment (MaxMin-RLHF, 2402.08925) by multiplicative weights",
         differs="the preference scales the gains; they count from the reference's returns, exact on exact tasks, else the first batch's; "
@@ -146,10 +146,10 @@ class Lagrangian(_Climbing):
     decay: float = 0.9
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="one training per preference of a lattice for the largest w . J above thresholds; the nearest one answers",
         source="Safe-RLHF (2310.12773), A = (A_r - sum l A_c) / (1 + sum l), for any number of constraints",
-        differs="thresholds bound regularised returns; prices rise by plain dual ascent, damped (logarithmic = True: as in the source); "
+        differs="thresholds bound regularized returns; prices rise by plain dual ascent, damped (logarithmic = True: as in the source); "
         "the additive form differs by the length of a step alone and is not offered",
         hides=_TWICE + "; how far a threshold is missed stands in its violation; off exact tasks unreachable thresholds are found only so",
         trainings=SWEEP_TRAININGS,
@@ -191,13 +191,13 @@ class Lagrangian(_Climbing):
 @METHODS.register("product")
 @dataclass(frozen=True)
 class Product(Sweep):
-    """The weighted product of each response's rewards, as a scalariser of single responses; see `scalarise.log_product`."""
+    """The weighted product of each response's rewards, as a scalarizer of single responses; see `scalarize.log_product`."""
 
     floor: float = utilities.LogProduct.floor
     ceiling: float = utilities.LogProduct.ceiling
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
+        category="single-policy",
         summary="one training per preference of a lattice for the product of each response's rewards; the nearest one answers",
         source="the training score of DynaOpt (2403.13578) and EMORL (2505.02579)",
         differs="one preference per training; the KL penalty is outside of the logarithm; the learner's own baseline",
@@ -215,13 +215,13 @@ class Product(Sweep):
         return describe(self._seeks())
 
     def _training(self, task: Task, learner: Learner, w_M: np.ndarray, seed: int) -> TrainSpec:
-        return dataclasses.replace(training(task, learner, w_M, seed), scalariser=dict(self._seeks().scalariser))
+        return dataclasses.replace(training(task, learner, w_M, seed), scalarizer=dict(self._seeks().scalarizer))
 
 
 @METHODS.register("warm-sweep")
 @dataclass(frozen=True)
 class WarmSweep(Sweep):
-    """The linear sweep, each training from its neighbour's result: the preference next to it on the way to the nearest extreme one.
+    """The linear sweep, each training from its neighbor's result: the preference next to it on the way to the nearest extreme one.
 
     The extreme preferences (those with most of one objective; the vertices of a lattice) are trained from scratch, with the whole budget;
     every other has `share` of the learner's samples or steps.
@@ -230,11 +230,11 @@ class WarmSweep(Sweep):
     share: float = 0.5
 
     card: ClassVar[Card] = Card(
-        family="multi-policy",
-        summary="a linear sweep from the vertices inwards, each training starting from its neighbour's; the nearest one answers",
+        category="multi-policy",
+        summary="a linear sweep from the vertices inwards, each training starting from its neighbor's; the nearest one answers",
         source="reuse along the front, as in Roijers 2016 (OLS with reuse) and most sweeps of single policies",
         differs="the order is fixed beforehand; a learning-rate schedule begins anew with every training",
-        hides="waves follow one another, so the critical path is longer than that of a plain sweep; a neighbour's collapse is inherited",
+        hides="waves follow one another, so the critical path is longer than that of a plain sweep; a neighbor's collapse is inherited",
         trainings=SWEEP_TRAININGS,
         forwards_per_token="1",
         zero_shot=True,
@@ -251,7 +251,7 @@ class WarmSweep(Sweep):
 
     def _specs(self, task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
         w_KM = self.preferences(task)
-        parents, found = neighbours(w_KM), {}
+        parents, found = neighbors(w_KM), {}
         for k in sorted(parents, key=lambda k: parents[k][1]):
             parent = parents[k][0]
             if parent is None:
@@ -262,7 +262,7 @@ class WarmSweep(Sweep):
         return {f"policy-{k}": found[k] for k in range(len(w_KM))}
 
 
-def neighbours(w_KM: np.ndarray) -> dict[int, tuple[int | None, int]]:
+def neighbors(w_KM: np.ndarray) -> dict[int, tuple[int | None, int]]:
     """Point -> (the point that it starts from, how many lie before it): the nearest of those that are nearer to its nearest extreme point,
     the nearest to that of equals. (None, 0) for extreme points: those with most of one objective."""
     roots = sorted({int(k) for k in w_KM.argmax(0)})

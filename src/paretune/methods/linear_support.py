@@ -60,7 +60,7 @@ class OptimisticSupport(Method):
     samples: int = 256  # responses that measure each policy, where returns are not exact
 
     card: ClassVar[Card] = Card(
-        family="multi-policy",
+        category="multi-policy",
         summary="trains next where the optimistic improvement is largest, given what is trained; the best of the trained policies answers",
         source='optimistic linear support (Roijers, Whiteson & Oliehoek 2015), with estimate = "bound"',
         differs="by default the improvement is estimated from the covariance of rewards instead of bounded, counted in shares of the "

@@ -1,4 +1,4 @@
-"""The normalised sweep: single policies whose advantages are normalised or filtered per objective before they are summed."""
+"""The normalized sweep: single policies whose advantages are normalized or filtered per objective before they are summed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from paretune.tasks.base import Task
     from paretune.training.learner import Learner
 
-__all__ = ["Normalised"]
+__all__ = ["Normalized"]
 
 
-@METHODS.register("normalised")
+@METHODS.register("normalized")
 @dataclass(frozen=True)
-class Normalised(Sweep):
+class Normalized(Sweep):
     """One training per preference under a named aggregation of advantages (`paretune.training.advantages`); the nearest policy answers.
 
     With the exact learner the step is the one to which samples converge as groups grow: what is missing then is the aggregation's bias.
@@ -31,8 +31,8 @@ class Normalised(Sweep):
     aggregation: Literal["grpo", "mo_grpo", "gdpo", "gd2po", "gd2po_snr", "dvao", "rdpo", "pama"] = "gdpo"
 
     card: ClassVar[Card] = Card(
-        family="single-policy",
-        summary="a sweep whose advantages are normalised per group or objective: GRPO, MO-GRPO, GDPO, GD2PO (hard, SNR), DVAO, RDPO, PAMA",
+        category="single-policy",
+        summary="a sweep whose advantages are normalized per group or objective: GRPO, MO-GRPO, GDPO, GD2PO (hard, SNR), DVAO, RDPO, PAMA",
         source="GRPO (2402.03300) and GDPO (2601.05242) as in TRL; MO-GRPO (2509.22047); GD2PO (2606.16771); DVAO (2605.25604); "
         "RDPO (2605.13641); PAMA (2508.07768)",
         differs="KL is part of every objective's return, not a term of the loss; dvao, rdpo and pama are experimental: their sources leave "

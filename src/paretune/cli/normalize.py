@@ -1,4 +1,4 @@
-"""`paretune normalise`: the mean and standard deviation of a recipe's reward models, with where they come from."""
+"""`paretune normalize`: the mean and standard deviation of a recipe's reward models, with where they come from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from paretune.tasks.recipe import RecipeTask
     from paretune.types import Prompt
 
-__all__ = ["normalise"]
+__all__ = ["normalize"]
 
 
 @app.command()
-def normalise(
+def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],
     overrides: Overrides = None,
     column: Annotated[str | None, typer.Option(help="Score the texts of this column of the prompts, for example reply.")] = None,
@@ -28,7 +28,7 @@ def normalise(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what `normalise:` of a reward model needs: the mean and deviation of its scores, on training prompts."""
+    """Measure what `normalize:` of a reward model needs: the mean and deviation of its scores, on training prompts."""
     from paretune.objectives.models import RewardModel, measure
     from paretune.runs.recipe import load_recipe
 
@@ -37,7 +37,7 @@ def normalise(
     chosen = {name: objective for name, objective in task.scorers if isinstance(objective, RewardModel)}
     if not chosen:
         raise ConfigError(
-            "`paretune normalise` measures objectives that use: reward-model",
+            "`paretune normalize` measures objectives that use: reward-model",
             found=f"none in {recipe.name}: {', '.join(task.objectives.names)}",
             remedy="other objectives state their range themselves",
         )
@@ -52,7 +52,7 @@ def normalise(
         print_json(found)
         return
     for name, numbers in found.items():
-        typer.echo(f'{name}: normalise: {{mean: {numbers["mean"]}, std: {numbers["std"]}, from: "{numbers["from"]}"}}')
+        typer.echo(f'{name}: normalize: {{mean: {numbers["mean"]}, std: {numbers["std"]}, from: "{numbers["from"]}"}}')
 
 
 def _texts(task: RecipeTask, column: str | None, samples: int, limit: int, seed: int) -> tuple[list[Prompt], list[str]]:

@@ -9,7 +9,7 @@ from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
 from paretune.methods.search import simplex_lattice
-from paretune.methods.single import neighbours
+from paretune.methods.utility_sweeps import neighbors
 from paretune.registry import METHODS
 from paretune.tasks.exact.optimum import landmarks
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
@@ -92,10 +92,10 @@ def test_preferences_can_be_named_one_by_one(task):
 # Warm starts
 
 
-def test_neighbours_lead_to_the_nearest_vertex():
+def test_neighbors_lead_to_the_nearest_vertex():
     """Two objectives, six points: from both ends to the middle."""
     w_KM = simplex_lattice(2, 6)
-    parents = {tuple(w_KM[k]): None if p is None else tuple(w_KM[p]) for k, (p, _) in neighbours(w_KM).items()}
+    parents = {tuple(w_KM[k]): None if p is None else tuple(w_KM[p]) for k, (p, _) in neighbors(w_KM).items()}
     chain = {0.8: 1.0, 0.6: 0.8, 0.4: 0.2, 0.2: 0.0}
     assert {round(k[0], 6): None if p is None else round(p[0], 6) for k, p in parents.items()} == {1.0: None, 0.0: None, **chain}
 
@@ -103,7 +103,7 @@ def test_neighbours_lead_to_the_nearest_vertex():
 @pytest.mark.parametrize(("m", "points"), [(3, 5), (4, 4), (5, 3)])
 def test_every_step_goes_to_an_adjacent_point(m, points):
     w_KM = simplex_lattice(m, points)
-    found = neighbours(w_KM)
+    found = neighbors(w_KM)
     assert sorted(found) == list(range(len(w_KM)))
     assert [k for k, (parent, _) in found.items() if parent is None] == list(range(m))
     for k, (parent, depth) in found.items():
@@ -112,7 +112,7 @@ def test_every_step_goes_to_an_adjacent_point(m, points):
             assert depth == found[parent][1] + 1
 
 
-def test_a_warm_sweep_comes_in_waves_and_starts_from_its_neighbours(task, tmp_path):
+def test_a_warm_sweep_comes_in_waves_and_starts_from_its_neighbors(task, tmp_path):
     method, learner = METHODS.build({"name": "warm-sweep", "share": 0.5}), quick_learner(steps=6)
     first = method.plan(task, learner, {}, 0)
     assert [spec.preference for spec in first] == [(1.0, 0.0), (0.0, 1.0)]
