@@ -1,4 +1,4 @@
-"""Atomic writes, and what the operating system says about a disk as errors with a way out."""
+"""Atomic writes, and errors of the disk as messages with a remedy."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Objectives that are somebody's own Python function, named `file.py:function` and known by the content of its file.
+"""Reward functions of your own as objectives: named `file.py:function`, and known by the content of the file.
 
 The file is run once, under a module name made of its content, with its folder importable as it would be for a script. Modules
-beside it that it imports are hashed with it, so that changing any of them changes the key of every training that uses it. What a
+beside it that it imports are hashed with it, so that a change of any of them changes the key of every training that uses it. What a
 function reads from elsewhere (a data file, a service, an installed package) is not part of the key.
 
-Texts with {column} in them: which columns they name, and what they become for one row.
+`names_in` reads which columns a template names: objectives that compare with a text, and prompts, take text with {column} in it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""What objectives that are models share: fields, checks before anything runs, loading once per process, and padded batches.
+"""Models as objectives: a reward model or classifier, similarity of embeddings, and perplexity under another language model.
 
-Models come through the public classes of transformers, from safetensors, and no code from a hub is run unless the recipe asks for it.
-
-Objectives that are models: a reward model or classifier, similarity to a reference, and fluency under another language model.
-
-Weights are loaded at first use, once per process, and known by their content. What is measured is stretched or cut to [low, high].
+`ModelObjective` has what they share: fields, checks before anything runs, loading once per process at first use, padded batches. Models
+come through the public classes of transformers, from safetensors, and are known by their content. What is measured is stretched or
+cut to [low, high]. Code from a hub runs only where the recipe asks for it.
 """
 
 from __future__ import annotations

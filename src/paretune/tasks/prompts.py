@@ -1,11 +1,7 @@
-"""Prompts of one's own: read from JSON, CSV or Parquet files or a `datasets` name, checked line by line, and split for testing.
+"""Prompts from files: JSON lines, a JSON array, CSV, Parquet or a `datasets` name, checked row by row, and split for testing.
 
-Every mistake in a file names the file and the line. A prompt is plain text or a list of chat messages; all the columns of its row
-go to the objectives by name.
-
-Rows of a file: JSON lines, a JSON array, CSV or Parquet, checked one by one. Every mistake names the file and the line or row.
-
-Conversations written as one text, "\n\nHuman: ... \n\nAssistant: ...", as the HH-RLHF data have them.
+A prompt is plain text, a list of chat messages, or a transcript ("Human: ... Assistant: ...", as the HH-RLHF data have them). All the
+columns of its row go to the objectives by name. Every error names the file, and the line or row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Your own model, prompts and objectives as a task, and the recipe file that describes a whole run.
-
-A recipe is one YAML file; `examples/support_desk/recipe.yaml` is a worked one. Paths in it are relative to its folder; paths in
-`key=value` overrides are relative to where the command runs.
-"""
+"""The task of a recipe: your own model, prompts and objectives. `runs.recipe` reads the file."""
 
 from __future__ import annotations
 

@@ -1,14 +1,12 @@
-"""K LoRA adapters of one base model, applied with a gate per row, per token, or per block of rows, and their exact soups.
+"""A bank of K LoRA adapters on one base model: gates per row, per token or per block of rows, and exact soups.
 
-`with bank.gates(g)` is the exact ("delta") soup sum_k g_k s_k B_k A_k for every row of the batch at once, unmerged, at the cost of one
-model. `with bank.blocks()` is the other layout: K equal blocks of rows, block k under adapter k alone, which logit and hidden-state
-mixing need. Adapters stay in plain PEFT format on disk.
+`with bank.gates(g)` is the exact ("delta") soup sum_k g_k s_k B_k A_k for every row of the batch, unmerged, at the cost of one model.
+`with bank.blocks()` is the other layout: K equal blocks of rows, block k under adapter k alone, which logit and hidden-state mixing need.
+`soup_state` gives the merged weights of one gate vector. Adapters stay in plain PEFT format on disk.
 
-What would silently compute something else is refused with an error: merged layers, DoRA and other variants, adapter dropout in
-training mode, a batch that was expanded behind the gates' back (beams, `num_return_sequences`), and a forward outside of any context.
-Layers that are recomputed during `backward` need the same context around it: `trunk.recomputed` sees to that.
-
-Exact soups of adapters as plain tensors: the factors of a layer's soup, its merged weight, and those of a whole model.
+Refused, because they would compute something else without a word: merged layers, DoRA and other variants, adapter dropout in training
+mode, a batch that was expanded after the gates were set (beams, `num_return_sequences`), and a forward outside of any context.
+Layers that are recomputed during `backward` need the same context around it: see `decoder.recomputed`.
 """
 
 from __future__ import annotations
@@ -272,7 +270,7 @@ class LoraBank:
 
     @contextlib.contextmanager
     def mode(self, mode: Mode) -> Iterator[None]:
-        """What the layers compute within; `gates`, `blocks`, `factor` and `routing.routed` make the mode."""
+        """What the layers compute within; `gates`, `blocks`, `factor` and `decoder.routed` make the mode."""
         self._forget_changed()
         before = self._switch.turn(mode)
         try:

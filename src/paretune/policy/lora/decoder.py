@@ -1,22 +1,19 @@
-"""Decoder layers of a causal LM: where they are, running those below the first adapted one once for all experts, the head alone, and
-layers that forget what is inside them until the backward needs it.
+"""Decoder layers of a causal LM: a shared trunk for several experts, the head alone, activation checkpointing, and routed gates.
 
-Experts whose adapters begin at layer `first` have one trunk in common: embeddings and the layers below, their keys and values included.
-Inside `branched` the model takes N rows, and each becomes `copies` rows where layer `first` begins, block by block as `LoraBank.blocks`
-wants them. Caches fit by themselves: they hold N rows below, `copies` * N rows from there on.
+`branched` runs the layers below the first adapted one once for all experts. Embeddings, these layers and their keys and values are common
+to experts whose adapters begin at layer `first`. The model takes N rows, and each becomes `copies` rows where layer `first` begins, block
+by block as `LoraBank.blocks` wants them. A cache then holds N rows below, and `copies` * N rows from there on. Layers whose arguments
+are known here are branched (Llama, Mistral, Qwen, Phi-3, Gemma 2 and others of their form), under attention that takes its mask as a
+tensor. Others run stacked from the embeddings on: the same numbers, more slowly.
 
-This works through the arguments of decoder layers, so only layers with the arguments known here are branched (Llama, Mistral, Qwen, Phi-3,
-Gemma 2 and others of their form), under attention that takes its mask as a tensor. Others run stacked from the embeddings on: the same
-numbers, more slowly.
+`routed` sets gates from hidden states: a router is called as `router(h_NTH, w_NM)` at the input of its decoder layer, returns gates of shape
+(N, T, K), and these hold up to the next router's layer.
 
-Gates that the model makes while it runs: routers read hidden states and the preference, and set the gates of the layers above.
+    with routed(bank, {0: router}, w_NM):                one router, at the input of the first decoder layer
+    with routed(bank, dict(enumerate(routers)), w_NM):   a router for every layer
 
-    with routed(bank, {0: router}, w_NM):            one router, at the input of the first decoder layer
-    with routed(bank, dict(enumerate(routers)), w_NM):                a router for every layer
-
-A router is called as `router(h_NTH, w_NM)` and returns gates of shape (N, T, K). One forward does it all: gates are numbers between A and
-B of each adapter. A token's gates depend on that token's own hidden state, so that a cache stays true; it belongs to its preferences, as
-at the parameter level to its gates. Gradients reach the routers, the adapters and w.
+A token's gates depend on its own hidden state, so that a key-value cache stays valid for rows of the same preference. Gradients reach the
+routers, the adapters and w.
 """
 
 from __future__ import annotations

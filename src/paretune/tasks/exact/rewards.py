@@ -1,17 +1,13 @@
-"""The rewards of exact tasks: seeded score fields with shared compositional features, then the dials.
+"""Rewards of exact tasks: seeded score fields with shared compositional features, and the dials of their relationship.
 
 A field scores a response symbol by symbol: a weight per symbol, a weight per pair (prompt symbol, response symbol), and, scaled by
-`interaction`, a weight per pair of neighboring symbols. The same tables serve training and test prompts, so a policy that
-learns the features can do well on prompts it never saw. M independent fields are whitened under the reference policy, colored to
-the wanted correlation, and squashed to (0, 1).
-
-The further dials of exact tasks: scale, sparsity, noise and context. Each is off by default, and verified where it is on.
-
-They act on rewards in (0, 1) that have the wanted correlation and strength already, so that at their defaults nothing changes.
+`interaction`, a weight per pair of neighboring symbols. The same tables serve training and test prompts, so that a policy that learns
+the features can do well on prompts that it never saw. M independent fields are whitened under the reference policy, colored to the
+wanted correlation, and squashed to (0, 1). Four more dials act on these rewards; each is off by default, and verified where it is on.
 
     scale    objective_1 is stretched until its spread is `scale` times that of each other one; linear, so correlations stay
     sparse   the last objective pays only for the best responses to each prompt, which the reference gives at this rate
-    noise    what a learner sees of a reward; the truth has none
+    noise    what a learner sees of a reward; `score` has none
     context  which of two correlations a prompt has; its first letter says which
 """
 

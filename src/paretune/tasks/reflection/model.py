@@ -1,6 +1,6 @@
-"""Counsellors of very different skill: questions, advice, sympathy, paraphrases and named feelings, not always attentive.
+"""Answers of counselors of very different skill: questions, advice, sympathy, paraphrases and named feelings, with slips.
 
-What they say to statements of the train split is the corpus that the reference model learned from (tools/counsellor.py).
+What they answer to statements of the train split is the corpus that the reference model was trained on (tools/counsellor.py).
 """
 
 from __future__ import annotations
