@@ -1,6 +1,7 @@
 """Objectives: TRL's convention in both directions, what is no score, the built-in ones, and functions known by their content."""
 
 import decimal
+import itertools
 import json
 import re
 import sys
@@ -107,6 +108,26 @@ def test_one_objective_cannot_disturb_the_next():
     assert score_all([("a", first), ("b", second)], PLAIN, ["4", "five"]).tolist() == [[1, 2], [2, 5]]
 
 
+def test_what_an_objective_changes_inside_its_inputs_is_its_own():
+    """Lists in columns, messages of prompts and completions: neither the rows nor the next objective see a change."""
+    rows = [Prompt(messages=p.messages, columns={"keywords": ["a", "b"], "nested": {"k": [1]}}) for p in CHAT]
+
+    def greedy(prompts, completions, keywords, nested):
+        for i in range(len(completions)):
+            keywords[i].pop()
+            nested[i]["k"].append(2)
+            completions[i][0]["content"] = ""
+            prompts[i][0]["content"] = ""
+        return [0.0] * len(completions)
+
+    def looks(prompts, completions, keywords, nested):
+        seen = [(p[0]["content"], c[0]["content"], k, n) for p, c, k, n in zip(prompts, completions, keywords, nested, strict=True)]
+        return [float(one == ("Count.", said, ["a", "b"], {"k": [1]})) for one, said in zip(seen, ("4", "five"), strict=True)]
+
+    assert score_all([("one", greedy), ("two", looks)], rows, ["4", "five"])[:, 1].tolist() == [1.0, 1.0]
+    assert score_all([("two", looks)], rows, ["4", "five"]).tolist() == [[1.0], [1.0]]
+
+
 def test_a_column_that_only_some_prompts_have_is_none_elsewhere():
     prompts = [Prompt(text="a", columns={"x": 1}), Prompt(text="b", columns={"y": 2})]
     assert scores(lambda x, y: [float(x == [1, None]), float(y == [None, 2])], prompts) == [1, 1]
@@ -161,6 +182,9 @@ def test_no_completions_no_calls():
         ([[1.0], [2.0]], "[1.0] (list) for completion 0"),
         (np.ones((2, 1)), "for completion 0"),
         ([1j, 1.0], "1j (complex) for completion 0"),
+        (np.array([1j, 1.0]), "complex128) for completion 0"),
+        ({0.5, 1.0}, "(set) instead of a list"),
+        (itertools.repeat(1.0), "more than 2 scores for 2 completions"),
     ],
 )
 def test_what_is_no_score_is_refused(returned, found):

@@ -1,6 +1,7 @@
 """Prompts from every kind of file: Parquet, JSON arrays, nested columns, transcripts, filters; and what the messages say."""
 
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from paretune.errors import ConfigError
 from paretune.registry import TASKS
-from paretune.tasks.prompts import PromptSource, read_transcript
+from paretune.tasks.prompts import PromptSource, chat_text, read_transcript
 from recipe_files import write_lines
 
 HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."
@@ -235,3 +236,63 @@ def test_a_worker_reads_the_same_prompts(tmp_path):
     task = TASKS.build({"name": "recipe", "model": "m", "prompt_source": source, "objective_specs": specs})
     assert task.prompt_source == PromptSource(**source)
     assert task.prompts("train")[0].columns["answer"].startswith("a")
+
+
+def test_messages_in_a_cell_of_csv_are_messages(tmp_path):
+    path = tmp_path / "p.csv"
+    chats = [[{"role": "user", "content": f'say "{n}", please'}] for n in range(3)]
+    lines = ["prompt", *('"' + json.dumps(chat).replace('"', '""') + '"' for chat in chats)]
+    path.write_text("\n".join(lines) + "\n")
+    source = PromptSource(path=str(path))
+    assert sorted(p.messages[0]["content"] for split in source.splits.values() for p in split) == [f'say "{n}", please' for n in range(3)]
+    path.write_text("prompt\n\"[{'role': 'user', 'content': 'hi'}]\"\nplain\n")
+    told = str(refused(path=str(path)))
+    assert all(part in told for part in ("messages that stand in a text are JSON", "line 2", "json.dumps")), told
+
+
+def test_a_system_message_goes_before_messages_too_and_there_is_one(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": [{"role": "user", "content": str(n)}]}) + "\n" for n in range(3)))
+    for prompt in PromptSource(path=str(path), chat=True, system="Be kind.").splits["train"]:
+        assert [m["role"] for m in prompt.messages] == ["system", "user"]
+        assert prompt.messages[0]["content"] == "Be kind."
+    path.write_text(json.dumps({"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}) + "\n")
+    told = str(refused(path=str(path), chat=True, system="Be kind."))
+    assert all(part in told for part in ("a conversation has one system message", "line 1", "leave system: out")), told
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "parts"),
+    [
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}\n', ("one JSON object", "line 1", "'prompt' stands twice")),
+        ("p.jsonl", b'{"prompt": "\\ud800"}\n', ("can be written as UTF-8", "surrogate", "line 1")),
+        ("p.jsonl", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", ("one JSON object", "line 1")),
+        ("p.json", b'[{"a": 1, "a": 2}]', ("can be parsed", "'a' stands twice")),
+        ("p.parquet", b"PAR1" + bytes(200) + b"PAR1", ("a Parquet file can be read", "p.parquet", "download or write it again")),
+    ],
+)
+def test_damaged_files_are_one_error(tmp_path, name, data, parts):
+    (tmp_path / name).write_bytes(data)
+    told = str(refused(path=str(tmp_path / name)))
+    assert all(part in told for part in parts), told
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "p.jsonl")
+    for path in (tmp_path / "p.jsonl", "a\0.jsonl"):
+        assert "the prompt file can be read" in str(refused(path=str(path)))
+
+
+def test_a_template_that_raises_is_one_error():
+    class Strict:
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages, **_):
+            raise ValueError("System role not supported")
+
+    with pytest.raises(ConfigError) as caught:
+        chat_text(Strict(), [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    assert all(
+        part in str(caught.value)
+        for part in ("fits the model's chat template", "roles system, user: ValueError: System role not supported", "no system message")
+    )

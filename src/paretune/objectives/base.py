@@ -8,10 +8,12 @@ arrives by name as a list with one item per completion, and so do the completion
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, ClassVar
 
 import numpy as np
@@ -162,7 +164,7 @@ def _required(function: Score) -> list[str]:
 
 
 def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
-    """Call `function` with what its signature accepts."""
+    """Call `function` with what its signature accepts: copies, so that what it changes reaches neither the rows nor the next objective."""
     missing = [needed for needed in _required(function) if needed not in given and needed not in LOGGERS]
     if missing:
         raise RewardError(
@@ -170,7 +172,7 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
             found=f"it needs {', '.join(map(repr, missing))}; it was offered {', '.join(given)}",
             remedy="add the column to every prompt, or give the parameter a default",
         )
-    own = {key: list(value) if isinstance(value, list | tuple) else value for key, value in given.items()}  # its own lists
+    own = {key: copy.deepcopy(list(value)) if isinstance(value, list | tuple) else value for key, value in given.items()}
     positional, named = _accepted(function, own)
     try:
         return function(*positional, **named)
@@ -201,14 +203,22 @@ def _log_nowhere(*_: Any, **__: Any) -> None:
 
 def _scores(name: str, returned: Any, count: int) -> np.ndarray:
     """(N,) float64 from what an objective returned."""
-    if isinstance(returned, (str, bytes, Mapping)) or not hasattr(returned, "__iter__") or getattr(returned, "ndim", 1) == 0:
+    unordered = isinstance(returned, (str, bytes, Mapping, Set))
+    if unordered or not hasattr(returned, "__iter__") or getattr(returned, "ndim", 1) == 0:
         raise _not_scores(name, count, f"{_short(returned)} instead of a list")
-    values = list(returned)
+    sized = hasattr(returned, "__len__")
+    values = list(returned) if sized else list(itertools.islice(returned, count + 1))  # a generator may be endless
     if len(values) != count:
-        raise _not_scores(name, count, f"{len(values)} scores for {count} completions")
+        raise _not_scores(
+            name, count, f"{len(values) if sized or len(values) <= count else f'more than {count}'} scores for {count} completions"
+        )
     scores_N = np.empty(count)
     for place, value in enumerate(values):
-        if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) > 0 or not (value is None or hasattr(value, "__float__")):
+        if (
+            isinstance(value, (str, bytes, np.complexfloating))
+            or getattr(value, "ndim", 0) > 0
+            or not (value is None or hasattr(value, "__float__"))
+        ):
             raise _not_scores(name, count, f"{_short(value)} for completion {place}")
         try:
             scores_N[place] = math.nan if value is None else float(value)

@@ -27,6 +27,7 @@ from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
 from paretune.seeds import uniforms
+from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt
 
 __all__ = [
@@ -66,9 +67,7 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
                 found=f"{type(tokenizer).__name__} without one",
                 remedy="give plain text prompts, or set tokenizer.chat_template",
             )
-        messages = [dict(message) for message in prompt.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt.text)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > len(tokenizer(prompt.text, add_special_tokens=False)["input_ids"]):
@@ -306,6 +305,9 @@ def generate(
     for start in range(0, len(prompts), size):
         chosen, here = prompts[start : start + size], slice(start * group, (start + size) * group)
         ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
+        _check_length(
+            policy, policy.extra_positions + ids_PT.shape[1] + max_new_tokens, temperature
+        )  # before noise of that length is drawn
         uniforms_NT = row_uniforms(seed, step, [prompt.digest for prompt in rows[here]], counts[here], max_new_tokens)
         made = decode(
             policy,

@@ -7,6 +7,7 @@ columns of its row go to the objectives by name. Every error names the file, and
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import itertools
@@ -26,7 +27,7 @@ from paretune.objectives.functions import names_in
 from paretune.seeds import seed_for
 from paretune.types import Prompt
 
-__all__ = ["PromptSource", "Row", "Transcript", "read_rows", "read_transcript", "short"]
+__all__ = ["PromptSource", "Row", "Transcript", "chat_text", "read_rows", "read_transcript", "short"]
 
 REPLY = "reply"  # the column that takes what a transcript's assistant said last
 
@@ -208,15 +209,22 @@ class PromptSource:
             read = read_transcript(where, value)
             columns[REPLY] = read.reply
             return Prompt(text=read.text, columns=columns) if self.transcript == "text" else Prompt(messages=read.messages, columns=columns)
+        value = _messages_in(where, value)
         if isinstance(value, str):
             if not value.strip():
                 raise ConfigError("a prompt has some text", found=f"an empty one in {where}", remedy="remove that line")
             if not self.chat:
                 return Prompt(text=value, columns=columns)
             value = [{"role": "user", "content": value}]
-            if self.system is not None:
-                value.insert(0, {"role": "system", "content": self.system})
         _check_messages(where, value)
+        if self.system is not None:
+            if any(message["role"] == "system" for message in value):
+                raise ConfigError(
+                    "a conversation has one system message",
+                    found=f"one in {where}, and system: beside it",
+                    remedy="leave system: out, or remove the system messages from the prompts",
+                )
+            value = [{"role": "system", "content": self.system}, *value]
         return Prompt(messages=tuple(value), columns=columns)
 
     def _value(self, where: str, row: dict[str, Any]) -> Any:
@@ -233,6 +241,34 @@ class PromptSource:
         return row[self.column] if self.template is None else self.template.format_map(row)
 
 
+def _messages_in(where: str, value: Any) -> Any:
+    """The value; of a text that spells a list of messages (as a cell of a CSV file must), that list."""
+    if not isinstance(value, str):
+        return value
+    _check_characters(where, value)
+    if not re.match(r"\s*\[\s*\{", value) or not re.search(r"['\"]role['\"]", value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            "messages that stand in a text are JSON",
+            found=f"{short(value)} in {where}: {error}",
+            remedy="write the column with json.dumps (Python's own spelling of a list is not JSON), or use JSON lines",
+        ) from None
+
+
+def _check_characters(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            "a prompt is text that can be written as UTF-8",
+            found=f"half of a surrogate pair, {text[error.start]!r}, in {where}",
+            remedy="write the character itself, or remove that line",
+        ) from None
+
+
 def _check_messages(where: str, value: Any) -> None:
     good = isinstance(value, Sequence) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
@@ -243,6 +279,21 @@ def _check_messages(where: str, value: Any) -> None:
             found=f"{short(json.dumps(value, default=str, ensure_ascii=False))} in {where}",
             remedy="write " + MESSAGES,
         )
+    for message in value:
+        _check_characters(where, message["content"])
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation under the tokenizer's chat template, the assistant's turn opened; ConfigError where the template refuses it."""
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it raises what it likes
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ConfigError(
+            "a conversation fits the model's chat template",
+            found=f"roles {roles}: {type(error).__name__}: {error}",
+            remedy="change the messages: some templates take no system message, or want user and assistant in turn",
+        ) from error
 
 
 def _split(prompts: tuple[Prompt, ...], *, share: float, seed: int) -> dict[str, tuple[Prompt, ...]]:
@@ -280,11 +331,13 @@ def read_rows(path: Path) -> Iterator[Row]:
             remedy="convert the file, or rename it",
         )
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EISDIR, "not a regular file")
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise ConfigError(
             "the prompt file can be read",
-            found=f"{path}: {error.strerror}",
+            found=f"{printable(path)}: {getattr(error, 'strerror', None) or error}",
             remedy="paths in a recipe are relative to the recipe's own folder",
         ) from None
     if suffix == ".parquet":
@@ -306,7 +359,7 @@ def _parquet_rows(name: str, data: bytes) -> Iterator[Row]:
     try:
         batches = pq.ParquetFile(io.BytesIO(data)).iter_batches()
         rows = [row for batch in batches for row in batch.to_pylist()]
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(
             "a Parquet file can be read",
             found=f"{name}: {' '.join(str(error).split())[:120]}",
@@ -324,8 +377,8 @@ def _json_rows(name: str, text: str) -> Iterator[Row]:
             continue
         where = f"{name}, line {number}"
         try:
-            row = json.loads(line, parse_constant=_no_constant)
-        except ValueError as error:
+            row = _json(line)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 "every line of a JSON-lines file is one JSON object",
                 found=f"{where}: {error}",
@@ -342,8 +395,8 @@ def _json_rows(name: str, text: str) -> Iterator[Row]:
 
 def _array_rows(name: str, text: str) -> Iterator[Row]:
     try:
-        items = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+        items = _json(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError("a JSON file can be parsed", found=f"{name}: {error}", remedy="mend it there, or write JSON lines") from None
     for place, row in enumerate(items):
         if not isinstance(row, dict):
@@ -383,8 +436,25 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
         ) from None
 
 
+def _json(text: str) -> Any:
+    """JSON in which no key stands twice and every number is one."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands twice")
+    return found
+
+
 def _no_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
+
+
+def printable(path: Path) -> str:
+    """A path as a message shows it: control characters as their escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
 
 
 def short(text: str) -> str:

@@ -15,7 +15,7 @@ from paretune.objectives.base import Objective, check_callable, score_all
 from paretune.registry import OBJECTIVES, TASKS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import check_pretrained, content_of, context_length, load_pretrained, load_tokenizer
-from paretune.tasks.prompts import PromptSource
+from paretune.tasks.prompts import PromptSource, chat_text
 from paretune.types import Objectives, Prompt
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ class RecipeTask(Task):
         room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         prompts = [*self.prompts("train"), *self.prompts("test")]
         if self.prompt_source.conversational:
-            chat = self.tokenizer.apply_chat_template
-            texts = [str(chat([dict(m) for m in p.messages or ()], tokenize=False, add_generation_prompt=True)) for p in prompts]
+            texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
         else:
             texts = [str(p.text) for p in prompts]
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]

@@ -6,8 +6,8 @@ by block as `LoraBank.blocks` wants them. A cache then holds N rows below, and `
 are known here are branched (Llama, Mistral, Qwen, Phi-3, Gemma 2 and others of their form), under attention that takes its mask as a
 tensor. Others run stacked from the embeddings on: the same numbers, more slowly.
 
-`routed` sets gates from hidden states: a router is called as `router(h_NTH, w_NM)` at the input of its decoder layer, returns gates (N, T, K),
-and these hold up to the next router's layer.
+`routed` sets gates from hidden states: a router is called as `router(h_NTH, w_NM)` at the input of its decoder layer. It returns gates of
+shape (N, T, K), and these hold up to the next router's layer.
 
     with routed(bank, {0: router}, w_NM):                one router, at the input of the first decoder layer
     with routed(bank, dict(enumerate(routers)), w_NM):   a router for every layer
