@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def test_every_command_and_option_is_documented():
     assert set(sections) == set(commands)
     for name, command in commands.items():
         assert all(f"| `{p.opts[0]}` |" in sections[name] for p in command.params if p.param_type_name == "option"), name
+
+
+def test_every_extra_is_documented():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {*re.findall(r"'\.\[(\w+)\]'", TEXTS["docs/cli.md"])} == set(extras) - {"test"}
 
 
 def test_every_method_has_a_section_with_its_card():

@@ -234,7 +234,8 @@ def seeds() -> str:
     lines.append("|---|" + "---:|" * (len(rhos) + 1))
     for name in names:
         cells = [_interval(rows[name, rho], "attainment_worst_train") for rho in rhos]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_interval(rows[name, rhos[-1]], 'attainment_worst_test')} |")
+        field = rows[name, rhos[0]]["fields"].get("aggregation", "")
+        lines.append(f"| {f'{name} {field}'.strip()} | {' | '.join(cells)} | {_interval(rows[name, rhos[-1]], 'attainment_worst_test')} |")
     return "\n".join(lines) + "\n"
 
 
