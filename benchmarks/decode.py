@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--out FILE] [--rounds 11] [--threads 2] [--new-tokens 48]
 
 One random Llama of 24.6 M parameters (SHAPE, tied head) with random adapters as EMORL published its experts: LoRA of rank 8 and alpha 32
-on every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `policy.rollout.sample`,
+on every linear layer but the head. Prompts of 24 tokens, 48 new ones, EOS suppressed. Every path draws with `policy.rollout.decode`,
 from the same prompts, preferences and uniforms:
 
     plain         the model itself, with a cache, no adapter layers in it
@@ -33,7 +33,7 @@ from paretune.policy.lora.bank import LoraBank, soup_state
 from paretune.policy.lora.decoder import routed
 from paretune.policy.mixing.parameter import ParameterMix, ReferencePolicy
 from paretune.policy.mixing.predictions import LogitMix
-from paretune.policy.rollout import sample
+from paretune.policy.rollout import decode as rollout_decode
 from paretune.seeds import forked_torch, generator
 
 SHAPE = {
@@ -133,7 +133,7 @@ def decode(policy: Any, rows: int, new_tokens: int) -> torch.Tensor:
     bridge_N1 = EXPERTS / (EXPERTS - 1) * (1 - (w_NM**2).sum(1, keepdims=True))  # 0 at the vertices
     columns = EXPERTS if isinstance(policy, (Published, RouterMix)) else policy.K
     gates_NK = torch.from_numpy(np.concatenate([w_NM, bridge_N1], 1)[:, :columns]).float()
-    made = sample(
+    made = rollout_decode(
         policy,
         ids_NT,
         torch.ones_like(ids_NT),

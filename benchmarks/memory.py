@@ -91,7 +91,7 @@ def experts(count: int, folder: Path) -> int:
     from decode import Tokenizer, fresh
     from paretune.policy.lora.bank import LoraBank
     from paretune.policy.mixing.parameter import ParameterMix
-    from paretune.policy.rollout import sample
+    from paretune.policy.rollout import decode as rollout_decode
     from paretune.seeds import generator
 
     def work() -> None:
@@ -100,7 +100,7 @@ def experts(count: int, folder: Path) -> int:
         ids_NT = torch.from_numpy(rng.integers(1, 8192, (16, PROMPT)))
         gates_NK = torch.from_numpy(rng.dirichlet(np.ones(count), 16)).float()
         chosen = {"max_new_tokens": 48, "uniforms_NT": rng.random((16, 48)), "suppress_eos": True}
-        sample(ParameterMix(bank, Tokenizer()), ids_NT, torch.ones_like(ids_NT), gates_NK=gates_NK, **chosen)
+        rollout_decode(ParameterMix(bank, Tokenizer()), ids_NT, torch.ones_like(ids_NT), gates_NK=gates_NK, **chosen)
 
     import peft  # noqa: F401
     import transformers.models.llama  # noqa: F401

@@ -44,7 +44,7 @@ def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(mo
         assert unmerged.tokens_NT.tolist() == made.tokens_NT.tolist()
         torch.testing.assert_close(unmerged.logp_NT, made.logp_NT, atol=1e-4, rtol=0)
         learner.update(policy, steps, batch, beta=TASK.beta, step=step)
-    monkeypatch.setattr("paretune.training.batch.sample", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("paretune.training.batch.generate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         learner.collect(policy, TASK, spec, 3)
     assert all(torch.equal(a, b) for a, b in zip(base, [p for p in policy.model.parameters() if not p.requires_grad], strict=True))

@@ -13,7 +13,7 @@ from paretune.evaluation.evaluate import evaluate
 from paretune.methods.contextual import Ridge, learn_gates
 from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
 from paretune.policy.family import Family
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import ExactReturns, SampledReturns
 from paretune.policy.rules import Identity
 from paretune.registry import METHODS, RULES, describe
 from paretune.seeds import generator
@@ -89,11 +89,11 @@ def test_each_prompt_is_measured_and_sampled_at_its_own_gates(trained, mixing):
 
 
 def _exact_rewards(task, family, gates_W):
-    return ExactReturns(task, family.policy, "train").at(gates_W)[0][0]
+    return ExactReturns(task, family.policy, "train").at(gates_W).rewards_WSM[0]
 
 
 def _sampled_rewards(task, family, gates_W):
-    return sampled_returns(task, family.policy, "train", gates_W, samples=task.prompt_count, seed=5).rewards_WSM[0]
+    return SampledReturns(task, family.policy, "train", samples=task.prompt_count, seed=5).at(gates_W).rewards_WSM[0]
 
 
 def test_composition_limit_of_gates_per_prompt():
@@ -255,7 +255,8 @@ def test_static_gates_are_the_best_of_their_grid(trained):
     task, learner, done = trained
     family = METHODS.build({"name": "static-gates", "budget": 16}).policy(task, learner, done, 0)
     grid = box_lattice(2, 1.25, 16)
-    rewards_GPM, kl_GP = ExactReturns(task, family.policy, "train").at(grid)
+    measured = ExactReturns(task, family.policy, "train").at(grid)
+    rewards_GPM, kl_GP = measured.rewards_WSM, measured.kl_WS
     returns_GM = (rewards_GPM - task.beta * kl_GP[..., None]).mean(1)
     for w_M, gates_K in zip(task.judged(), family.gates(task.judged()), strict=True):
         np.testing.assert_array_equal(gates_K, grid[int((returns_GM @ w_M).argmax())])

@@ -230,7 +230,8 @@ def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(t
     gates_WK = np.array([(a, b) for a in np.linspace(0, 1.2, 7) for b in np.linspace(0, 1.2, 7)])
     gain_WP, context_P = {}, {}
     for split in ("train", "test"):
-        rewards_WPM, kl_WP = ExactReturns(task, family.policy, split).at(gates_WK)
+        measured = ExactReturns(task, family.policy, split).at(gates_WK)
+        rewards_WPM, kl_WP = measured.rewards_WSM, measured.kl_WS
         gain_WP[split], context_P[split] = rewards_WPM.mean(2) - task.beta * kl_WP, task.contexts(split)
     common = gain_WP["train"].mean(1).argmax()
     own_C = [gain_WP["train"][:, context_P["train"] == c].mean(1).argmax() for c in (0, 1)]

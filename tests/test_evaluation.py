@@ -16,7 +16,7 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
 from paretune.policy.mixing.predictions import LogitMix
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import ExactReturns, SampledReturns
 from paretune.policy.rules import Constant, Identity
 from paretune.seeds import generator
 from paretune.tasks.base import Task
@@ -170,7 +170,8 @@ def test_cached_parts_equal_separate_forwards(task, noisy_bank, level):
     policy = level(*noisy_bank)
     gates = np.array([[0.2, 0.8], [1.0, 0.0], [0.5, 0.1]])
     inputs = task.inputs("test")
-    rewards_WPM, kl_WP = ExactReturns(task, policy, "test").at(gates)
+    measured = ExactReturns(task, policy, "test").at(gates)
+    rewards_WPM, kl_WP = measured.rewards_WSM, measured.kl_WS
     for g, rewards_PM, kl_P in zip(gates, rewards_WPM, kl_WP, strict=True):
         gates_PK = torch.from_numpy(g).float().repeat(4, 1)
         with torch.no_grad():
@@ -186,8 +187,9 @@ def test_cached_parts_equal_separate_forwards(task, noisy_bank, level):
 def test_samples_agree_with_enumeration(task, noisy_bank, level):
     """Means of 1,600 samples within 4.5 standard errors of the exact values: 12 checks, false alarm below 1e-4."""
     policy, gates = level(*noisy_bank), np.array([[0.7, 0.6], [0.0, 1.0]])
-    exact_rewards_WPM, exact_kl_WP = ExactReturns(task, policy, "train").at(gates)
-    drawn = sampled_returns(task, policy, "train", gates, samples=1600, seed=3)
+    measured = ExactReturns(task, policy, "train").at(gates)
+    exact_rewards_WPM, exact_kl_WP = measured.rewards_WSM, measured.kl_WS
+    drawn = SampledReturns(task, policy, "train", samples=1600, seed=3).at(gates)
     for w in range(2):
         for values_S, truth in (
             *((drawn.rewards_WSM[w, :, m], exact_rewards_WPM[w, :, m].mean()) for m in range(2)),

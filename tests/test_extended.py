@@ -59,8 +59,8 @@ def test_nothing_old_is_lost_and_the_whole_simplex_is_served(trained):
     old = LoraBank.load(task.load()[0], {spec.key: done[spec.key].path for spec in specs[:3]})
     before = ExactReturns(task, ParameterMix(old, family.policy.tokenizer), "train")
     face_WM = np.array([[0.3, 0.0, 0.7], [0.8, 0.0, 0.2]])
-    after, _ = ExactReturns(task, family.policy, "train").at(family.gates(face_WM))
-    np.testing.assert_allclose(after, before.at(ExtendedRule(new=1, stage="old").gates(face_WM))[0], atol=1e-6)
+    after = ExactReturns(task, family.policy, "train").at(family.gates(face_WM)).rewards_WSM
+    np.testing.assert_allclose(after, before.at(ExtendedRule(new=1, stage="old").gates(face_WM)).rewards_WSM, atol=1e-6)
     soup = METHODS.build({"name": "experts", "mixing": "parameter"}).policy(task, learner, done, 0)
     worst = {
         name: evaluate(task, one, splits=["train"]).metrics["splits"]["train"]["attainment"]["worst"]

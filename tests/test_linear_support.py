@@ -11,6 +11,7 @@ from paretune.evaluation.evaluate import evaluate
 from paretune.methods import linear_support
 from paretune.methods.linear_support import Measured, corners, next_corner, next_planned, optimistic
 from paretune.policy.family import Family
+from paretune.policy.returns import covariance_within
 from paretune.policy.rules import Best
 from paretune.registry import METHODS
 from paretune.tasks.exact.task import ExactTask
@@ -203,7 +204,7 @@ def test_off_exact_tasks_it_measures_samples(task, trained):
 
 def test_unscored_samples_are_left_out_of_the_covariance():
     rewards_SM = np.array([[0.0, 1.0], [1.0, 0.0], [np.nan, 0.5], [0.2, 0.2], [0.4, 0.4]])
-    got = linear_support._within(rewards_SM, np.array([0, 0, 0, 1, 1]))
+    got = covariance_within(rewards_SM, np.array([0, 0, 0, 1, 1]))
     np.testing.assert_allclose(got, (np.array([[0.5, -0.5], [-0.5, 0.5]]) + 0.02 * np.ones((2, 2))) / 2)
 
 

@@ -14,7 +14,7 @@ from paretune.methods.emorl import outer_score
 from paretune.methods.search import hierarchical_grid
 from paretune.policy.base import build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import ExactReturns, SampledReturns
 from paretune.policy.rules import Table
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.seeds import seed_for
@@ -136,7 +136,8 @@ def test_emorl_searches_J_w_of_hidden_state_mixing(task, learner, done, emorl):
     returns = ExactReturns(task, policy, "train")
 
     def J_w(gates_K):
-        rewards_1PM, kl_1P = returns.at(gates_K[None])
+        measured = returns.at(gates_K[None])
+        rewards_1PM, kl_1P = measured.rewards_WSM, measured.kl_WS
         return float(w @ (rewards_1PM[0] - task.beta * kl_1P[0][:, None]).mean(0))
 
     expected = hierarchical_grid(J_w, 2)
@@ -222,7 +223,7 @@ def test_emorl_on_samples(task, learner, done):
     gates, w = np.array([0.5, 0.5]), np.array([0.9, 0.1])
     sampled = outer_score(blind, policy, kind="linear", samples=800, seed=5)
     exact = outer_score(task, policy, kind="linear", samples=1, seed=0)(gates, w)
-    drawn = sampled_returns(task, policy, "train", gates[None], samples=800, seed=seed_for(5, "outer level"))
+    drawn = SampledReturns(task, policy, "train", samples=800, seed=seed_for(5, "outer level")).at(gates[None])
     spread = ((drawn.rewards_WSM[0] - task.beta * drawn.kl_WS[0][:, None]) @ w).std() / np.sqrt(800)
     assert abs(sampled(gates, w) - exact) < 4.5 * spread
     assert sampled(gates, w) == sampled(gates, w)

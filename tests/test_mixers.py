@@ -14,7 +14,7 @@ from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import MergedMix, dare, ties, trim
 from paretune.policy.mixing.predictions import worst_weights
-from paretune.policy.rollout import sample
+from paretune.policy.rollout import decode
 from paretune.seeds import uniforms
 from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
@@ -102,8 +102,8 @@ def test_sampling_reads_a_prompt_once_for_its_group(paths, level):
     mixing, ids_PT, gates_NK = policy(level, paths), some_ids(2, 5), rows_for(level, some_gates(2, 3)).repeat_interleave(3, 0)
     draws_NT = np.stack([uniforms(4, 0, "test", n) for n in range(6)])
     wanted = {"max_new_tokens": 4, "uniforms_NT": draws_NT, "gates_NK": gates_NK}
-    grouped = sample(mixing, ids_PT, torch.ones_like(ids_PT), group=3, **wanted)
-    alone = sample(mixing, ids_PT.repeat_interleave(3, 0), torch.ones(6, 5, dtype=torch.long), **wanted)
+    grouped = decode(mixing, ids_PT, torch.ones_like(ids_PT), group=3, **wanted)
+    alone = decode(mixing, ids_PT.repeat_interleave(3, 0), torch.ones(6, 5, dtype=torch.long), **wanted)
     assert torch.equal(grouped.tokens_NT, alone.tokens_NT)
     assert torch.allclose(grouped.logp_NT, alone.logp_NT, atol=1e-4)
     assert len({tuple(row) for row in grouped.tokens_NT.tolist()}) > 2

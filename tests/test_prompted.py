@@ -13,7 +13,7 @@ from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.prompted import PromptedMix, digit_ids
 from paretune.policy.returns import ExactReturns
-from paretune.policy.rollout import encode, sample, token_logp
+from paretune.policy.rollout import decode, encode, token_logp
 from paretune.registry import METHODS
 from paretune.seeds import forked_torch, generator
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
@@ -66,7 +66,7 @@ def test_a_cache_changes_nothing_in_sampling_and_scoring(task, policy):
     ids_PT, mask_PT = encode(policy.tokenizer, task.prompts("train"))
     uniforms_NT = generator(3, "prompted").random((8, 3))
     gates_NK = W_NM.repeat_interleave(2, 0)
-    made = sample(policy, ids_PT, mask_PT, gates_NK=gates_NK, max_new_tokens=3, uniforms_NT=uniforms_NT, group=2)
+    made = decode(policy, ids_PT, mask_PT, gates_NK=gates_NK, max_new_tokens=3, uniforms_NT=uniforms_NT, group=2)
     ids_NT = torch.cat([ids_PT.repeat_interleave(2, 0), made.tokens_NT[:, :-1]], 1)
     full_NT = plain(policy, ids_NT, gates_NK)[:, -made.tokens_NT.shape[1] :].log_softmax(-1).gather(2, made.tokens_NT[..., None])[..., 0]
     torch.testing.assert_close(made.logp_NT.float(), full_NT * made.mask_NT, atol=2e-5, rtol=0)

@@ -12,7 +12,7 @@ from paretune.errors import ConfigError
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.mixing.predictions import LogitMix
-from paretune.policy.rollout import encode, row_uniforms, sample, texts, token_ids, token_logp
+from paretune.policy.rollout import decode, encode, row_uniforms, texts, token_ids, token_logp
 from paretune.seeds import forked_torch, generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.types import Prompt
@@ -38,7 +38,7 @@ def gates(n, *values):
 def drawn(policy, prompts, *, seed=0, g=(0.4, 0.6), length=3, **settings):
     ids, mask = encode(policy.tokenizer, prompts)
     u = row_uniforms(seed, 0, [p.digest for p in prompts], range(len(prompts)), length)
-    return sample(policy, ids, mask, gates_NK=gates(len(prompts), *g), max_new_tokens=length, uniforms_NT=u, **settings)
+    return decode(policy, ids, mask, gates_NK=gates(len(prompts), *g), max_new_tokens=length, uniforms_NT=u, **settings)
 
 
 @pytest.mark.parametrize("level", [ParameterMix, LogitMix])
@@ -65,7 +65,7 @@ def test_a_response_does_not_depend_on_its_batch(policy):
     for i, prompt in enumerate(prompts):
         ids, mask = encode(policy.tokenizer, [prompt])
         u = row_uniforms(0, 0, [prompt.digest], [i], 3)
-        alone = sample(policy, ids, mask, gates_NK=gates(1, 0.4, 0.6), max_new_tokens=3, uniforms_NT=u)
+        alone = decode(policy, ids, mask, gates_NK=gates(1, 0.4, 0.6), max_new_tokens=3, uniforms_NT=u)
         kept = together.mask_NT[i]
         assert alone.tokens_NT[0, : kept.sum()].tolist() == together.tokens_NT[i, kept].tolist()
         torch.testing.assert_close(alone.logp_NT[0, : kept.sum()], together.logp_NT[i, kept], atol=1e-5, rtol=0)
@@ -110,9 +110,9 @@ def test_reading_each_prompt_once_changes_nothing(policy, level, lengths):
     each = torch.tensor([[0.4, 0.6], [0.9, 0.3]]).repeat_interleave(group, 0)
     u = generator(1, "group").random((6, 3))
     every = {"gates_NK": each, "max_new_tokens": 3, "uniforms_NT": u}
-    once = sample(mix, ids, mask, group=group, **every)
+    once = decode(mix, ids, mask, group=group, **every)
     repeated = ids.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
-    plain = sample(mix, *repeated, **every)
+    plain = decode(mix, *repeated, **every)
     assert once.tokens_NT.tolist() == plain.tokens_NT.tolist()
     results = []
     for settings in ((ids, mask, group), (*repeated, 1)):
@@ -128,7 +128,7 @@ def test_reading_each_prompt_once_changes_nothing(policy, level, lengths):
 def test_rows_of_one_prompt_have_one_gate_vector(policy):
     ids, mask = encode(policy.tokenizer, [Prompt(text="abc")])
     with pytest.raises(AssertionError, match="one gate vector per prompt"):
-        sample(policy, ids, mask, group=2, gates_NK=torch.eye(2), max_new_tokens=2, uniforms_NT=np.zeros((2, 2)))
+        decode(policy, ids, mask, group=2, gates_NK=torch.eye(2), max_new_tokens=2, uniforms_NT=np.zeros((2, 2)))
 
 
 def scripted(logits_TV, eos):
@@ -156,7 +156,7 @@ def run(logits, uniforms, eos=(0,), **settings):
     n, t = np.shape(uniforms)
     ids = torch.ones(n, 2, dtype=torch.long)
     policy = scripted(torch.as_tensor(logits, dtype=torch.float32), eos)
-    return sample(policy, ids, torch.ones_like(ids), gates_NK=None, max_new_tokens=t, uniforms_NT=np.array(uniforms), **settings)
+    return decode(policy, ids, torch.ones_like(ids), gates_NK=None, max_new_tokens=t, uniforms_NT=np.array(uniforms), **settings)
 
 
 def test_the_first_of_several_eos_ids_ends_a_response_and_counts():

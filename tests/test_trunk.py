@@ -10,7 +10,7 @@ from paretune.policy.lora.bank import LoraBank, decoder_layers
 from paretune.policy.lora.decoder import branch_point
 from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.predictions import DivergenceMix, LogitMix
-from paretune.policy.rollout import sample, token_logp
+from paretune.policy.rollout import decode, token_logp
 from paretune.seeds import forked_torch, generator
 from tiny_models import TOKENIZER, VOCAB, gap, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
@@ -114,7 +114,7 @@ def test_sampling_in_groups_and_gradients(paths, mixing):
     ids_PT, gates_NK = some_ids(2, 4), some_gates(2, 3).repeat_interleave(3, 0)
     found = []
     for one in (policy, stacked):
-        made = sample(
+        made = decode(
             one,
             ids_PT,
             torch.ones_like(ids_PT),

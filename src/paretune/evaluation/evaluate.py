@@ -29,7 +29,7 @@ from paretune.evaluation.metrics import plain, summary
 from paretune.evaluation.pareto import hypervolume, igd_plus
 from paretune.evaluation.stats import MIN_UNITS, estimate
 from paretune.evaluation.utility import exact_own_utility, sampled_own_utility
-from paretune.policy.returns import ExactReturns, Sampled, sampled_returns
+from paretune.policy.returns import ExactReturns, Measured, SampledReturns
 from paretune.training.cost import Cost
 from paretune.types import Curve, Estimate, Preference, Prompt
 
@@ -129,9 +129,7 @@ def _preferences(task: Task, given: np.ndarray) -> np.ndarray:
 
 def _exact(task: ExactTask, family: Family, split: str, w_WM: np.ndarray, gates_W: np.ndarray) -> tuple[Curve, dict[str, Any]]:
     returns = ExactReturns(task, family.policy, split)
-    rewards_WPM, kl_WP = returns.at(gates_W)
-    prompt_P = np.arange(returns.prompts)
-    curve = Curve(w_WM=w_WM, rewards_WSM=rewards_WPM, kl_WS=kl_WP, prompt_S=prompt_P, beta=task.beta, split=split, exact=True)
+    curve = _curve(split, w_WM, returns.at(gates_W), exact=True)
 
     points_WM = curve.returns_WSM.mean(1)
     reference_M = task.J_M(task.reference_logp_PR(split), split)
@@ -174,8 +172,7 @@ def _loss(
     if experts is None:
         return None
     split, vertices = returns.split, np.eye(task.objectives.count)
-    rewards_MPM, kl_MP = returns.at(np.eye(family.policy.K)[list(experts)])
-    reached_M = np.diagonal((rewards_MPM - task.beta * kl_MP[..., None]).mean(1))
+    reached_M = np.diagonal(returns.at(np.eye(family.policy.K)[list(experts)]).returns_WSM.mean(1))
     start_M = task.J_M(task.reference_logp_PR(split), split)
     best_M = np.diagonal(task.front(split, vertices).points_KM)
     total_W = 1.0 - attainment_W
@@ -197,9 +194,9 @@ def _loss(
 def _sampled(
     task: Task, family: Family, split: str, w_WM: np.ndarray, gates_W: np.ndarray, samples: int, seed: int
 ) -> tuple[Curve, dict[str, Any]]:
-    drawn = sampled_returns(task, family.policy, split, gates_W, samples=samples, seed=seed)
-    base = sampled_returns(task, family.policy, split, [None], samples=samples, seed=seed)
-    curve, start = _curve(task, split, w_WM, drawn), _curve(task, split, w_WM, base)
+    returns = SampledReturns(task, family.policy, split, samples=samples, seed=seed)
+    drawn, base = returns.at(gates_W), returns.at([None])
+    curve, start = _curve(split, w_WM, drawn, exact=False), _curve(split, w_WM, base, exact=False)
     points_WM = np.array(_means(curve)["returns"])
     low_M = np.asarray(task.objectives.low)
     utility_WS, start_WS = _utility_WS(curve), _utility_WS(start)
@@ -221,7 +218,7 @@ def _sampled(
     }
 
 
-def _generations(task: Task, split: str, w_WM: np.ndarray, drawn: Sampled, base: Sampled) -> dict[str, Any]:
+def _generations(task: Task, split: str, w_WM: np.ndarray, drawn: Measured, base: Measured) -> dict[str, Any]:
     """The first responses to different prompts, side by side at few preferences and from the reference: same prompts, same noise."""
     shown, prompts = spread_out(w_WM, SHOWN_PREFERENCES), task.prompts(split)
     rows = range(min(SHOWN_PROMPTS, len(prompts), len(drawn.prompt_S)))
@@ -256,12 +253,12 @@ def _errors(curve: Curve) -> np.ndarray:
     return np.where(known_WM >= MIN_UNITS, 1.96 * spread_WM / np.sqrt(np.maximum(known_WM, 1)), np.nan)
 
 
-def _curve(task: Task, split: str, w_WM: np.ndarray, drawn: Sampled) -> Curve:
+def _curve(split: str, w_WM: np.ndarray, drawn: Measured, *, exact: bool) -> Curve:
     """One preference's samples stand for all of them where only one row was drawn (the reference)."""
     count = len(w_WM)
     rewards_WSM = np.broadcast_to(drawn.rewards_WSM, (count, *drawn.rewards_WSM.shape[1:]))
     kl_WS = np.broadcast_to(drawn.kl_WS, (count, *drawn.kl_WS.shape[1:]))
-    return Curve(w_WM=w_WM, rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=drawn.prompt_S, beta=task.beta, split=split, exact=False)
+    return Curve(w_WM=w_WM, rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=drawn.prompt_S, beta=drawn.beta, split=split, exact=exact)
 
 
 def _means(curve: Curve) -> dict[str, Any]:

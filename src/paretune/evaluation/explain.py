@@ -32,8 +32,8 @@ from torch import Tensor
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
 from paretune.policy.family import Family
-from paretune.policy.returns import ExactReturns, sampled_returns
-from paretune.policy.rollout import encode, row_uniforms, sample, token_logp
+from paretune.policy.returns import returns_of
+from paretune.policy.rollout import encode, generate, token_logp
 from paretune.types import Preference, Prompt
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def explain(
         limit = max_new_tokens or family.meta.get("max_new_tokens")
         if not limit:
             raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
-        rows = _sampled(family.policy, ids_1T, mask_1T, gates_K, row_uniforms(seed, 0, [given.digest] * n, range(n), limit), limit)
+        (made,) = generate(family.policy, [given] * n, gates_NK=gates_K, max_new_tokens=limit, seed=seed)
+        rows = [tokens[mask][None] for tokens, mask in zip(made.responses.tokens_NT, made.responses.mask_NT, strict=True)]
     else:
         inner = family.policy.tokenizer(response, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor([[*inner, family.policy.eos_ids[0]]], device=family.policy.device)]
@@ -147,19 +148,6 @@ def explain(
             )
         )
     return explained
-
-
-def _sampled(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, gates_K: Tensor, uniforms_NT: np.ndarray, limit: int) -> list[Tensor]:
-    n = len(uniforms_NT)
-    made = sample(
-        policy,
-        ids_1T.repeat(n, 1),
-        mask_1T.repeat(n, 1),
-        gates_NK=gates_K.repeat(n, 1),
-        max_new_tokens=limit,
-        uniforms_NT=uniforms_NT,
-    )
-    return [tokens[mask][None] for tokens, mask in zip(made.tokens_NT, made.mask_NT, strict=True)]
 
 
 def _pieces(policy: Policy, ids: list[int]) -> list[str]:
@@ -326,9 +314,4 @@ def sensitivity(
 def _returns_WSM(task: Any, family: Family, w_WM: np.ndarray, split: str, samples: int, seed: int) -> np.ndarray:
     """Returns at each preference; S are prompts where the task is exact."""
     gates_W = family.gates(w_WM, task.prompts(split))
-    if task.is_exact:
-        rewards_WSM, kl_WS = ExactReturns(task, family.policy, split).at(gates_W)
-    else:
-        drawn = sampled_returns(task, family.policy, split, gates_W, samples=samples, seed=seed)
-        rewards_WSM, kl_WS = drawn.rewards_WSM, drawn.kl_WS
-    return rewards_WSM - task.beta * kl_WS[..., None]
+    return returns_of(task, family.policy, split, samples=samples, seed=seed).at(gates_W).returns_WSM

@@ -30,6 +30,8 @@ from scipy.special import comb
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
 from paretune.evaluation.stats import LEVEL, MIN_UNITS
+from paretune.policy.base import build_policy
+from paretune.policy.rollout import generate
 from paretune.registry import describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.exact.rewards import correlations_P, spreads
@@ -335,20 +337,17 @@ def _enumerated(task: Any, seed: int) -> _Found:
 
 def _sampled(task: Task, prompts: int, group: int, seed: int) -> _Found:
     """Responses that every objective scored count; a prompt with fewer than two of them is left out."""
-    from paretune.policy.base import build_policy
-    from paretune.policy.rollout import encode, row_uniforms, sample, texts
 
     policy = build_policy(task, "reference", {})
     known = task.prompts("train")
     places = np.sort(generator(seed, "relations", "prompts").permutation(len(known))[:prompts])
     rewards, rows = [], []
     for prompt in (known[i] for i in places):
-        ids_PT, mask_PT = encode(policy.tokenizer, [prompt], policy.device)
-        uniforms_NT = row_uniforms(seed_for(seed, "relations"), 0, [prompt.digest] * group, list(range(group)), task.max_new_tokens)
-        made = sample(policy, ids_PT, mask_PT, group=group, gates_NK=None, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_NT)
-        completions = texts(policy.tokenizer, made)
-        rewards.append(task.score([prompt] * group, completions))
-        rows += [(prompt, completion) for completion in completions]
+        (made,) = generate(
+            policy, [prompt], gates_NK=None, max_new_tokens=task.max_new_tokens, seed=seed_for(seed, "relations"), group=group
+        )
+        rewards.append(task.score(made.prompts, made.texts))
+        rows += list(zip(made.prompts, made.texts, strict=True))
     raw_PGM = np.stack(rewards)
     unscored_M = np.isnan(raw_PGM).sum((0, 1))
     scored_PG = ~np.isnan(raw_PGM).any(2)

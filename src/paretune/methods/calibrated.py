@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
 from paretune.methods.search import SEARCHERS, simplex_lattice
 from paretune.objectives.utilities import linear
 from paretune.policy.base import build_policy
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import returns_of
 from paretune.policy.rules import Interpolated, Rule
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -57,20 +57,8 @@ class CalibratedGates(Rule):
 
 def outer_returns(task: Task, policy: Policy, *, samples: int, seed: int) -> Returns:
     """What the mixed policy earns on the training prompts: exact where the task is exact, else from `samples` responses, shared noise."""
-    if task.is_exact:
-        exact: Any = task
-        measured = ExactReturns(exact, policy, SPLIT)
-
-        def returns(gates_K: np.ndarray) -> np.ndarray:
-            rewards_1PM, kl_1P = measured.at(gates_K[None])
-            return (rewards_1PM[0] - task.beta * kl_1P[0][:, None]).mean(0)
-    else:
-
-        def returns(gates_K: np.ndarray) -> np.ndarray:
-            drawn = sampled_returns(task, policy, SPLIT, gates_K[None], samples=samples, seed=seed_for(seed, "outer level"))
-            return (drawn.rewards_WSM[0] - task.beta * drawn.kl_WS[0][:, None]).mean(0)
-
-    return returns
+    measured = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "outer level"))
+    return lambda gates_K: measured.at(gates_K[None]).returns_WSM[0].mean(0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from paretune.methods.emorl import SPLIT
 from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
 from paretune.policy.base import build_policy
 from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
-from paretune.policy.returns import ExactReturns, responses_at, sampled_returns
+from paretune.policy.returns import returns_of
 from paretune.registry import METHODS
 from paretune.seeds import generator, seed_for
 from paretune.tasks.preferences import sample_preferences
@@ -296,36 +296,14 @@ def _gates(policy: Policy, top: float, budget: int) -> np.ndarray:
 
 def _puller(task: Task, policy: Policy, *, seed: int) -> Pull:
     """What a bandit pulls on: expected returns of the prompts on an exact task, else one response each."""
-    prompts, noise = task.prompts(SPLIT), seed_for(seed, "bandit's responses")
-    if task.is_exact:
-        exact: Any = task
-        measured = ExactReturns(exact, policy, SPLIT)
-
-        def pull(number: int, prompt_N: np.ndarray, gates_NK: np.ndarray) -> np.ndarray:
-            gates_PK = np.empty_like(gates_NK)
-            gates_PK[prompt_N] = gates_NK
-            rewards_PM, kl_P = exact.returns(measured.logp_PR(gates_PK), SPLIT)
-            return (rewards_PM - task.beta * kl_P[:, None])[prompt_N]
-    else:
-
-        def pull(number: int, prompt_N: np.ndarray, gates_NK: np.ndarray) -> np.ndarray:
-            rewards_NM, kl_N = responses_at(task, policy, [prompts[p] for p in prompt_N], gates_NK, seed=noise, step=number)
-            return rewards_NM - task.beta * kl_N[:, None]
-
-    return pull
+    returns = returns_of(task, policy, SPLIT, samples=len(task.prompts(SPLIT)), seed=seed_for(seed, "bandit's responses"))
+    return lambda number, prompt_N, gates_NK: returns.once(prompt_N, gates_NK, number)
 
 
 def _returns_at(task: Task, policy: Policy, gates_GK: np.ndarray, *, samples: int, seed: int) -> tuple[np.ndarray, int]:
     """(G, M) returns on training prompts, NaN where an objective was not scored at all, and how many responses were drawn."""
-    if task.is_exact:
-        exact: Any = task
-        rewards_GPM, kl_GP = ExactReturns(exact, policy, SPLIT).at(gates_GK)
-        return (rewards_GPM - task.beta * kl_GP[..., None]).mean(1), 0
-    made = sampled_returns(task, policy, SPLIT, gates_GK, samples=samples, seed=seed_for(seed, "static gates"))
-    known_GSM = np.isfinite(made.rewards_WSM)
-    total_GM, count_GM = np.where(known_GSM, made.rewards_WSM, 0.0).sum(1), known_GSM.sum(1)
-    rewards_GM = np.where(count_GM > 0, total_GM / np.maximum(count_GM, 1), np.nan)
-    return rewards_GM - task.beta * made.kl_WS.mean(1)[:, None], samples * len(gates_GK)
+    returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "static gates"))
+    return returns.at(gates_GK).means_WM, returns.samples * len(gates_GK)
 
 
 def _require_scores(known: int) -> None:

@@ -19,7 +19,7 @@ from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
 from paretune.methods.search import SearchResult, hierarchical_grid, hierarchical_simplex
 from paretune.policy.base import build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import returns_of
 from paretune.policy.rules import Rule, Table
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -54,21 +54,8 @@ def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: in
         return scaled @ w_M
 
     price = task.beta if kind == "linear" else 0.0
-    if task.is_exact:
-        exact: Any = task
-        measured = ExactReturns(exact, policy, SPLIT)
-        reference_PR, rewards_PRM = exact.reference_logp_PR(SPLIT), exact.rewards_PRM(SPLIT)
-
-        def score(gates_K: np.ndarray, w_M: np.ndarray) -> float:
-            logp_PR = measured.logp_PR(gates_K)
-            return float((np.exp(logp_PR) * (value(rewards_PRM, w_M) - price * (logp_PR - reference_PR))).sum(1).mean())
-    else:
-
-        def score(gates_K: np.ndarray, w_M: np.ndarray) -> float:
-            drawn = sampled_returns(task, policy, SPLIT, gates_K[None], samples=samples, seed=seed_for(seed, "outer level"))
-            return float((value(drawn.rewards_WSM[0], w_M) - price * drawn.kl_WS[0]).mean())
-
-    return score
+    returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "outer level"))
+    return lambda gates_K, w_M: returns.expected(gates_K, lambda rewards: value(rewards, w_M), price)
 
 
 class SearchedGates(Rule):

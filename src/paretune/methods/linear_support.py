@@ -18,6 +18,7 @@ from paretune.methods.experts import adapters_for, family_meta, training
 from paretune.methods.search import simplex_lattice
 from paretune.methods.sweep import near_judged
 from paretune.policy.base import build_policy
+from paretune.policy.returns import returns_of
 from paretune.registry import METHODS, describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.preferences import KEEP_OUT
@@ -311,37 +312,16 @@ def _measured(task: Task, artifact: Artifact | None, samples: int, seed: int) ->
     return _MEASURED[key]
 
 
-def _measure(task: Any, artifact: Artifact | None, samples: int, seed: int) -> Measured:
-    from paretune.policy.returns import ExactReturns, sampled_returns
-
+def _measure(task: Task, artifact: Artifact | None, samples: int, seed: int) -> Measured:
     began = time.perf_counter()
-    level, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
-    policy = build_policy(task, level, adapters)
+    mixing, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
+    policy = build_policy(task, mixing, adapters)
+    returns = returns_of(task, policy, "train", samples=samples, seed=seed_for(seed, "optimistic support"))
     gates = None if artifact is None else np.ones(1)
-    if task.is_exact:
-        logp_PR = ExactReturns(task, policy, "train").logp_PR(gates)
-        p_PR, rewards_PRM = np.exp(logp_PR), task.rewards_PRM("train")
-        centred_PRM = rewards_PRM - np.einsum("pr,prm->pm", p_PR, rewards_PRM)[:, None]
-        covariance_MM = np.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)
-        spent = Cost(evaluations=1, tokens=task.inputs("train").input_ids_PT.numel(), seconds=time.perf_counter() - began)
-        return Measured(task.J_M(logp_PR, "train"), covariance_MM, spent)
-    rows: Any = [gates]
-    drawn = sampled_returns(task, policy, "train", rows, samples=samples, seed=seed_for(seed, "optimistic support"))
-    rewards_SM = drawn.rewards_WSM[0]
-    spent = Cost(evaluations=1, validation_samples=samples, tokens=drawn.tokens, seconds=time.perf_counter() - began)
-    returns_M = np.nanmean(rewards_SM, axis=0) - task.beta * drawn.kl_WS[0].mean()
-    return Measured(returns_M, _within(rewards_SM, drawn.prompt_S), spent)
-
-
-def _within(rewards_SM: np.ndarray, prompt_S: np.ndarray) -> np.ndarray:
-    """(M, M) covariance within prompts, over the samples in which everything was scored."""
-    known_S = ~np.isnan(rewards_SM).any(1)
-    total_MM, degrees = np.zeros((rewards_SM.shape[1],) * 2), 0
-    for prompt in np.unique(prompt_S[known_S]):
-        own_NM = rewards_SM[known_S & (prompt_S == prompt)]
-        centred_NM = own_NM - own_NM.mean(0)
-        total_MM, degrees = total_MM + centred_NM.T @ centred_NM, degrees + len(own_NM) - 1
-    return total_MM / max(degrees, 1)
+    made = returns.at(np.array([gates]))
+    covariance_MM = returns.covariance_MM(gates)
+    spent = Cost(evaluations=1, validation_samples=returns.samples, tokens=made.tokens, seconds=time.perf_counter() - began)
+    return Measured(made.means_WM[0], covariance_MM, spent)
 
 
 def _charged(rule: Any, spent: Cost) -> Any:

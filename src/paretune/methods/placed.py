@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from paretune.methods.base import Card, Method
 from paretune.methods.experts import adapters_for, family_meta, training
 from paretune.methods.search import simplex_lattice
 from paretune.policy.base import build_policy
-from paretune.policy.returns import ExactReturns, sampled_returns
+from paretune.policy.returns import returns_of
 from paretune.policy.rules import Rule
 from paretune.registry import METHODS, RULES
 from paretune.seeds import seed_for
@@ -179,11 +179,6 @@ class PlacedRule(Barycentric):
 
 def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, Cost]:
     """(W,) J_w on training prompts: exact where the task is, else from samples with shared noise."""
-    if task.is_exact:
-        exact: Any = task
-        rewards_WPM, kl_WP = ExactReturns(exact, policy, SPLIT).at(gates_WK)
-        rewards_WM, kl_W, drawn = rewards_WPM.mean(1), kl_WP.mean(1), 0
-    else:
-        made = sampled_returns(task, policy, SPLIT, gates_WK, samples=samples, seed=seed_for(seed, "placement"))
-        rewards_WM, kl_W, drawn = np.nanmean(made.rewards_WSM, axis=1), made.kl_WS.mean(1), samples * len(gates_WK)
-    return (w_WM * (rewards_WM - task.beta * kl_W[:, None])).sum(1), Cost(evaluations=len(gates_WK), validation_samples=drawn)
+    returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "placement"))
+    drawn = returns.samples * len(gates_WK)
+    return (w_WM * returns.at(gates_WK).means_WM).sum(1), Cost(evaluations=len(gates_WK), validation_samples=drawn)

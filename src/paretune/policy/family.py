@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from paretune.errors import ConfigError
 from paretune.policy.base import Policy, build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from paretune.policy.rollout import generate
 from paretune.registry import RULES, TASKS, describe
 from paretune.types import Objectives, Preference, Prompt
 
@@ -84,8 +84,6 @@ class Family:
 
         Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
-        from paretune.policy.rollout import encode, row_uniforms, sample, texts
-
         limit = max_new_tokens or self.meta.get("max_new_tokens")
         if not limit:
             raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
@@ -94,27 +92,9 @@ class Family:
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
         rows = [prompt for prompt in asked for _ in range(n)]
         gates = self.gates(Preference.of(self.objectives.names, preference).w_M[None], asked)[0]  # (K,), or (P, K)
-        gates_NK = torch.from_numpy(np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)).float()
-        seen: Counter[str] = Counter()
-        occurrences = []
-        for prompt in rows:
-            occurrences.append(seen[prompt.digest])
-            seen[prompt.digest] += 1
-        answers: list[str] = []
-        for start in range(0, len(rows), SAMPLE_ROWS):
-            here = rows[start : start + SAMPLE_ROWS]
-            ids_NT, mask_NT = encode(self.policy.tokenizer, here, self.policy.device)
-            uniforms_NT = row_uniforms(seed, 0, [p.digest for p in here], occurrences[start : start + SAMPLE_ROWS], limit)
-            made = sample(
-                self.policy,
-                ids_NT,
-                mask_NT,
-                gates_NK=gates_NK[start : start + SAMPLE_ROWS].to(self.policy.device),
-                max_new_tokens=limit,
-                uniforms_NT=uniforms_NT,
-                temperature=temperature,
-            )
-            answers += texts(self.policy.tokenizer, made)
+        gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
+        drawn = generate(self.policy, rows, gates_NK=gates_NK, max_new_tokens=limit, seed=seed, temperature=temperature, batch=SAMPLE_ROWS)
+        answers = [text for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def save(self, path: str | Path) -> None:

@@ -1,40 +1,105 @@
-"""What a policy earns at given gates: exactly, where every response can be enumerated, or from samples with shared noise.
+"""Returns of a policy at given gates: exact where every response can be enumerated, else from samples that share their noise.
 
-Outer-level search and evaluation both measure with this, so that what a search optimizes is what is later judged.
+`returns_of(task, policy, split, ...)` chooses between `ExactReturns` and `SampledReturns`, which answer the same calls. Searches of
+the outer level and evaluations both measure with them, so that what a search maximizes is what is later judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from paretune.policy.rollout import encode, row_uniforms, sample, texts, token_logp
+from paretune.policy.base import Policy
+from paretune.policy.rollout import Rollout, generate, token_logp
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.types import Prompt
+from paretune.tasks.exact.task import ExactTask
 
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.tasks.exact.task import ExactTask
-
-__all__ = ["BATCH_ROWS", "ExactReturns", "Sampled", "responses_at", "sampled_returns"]
+__all__ = ["BATCH_ROWS", "ExactReturns", "Measured", "Returns", "SampledReturns", "covariance_within", "returns_of"]
 
 BATCH_ROWS = 64
+Gates = np.ndarray | Sequence[None]
+"""(W, K) gates, or (W, P, K) where every prompt has its own; None in place of a row is the reference."""
+Value = Callable[[np.ndarray], np.ndarray]
+"""Rewards (..., M) -> a number for each response (...)."""
 
 
-class ExactReturns:
-    """Exact log-probabilities and returns of one policy on one split, at any number of gates.
+@dataclass(frozen=True)
+class Measured:
+    """Rewards and KL at W gate vectors. S are the prompts (expectations) where exact, else single responses.
 
-    All prompts go through the model as one batch of packed prefix trees. Where the level allows (logit, hidden), the model runs once
-    and only the combination is computed for each gate vector. The weights must not change while this object is in use.
+    Row s has the same prompt, and where sampled the same uniforms, at every gate vector and for every policy.
     """
 
-    def __init__(self, task: ExactTask, policy: Policy, split: str):
+    rewards_WSM: np.ndarray  # NaN = unscored
+    kl_WS: np.ndarray  # nats; sampled: log pi(y) - log pi_ref(y), unbiased for the KL, and possibly negative
+    prompt_S: np.ndarray  # which prompt of the split
+    beta: float
+    tokens: int = 0  # generated in this call (gates that were measured before cost nothing); exact: enumerated
+    texts_WS: Sequence[Sequence[str]] = ()  # of sampled responses
+
+    @property
+    def returns_WSM(self) -> np.ndarray:
+        return self.rewards_WSM - self.beta * self.kl_WS[..., None]
+
+    @property
+    def means_WM(self) -> np.ndarray:
+        """(W, M) mean rewards over what was scored (NaN where nothing was), minus beta times the mean KL."""
+        known_WSM = ~np.isnan(self.rewards_WSM)
+        total_WM, count_WM = np.where(known_WSM, self.rewards_WSM, 0.0).sum(1), known_WSM.sum(1)
+        rewards_WM = np.where(count_WM > 0, total_WM / np.maximum(count_WM, 1), np.nan)
+        return rewards_WM - self.beta * self.kl_WS.mean(1)[:, None]
+
+
+class Returns(ABC):
+    """What one policy earns on one split of a task. Its weights must not change while the object is in use."""
+
+    exact: ClassVar[bool]
+
+    def __init__(self, task: Task, policy: Policy, split: str):
         self.task, self.policy, self.split = task, policy, split
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """Responses that one gate vector costs; 0 where exact."""
+
+    @abstractmethod
+    def at(self, gates_W: Gates) -> Measured:
+        """Rewards and KL at each of W gate vectors; equal ones are measured once."""
+
+    @abstractmethod
+    def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
+        """E[value(rewards) - price * (log pi - log pi_ref)] at gates (K,), mean over prompts; NaN where a response is unscored."""
+
+    @abstractmethod
+    def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
+        """(M, M) covariance of the rewards of one prompt's responses, mean over prompts; sampled: of responses that are scored in full."""
+
+    @abstractmethod
+    def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
+        """(N, M) returns of one response to each of these prompts at gates of its own, noise named by `step`; expectations where exact."""
+
+
+class ExactReturns(Returns):
+    """Expectations over all responses of an exact task.
+
+    All prompts go through the model as one batch of packed prefix trees. Where the mixing allows (logit, hidden), the model runs once and
+    only the combination is computed for each gate vector.
+    """
+
+    exact = True
+    samples = 0
+
+    def __init__(self, task: Task, policy: Policy, split: str):
+        assert isinstance(task, ExactTask)
+        super().__init__(task, policy, split)
+        self._exact: ExactTask = task
         inputs = task.inputs(split)
         self._inputs = [t.to(policy.device) for t in (inputs.input_ids_PT, inputs.mask_11TT, inputs.position_ids_PT)]
         self._parts: torch.Tensor | None = None
@@ -48,7 +113,7 @@ class ExactReturns:
     def logp_PR(self, gates: np.ndarray | None) -> np.ndarray:
         """(P, R) float64 log-probabilities of every response at gates (K,), or (P, K) for each prompt its own; None is the reference."""
         ids_PT, mask_11TT, positions_PT = self._inputs
-        gates_PK = None if gates is None else _for_rows(gates, self.prompts).to(self.policy.device)
+        gates_PK = _for_prompts(gates, self.prompts, self.policy)
         with torch.no_grad():
             if gates_PK is None or self.policy.parts_need_gates:
                 logits = self.policy.forward(ids_PT, attention_mask=mask_11TT, position_ids=positions_PT, gates_NK=gates_PK)
@@ -56,101 +121,134 @@ class ExactReturns:
                 if self._parts is None:
                     self._parts = self.policy.parts(ids_PT, mask_11TT, positions_PT)
                 logits = self.policy.combine(self._parts, gates_PK)
-            return self.task.logp_from_logits(logits, self.split).cpu().numpy()
+            return self._exact.logp_from_logits(logits, self.split).cpu().numpy()
 
-    def at(self, gates_W: np.ndarray | Sequence[None]) -> tuple[np.ndarray, np.ndarray]:
-        """Expected rewards (W, P, M) and KL to the reference in nats (W, P), at each of W gates; equal ones are computed once.
-
-        Gates are (W, K), or (W, P, K) where every prompt has its own.
-        """
+    def at(self, gates_W: Gates) -> Measured:
         found = [self._returns(gates) for gates in gates_W]
-        return np.stack([rewards_PM for rewards_PM, _ in found]), np.stack([kl_P for _, kl_P in found])
+        rewards_WPM, kl_WP = (np.stack(parts) for parts in zip(*found, strict=True))
+        distinct = len({_name_of(gates) for gates in gates_W})
+        return Measured(rewards_WPM, kl_WP, np.arange(self.prompts), self.task.beta, distinct * self._inputs[0].numel())
+
+    def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
+        logp_PR, reference_PR = self.logp_PR(gates_K), self._exact.reference_logp_PR(self.split)
+        values_PR = value(self._exact.rewards_PRM(self.split))
+        return float((np.exp(logp_PR) * (values_PR - price * (logp_PR - reference_PR))).sum(1).mean())
+
+    def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
+        p_PR, rewards_PRM = np.exp(self.logp_PR(gates_K)), self._exact.rewards_PRM(self.split)
+        centered_PRM = rewards_PRM - np.einsum("pr,prm->pm", p_PR, rewards_PRM)[:, None]
+        return np.einsum("pr,prj,prk->jk", p_PR, centered_PRM, centered_PRM) / len(p_PR)
+
+    def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
+        gates_PK = np.empty_like(gates_NK)
+        gates_PK[prompt_N] = gates_NK
+        rewards_PM, kl_P = self._exact.returns(self.logp_PR(gates_PK), self.split)
+        return (rewards_PM - self.task.beta * kl_P[:, None])[prompt_N]
 
     def _returns(self, gates: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        key = None if gates is None else (np.asarray(gates, dtype=np.float64) + 0.0).tobytes()  # + 0: there is one zero
-        if key not in self._known:
-            self._known[key] = self.task.returns(self.logp_PR(gates), self.split)
-        return self._known[key]
+        name = _name_of(gates)
+        if name not in self._known:
+            self._known[name] = self._exact.returns(self.logp_PR(gates), self.split)
+        return self._known[name]
 
 
-def _for_rows(gates: np.ndarray, count: int) -> torch.Tensor:
-    """(count, K) float32 of gates (K,) for all rows, or (count, K) for each its own."""
-    gates_T = torch.as_tensor(gates, dtype=torch.float32)
-    return gates_T.repeat(count, 1) if gates_T.dim() == 1 else gates_T
+class SampledReturns(Returns):
+    """Single responses: `samples` at each gate vector, spread evenly over the split's prompts in their order.
 
-
-@dataclass(frozen=True)
-class Sampled:
-    """Single samples, raw. Row s has the same prompt and the same uniforms at every gate vector, and for every policy."""
-
-    rewards_WSM: np.ndarray  # NaN = unscored
-    kl_WS: np.ndarray  # log pi(y) - log pi_ref(y) of the sampled response: unbiased for the KL, and may be negative
-    prompt_S: np.ndarray
-    tokens: int  # generated
-    texts_WS: list[list[str]]
-
-
-def sampled_returns(
-    task: Task,
-    policy: Policy,
-    split: str,
-    gates_W: np.ndarray | Sequence[None],
-    *,
-    samples: int,
-    seed: int,
-) -> Sampled:
-    """`samples` responses at each of W gates (None is the reference), spread evenly over the split's prompts in their order.
-
-    Gates are (W, K), or (W, P, K) where every prompt has its own; equal ones are sampled once.
     With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared.
     """
-    prompts = task.prompts(split)
-    prompt_S = np.arange(samples) % len(prompts)
-    rows = [prompts[int(p)] for p in prompt_S]
-    occurrences = [s // len(prompts) for s in range(samples)]
-    uniforms_ST = row_uniforms(seed_for(seed, "returns", split), 0, [p.digest for p in rows], occurrences, task.max_new_tokens)
-    rewards_WSM = np.empty((len(gates_W), samples, task.objectives.count))
-    kl_WS = np.empty((len(gates_W), samples))
-    tokens = 0
-    texts_WS: list[list[str]] = [[] for _ in gates_W]
-    names = [
-        None if gates is None else (np.asarray(gates, dtype=np.float64) + 0.0).tobytes() for gates in gates_W
-    ]  # + 0: there is one zero
-    first_W = [names.index(name) for name in names]
-    for start in range(0, samples, BATCH_ROWS):
-        here = slice(start, start + BATCH_ROWS)
-        for number, gates in enumerate(gates_W):
-            if first_W[number] < number:
-                continue
-            gates_NK = None if gates is None else _for_rows(gates, len(prompts))[prompt_S[here]].to(policy.device)
-            rewards_WSM[number, here], kl_WS[number, here], said, length = _responses(task, policy, rows[here], gates_NK, uniforms_ST[here])
-            texts_WS[number] += said
-            tokens += length
-    rewards_WSM, kl_WS, texts_WS = rewards_WSM[first_W], kl_WS[first_W], [texts_WS[first] for first in first_W]
-    return Sampled(rewards_WSM=rewards_WSM, kl_WS=kl_WS, prompt_S=prompt_S, tokens=tokens, texts_WS=texts_WS)
+
+    exact = False
+
+    def __init__(self, task: Task, policy: Policy, split: str, *, samples: int, seed: int):
+        super().__init__(task, policy, split)
+        self._samples, self.seed = samples, seed
+        self._known: dict[bytes | None, tuple[np.ndarray, np.ndarray, list[str]]] = {}
+
+    @property
+    def samples(self) -> int:
+        return self._samples
+
+    def at(self, gates_W: Gates) -> Measured:
+        prompts = self.task.prompts(self.split)
+        prompt_S = np.arange(self.samples) % len(prompts)
+        rows, numbers = [prompts[int(p)] for p in prompt_S], [s // len(prompts) for s in range(self.samples)]
+        names, drawn = [_name_of(gates) for gates in gates_W], 0
+        for name, gates in zip(names, gates_W, strict=True):
+            if name not in self._known:
+                gates_PK = _for_prompts(gates, len(prompts), self.policy)
+                gates_SK = None if gates_PK is None else gates_PK[prompt_S]
+                rewards_SM, kl_S, texts_S, tokens = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), numbers)
+                self._known[name] = rewards_SM, kl_S, texts_S
+                drawn += tokens
+        rewards, kl, texts = zip(*(self._known[name] for name in names), strict=True)
+        return Measured(np.stack(rewards), np.stack(kl), prompt_S, self.task.beta, drawn, texts)
+
+    def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
+        made = self.at(gates_K[None])
+        return float((value(made.rewards_WSM[0]) - price * made.kl_WS[0]).mean())
+
+    def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
+        made = self.at([None] if gates_K is None else gates_K[None])
+        return covariance_within(made.rewards_WSM[0], made.prompt_S)
+
+    def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
+        prompts = self.task.prompts(self.split)
+        rewards_NM, kl_N, _, _ = self._responses([prompts[p] for p in prompt_N], gates_NK, self.seed, [0] * len(prompt_N), step=step)
+        return rewards_NM - self.task.beta * kl_N[:, None]
+
+    def _responses(
+        self, rows: Sequence[Any], gates_NK: Any, seed: int, numbers: Sequence[int], *, step: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, list[str], int]:
+        """One response per row: rewards (N, M), log pi - log pi_ref (N,), the texts, and how many tokens were drawn."""
+        made = [
+            (self.task.score(drawn.prompts, drawn.texts), self._kl_N(drawn), drawn.texts, int(drawn.responses.mask_NT.sum()))
+            for drawn in generate(
+                self.policy,
+                rows,
+                gates_NK=gates_NK,
+                max_new_tokens=self.task.max_new_tokens,
+                seed=seed,
+                step=step,
+                numbers=numbers,
+                batch=BATCH_ROWS,
+            )
+        ]
+        rewards, kl, texts, tokens = zip(*made, strict=True)
+        return np.concatenate(rewards), np.concatenate(kl), [text for part in texts for text in part], sum(tokens)
+
+    def _kl_N(self, drawn: Rollout) -> np.ndarray:
+        tokens_NT, mask_NT = drawn.responses.tokens_NT, drawn.responses.mask_NT
+        with torch.no_grad():
+            reference_NT = token_logp(self.policy, drawn.prompt_ids_PT, drawn.prompt_mask_PT, tokens_NT, gates_NK=None)
+        return ((drawn.responses.logp_NT - reference_NT.double()) * mask_NT).sum(1).cpu().numpy()
 
 
-def responses_at(
-    task: Task, policy: Policy, prompts: Sequence[Prompt], gates_PK: np.ndarray, *, seed: int, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One response to each prompt at gates of its own: rewards (P, M) and sampled KL in nats (P,). `seed` and `step` name the noise."""
-    uniforms_PT = row_uniforms(seed, step, [p.digest for p in prompts], [0] * len(prompts), task.max_new_tokens)
-    parts = []
-    for start in range(0, len(prompts), BATCH_ROWS):
-        here = slice(start, start + BATCH_ROWS)
-        gates_NK = torch.as_tensor(gates_PK[here], dtype=torch.float32).to(policy.device)
-        parts.append(_responses(task, policy, prompts[here], gates_NK, uniforms_PT[here]))
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+def returns_of(task: Task, policy: Policy, split: str, *, samples: int, seed: int, exact: bool | None = None) -> Returns:
+    """Exact returns where the task is exact (or `exact` says so), else `samples` responses at each gate vector, noise named by `seed`."""
+    if task.is_exact if exact is None else exact:
+        return ExactReturns(task, policy, split)
+    return SampledReturns(task, policy, split, samples=samples, seed=seed)
 
 
-def _responses(
-    task: Task, policy: Policy, rows: Sequence[Prompt], gates_NK: torch.Tensor | None, uniforms_NT: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[str], int]:
-    """One response per row: rewards (N, M), log pi - log pi_ref (N,), the texts, and how many tokens were drawn."""
-    ids_NT, mask_NT = encode(policy.tokenizer, rows, policy.device)
-    with torch.no_grad():
-        made = sample(policy, ids_NT, mask_NT, gates_NK=gates_NK, max_new_tokens=task.max_new_tokens, uniforms_NT=uniforms_NT)
-        reference_NT = token_logp(policy, ids_NT, mask_NT, made.tokens_NT, gates_NK=None)
-    kl_N = ((made.logp_NT - reference_NT.double()) * made.mask_NT).sum(1).cpu().numpy()
-    said = texts(policy.tokenizer, made)
-    return task.score(rows, said), kl_N, said, int(made.mask_NT.sum())
+def covariance_within(rewards_SM: np.ndarray, prompt_S: np.ndarray) -> np.ndarray:
+    """(M, M) covariance within prompts, over the samples in which everything was scored."""
+    known_S = ~np.isnan(rewards_SM).any(1)
+    total_MM, degrees = np.zeros((rewards_SM.shape[1],) * 2), 0
+    for prompt in np.unique(prompt_S[known_S]):
+        own_NM = rewards_SM[known_S & (prompt_S == prompt)]
+        centered_NM = own_NM - own_NM.mean(0)
+        total_MM, degrees = total_MM + centered_NM.T @ centered_NM, degrees + len(own_NM) - 1
+    return total_MM / max(degrees, 1)
+
+
+def _name_of(gates: np.ndarray | None) -> bytes | None:
+    return None if gates is None else (np.asarray(gates, dtype=np.float64) + 0.0).tobytes()  # + 0: there is one zero
+
+
+def _for_prompts(gates: np.ndarray | None, count: int, policy: Policy) -> torch.Tensor | None:
+    """(count, K) float32 of gates (K,) for all prompts, or (count, K) for each its own."""
+    if gates is None:
+        return None
+    gates_T = torch.as_tensor(gates, dtype=torch.float32)
+    return (gates_T.repeat(count, 1) if gates_T.dim() == 1 else gates_T).to(policy.device)

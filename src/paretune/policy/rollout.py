@@ -1,5 +1,8 @@
 """Sampling responses with a key-value cache and named uniform streams, and scoring given responses.
 
+`generate` samples responses to prompts: for trainings, measurements, explanations and `Family.sample`. `decode` is one batch of it from
+token ids; `Decoding` is the loop below, a step at a time, in which rows join and leave.
+
 Each row of a batch draws its own uniforms and inverts the cumulative distribution in float64, so a response depends on the seed, the
 step, the prompt and the number of the response, but not on what else is in the batch. A response ends with the first of the policy's
 EOS ids or at the length limit; what ends it is known by position, so PAD may equal EOS and no token is illegal.
@@ -7,10 +10,12 @@ EOS ids or at the length limit; what ends it is known by position, so PAD may eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +24,24 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
+from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
 from paretune.seeds import uniforms
 from paretune.types import Prompt
 
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-
-__all__ = ["Generation", "encode", "row_uniforms", "sample", "texts", "token_ids", "token_logp"]
+__all__ = [
+    "Decoding",
+    "Generation",
+    "Rollout",
+    "decode",
+    "encode",
+    "generate",
+    "occurrences",
+    "row_uniforms",
+    "texts",
+    "token_ids",
+    "token_logp",
+]
 
 LOGITS_AT_ONCE = 2**23  # numbers: 32 MiB in float32
 BELOW_ONE = 1.0 - 2.0**-52  # times a uniform, times a total: less than the total, whatever the rounding
@@ -79,7 +94,140 @@ def row_uniforms(seed: int, step: int, digests: Sequence[str], occurrences: Sequ
     return np.stack([uniforms(length, seed, "rollout", step, d, int(o)) for d, o in zip(digests, occurrences, strict=True)])
 
 
-def sample(
+class Decoding:
+    """Autoregressive decoding with a key-value cache, one token per row and step. Rows join and leave between steps.
+
+        with Decoding(policy) as decoding:
+            decoding.join(prompt_ids_PT, prompt_mask_PT, gates_NK=gates_NK, uniforms_NT=uniforms_NT)
+            token_N1, logp_N1 = decoding.step()
+
+    Each row has its own gates, uniforms and temperature. What a row draws depends on nothing else in the batch, up to the rounding of
+    kernels that differ between batch sizes. Rows stand in the order in which they joined; those behind a row that leaves move up.
+    """
+
+    def __init__(self, policy: Policy, *, suppress_eos: bool = False):
+        self.policy, self.suppress_eos = policy, suppress_eos
+        self._contexts = contextlib.ExitStack()
+        self._where = torch.device("cpu") if policy.device.type == "mps" else policy.device  # float64 does not exist on MPS
+        self._cache: Any = None
+        self._gates_NK: Tensor | None = None
+        self._mask_NT: Tensor | None = None  # of prompts and tokens; None where nothing is padded: attention is faster without one
+        self._logits_NV = self._draws_NT = self._heat_N1 = torch.zeros(0, 0)
+        self._pending_N1: Tensor | None = None  # tokens that were drawn, and that the model has not seen yet
+        self._count_N = torch.zeros(0, dtype=torch.long, device=self._where)  # tokens drawn by each row
+
+    def __enter__(self) -> Decoding:
+        self._contexts.enter_context(torch.inference_mode())
+        self._contexts.enter_context(self.policy.bank.unchanged())
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._contexts.close()
+
+    @property
+    def rows(self) -> int:
+        """N, the rows that are decoded now."""
+        return len(self._count_N)
+
+    def join(
+        self,
+        prompt_ids_PT: Tensor,
+        prompt_mask_PT: Tensor,
+        *,
+        gates_NK: Tensor | None,
+        uniforms_NT: np.ndarray,
+        group: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        """Read left-padded prompts, each once, and add `group` rows per prompt, prompt by prompt, behind the rows that are there.
+
+        `uniforms_NT` has a column for every token that may be drawn. `gates_NK` has a row per response, the same for all of a prompt; None
+        is the reference. Raises ConfigError where prompt and response do not fit the model's positions, a temperature is negative, or the
+        rows that are there cannot have these beside them.
+        """
+        n = prompt_ids_PT.shape[0] * group
+        assert uniforms_NT.shape[0] == n, "one stream per row"
+        _check_length(self.policy, self.policy.extra_positions + prompt_ids_PT.shape[1] + uniforms_NT.shape[1], temperature)
+        gates_NK = _gates(self.policy, gates_NK)
+        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self._where)
+        heat_N1 = torch.full((n, 1), float(temperature), dtype=torch.float64, device=self._where)
+        count_N = torch.zeros(n, dtype=torch.long, device=self._where)
+        logits_NV, mask_NT, cache = _read(self.policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
+        if self.rows:
+            self._advance()
+            self._check_beside(cache, gates_NK)
+            mask_NT = _joint_mask(self._mask_NT, mask_NT, (self.rows, n), (self._cache.get_seq_length(), cache.get_seq_length()))
+            cache = _joint_cache(self._cache, cache, self.rows, n)
+            gates_NK = None if gates_NK is None or self._gates_NK is None else torch.cat([self._gates_NK, gates_NK])
+            width = max(self._draws_NT.shape[1], draws_NT.shape[1])
+            draws_NT = torch.cat([functional.pad(draws, (0, width - draws.shape[1])) for draws in (self._draws_NT, draws_NT)])
+            logits_NV, heat_N1 = torch.cat([self._logits_NV, logits_NV]), torch.cat([self._heat_N1, heat_N1])
+            count_N = torch.cat([self._count_N, count_N])
+        self._cache, self._mask_NT, self._logits_NV, self._count_N = cache, mask_NT, logits_NV, count_N
+        self._gates_NK, self._draws_NT, self._heat_N1 = gates_NK, draws_NT, heat_N1
+        _claim(cache, gates_NK)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Draw the next token of every row: tokens (N, 1) and their log-probabilities (N, 1) in nats, float64, at the row's temperature."""
+        self._advance()
+        logits_NV = self._logits_NV.to(self._where, torch.float64)
+        if self.suppress_eos:
+            logits_NV[:, self.policy.eos_ids] = -torch.inf
+        token_N1, logp_N1 = _draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._heat_N1)
+        self._count_N = self._count_N + 1
+        self._pending_N1 = token_N1
+        return token_N1, logp_N1
+
+    def leave(self, gone_N: Tensor) -> None:
+        """Drop the rows where `gone_N` is true, and the columns that only they had filled."""
+        kept_N = (~gone_N.to(self._where)).nonzero()[:, 0]
+        if len(kept_N) < self.rows and len(kept_N):
+            _refuse_other_caches(self._cache)
+            here_N = kept_N.to(self.policy.device)
+            empty = 0
+            if self._mask_NT is not None:
+                mask_NT = self._mask_NT[here_N]
+                # The tokens of a prompted preference stand in the cache before the columns of the mask: none may go.
+                empty = 0 if self.policy.extra_positions else int(mask_NT.argmax(1).min())
+                self._mask_NT = mask_NT[:, empty:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = (_by_row(x, self.rows)[:, here_N, :, empty:].flatten(0, 1) for x in (layer.keys, layer.values))
+            self._gates_NK = None if self._gates_NK is None else self._gates_NK[here_N].contiguous()
+            _claim(self._cache, self._gates_NK)
+            self._logits_NV = self._logits_NV[here_N]
+            self._pending_N1 = None if self._pending_N1 is None else self._pending_N1[kept_N]
+        elif not len(kept_N):
+            self._cache = self._pending_N1 = None
+        self._draws_NT, self._heat_N1, self._count_N = self._draws_NT[kept_N], self._heat_N1[kept_N], self._count_N[kept_N]
+
+    def _advance(self) -> None:
+        """Give the model the tokens that were drawn last, for the logits of the next ones."""
+        if self._pending_N1 is None:
+            return
+        ids_N1, self._pending_N1 = self._pending_N1.to(self.policy.device), None
+        self._mask_NT = None if self._mask_NT is None else functional.pad(self._mask_NT, (0, 1), value=1)
+        logits_N1V = self.policy.forward(ids_N1, gates_NK=self._gates_NK, attention_mask=self._mask_NT, cache=self._cache, last_only=True)
+        self._logits_NV = logits_N1V[:, -1]
+
+    def _check_beside(self, cache: Any, gates_NK: Tensor | None) -> None:
+        for one in (self._cache, cache):
+            _refuse_other_caches(one)
+        if (gates_NK is None) != (self._gates_NK is None):
+            raise ConfigError(
+                "rows that are decoded together all have gates, or are all the reference",
+                found="rows with gates and rows without",
+                remedy="decode the reference's rows in a batch of their own",
+            )
+        lengths = self._cache.get_seq_length(), cache.get_seq_length()
+        if self.policy.extra_positions and gates_NK is not None and lengths[0] != lengths[1]:
+            raise ConfigError(
+                "rows whose preference stands before the prompt are decoded beside rows of their length",
+                found=f"{lengths[1]} tokens beside {lengths[0]}, mixing {self.policy.mixing!r}",
+                remedy="decode them in a batch of their own",
+            )
+
+
+def decode(
     policy: Policy,
     prompt_ids_PT: Tensor,
     prompt_mask_PT: Tensor,
@@ -93,44 +241,145 @@ def sample(
 ) -> Generation:
     """Responses of up to `max_new_tokens` tokens, `group` to each left-padded prompt (N = P * group rows, prompt by prompt).
 
-    `uniforms_NT` has a column for every token that may be drawn. `gates_NK` has a row per response, the same for all of a prompt: prompts
-    are read once each. `temperature` 0 takes the most likely token; `suppress_eos` gives EOS probability 0 (for timing only).
-    Raises ConfigError where prompt and response do not fit the model's positions, or a temperature is negative.
+    Arguments as for `Decoding.join`. `temperature` 0 takes the most likely token; `suppress_eos` gives EOS probability 0 (for timing only).
     """
-    n, device = prompt_ids_PT.shape[0] * group, policy.device
-    assert uniforms_NT.shape[0] == n, "one stream per row"
     assert uniforms_NT.shape[1] >= max_new_tokens, "one uniform per token"
-    _check_length(policy, policy.extra_positions + prompt_ids_PT.shape[1] + max_new_tokens, temperature)
-    where = torch.device("cpu") if device.type == "mps" else device  # float64 does not exist there
     tokens, masks, logps = [], [], []
-    with torch.inference_mode(), policy.bank.unchanged():
-        gates_NK = _gates(policy, gates_NK)
-        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(where)
-        running_N = torch.ones(n, dtype=torch.bool, device=where)
-        logits_NV, mask_NT, cache = _read(policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
-        for t in range(max_new_tokens):
-            logits_NV = logits_NV.to(where, torch.float64)
-            if suppress_eos:
-                logits_NV[:, policy.eos_ids] = -torch.inf
-            token_N1, logp_N1 = _draw(logits_NV, draws_NT[:, t : t + 1], temperature)
+    with Decoding(policy, suppress_eos=suppress_eos) as decoding:
+        uniforms_NT = uniforms_NT[:, :max_new_tokens]
+        decoding.join(prompt_ids_PT, prompt_mask_PT, gates_NK=gates_NK, uniforms_NT=uniforms_NT, group=group, temperature=temperature)
+        running_N = torch.ones(decoding.rows, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            token_N1, logp_N1 = decoding.step()
+            running_N = running_N.to(token_N1.device)
             tokens.append(token_N1)
             logps.append(logp_N1)
             masks.append(running_N)
             for eos in policy.eos_ids:
                 running_N = running_N & (token_N1[:, 0] != eos)
-            if t + 1 == max_new_tokens or not bool(running_N.any()):
+            if not bool(running_N.any()):
                 break
-            mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, 1), value=1)
-            ids_N1 = token_N1.to(device)
-            logits_NV = policy.forward(ids_N1, gates_NK=gates_NK, attention_mask=mask_NT, cache=cache, last_only=True)[:, -1]
     kept_NT = torch.stack(masks, 1)  # outside of inference mode: ordinary tensors, which autograd may keep
-    logp_NT = torch.cat(logps, 1).masked_fill(~kept_NT, 0.0)
+    logp_NT, device = torch.cat(logps, 1).masked_fill(~kept_NT, 0.0), policy.device
     return Generation(
         tokens_NT=torch.cat(tokens, 1).masked_fill(~kept_NT, policy.pad_id).to(device),
         mask_NT=kept_NT.to(device),
         logp_NT=(logp_NT.float() if device.type == "mps" else logp_NT).to(device),
         stopped_N=(~running_N).to(device),
     )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts as the model read them, and the responses to them: N = P * group rows, prompt by prompt."""
+
+    prompts: Sequence[Prompt]  # of the N rows
+    prompt_ids_PT: Tensor
+    prompt_mask_PT: Tensor
+    responses: Generation
+    texts: list[str]
+    group: int = 1
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    gates_NK: np.ndarray | Tensor | None,
+    max_new_tokens: int,
+    seed: int,
+    step: int = 0,
+    group: int = 1,
+    numbers: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    batch: int | None = None,
+) -> Iterator[Rollout]:
+    """Sampled responses, `group` to each prompt, in batches of `batch` prompts (None: one batch).
+
+    `gates_NK` is (K,) for all rows, or has a row per response; None is the reference. A row draws from the stream named by `seed`, `step`,
+    its prompt and its number, by default how often the prompt came before: neither order nor batching changes what is drawn.
+    """
+    rows = [prompt for prompt in prompts for _ in range(group)]
+    counts = occurrences(rows) if numbers is None else numbers
+    gates = _for_rows(gates_NK, len(rows))
+    size = batch or len(prompts)
+    for start in range(0, len(prompts), size):
+        chosen, here = prompts[start : start + size], slice(start * group, (start + size) * group)
+        ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
+        uniforms_NT = row_uniforms(seed, step, [prompt.digest for prompt in rows[here]], counts[here], max_new_tokens)
+        made = decode(
+            policy,
+            ids_PT,
+            mask_PT,
+            gates_NK=None if gates is None else gates[here].to(policy.device),
+            max_new_tokens=max_new_tokens,
+            uniforms_NT=uniforms_NT,
+            group=group,
+            temperature=temperature,
+        )
+        yield Rollout(rows[here], ids_PT, mask_PT, made, texts(policy.tokenizer, made), group)
+
+
+def occurrences(prompts: Sequence[Prompt]) -> list[int]:
+    """How often each row's prompt came before it."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for prompt in prompts:
+        counts.append(seen[prompt.digest])
+        seen[prompt.digest] += 1
+    return counts
+
+
+def _for_rows(gates: np.ndarray | Tensor | None, count: int) -> Tensor | None:
+    """(count, K) float32 of gates (K,) for all rows, or of a row for each."""
+    if gates is None:
+        return None
+    gates = torch.as_tensor(gates, dtype=torch.float32)
+    return gates.repeat(count, 1) if gates.dim() == 1 else gates
+
+
+def _joint_mask(one: Tensor | None, two: Tensor | None, rows: tuple[int, int], lengths: tuple[int, int]) -> Tensor | None:
+    """The masks of two batches below each other, padded on the left; None where nothing is padded."""
+    if one is None and two is None and lengths[0] == lengths[1]:
+        return None
+    device = next(mask.device for mask in (one, two) if mask is not None) if (one is not None or two is not None) else None
+    masks = [
+        torch.ones(n, length, dtype=torch.long, device=device) if mask is None else mask
+        for mask, n, length in zip((one, two), rows, lengths, strict=True)
+    ]
+    width = max(mask.shape[1] for mask in masks)
+    return torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+
+
+def _joint_cache(one: Any, two: Any, n_one: int, n_two: int) -> Any:
+    """The second batch's rows behind the first's in one cache, keys and values padded on the left to the longer length."""
+    width = max(one.get_seq_length(), two.get_seq_length())
+    for mine, other in zip(one.layers, two.layers, strict=True):
+        for name in ("keys", "values"):
+            parts = [_by_row(getattr(layer, name), n) for layer, n in ((mine, n_one), (other, n_two))]
+            padded = [functional.pad(part, (0, 0, width - part.shape[3], 0)) for part in parts]
+            setattr(mine, name, torch.cat(padded, 1).flatten(0, 1))
+    return one
+
+
+def _by_row(states: Tensor, n: int) -> Tensor:
+    """(copies, N, heads, T, width) of a cache's states: a policy that stacks its experts has several blocks of N rows."""
+    return states.unflatten(0, (-1, n))
+
+
+def _claim(cache: Any, gates_NK: Tensor | None) -> None:
+    """Where a mixing holds its cache to the gates that filled it: these are the gates of the rows that are in it now."""
+    if getattr(cache, "paretune_gates", None) is not None:
+        cache.paretune_gates = gates_NK
+
+
+def _refuse_other_caches(cache: Any) -> None:
+    if not _repeatable(cache):
+        raise ConfigError(
+            "rows join and leave a batch whose cache is that of plain attention",
+            found=", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})) or type(cache).__name__,
+            remedy="decode these rows in a batch of their own, to its end",
+        )
 
 
 def _read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | None, group: int) -> tuple[Tensor, Tensor | None, Any]:
@@ -145,8 +394,7 @@ def _read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | No
         return logits_PV, mask, cache
     assert gates_NK is None or bool((gates_NK.unflatten(0, (-1, group)) == gates_NK[::group, None]).all()), "one gate vector per prompt"
     cache.batch_repeat_interleave(group)
-    if hasattr(cache, "paretune_gates"):  # the gates that filled it, now one row per response
-        cache.paretune_gates = gates_NK
+    _claim(cache, gates_NK)
     return logits_PV.repeat_interleave(group, 0), None if mask is None else mask.repeat_interleave(group, 0), cache
 
 
@@ -157,16 +405,21 @@ def _repeatable(cache: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
 
-def _draw(logits_NV: Tensor, uniform_N1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _draw(logits_NV: Tensor, uniform_N1: Tensor, heat_N1: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (N, 1) by inversion of the cumulative distribution, and their log-probabilities (N, 1); float64 throughout."""
-    if temperature == 0:
+    greedy_N1 = heat_N1 == 0
+    if bool(greedy_N1.all()):
         return logits_NV.argmax(1, keepdim=True), torch.zeros_like(uniform_N1)
-    logp_NV = (logits_NV if temperature == 1 else logits_NV / temperature).log_softmax(1)
+    plain = bool((heat_N1 == 1).all())
+    logp_NV = (logits_NV if plain else logits_NV / heat_N1.masked_fill(greedy_N1, 1.0)).log_softmax(1)
     cumulative_NV = logp_NV.exp().cumsum_(1)
     # The first token whose cumulative mass exceeds the aim: never one of mass 0, because the aim stays below the total.
     token_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
     token_N1.clamp_(max=logp_NV.shape[1] - 1)  # logits that are no numbers: their log-probability will say so
-    return token_N1, logp_NV.gather(1, token_N1)
+    logp_N1 = logp_NV.gather(1, token_N1)
+    if not bool(greedy_N1.any()):
+        return token_N1, logp_N1
+    return torch.where(greedy_N1, logits_NV.argmax(1, keepdim=True), token_N1), logp_N1.masked_fill(greedy_N1, 0.0)
 
 
 def token_logp(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from paretune.policy.base import Policy
 from paretune.policy.lora.bank import soup_state
-from paretune.policy.rollout import encode, row_uniforms, sample, texts
+from paretune.policy.rollout import generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import spread_preferences
@@ -76,23 +75,24 @@ def draw(
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
     w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
     gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
-    ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
-    rows = [prompt for prompt in chosen for _ in range(group)]
-    digests, occurrences = _streams(chosen, group)
     with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
-        made = sample(
+        (made,) = generate(
             policy,
-            ids_PT,
-            mask_PT,
-            group=group,
+            chosen,
             gates_NK=None if merged or reference else gates_NK,
             max_new_tokens=task.max_new_tokens,
-            uniforms_NT=row_uniforms(spec.seed, step, digests, occurrences, task.max_new_tokens),
+            seed=spec.seed,
+            step=step,
+            group=group,
             temperature=temperature,
         )
-    noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in zip(digests, occurrences, strict=True)]
-    rewards_NM = task.observe(rows, texts(policy.tokenizer, made), streams=noise)
-    return Responses(rows, ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
+    streams = [(prompt.digest, n) for prompt, n in zip(made.prompts, occurrences(made.prompts), strict=True)]
+    noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in streams]
+    rewards_NM = task.observe(made.prompts, made.texts, streams=noise)
+    drawn = made.responses
+    return Responses(
+        made.prompts, made.prompt_ids_PT, made.prompt_mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM
+    )
 
 
 @contextlib.contextmanager
@@ -127,19 +127,6 @@ def prompt_order(seed: int, first: int, n: int, count: int) -> list[int]:
 @lru_cache(maxsize=8)
 def _shuffled(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(generator(seed, "prompts", epoch).permutation(count).tolist())
-
-
-def _streams(prompts: Sequence[Prompt], group: int) -> tuple[list[str], list[int]]:
-    """Digest and occurrence of every row; a prompt that comes twice in a batch goes on counting."""
-    seen: Counter[str] = Counter()
-    digests: list[str] = []
-    occurrences: list[int] = []
-    for prompt in prompts:
-        digest = prompt.digest
-        digests += [digest] * group
-        occurrences += range(seen[digest], seen[digest] + group)
-        seen[digest] += group
-    return digests, occurrences
 
 
 def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:

@@ -1,0 +1,163 @@
+"""Rows that join and leave a batch while it is decoded: each says what it says alone, at every mixing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from paretune.errors import ConfigError
+from paretune.policy.base import build_mixing
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.rollout import Decoding, decode
+from paretune.seeds import generator
+from tiny_models import TOKENIZER, VOCAB, gemma2, llama, write_adapters
+
+LENGTH = 9
+ROWS = [  # prompt, gates, temperature; the third and the fourth are read together
+    ([1, 2, 3], (1.0, 0.0), 1.0),
+    ([4, 5, 6, 7, 8, 9], (0.0, 1.0), 0.7),
+    ([2], (0.5, 0.5), 1.0),
+    ([3, 3, 1, 2], (0.2, 0.9), 1.0),
+    ([1, 2, 3], (0.3, 0.7), 0.0),
+]
+MIXINGS = [
+    "parameter",
+    "logit",
+    "hidden",
+    {"name": "hidden-layer", "layer": 2},
+    {"name": "divergence", "divergence": "js"},
+    {"name": "robust", "radius": 0.3},
+    "reference",
+]
+
+
+@pytest.fixture(scope="module")
+def policy_of(tmp_path_factory):
+    """In float64, so that the rounding of another batch size never decides a draw. Adapters begin above the first of three layers."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    def make():
+        return llama(torch.float64, num_hidden_layers=3)
+
+    paths = write_adapters(
+        make, folder, [{"layers_to_transform": [1, 2], "target_modules": ["q_proj", "v_proj", "up_proj"]}] * 2, scale=0.6
+    )
+    return lambda mixing: build_mixing(mixing, LoraBank.load(make(), paths), TOKENIZER)
+
+
+def padded(prompts):
+    width = max(map(len, prompts))
+    ids_PT = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    return ids_PT, torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+
+
+def noise(row):
+    return generator(0, "test", row).random((1, LENGTH))
+
+
+def alone(policy, row, reference):
+    prompt, gates, temperature = ROWS[row]
+    gates_1K = None if reference else torch.tensor([gates])
+    made = decode(
+        policy,
+        *padded([prompt]),
+        gates_NK=gates_1K,
+        max_new_tokens=LENGTH,
+        uniforms_NT=noise(row),
+        temperature=temperature,
+        suppress_eos=True,
+    )
+    return made.tokens_NT[0].tolist(), made.logp_NT[0]
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["gated", "reference"])
+@pytest.mark.parametrize("mixing", MIXINGS, ids=str)
+def test_a_row_says_what_it_says_alone(policy_of, mixing, reference):
+    """Rows 0 and 1 begin, 2 and 3 join after two steps, 0 leaves after four, 4 joins, and each goes on to its own end."""
+    policy, said, logp = policy_of(mixing), {row: [] for row in range(len(ROWS))}, {row: [] for row in range(len(ROWS))}
+    present = []
+
+    def join(*rows):
+        for temperature in sorted({ROWS[row][2] for row in rows}):
+            same = [row for row in rows if ROWS[row][2] == temperature]
+            gates_NK = None if reference else torch.tensor([ROWS[row][1] for row in same])
+            decoding.join(
+                *padded([ROWS[row][0] for row in same]),
+                gates_NK=gates_NK,
+                uniforms_NT=np.concatenate([noise(row) for row in same]),
+                temperature=temperature,
+            )
+            present.extend(same)
+
+    def leave(*rows):
+        decoding.leave(torch.tensor([row in rows for row in present]))
+        present[:] = [row for row in present if row not in rows]
+
+    with Decoding(policy, suppress_eos=True) as decoding:
+        join(0, 1)
+        for step in range(4 * LENGTH):
+            if step == 2:
+                join(2, 3)
+            if step == 4:
+                leave(0)
+                join(4)
+            done = [row for row in present if len(said[row]) == LENGTH]
+            if done:
+                leave(*done)
+            if not present:
+                break
+            assert decoding.rows == len(present)
+            tokens_N1, logp_N1 = decoding.step()
+            for place, row in enumerate(present):
+                said[row].append(int(tokens_N1[place]))
+                logp[row].append(float(logp_N1[place]))
+    assert decoding.rows == 0
+    assert [len(said[row]) for row in range(len(ROWS))] == [4, LENGTH, LENGTH, LENGTH, LENGTH]
+    for row in range(len(ROWS)):
+        tokens, own_T = alone(policy, row, reference)
+        assert said[row] == tokens[: len(said[row])], row
+        np.testing.assert_allclose(logp[row], own_T[: len(logp[row])], atol=1e-6)
+    if not reference and mixing != "reference":
+        assert len({tuple(alone(policy, row, reference)[0][:4]) for row in range(4)}) > 1, "or the test sees nothing"
+
+
+def test_a_preference_before_the_prompt_joins_rows_of_its_length_only(tmp_path):
+    make = lambda: llama(torch.float64)  # noqa: E731
+    paths = write_adapters(make, tmp_path, [{}])
+
+    class Letters:
+        eos_token_id = pad_token_id = VOCAB - 1
+
+        def convert_tokens_to_ids(self, symbol):
+            return int(symbol) if symbol.isdigit() else None
+
+    policy = build_mixing({"name": "prompted", "objectives": 2, "digits": 2}, LoraBank.load(make(), paths), Letters())
+    gates_1K = torch.tensor([[0.25, 0.75]])
+    with Decoding(policy, suppress_eos=True) as decoding:
+        for row, prompt in ((0, [1, 2]), (1, [3, 4])):
+            decoding.join(*padded([prompt]), gates_NK=gates_1K, uniforms_NT=noise(row))
+        said = [decoding.step()[0] for _ in range(3)]
+        with pytest.raises(ConfigError, match="beside rows of their length"):
+            decoding.join(*padded([[1, 2, 3]]), gates_NK=gates_1K, uniforms_NT=noise(2))
+    for row, prompt in ((0, [1, 2]), (1, [3, 4])):
+        own = decode(policy, *padded([prompt]), gates_NK=gates_1K, max_new_tokens=3, uniforms_NT=noise(row)[:, :3], suppress_eos=True)
+        assert [int(tokens[row]) for tokens in said] == own.tokens_NT[0].tolist()
+
+
+def test_what_cannot_be_decoded_together_is_refused(policy_of, tmp_path):
+    policy = policy_of("parameter")
+    with Decoding(policy) as decoding:
+        decoding.join(*padded([[1, 2]]), gates_NK=torch.tensor([[0.5, 0.5]]), uniforms_NT=noise(0))
+        with pytest.raises(ConfigError, match="all have gates, or are all the reference"):
+            decoding.join(*padded([[1, 2]]), gates_NK=None, uniforms_NT=noise(1))
+        with pytest.raises(ConfigError, match="temperature is a finite number"):
+            decoding.join(*padded([[1, 2]]), gates_NK=torch.tensor([[0.5, 0.5]]), uniforms_NT=noise(1), temperature=-1.0)
+        assert decoding.rows == 1
+        assert decoding.step()[0].shape == (1, 1)
+    make = lambda: gemma2(None)  # noqa: E731 (its layers look through a sliding window: a cache of another kind)
+    windowed = build_mixing("parameter", LoraBank.load(make(), write_adapters(make, tmp_path, [{}])), TOKENIZER)
+    with Decoding(windowed) as decoding:
+        decoding.join(*padded([[1, 2]]), gates_NK=torch.ones(1, 1), uniforms_NT=noise(0))
+        with pytest.raises(ConfigError, match="plain attention"):
+            decoding.join(*padded([[1, 2]]), gates_NK=torch.ones(1, 1), uniforms_NT=noise(1))
