@@ -1,7 +1,7 @@
 # make demo   set up .venv, run the quick suite, print its leaderboard and the report's path
 # make test   the same set-up with the test tools, then lint, types and tests
 # make lock   write the lock files anew from what .venv holds
-# make readme write the README's tables, tree and picture anew
+# make docs   write the generated parts of README.md and docs/ anew
 #
 # PYTHON chooses the interpreter (3.11 or later), VENV the environment's folder, ROOT the demo's run directory.
 
@@ -11,7 +11,7 @@ ROOT ?= paretune-runs/quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types lock readme clean
+.PHONY: demo test lint types lock docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -30,8 +30,8 @@ types: $(VENV)/.ready-test
 lock: $(VENV)/.ready-test
 	$(BIN)/python tools/lock.py
 
-readme: $(VENV)/.ready
-	$(BIN)/python tools/readme.py
+docs: $(VENV)/.ready
+	$(BIN)/python tools/docs.py
 
 # A stamp is newer than what it was made from, so that nothing is installed twice.
 

@@ -64,6 +64,17 @@ def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
     assert capsys.readouterr().out == "1 10 5 {}\n"
 
 
+def test_the_suite_of_the_page_runs(recipe, tmp_path):
+    suite = yaml.safe_load(block("yaml", "# suite.yaml"))
+    suite["tasks"][0] |= {"model": str(tiny_model()), "max_new_tokens": 4}
+    suite |= {"learner": {"name": "pg", "samples": 16, "batch": 8, "group": 4, "rank": 2}, "samples": 2}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    ran = CliRunner().invoke(app, ["bench", "suite.yaml", "--root", "runs", "--executor", "in-process", "--json"])
+    assert ran.exit_code == 0, ran.output
+    rows = json.loads(ran.stdout)["leaderboard"]
+    assert {row["method"] for row in rows} == set(suite["methods"])
+
+
 def test_the_command_of_the_page_prints_what_can_be_pasted(recipe):
     ran = CliRunner().invoke(app, ["normalize", str(recipe), "--samples", "2", "--limit", "3"])
     assert ran.exit_code == 0, ran.output
