@@ -440,6 +440,8 @@ def token_logp(
     read, and differentiated, once. Padding on the right needs no mask: nothing looks ahead.
     """
     length, gates_NK = tokens_NT.shape[1], _gates(policy, gates_NK)
+    if group > 1 and not _repeatable(policy.new_cache(len(prompt_ids_PT))):  # such a cache takes one token at a time: read all of it anew
+        prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:
         first_NV, mask_NT, cache = _read(policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
         known = [_chosen(first_NV[:, None], tokens_NT[:, :1], temperature)]

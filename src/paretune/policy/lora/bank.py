@@ -26,8 +26,9 @@ from paretune.policy.lora.files import check_config, check_trainable, read_adapt
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.seeds import forked_torch, seed_for
 
-__all__ = ["LoraBank", "decoder_layers", "soup_factors", "soup_state", "soup_weight"]
+__all__ = ["LoraBank", "decoder_layers", "default_targets", "soup_factors", "soup_state", "soup_weight"]
 
+EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "wi", "wo"})
 Gates = Tensor | np.ndarray | Sequence[Any]
 
 
@@ -67,7 +68,7 @@ class LoraBank:
     ) -> LoraBank:
         """Fresh adapters (B = 0) on the HF causal LM `model`; each is initialized from its own stream of `seed`, named by its name.
 
-        `targets` is "all-linear" (every linear layer but the head) or names of modules. `names` may be empty: the reference alone.
+        `targets` is "all-linear" (see `default_targets`) or names of modules. `names` may be empty: the reference alone.
         """
         check_trainable(names, trainable)
         bank = cls(model)
@@ -112,7 +113,7 @@ class LoraBank:
         """One more fresh adapter, at the end of axis K."""
         from peft import LoraConfig
 
-        chosen = targets if isinstance(targets, str) else list(targets)
+        chosen = default_targets(self.base) if targets == "all-linear" else targets if isinstance(targets, str) else list(targets)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
         self._install(name, config, seed_for(seed, "lora", name), trainable)
 
@@ -278,6 +279,11 @@ class LoraBank:
         finally:
             self._switch.turn(before)
 
+    def expect(self, rows: int, tokens: int) -> None:
+        """Say that the next forward has so many rows and tokens, for layers whose inputs come as (rows * tokens, I)."""
+        if isinstance(self._switch.mode, Gated):
+            self._switch.mode.shape = (rows, tokens)
+
     @property
     def present_mode(self) -> Mode | None:
         """What the layers compute now; None outside of any context."""
@@ -358,6 +364,22 @@ class LoraBank:
         leaves = {name.rpartition(".")[2] for name in names}
         meant = {name for name, _ in self.base.named_modules() if name.rpartition(".")[2] in leaves}
         return sorted(leaves if meant == names else names)
+
+
+def default_targets(model: Any) -> str | list[str]:
+    """What "all-linear" means: every linear layer but the head; of a mixture of experts, those of attention.
+
+    An expert sees some of the tokens, in an order of its own, so that gates per row would reach the wrong ones. PEFT takes the names of
+    feed-forward layers (EXPERT_NAMES) in such a model for the experts' fused parameters, those of shared experts too, so none is named.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    named = {name.removesuffix(".base_layer"): module for name, module in model.named_modules() if ".lora_" not in name}
+    if not any(name.rpartition(".")[2] == "experts" for name in named):
+        return "all-linear"
+    head = model.get_output_embeddings()
+    plain = {name: module for name, module in named.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
+    return [name for name in plain if not {"experts", "router"} & set(name.split(".")) and name.rpartition(".")[2] not in EXPERT_NAMES]
 
 
 def _label(k: int) -> str:

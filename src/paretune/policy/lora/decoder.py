@@ -107,17 +107,38 @@ def run_head(model: Any, h_NTH: Tensor) -> Tensor:
 
     It is the model's own forward, its decoder replaced for one call by the states: whatever its head does (scale, soft cap), it does here.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
-    decoder = model.base_model
+    decoder = decoder_of(model)
     own = decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
-    decoder.__dict__["forward"] = lambda *_, **__: Output(last_hidden_state=h_NTH)
+    decoder.__dict__["forward"] = lambda *_, **__: _States(h_NTH)
     try:
         return model(inputs_embeds=h_NTH, use_cache=False).logits
     finally:
         del decoder.__dict__["forward"]
         if own is not None:
             decoder.__dict__["forward"] = own
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that a causal LM calls for its states: `get_decoder()` where there is one below the model, else `base_model`."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model.base_model if found is None or found is model else found
+
+
+class _States:
+    """What a decoder returns, of the states alone: a head that asks for more (router logits, attentions) finds None."""
+
+    def __init__(self, h_NTH: Tensor):
+        self.last_hidden_state = h_NTH
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int) -> Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a mapping."""
+        return getattr(self, name) if name == "last_hidden_state" else default
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class Gated:
 
     def __init__(self, gates: Tensor):
         self.gates = gates
+        self.shape: tuple[int, int] | None = None  # (N, T) of the forward, where who runs it says so
         self._by_rank: dict[Any, Tensor] = {}
         self._scaled: dict[FusedLayer, tuple[Tensor, Tensor]] = {}
 
@@ -75,6 +76,8 @@ class Gated:
 
     def hidden(self, layers: tuple[FusedLayer, ...], x: Tensor, a_IR: Tensor) -> Tensor:
         """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
+        if x.dim() == 2 and self.gates.dim() > 1 and self.shape is not None and len(x) == self.shape[0] * self.shape[1]:
+            x = x.unflatten(0, self.shape)  # some architectures give their linear layers (rows * tokens, I)
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
         x_BI = x.reshape(-1, x.shape[-1])

@@ -1,0 +1,103 @@
+"""A self-test of a model: every way in which Paretune runs it must give the numbers of its plain forward.
+
+Architectures differ in what padding, caches and 4-D masks do to them. A wrong one trains without an error, on wrong numbers. So the
+first time that a model is used, two prompts of different length are scored in each way, and compared with the model's own forward on each
+sequence alone: padded, from a cache with the prompt read once for several responses, decoded token by token, with the head applied
+in pieces, and with gates that are 0. It costs a few forwards of a dozen tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from paretune.errors import ConfigError
+from paretune.policy import rollout
+from paretune.policy.base import Policy
+from paretune.seeds import generator
+
+__all__ = ["BOUNDS", "check_model", "paths"]
+
+BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding of the dtype
+LENGTHS, NEW, GROUP = (3, 7), 5, 2  # tokens of the prompts and of the responses, and responses to a prompt
+
+_passed: set[str] = set()
+
+
+def check_model(policy: Policy) -> None:
+    """ConfigError, naming the architecture and the path, where one differs from the plain forward. A model that passed is not run again."""
+    name = _name_of(policy)
+    if name in _passed:
+        return
+    bound = BOUNDS.get(policy.model.dtype, BOUNDS[torch.bfloat16])
+    for path, off in paths(policy):
+        if not off <= bound:
+            raise ConfigError(
+                "a model says the same however it is run: padded, from a cache, in groups, with its head apart",
+                found=f"{type(policy.model).__name__} ({policy.model.config.model_type}) {path}: {off:.3g} nats per token from its plain "
+                f"forward, more than {bound:g}",
+                remedy="choose another architecture (docs/models.md lists what was tried); trained like this, its numbers would be wrong",
+            )
+    _passed.add(name)
+
+
+def paths(policy: Policy) -> Iterator[tuple[str, float]]:
+    """Each path, and the largest difference of a log-probability from the plain forward, in nats."""
+    model, rng = policy.model, generator(0, "self-test")
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    usable = [i for i in range(min(vocabulary, 5000)) if i not in policy.eos_ids and i != policy.pad_id]
+    prompts = [[usable[int(i)] for i in rng.integers(0, len(usable), n)] for n in LENGTHS]
+    width, device = max(LENGTHS), policy.device
+    ids_PT = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask_PT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    tokens_NT = torch.tensor(
+        [[usable[int(i)] for i in rng.integers(0, len(usable), NEW)] for _ in range(len(prompts) * GROUP)], device=device
+    )
+    with torch.no_grad(), policy.bank.unchanged():
+        truth_NT = torch.cat([_plain(policy, prompts[n // GROUP], tokens_T) for n, tokens_T in enumerate(tokens_NT)])
+        rows = ids_PT.repeat_interleave(GROUP, 0), mask_PT.repeat_interleave(GROUP, 0), tokens_NT
+        early_NT = torch.cat([_plain(policy, prompts[n // GROUP], tokens_T[:2]) for n, tokens_T in enumerate(tokens_NT)])
+        yield "with less text behind a token", _gap(early_NT, truth_NT[:, :2])
+        yield "padded on the left", _gap(rollout.token_logp(policy, *rows, gates_NK=None), truth_NT)
+        grouped = rollout.token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=None, group=GROUP)
+        yield "with a prompt read once for several responses", _gap(grouped, truth_NT)
+        if policy.splits_head:
+            whole, rollout.LOGITS_AT_ONCE = rollout.LOGITS_AT_ONCE, 1
+            try:
+                yield "with its head in pieces", _gap(rollout.token_logp(policy, *rows, gates_NK=None), truth_NT)
+            finally:
+                rollout.LOGITS_AT_ONCE = whole
+        uniforms_NT = rng.random((len(tokens_NT), NEW))
+        made = rollout.decode(policy, ids_PT, mask_PT, gates_NK=None, max_new_tokens=NEW, uniforms_NT=uniforms_NT, group=GROUP)
+        drawn = [
+            _plain(policy, prompts[n // GROUP], tokens_T[mask_T])[0] - logp_T[mask_T]
+            for n, (tokens_T, mask_T, logp_T) in enumerate(zip(made.tokens_NT, made.mask_NT, made.logp_NT, strict=True))
+        ]
+        yield "decoded from its cache", max(float(gap_T.abs().max()) for gap_T in drawn)
+        if policy.one_forward and policy.K:
+            gates_NK = torch.zeros(len(tokens_NT), policy.K, device=device)
+            yield "under gates of 0", _gap(rollout.token_logp(policy, *rows, gates_NK=gates_NK), truth_NT)
+
+
+def _plain(policy: Policy, prompt: list[int], tokens_T: Tensor) -> Tensor:
+    """(1, T) float64 log-probabilities by the model's own forward on one sequence: no padding, no cache, no mask."""
+    ids_1T = torch.cat([torch.tensor(prompt, device=tokens_T.device), tokens_T])[None]
+    with policy.bank.gates(None):
+        logits_TV = policy.model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    return logits_TV.log_softmax(-1).gather(-1, tokens_T[:, None])[:, 0][None]
+
+
+def _gap(logp_NT: Tensor, truth_NT: Tensor) -> float:
+    off = (logp_NT.double() - truth_NT).abs().max()
+    return float(off) if bool(off.isfinite()) else float("inf")
+
+
+def _name_of(policy: Policy) -> str:
+    """What decides how a model is run: its class, its configuration, its dtype, and where its adapters are."""
+    settings = policy.model.config.to_json_string(use_diff=False)
+    layers = ",".join(layer.name for layer in policy.bank.layers)
+    text = f"{type(policy.model).__name__} {policy.mixing} {policy.model.dtype} {policy.device} {settings} {layers}"
+    return hashlib.sha256(text.encode()).hexdigest()
