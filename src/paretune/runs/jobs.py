@@ -43,11 +43,14 @@ __all__ = [
     "CELL",
     "TRAIN",
     "Job",
+    "Outcome",
     "Tasks",
     "as_error",
+    "attempt",
     "cell_job",
     "evaluation_settings",
     "failure",
+    "label_in",
     "label_of",
     "run_job",
     "train_job",
@@ -84,6 +87,16 @@ class Job:
     label: str
     task: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. `error` is the content of FAILED.json, or None where it was done; `cause` the exception, where it is at hand."""
+
+    job: Job
+    seconds: float
+    error: Mapping[str, Any] | None = None
+    cause: BaseException | None = None
 
 
 def train_job(store: Store, spec: TrainSpec) -> Job:
@@ -176,6 +189,23 @@ def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None
         if is_disk_full(error) and not isinstance(error, StoreError):
             raise no_room(store.root, error) from error
         raise
+
+
+def attempt(path: Path, *, tasks: Tasks, progress: Progress) -> dict[str, Any]:
+    """Do a job in a worker and say how it ended: {"error": content of FAILED.json or None, "full": was it the disk?}."""
+    try:
+        run_job(path, tasks=tasks, progress=progress)
+    except Exception as error:
+        return {"error": failure(error, label=label_in(path)), "full": is_disk_full(error)}
+    return {"error": None, "full": False}
+
+
+def label_in(path: Path) -> str:
+    """The label of the job in the file, or the file's name where it cannot be read."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["label"])
+    except (OSError, ValueError, KeyError):
+        return path.stem
 
 
 def failure(error: BaseException, *, label: str = "") -> dict[str, Any]:
@@ -319,7 +349,8 @@ def _commit() -> dict[str, Any]:
     git = functools.partial(subprocess.run, cwd=checkout, capture_output=True, text=True, timeout=20)
     try:
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+        # Without the lock: a job that is killed in the middle would leave it behind, and block every commit.
+        changed = bool(git(["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
     except (OSError, subprocess.SubprocessError):
         return {"commit": None}
     return {"commit": commit or None, "changed": changed}

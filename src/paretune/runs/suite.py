@@ -36,8 +36,9 @@ from paretune.files import disk_errors, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
 from paretune.runs.display import Display, display
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
-from paretune.runs.local import Executor, InProcess, Workers, cpus
+from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
+from paretune.runs.pool import Executor, InProcess, cpus
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.training.cost import as_if_alone, read_cost
@@ -282,9 +283,9 @@ def _running(
         if isinstance(who, Ray):
             executor = RayWorkers(store, who, workers, display=shown)
         elif who == "local":
-            executor = Workers(store, count, on_progress=shown.progress)
+            executor = Workers(store, count, display=shown)
         else:
-            executor = InProcess(tasks=tasks, on_progress=shown.progress)
+            executor = InProcess(tasks=tasks, display=shown)
         try:
             with executor:
                 yield executor, shown
