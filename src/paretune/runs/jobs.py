@@ -1,14 +1,15 @@
-"""What a job does: train one adapter, or measure one method on one task, from a JSON file to a published directory.
+"""Jobs: train one adapter, or measure one method on one task, from a JSON file to a published directory.
 
     ROOT/logs/jobs/train-<key>.json   {"kind": "train", "label", "plugins", "spec": a TrainSpec}
     ROOT/logs/jobs/cell-<key>.json    {"kind": "cell", "label", "plugins", "spec": {method, task, learner, seed, evaluation}, "waves"}
 
-Whoever runs the file - a worker, this process, `python -m paretune.runs.local FILE` by hand - does the same and publishes the same.
-A job that was done before does nothing.
+A worker, this process, and `python -m paretune.runs.local FILE` by hand do the same and publish the same. A job that was done before does
+nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,39 +41,16 @@ if TYPE_CHECKING:
     from paretune.evaluation.evaluate import Evaluation
 
 __all__ = [
-    "CELL",
-    "TRAIN",
-    "Job",
-    "Outcome",
-    "Tasks",
-    "as_error",
-    "attempt",
-    "cell_job",
-    "evaluation_settings",
-    "failure",
-    "label_in",
-    "label_of",
-    "run_job",
-    "train_job",
-    "training_label",
+    *("CELL", "KIND", "TRAIN", "Job", "Outcome", "Tasks", "as_error", "attempt", "cell_job", "evaluation_settings", "failure"),
+    *("label_in", "label_of", "read_job", "run_job", "train_job", "training_label"),
 ]
 
 TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
 EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
 PACKAGES = (
-    "paretune",
-    "numpy",
-    "scipy",
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "moocore",
-    "datasets",
-    "accelerate",
-    "trl",
+    *("paretune", "numpy", "scipy", "torch", "transformers", "peft", "safetensors", "tokenizers"),
+    *("moocore", "datasets", "accelerate", "trl"),
 )
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -174,13 +152,19 @@ class Tasks:
         return self._truths[which]
 
 
+def read_job(path: Path) -> dict[str, Any]:
+    """What the file says, with its plugins loaded."""
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for plugin in job["plugins"]:
+        load_plugin(plugin)
+    return job
+
+
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
     """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
     store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()
     try:
-        job = json.loads(path.read_text(encoding="utf-8"))
-        for plugin in job["plugins"]:
-            load_plugin(plugin)
+        job = read_job(path)
         if job["kind"] == TRAIN:
             _train(store, TrainSpec.from_json(job["spec"]), tasks, progress)
         else:
@@ -243,7 +227,7 @@ def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | Non
 
 
 def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str]], tasks: Tasks) -> None:
-    from paretune.evaluation.evaluate import evaluate
+    from paretune.evaluation.evaluate import evaluate  # loads torch: a driver, and a worker before its first job, do without
 
     key, seconds = key_of(spec), {}
     store.recover(key, CELLS)
@@ -332,12 +316,10 @@ def _environment() -> dict[str, Any]:
 
 @functools.cache
 def _installed() -> dict[str, Any]:
-    packages: dict[str, str | None] = {}
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
     return {"python": platform.python_version(), "platform": platform.system(), **_commit(), "packages": packages}
 
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from paretune.errors import StoreError
 from paretune.files import is_disk_full
 from paretune.runs.display import Display
-from paretune.runs.jobs import CELL, Job, Outcome, Tasks, failure, run_job
+from paretune.runs.jobs import CELL, Job, Outcome, Tasks, as_error, failure, run_job
 from paretune.runs.store import Store
 
 __all__ = ["ATTEMPTS", "ONE_THREAD", "Executor", "InProcess", "Pool", "Worker", "cpus"]
@@ -171,7 +170,7 @@ class Pool(Executor, Generic[W]):
         assert job is not None
         worker.job, worker.since = None, time.monotonic()
         if answer["full"]:
-            raise StoreError(error["rule"], found=error["found"], remedy=error["remedy"])
+            raise as_error(error, str(worker.log))
         return Outcome(job, worker.since - began, error)
 
     def _lost(self, worker: W, how: str) -> Iterator[Outcome]:

@@ -30,7 +30,7 @@ from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingErro
 from paretune.files import disk_errors, write_json
 from paretune.registry import loaded_plugins
 from paretune.runs.display import Display
-from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, attempt, failure
+from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure
 from paretune.runs.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 
@@ -83,9 +83,14 @@ class Ray:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("the executor ray needs Ray", found="it is not installed", remedy='pip install "paretune[ray]"')
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one job asks for, as Ray counts it."""
+        return {"CPU": self.cpus_per_job, "GPU": self.gpus_per_job, "memory": self.memory_per_job * GIB}
+
     def asked(self) -> str:
         """`1 CPU, 0.5 GPU, 16 GiB`."""
-        return _resources({"CPU": self.cpus_per_job, "GPU": self.gpus_per_job, "memory": self.memory_per_job * GIB})
+        return _resources(self.resources)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -152,7 +157,7 @@ class RayWorkers(Pool[_Place]):
 
     def _look_for_room(self) -> None:
         """Raise ConfigError where a job fits on no machine, and none appears within the time to wait."""
-        asked = {"CPU": self._settings.cpus_per_job, "GPU": self._settings.gpus_per_job, "memory": self._settings.memory_per_job * GIB}
+        asked = self._settings.resources
         machines = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         fit = sum(min(int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items() if amount) for has in machines)
         if fit:
@@ -229,8 +234,7 @@ class RayWorkers(Pool[_Place]):
 
     def _begun(self, worker: _Place, problem: Mapping[str, str] | None) -> None:
         if problem is not None:
-            kind = ConfigError if problem["error"] == "ConfigError" else StoreError
-            raise kind(problem["rule"], found=problem["found"], remedy=problem["remedy"])
+            raise as_error(problem, str(worker.log))
         if not self._store.has_workers():
             raise StoreError(
                 "file locks of the run directory reach every machine",

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,12 +39,10 @@ from paretune.runs.recipe import load_recipe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import expand, fit, load_suite, members_of
 from paretune.seeds import generator, seed_for
+from paretune.tasks.base import Task
 from paretune.tasks.preferences import JUDGED_SEEDS, spread_preferences
 from paretune.training.cost import Cost, read_cost, then
 from paretune.types import canonical_json, key_of
-
-if TYPE_CHECKING:
-    from paretune.tasks.base import Task
 
 __all__ = ["METRICS", "Dimension", "Plan", "Trial", "Tuning", "read_plan", "space_of", "tune", "validation_preferences"]
 
@@ -93,9 +91,6 @@ class Dimension:
             return label if label in [json.dumps(choice) for choice in self.choices] else None
         inside = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if inside else None
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -206,7 +201,8 @@ def _dimension(path: str, values: Any, entries: Mapping[str, Mapping[str, Any]])
     if not isinstance(values, list) or not values:
         remedy = f"for example {path}: [8, 16], or {path}: [1e-4, 1e-2, log]"
         raise ConfigError("a field is tuned over a list of values, or a range", found=f"{path}: {values!r}", remedy=remedy)
-    made = _range(path, values, entries) if values[-1] in SCALES else Dimension(path, choices=_distinct(values))
+    distinct = {json.dumps(value): value for value in values}
+    made = _range(path, values, entries) if values[-1] in SCALES else Dimension(path, choices=tuple(distinct.values()))
     for value in made.choices or (made.low, made.high):
         REGISTRIES[part].build({**entries[part], name: int(value) if made.whole else value})
     return made
@@ -233,10 +229,6 @@ def _range(path: str, values: list[Any], entries: Mapping[str, Mapping[str, Any]
 def _fields(part: str, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     cls: Any = REGISTRIES[part][str(entries[part]["name"])]
     return [field.name for field in dataclasses.fields(cls) if field.init]
-
-
-def _distinct(values: list[Any]) -> tuple[Any, ...]:
-    return tuple({json.dumps(value): value for value in values}.values())
 
 
 # The search
@@ -316,6 +308,10 @@ class _Score:
     trainings: tuple[str, ...]
     validation: Cost
 
+    @classmethod
+    def from_json(cls, known: Mapping[str, Any]) -> _Score:
+        return cls(known["values"], tuple(known["trainings"]), Cost.from_json(known["validation"]))
+
 
 class _Scores:
     """Fits and measures, once for each setting and cell; what was measured is kept in ROOT/tune/scores."""
@@ -331,8 +327,7 @@ class _Scores:
         about = {"task": describe(task), "method": describe(method), "learner": describe(learner), "seed": seed, "version": SCORE}
         path = self.folder / f"{key_of({**about, 'preferences': w_WM.tolist(), 'samples': samples})}.json"
         if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return _Score(known["values"], tuple(known["trainings"]), Cost.from_json(known["validation"]))
+            return _Score.from_json(json.loads(path.read_text(encoding="utf-8")))
         from paretune.evaluation.evaluate import evaluate
 
         family = fit(task, method, learner=learner, root=self._root, seed=seed, workers=self._workers, progress=self._progress)
@@ -340,8 +335,7 @@ class _Scores:
         drawn = 0 if samples is None else samples * (len(w_WM) + 1)  # and once for the reference
         cost = measured.cost.then(Cost(validation_samples=drawn))
         score = _Score(_values(measured.metrics["splits"][SPLIT]), tuple(family.meta["trainings"]), cost)
-        record = {"values": score.values, "trainings": list(score.trainings), "validation": cost.to_json()}
-        write_json(path, record)
+        write_json(path, asdict(score) | {"validation": cost.to_json()})
         return score
 
     def cost(self, scores: Sequence[_Score]) -> Cost:
@@ -418,7 +412,7 @@ def _key(plan: Plan, metric: str, seed: int, prune: bool) -> str:
             "cells": [[describe(task), cell_seed] for task, cell_seed in plan.cells],
             "learner": describe(LEARNERS.build(plan.learner)),
             "method": describe(METHODS.build(plan.method)),
-            "space": [dimension.to_json() for dimension in plan.space],
+            "space": [asdict(dimension) for dimension in plan.space],
             "search": [metric, seed, prune, plan.samples, SCORE],
         }
     )
@@ -518,13 +512,9 @@ class _Search:
         return Trial(number, notes["values"], notes["state"], notes["value"], cells, cost, notes["message"])
 
     def result(self, folder: Path) -> Tuning:
-        scores = {
-            canonical_json(one): _Score(one["values"], tuple(one["trainings"]), Cost.from_json(one["validation"]))
-            for stored in self.finished
-            for one in stored.user_attrs["trial"]["scores"]
-        }
+        known = {canonical_json(one): one for stored in self.finished for one in stored.user_attrs["trial"]["scores"]}
         rows = tuple(self._trial(number, stored) for number, stored in enumerate(self.finished, start=1))
-        return Tuning(self.plan, self.metric, folder, rows, self.scores.cost(list(scores.values())))
+        return Tuning(self.plan, self.metric, folder, rows, self.scores.cost([_Score.from_json(one) for one in known.values()]))
 
 
 def _scales(entry: Mapping[str, Any]) -> bool:
