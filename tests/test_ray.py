@@ -215,7 +215,8 @@ def test_failures_deaths_and_a_full_disk(bench, cluster):
 def test_progress_arrives_and_idle_workers_leave(bench, cluster, monkeypatch):
     """A worker is ended after every job here, and a new one does the next."""
     monkeypatch.setattr(ray_cluster, "IDLE", 0.0)
-    monkeypatch.setattr(ray_cluster, "PROGRESS_EVERY", 0.05)
+    for name in ("LOOK_EVERY", "PROGRESS_EVERY"):
+        monkeypatch.setattr(ray_cluster, name, 0.05)
     suite = {"name": "s", "tasks": ["fake-task"], "learner": {"name": "fake", "pause": 0.2}, "methods": ["fake-method"], "seeds": [1]}
     (member,) = members_of(*load_suite(suite))
     jobs = [train_job(bench.store, spec) for spec in next_wave(member).values()]
@@ -357,7 +358,7 @@ def test_a_cluster_that_stops_answering_ends_the_run(monkeypatch):
 
     monkeypatch.setattr(ray_cluster, "_ray", lambda: SimpleNamespace(wait=wait, exceptions=ray.exceptions))
     with pytest.raises(TrainingError, match="answers as long as the run lasts") as ended:
-        ray_cluster._first([object()], 1.0)
+        ray_cluster._first([object()])
     assert "the head is gone" in ended.value.found
 
 

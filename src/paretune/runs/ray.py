@@ -41,7 +41,7 @@ OBJECT_STORE = 100_000_000  # bytes of shared memory of a cluster of this machin
 REACHED_WITHIN = 5.0  # seconds for the address to answer
 SHARED_WITHIN = 5.0  # seconds in which a machine sees what the driver wrote just now
 SEEN_WITHIN = 60.0  # seconds after which what one machine wrote is seen by all: NFS may remember for 30 that a file is not there
-LOOK_EVERY = 0.2  # seconds between two looks for what another machine has published
+LOOK_EVERY = 0.3  # seconds that the driver waits for an answer before it looks around; Ctrl-C is heard then
 GONE_WITHIN = 60.0  # seconds in which a worker that Ray has lost ends
 MOST_MEMORY = 1e5  # GiB of one job; Ray counts in units so small that a million GiB overflow and are granted
 PATIENCE = 60.0  # seconds that the workers of a killed driver get to disappear: ray:// waits 30 of them for a reconnection
@@ -204,7 +204,7 @@ class RayWorkers(Pool[_Place]):
 
     def _listen(self) -> Iterator[Outcome]:
         calls = {worker.call: worker for worker in self._workers if worker.call is not None}
-        for call in _first(list(calls), LOOK_EVERY if self._unseen else PROGRESS_EVERY):
+        for call in _first(list(calls)):
             yield from self._returned(calls[call])
         yield from self._published()
         self._ask()
@@ -303,14 +303,14 @@ def _ray() -> Any:
     return ray
 
 
-def _first(calls: list[Any], timeout: float) -> list[Any]:
-    """The first of the calls to return, or none within the time."""
+def _first(calls: list[Any]) -> list[Any]:
+    """The first of the calls to return, or none within a moment."""
     ray = _ray()
     if not calls:
-        time.sleep(timeout)
+        time.sleep(LOOK_EVERY)
         return []
     try:
-        return ray.wait(calls, num_returns=1, timeout=timeout)[0]
+        return ray.wait(calls, num_returns=1, timeout=LOOK_EVERY)[0]
     except (ray.exceptions.RayError, ConnectionError) as error:
         found = str(error).strip().partition("\n")[0]
         remedy = "see the head's logs; the same command goes on from here"
