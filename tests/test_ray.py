@@ -173,7 +173,7 @@ def test_a_killed_driver_is_followed_by_the_next_one(bench, cluster, tmp_path):
 
 
 def test_ctrl_c_ends_the_workers_and_a_cluster_of_its_own_ends_with_its_driver(bench, cluster):
-    slow = {"learner": {"name": "fake", "steps": 30, "pause": 0.1}}
+    slow = {"learner": {"name": "fake", "steps": 60, "pause": 0.1}}  # a cluster goes on for some seconds after a driver was killed
     for stop, code, address in ((signal.SIGINT, 130, cluster), (signal.SIGKILL, -9, "local")):
         driver = bench.start(ray=address, **slow)
         assert bench.wait_for_steps(driver, more=3), driver.communicate()
