@@ -1,6 +1,6 @@
 # make demo   set up .venv, run the quick suite, print its leaderboard and the report's path
 # make test   the same set-up with the test tools, then lint, types and tests
-# make lock   write the lock files anew from what .venv holds
+# make lock   write the lock files anew, with pip-tools and from pip's own index
 # make docs   write the generated parts of README.md and docs/ anew
 #
 # PYTHON chooses the interpreter (3.11 or later), VENV the environment's folder, ROOT the demo's run directory.
@@ -10,6 +10,8 @@ VENV ?= .venv
 ROOT ?= paretune-runs/quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+HEAD := \# Made by `make lock`; do not edit.
+COMPILE := build/lock/bin/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate $(addprefix --no-emit-,index-url trusted-host find-links) $(UPGRADE)
 
 .PHONY: demo test lint types lock docs clean
 .DELETE_ON_ERROR:
@@ -27,8 +29,20 @@ lint: $(VENV)/.ready-test
 types: $(VENV)/.ready-test
 	$(BIN)/mypy
 
-lock: $(VENV)/.ready-test
-	$(BIN)/python tools/lock.py
+# Pins that still fit stay; `make lock UPGRADE=--upgrade` moves them. The local part of a version (2.13.0+cpu) is left out, so that one lock
+# serves every build of a package; no hashes, for the same reason. Run it where pip chooses torch for the CPU: then no CUDA library is
+# pinned, and pip adds them where they are needed.
+lock: build/lock/bin/pip-compile
+	cp requirements.lock build/runtime.txt
+	cat requirements.lock requirements-test.lock > build/all.txt
+	$(COMPILE) --output-file build/runtime.txt pyproject.toml
+	$(COMPILE) --extra test --output-file build/all.txt pyproject.toml
+	{ echo '$(HEAD)'; sed '/==/!d; s/+.*//' build/runtime.txt | LC_ALL=C sort -t= -k1,1; } > requirements.lock
+	{ echo '$(HEAD)'; sed '/==/!d; s/+.*//' build/all.txt | LC_ALL=C sort -t= -k1,1 | grep -vxFf requirements.lock; } > requirements-test.lock
+
+build/lock/bin/pip-compile:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip-tools
 
 docs: $(VENV)/.ready
 	$(BIN)/python tools/docs.py

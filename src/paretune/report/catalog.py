@@ -10,11 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paretune.errors import ConfigError, nearest
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
 from paretune.report.tables import Column, Table
+from paretune.runs.config import load
 
 __all__ = ["KINDS", "catalog", "describe_name", "suite_path", "taxonomy"]
 
@@ -31,7 +30,7 @@ def catalog(kind: str) -> Table:
         return taxonomy()
     columns = (Column("name", "name", "text"), Column("summary", "what it is", "text"))
     if kind == "suites":
-        return Table(kind, columns, [{"name": path.stem, "summary": str(_yaml(path).get("about", ""))} for path in _suites()])
+        return Table(kind, columns, [{"name": path.stem, "summary": str(load(path).data.get("about", ""))} for path in _suites()])
     classes = {name: REGISTRIES[kind][name] for name in REGISTRIES[kind]}
     return Table(kind, columns, [{"name": name, "summary": _first_sentence(cls)} for name, cls in classes.items()])
 
@@ -65,7 +64,9 @@ def describe_name(name: str) -> list[dict[str, Any]]:
             found.append({"kind": kind[:-1], "name": name, "version": version, "about": about, "card": card, "fields": list(_fields(cls))})
     for path in _suites():
         if path.stem == name:
-            found.append({"kind": "suite", "name": name, "about": _yaml(path).get("about", ""), "text": path.read_text(encoding="utf-8")})
+            found.append(
+                {"kind": "suite", "name": name, "about": load(path).data.get("about", ""), "text": path.read_text(encoding="utf-8")}
+            )
     if not found:
         known = {n for registry in REGISTRIES.values() for n in registry} | {path.stem for path in _suites()}
         raise ConfigError("`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known))
@@ -85,10 +86,6 @@ def suite_path(given: str) -> Path:
 
 def _suites() -> list[Path]:
     return sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _first_sentence(cls: type) -> str:
