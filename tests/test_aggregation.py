@@ -10,7 +10,8 @@ from learner_cases import SMALL, TASK, flat, log_of, moved, spec_of
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training import advantages as aggregation
-from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages, check_aggregation
+from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages
+from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient, aggregated, enumerated
 from paretune.training.policy_gradient import PolicyGradient
 
@@ -145,7 +146,7 @@ def test_the_exact_learner_climbs_what_an_aggregation_says(monkeypatch):
     policy = moved(learner)
     found = enumerated(policy, TASK, torch.ones(2, 1))
     weights_PM = np.tile([0.3, 0.7], (2, 1))
-    value = aggregated(found, spec_of(learner, aggregation={"name": "plain"}), weights_PM, beta=TASK.beta)
+    value = aggregated(found, Combine(aggregation={"name": "plain"}), weights_PM, TASK)
     value.backward(retain_graph=True)
     got = flat(policy)
     policy.model.zero_grad()
@@ -190,4 +191,4 @@ def test_every_aggregation_says_source_differs_hides():
     for function in AGGREGATIONS.values():
         assert all(word in inspect.getdoc(function) for word in ("Source:", "Differs:", "Hides:")), function
     assert set(AGGREGATIONS) <= set(aggregation.__all__)
-    assert not check_aggregation(spec_of(PolicyGradient(**SMALL)))
+    assert not Combine.of(spec_of(PolicyGradient(**SMALL))).aggregates

@@ -160,7 +160,7 @@ def test_the_saved_tensors_shrink():
 
         one = dataclasses.replace(learner, checkpointing=again)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            one._logp(policy, made, slice(0, 16), gates_NK=made.gates_NK)
+            one.logp(policy, made, slice(0, 16), gates_NK=made.gates_NK)
         sizes.append(sum(kept.values()))
     assert sizes[1] < sizes[0] / 2
 

@@ -165,7 +165,7 @@ def test_it_is_normalized_once(fields, spec, in_trainer, tmp_path):
     learner = Trl(**TINY, **fields)
     asked = spec_of(learner, **spec)
     assert learner._arguments(asked, TASK, tmp_path, 1).normalize_advantages == in_trainer
-    assert learner._reward(asked, TASK).rule.normalize == ("none" if in_trainer else learner.normalize)
+    assert learner._source(asked, TASK).combine.normalize == ("none" if in_trainer else learner.normalize)
 
 
 def _killed(learner, folder, at):

@@ -41,16 +41,18 @@ class Responses:
     w_NM: np.ndarray
     rewards_NM: np.ndarray  # raw, NaN = unscored
 
-    def passes(self, *, rows: int | None, tokens: int | None, group: int) -> list[slice]:
+    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
 
-        With `tokens` these are whole groups where they fit, because a group reads its prompt once.
+        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are.
         """
         count = len(self.tokens_NT)
         step = rows or count
         if tokens is not None:
             step = max(1, tokens // (self.prompt_ids_PT.shape[1] + self.tokens_NT.shape[1]))
             step = step if step < group else step - step % group
+        if whole:
+            step = max(group, step - step % group)
         return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
