@@ -74,6 +74,45 @@ def test_rdpo_counts_objectives_that_agree_once():
     np.testing.assert_allclose(ours("rdpo", HAND[:, [0, 0]]), np.array([-1, -1, 1, 1]) / 2**0.5, rtol=1e-3)
 
 
+def z_scores(returns, group=4):
+    groups = returns.reshape(-1, group, returns.shape[1])
+    return ((groups - groups.mean(1, keepdims=True)) / groups.std(1, ddof=1, keepdims=True)).reshape(returns.shape)
+
+
+def test_under_mo_grpo_two_objectives_contribute_evenly_whatever_their_scales():
+    """What its abstract claims: at equal weights the advantage goes as much with one reward as with the other, in every group."""
+    returns = drawn(groups=5)
+    got = ours("mo_grpo", returns, np.array([0.5, 0.5]))
+    for rows in np.arange(20).reshape(5, 4):
+        with_each = [np.corrcoef(got[rows], returns[rows, k])[0, 1] for k in (0, 1)]
+        assert with_each[0] == pytest.approx(with_each[1], abs=1e-3)
+    scaled = ours("mo_grpo", returns * [1000.0, 7.0] + [3.0, -2.0], np.array([0.5, 0.5]))
+    np.testing.assert_allclose(scaled, got, atol=1e-3)
+
+
+def test_dvao_is_bounded_and_follows_the_objective_that_varies():
+    """What its abstract claims, for rewards with a heavy tail: a mean of the z-scores, so within the bound of a z-score of 4 samples."""
+    returns = np.exp(2 * drawn(groups=50))
+    got, z = ours("dvao", returns), z_scores(returns)
+    assert np.abs(got).max() <= 3 / 2 + 1e-9
+    assert (got <= z.max(1) + 1e-3).all()
+    assert (got >= z.min(1) - 1e-3).all()
+    np.testing.assert_allclose(ours("dvao", returns * [1e9, 1.0]), z_scores(returns)[:, 0], atol=0.05)
+    np.testing.assert_allclose(ours("dvao", returns * [1.0, 1e9]), z_scores(returns)[:, 1], atol=0.05)
+
+
+def test_rdpo_sees_ranks_only_and_what_it_sums_is_white():
+    """Quantiles: any rising function of a reward leaves it as it is. Whitening: its two parts are uncorrelated, of length 1."""
+    returns = drawn(groups=50)
+    returns[:, 1] += returns[:, 0]
+    got = ours("rdpo", returns)
+    bent = np.stack([np.exp(returns[:, 0]), returns[:, 1] ** 3], 1)
+    np.testing.assert_allclose(ours("rdpo", bent), got, atol=1e-9)
+    assert np.corrcoef(returns.T)[0, 1] > 0.3
+    parts = np.linalg.solve(np.array([W, W[::-1]]), np.stack([got, ours("rdpo", returns, W[::-1])]))
+    np.testing.assert_allclose(parts @ parts.T / len(got), np.eye(2), atol=1e-9)
+
+
 def test_two_of_them_are_those_that_trl_checks():
     for seed in range(3):
         returns, w = drawn(seed=seed), np.tile(W, (12, 1))

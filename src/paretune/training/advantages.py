@@ -90,9 +90,9 @@ def group_covariance(rewards_NM: np.ndarray, *, group: int) -> np.ndarray:
     whole_PG1 = ~np.isnan(each_PGM).any(-1, keepdims=True)
     number_P11 = whole_PG1.sum(1, keepdims=True)
     kept_PGM = np.where(whole_PG1, each_PGM, 0.0)
-    centred_PGM = np.where(whole_PG1, kept_PGM - kept_PGM.sum(1, keepdims=True) / np.maximum(number_P11, 1), 0.0)
+    centered_PGM = np.where(whole_PG1, kept_PGM - kept_PGM.sum(1, keepdims=True) / np.maximum(number_P11, 1), 0.0)
     degrees = np.maximum(number_P11[:, 0, 0] - 1, 0).sum()
-    return np.einsum("pgj,pgk->jk", centred_PGM, centred_PGM) / max(degrees, 1)
+    return np.einsum("pgj,pgk->jk", centered_PGM, centered_PGM) / max(degrees, 1)
 
 
 def advantages(

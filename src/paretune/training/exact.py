@@ -161,8 +161,8 @@ class Enumerated:
     @property
     def covariance_MM(self) -> np.ndarray:
         p_PR, mean_PM = self.p_PR.detach(), self.rewards_PM.detach()
-        centred_PRM = self.rewards_PRM - mean_PM[:, None]
-        return (torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)).cpu().numpy()
+        centered_PRM = self.rewards_PRM - mean_PM[:, None]
+        return (torch.einsum("pr,prj,prk->jk", p_PR, centered_PRM, centered_PRM) / len(p_PR)).cpu().numpy()
 
 
 def enumerated(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> Enumerated:
