@@ -76,13 +76,7 @@ class Learner(ABC):
 
     @abstractmethod
     def train(
-        self,
-        spec: TrainSpec,
-        task: Task,
-        work: Path,
-        *,
-        parents: Mapping[str, Artifact] | None = None,
-        progress: Progress | None = None,
+        self, spec: TrainSpec, task: Task, work: Path, *, parents: Mapping[str, Artifact] | None = None, progress: Progress | None = None
     ) -> Cost:
         """Train what `spec` says into the directory `work`, resuming where it holds a checkpoint; returns what it cost.
 

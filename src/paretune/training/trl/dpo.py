@@ -10,7 +10,7 @@ text and ends every response with EOS, which is wrong for one that the length li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,36 +34,29 @@ __all__ = ["TrlModpo"]
 UNUSED = {"prompt": "", "chosen": "", "rejected": ""}  # DPOTrainer wants texts and tokenizes them; the collator has tokens instead
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What one step drew."""
-
-    rewards_NM: np.ndarray
-    tokens: int
-    positions: int  # that went through the model, padding included
-
-
+@dataclass
 class _Drawn:
     """What the whole training learns from, drawn before it begins, and how much of it has been seen."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.steps: list[_Step] = []
-        self.seen = 0  # steps
-        self.recent: list[list[int]] = []  # per recent step: completions, then unscored ones per objective
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: list[np.ndarray] = field(default_factory=list)  # (N, M) per step, as the next two
+    generated: list[int] = field(default_factory=list)  # tokens
+    positions: list[int] = field(default_factory=list)  # that went through the model, padding included
+    seen: int = 0  # steps
+    recent: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
 
     @property
     def samples(self) -> int:
-        return sum(len(step.rewards_NM) for step in self.steps[: self.seen])
+        return sum(map(len, self.rewards[: self.seen]))
 
     @property
     def tokens(self) -> int:
-        return sum(step.tokens for step in self.steps[: self.seen])
+        return sum(self.generated[: self.seen])
 
     @property
     def rewards_NM(self) -> np.ndarray:
         """Of the newest step seen."""
-        return self.steps[self.seen - 1].rewards_NM
+        return self.rewards[self.seen - 1]
 
 
 @LEARNERS.register("trl-modpo")
@@ -166,8 +159,9 @@ class TrlModpo(TrlLearner):
         policy = self.start(spec, task, {})
         for step in range(self.steps):
             made = reference_responses(self, policy, task, spec, step)
-            positions = made.prompt_ids_PT.numel() + made.tokens_NT.numel()
-            drawn.steps.append(_Step(rewards_NM=made.rewards_NM, tokens=int(made.mask_NT.sum()), positions=positions))
+            drawn.rewards.append(made.rewards_NM)
+            drawn.generated.append(int(made.mask_NT.sum()))
+            drawn.positions.append(made.prompt_ids_PT.numel() + made.tokens_NT.numel())
             last, names = step + 1 == self.steps, task.objectives.names
             drawn.recent = watch_unscored(drawn.recent, made.rewards_NM, names, limit=self.max_unscored, last=last)
             drawn.rows += self._rows(made, spec, task, step)
@@ -197,7 +191,7 @@ class TrlModpo(TrlLearner):
 
     def _flops(self, count: int, tokens: int, source: Any) -> float:
         """The responses, then the pairs: once by the reference, forward and backward by the policy."""
-        return 2.0 * count * sum(step.positions for step in source.steps) + 6.0 * count * tokens
+        return 2.0 * count * sum(source.positions) + 6.0 * count * tokens
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

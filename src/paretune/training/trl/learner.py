@@ -39,7 +39,7 @@ from paretune.seeds import forked_torch, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
-from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished
+from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished, refuse_other
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, log_record, memory_explained, not_finite
@@ -50,11 +50,10 @@ from paretune.training.trl.reward import STATE, MultiObjectiveReward
 __all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 
 FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True}
-
-
+MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
 SMALLER = (
     "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
-    'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept'
+    'lower batch, or load the base smaller (dtype "bfloat16", quantize "4bit"); the last checkpoint is kept'
 )
 
 
@@ -73,7 +72,7 @@ class TrlLearner(SampledLearner):
 
     trainer: Literal["rloo", "grpo", "dpo"] = "rloo"
     settings: Mapping[str, Any] = field(default_factory=dict)  # more arguments of TRL's configuration
-    quantise: Literal["4bit"] | None = None  # loads the base in NF4 (QLoRA)
+    quantize: Literal["4bit"] | None = None  # loads the base in NF4 (QLoRA)
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,9 +88,9 @@ class TrlLearner(SampledLearner):
                 found=f"device={self.device!r}",
                 remedy='device is "auto", "cpu" or "cuda" (CUDA_VISIBLE_DEVICES says which)',
             )
-        for name, wants in (("vllm", self.settings.get("use_vllm")), ("bitsandbytes", self.quantise)):
+        for name, wants in (("vllm", self.settings.get("use_vllm")), ("bitsandbytes", self.quantize)):
             if wants and importlib.util.find_spec(name) is None:
-                asked, extra = ("use_vllm", "vllm") if name == "vllm" else ("quantise", "quantization")
+                asked, extra = ("use_vllm", "vllm") if name == "vllm" else ("quantize", "quantization")
                 raise ConfigError(f"{asked} needs the package {name}", found="not installed", remedy=f"pip install 'trl[{extra}]'")
 
     @abstractmethod
@@ -132,7 +131,8 @@ class TrlLearner(SampledLearner):
                 trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             finally:
                 record.close()
-            refuse_unscored(task.objectives.names, *_unscored(source), limit=self.max_unscored)
+            seen, *unscored_M = np.sum(source.recent, axis=0).tolist()
+            refuse_unscored(task.objectives.names, unscored_M, seen, limit=self.max_unscored)
             return self._finish(trainer, sizes, work, source, record.seconds)
 
     def accept(self, spec: TrainSpec) -> None:
@@ -223,16 +223,16 @@ class TrlLearner(SampledLearner):
 
     def _load(self, task: Task) -> tuple[Any, Any]:
         model, tokenizer = task.load()
-        if self.quantise is None:
+        if self.quantize is None:
             return (model if self.dtype is None else model.to(getattr(torch, self.dtype))), tokenizer
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         base = task.base()
         if "model" not in base:
             raise ConfigError(
-                "quantise needs a base that is a model on disk or on the hub",
+                "quantize needs a base that is a model on disk or on the hub",
                 found=f"task {task.registered_name}",
-                remedy="leave quantise out: the model is small",
+                remedy="leave quantize out: the model is small",
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
@@ -264,11 +264,6 @@ class TrlLearner(SampledLearner):
         return cost
 
 
-def _unscored(source: Any) -> tuple[list[int], int]:
-    seen, *unscored_M = np.sum(source.recent, axis=0).tolist()
-    return unscored_M, seen
-
-
 @contextmanager
 def _explained(lr: float) -> Iterator[None]:
     """Say which knob; be quiet about what TRL and transformers will change between themselves."""
@@ -284,9 +279,6 @@ def _explained(lr: float) -> Iterator[None]:
             found="a next-token distribution with NaN or infinities",
             remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
         ) from error
-
-
-MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
 
 
 def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, source: Any, progress: Any, world: int) -> Any:
@@ -356,13 +348,7 @@ def newest(work: Path, key: str) -> Path | None:
     found = sorted((work / FOLDER).glob(f"checkpoint-*/{MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
     if not found:
         return None
-    other = json.loads(found[-1].read_text())["key"]
-    if other != key:
-        raise TrainingError(
-            "a training resumes from its own checkpoint",
-            found=f"{found[-1].parent} belongs to {other}, not to {key}",
-            remedy=f"delete {work / FOLDER}, or train in another directory",
-        )
+    refuse_other(found[-1].parent, json.loads(found[-1].read_text())["key"], key)
     return found[-1].parent
 
 
@@ -372,7 +358,7 @@ class Trl(PolicySettings, TrlLearner):
     """TRL trains: "rloo" climbs J_w as `pg` does; "grpo" has the KL in its loss, per token. Fields mean what they mean for `pg`.
 
     One fresh adapter at a fixed preference. `settings` are more arguments of RLOOConfig or GRPOConfig, such as `use_vllm` and
-    `vllm_mode`. `quantise` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
+    `vllm_mode`. `quantize` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
 
     Source: TRL's RLOOTrainer (RLOO, 2402.14740) and GRPOTrainer (2402.03300).
     Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalization
