@@ -307,7 +307,7 @@ class Constrained(Utility):
     """The largest w . J among the policies with J_k >= c_k.
 
     c is `thresholds`, one per objective, None where there is none; left out it is the return of the untrained reference plus `margin`
-    for every objective: gain what you can, and let nobody lose.
+    for every objective: the largest gain at which no objective loses.
 
     Source: constrained Markov decision processes (Altman 1999); Safe-RLHF (2310.12773) for language models. Differs: thresholds
     bound regularized returns, as everything here does; a plain reward exceeds its return by beta KL. Hides: by how much a

@@ -12,8 +12,7 @@ First a baseline and a normalization (`advantages`), the learner's own way:
     advantage group_mean      group      TRL's GRPO, normalize_then_sum; GDPO (2601.05242): z-scores per objective, summed, whitened
 
 Then aggregations (`aggregate_advantages`): published ways, known by name, in which the returns of a prompt's responses, a vector each,
-become one advantage per response. All of them climb something other than J_w, which is what they are here to show. Returns hold the
-penalty for KL in every objective.
+become one advantage per response. All of them climb something other than J_w. Returns hold the penalty for KL in every objective.
 """
 
 from __future__ import annotations
@@ -186,7 +185,7 @@ def mo_grpo(groups: Groups) -> np.ndarray:
 
     Source: MO-GRPO (2509.22047), abstract: every objective contributes evenly, whatever its scale.
     Differs: a preference weighs the z-scores.
-    Hides: the spread of a nearly constant objective is noise, and z-scores make it as loud as the others.
+    Hides: the spread of a nearly constant objective is noise, and z-scores give it the weight of the others.
     """
     return groups.weighted(groups.z_PGM())
 
@@ -207,7 +206,7 @@ def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray
     form "hard" drops every such response, "snr" those where |sum_k a_k| / sum_k |a_k| is below `tau`, with a_k = w_k z_G(r_k).
     Source: GD2PO (2606.16771), paper and the authors' code.
     Differs: weighted by the preference; whitened by response instead of by token.
-    Hides: where objectives conflict most responses are dropped, so it learns from the few that please all.
+    Hides: where objectives conflict most responses are dropped, so it learns from the few that are good or bad for all.
     """
     a_PGM = groups.w_PGM * groups.z_PGM()
     known = ~np.isnan(a_PGM)
@@ -242,7 +241,7 @@ def rdpo(groups: Groups) -> np.ndarray:
     Source: RDPO (2605.13641), abstract: quantile normalization, then Mahalanobis whitening in the subspace of active rewards.
     Differs: "magnitude-aware" is not said in the abstract and left out; ties share their middle rank; whitening is by the symmetric
         inverse root, with eigenvalues of at least 1 % of the largest; active are objectives with a weight that are not constant.
-    Hides: ranks forget how large a difference is; whitening amplifies whatever objectives that agree still disagree on.
+    Hides: the size of a difference is lost in ranks; whitening amplifies whatever objectives that agree still disagree on.
     """
     score_PGM = _normal_scores(groups)
     active = (groups.w_PGM > 0).any((0, 1)) & (np.abs(score_PGM) > 0).any((0, 1))

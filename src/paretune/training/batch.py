@@ -18,11 +18,11 @@ from paretune.policy.rollout import encode, row_uniforms, sample, texts
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import spread_preferences
-from paretune.training.learner import gates_of
+from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "draw", "preferences", "prompt_order"]
+__all__ = ["Responses", "draw", "draw_step", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -95,6 +95,13 @@ def draw(
     noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in zip(digests, occurrences, strict=True)]
     rewards_NM = task.observe(rows, texts(policy.tokenizer, made), streams=noise)
     return Responses(rows, ids_PT, mask_PT, made.tokens_NT, made.mask_NT, made.logp_NT, gates_NK, w_NM, rewards_NM)
+
+
+def draw_step(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False) -> Responses:
+    """The responses of one step of a learner: its batch, its groups, the next prompts."""
+    group, count = learner.group, learner.batch // learner.group
+    heat = learner.temperature
+    return draw(policy, task, spec, step=step, first=step * count, prompts=count, group=group, temperature=heat, reference=reference)
 
 
 @contextlib.contextmanager

@@ -86,11 +86,11 @@ def refuse_other(place: Path, owner: str, key: str, *, same: bool = True) -> Non
 
 def clear_checkpoint(work: Path) -> None:
     """Drop it: the training is finished and everything is written. It vanishes by one rename, so that half of one is never found."""
-    rubbish = work / f".{FOLDER}"
-    shutil.rmtree(rubbish, ignore_errors=True)
+    aside = work / f".{FOLDER}"
+    shutil.rmtree(aside, ignore_errors=True)
     if (work / FOLDER).is_dir():
-        (work / FOLDER).replace(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
+        (work / FOLDER).replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_finished(work: Path) -> bool:

@@ -17,7 +17,7 @@ from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.registry import LEARNERS, RULES
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw
+from paretune.training.batch import Responses, draw_step
 from paretune.training.combine import Combine
 from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
@@ -31,7 +31,7 @@ def mixture_kl(student_NTV: Tensor, teacher_NTV: Tensor) -> Tensor:
 
     Source: sum_k w_k KL(pi || pi_k) = KL(pi || prod pi_k^w_k / Z) - log Z, so the weighted sum over teachers is, up to a constant, the
         KL to their geometric mixture; MOPD (2606.30406) uses its sampled form. Differs: all of V is summed, not the sampled token.
-    Hides: tokens alone are matched; how the student's choice changes what it meets later has no gradient.
+    Hides: the KL is per token: the effect of a token on later states of the student has no gradient.
     """
     student_NTV, teacher_NTV = student_NTV.float().log_softmax(-1), teacher_NTV.float().log_softmax(-1)
     return (student_NTV.exp() * (student_NTV - teacher_NTV)).sum(-1)
@@ -69,8 +69,7 @@ class Distillation(EmbeddedLearner):
         Combine.of(spec).check(sampled=spec.preference is None)
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> DistillBatch:
-        count = self.batch // self.group
-        made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
+        made = draw_step(self, policy, task, spec, step)
         gates_NK = torch.from_numpy(RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
         if gates_NK.shape[1] > policy.K:
             raise ConfigError(

@@ -76,8 +76,8 @@ class EmbeddedLearner(SampledLearner):
     def finished(self, run: Run) -> bool:
         return run.step >= self.steps
 
-    def look(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
-        """After each step: what a stopping rule needs."""
+    def after_step(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
+        """What a stopping rule needs after each step."""
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         batch = self.collect(policy, task, spec, run.step, run.weighting)
@@ -88,7 +88,7 @@ class EmbeddedLearner(SampledLearner):
         for _ in range(self.epochs):
             loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
-        self.look(policy, task, spec, run)
+        self.after_step(policy, task, spec, run)
         return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm}
 
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

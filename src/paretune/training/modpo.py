@@ -21,14 +21,13 @@ from paretune.policy.base import Policy
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw
+from paretune.training.batch import Responses, draw_step
 from paretune.training.combine import Combine
 from paretune.training.embedded import Batch, EmbeddedLearner
-from paretune.training.learner import SampledLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 
-__all__ = ["LACKS", "Modpo", "Pairs", "check_labeled", "compared", "modpo_loss", "reference_responses"]
+__all__ = ["LACKS", "Modpo", "Pairs", "check_labeled", "compared", "modpo_loss"]
 
 
 def modpo_loss(ratio: Tensor, margin: Tensor, weight: Tensor, wins: Tensor, *, beta: float) -> Tensor:
@@ -63,13 +62,6 @@ def check_labeled(labeled: int | None, spec: TrainSpec, names: Sequence[str]) ->
             found=f"{names[labeled]} with {'sampled preferences' if spec.preference is None else 'weight 0'}",
             remedy="leave `labeled` out: the largest weight's is taken",
         )
-
-
-def reference_responses(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
-    """The reference's responses of one step, scored; they do not depend on the policy."""
-    group, count = learner.group, learner.batch // learner.group
-    places = {"first": step * count, "prompts": count, "group": group}
-    return draw(policy, task, spec, step=step, **places, temperature=learner.temperature, reference=True)
 
 
 def compared(
@@ -139,7 +131,7 @@ class Modpo(EmbeddedLearner):
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Pairs:
         """Pairs of the reference's responses; `kl_N` has the mean KL(reference || policy), the direction that can be seen offline."""
-        made = reference_responses(self, policy, task, spec, step)
+        made = draw_step(self, policy, task, spec, step, reference=True)
         with torch.no_grad():
             logp_NT = self.logp(policy, made, slice(0, self.batch), gates_NK=made.gates_NK)
         reference_NT = made.logp_NT.float()

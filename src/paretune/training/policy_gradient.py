@@ -23,7 +23,7 @@ from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.advantages import group_covariance
-from paretune.training.batch import Responses, draw
+from paretune.training.batch import Responses, draw, draw_step
 from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
@@ -48,13 +48,9 @@ class PolicySettings:
     clip_eps: float = 0.2  # of the ratio, from the second of several epochs on
 
     def rules(self) -> dict[str, bool]:
-        return {
-            **super().rules(),  # type: ignore[misc]
-            "kl_estimator k1 takes kl_in reward: inside a loss its gradient has expectation 0": (self.kl_in, self.kl_estimator)
-            != ("loss", "k1"),
-            "kl_in reward takes kl_estimator k1, which alone is unbiased there; k2 and k3 belong in the loss": self.kl_in == "loss"
-            or self.kl_estimator == "k1",
-        }
+        unbiased = "kl_in reward takes kl_estimator k1, which alone is unbiased there; kl_in loss takes k2 or k3"
+        kept = (self.kl_in == "reward") == (self.kl_estimator == "k1")  # inside a loss the gradient of k1 has expectation 0
+        return {**super().rules(), unbiased: kept}  # type: ignore[misc]
 
     def combine(self, spec: TrainSpec) -> Combine:
         """How the training combines its objectives under this learner."""
@@ -92,8 +88,7 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
 
     @memory_explained(SMALLER)
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> PolicyBatch:
-        count, combine = self.batch // self.group, self.combine(spec)
-        made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
+        combine, made = self.combine(spec), draw_step(self, policy, task, spec, step)
         with torch.inference_mode():
             parts = [self.logp(policy, made, rows, gates_NK=None) for rows in self.passes(made)]
         reference_NT = torch.cat(parts)  # an ordinary tensor, which autograd may keep
@@ -158,12 +153,12 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
     def finished(self, run: Run) -> bool:
         return super().finished(run) or converged(run.validations, self.stop_window, self.stop_cv)
 
-    def look(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
+    def after_step(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
         if self.stop_cv is not None and run.step % self.validate_every == 0:
             run.validations.append(self.validate(policy, task, spec, run))
 
     def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
-        """Mean scalarized reward of fresh responses to training prompts, from streams of their own; test prompts are never looked at."""
+        """Mean scalarized reward of fresh responses to training prompts, from streams of their own."""
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
         made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
         run.validation_samples += len(made.w_NM)

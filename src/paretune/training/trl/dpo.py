@@ -22,10 +22,10 @@ from paretune.errors import ConfigError
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses
+from paretune.training.batch import Responses, draw_step
 from paretune.training.combine import Combine
 from paretune.training.learner import memory_explained, watch_unscored
-from paretune.training.modpo import LACKS, Labels, check_labeled, compared, reference_responses
+from paretune.training.modpo import LACKS, Labels, check_labeled, compared
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.learner import SMALLER, TrlLearner
 
@@ -158,7 +158,7 @@ class TrlModpo(TrlLearner):
         """All responses and pairs of the training; stops where too many could not be scored."""
         policy = self.start(spec, task, {})
         for step in range(self.steps):
-            made = reference_responses(self, policy, task, spec, step)
+            made = draw_step(self, policy, task, spec, step, reference=True)
             drawn.rewards.append(made.rewards_NM)
             drawn.generated.append(int(made.mask_NT.sum()))
             drawn.positions.append(made.prompt_ids_PT.numel() + made.tokens_NT.numel())

@@ -1,4 +1,4 @@
-"""Weights that follow what a training sees: the objectives' gradients, their covariance, and what a bandit was paid.
+"""Adaptive weights: from the objectives' gradients, from returns and their covariance, and from bandits.
 
 All of them bend a preference; an objective with weight 0 stays out.
 """
