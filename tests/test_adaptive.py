@@ -12,10 +12,17 @@ from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.adaptive import CovarianceTargeted, Exp3, exp3_probabilities
-from paretune.training.weightings.bandit import Contextual, prompt_features, ridge
+from paretune.training.weightings.adaptive import (
+    Contextual,
+    CovarianceTargeted,
+    Exp3,
+    GradientLevel,
+    Influence,
+    exp3_probabilities,
+    prompt_features,
+    ridge,
+)
 from paretune.training.weightings.base import WEIGHTINGS, StepContext
-from paretune.training.weightings.gradient import GradientLevel, Influence
 from paretune.types import Prompt
 
 A, B = Prompt("aab"), Prompt("ccd")

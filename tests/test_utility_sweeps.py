@@ -13,8 +13,8 @@ from paretune.methods.utility_sweeps import neighbors
 from paretune.registry import METHODS
 from paretune.tasks.exact.optimum import landmarks
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient
-from paretune.training.weightings.base import weighting_of
 from paretune.types import Objectives
 
 CLIMBING = ("tchebycheff", "log-sum", "max-min", "lagrangian", "product")
@@ -56,7 +56,7 @@ def test_keys_hold_no_measured_numbers(task):
     """Ideal points and references are looked up while training: a key would hang on the last bit of a forward."""
     for name in ("tchebycheff", "max-min", "lagrangian"):
         specs = METHODS.build(name).plan(task, quick_learner(), {}, 0)
-        utility = weighting_of(specs[0]).seeks
+        utility = Combine.of(specs[0]).weighting_rule.seeks
         assert getattr(utility, utility.per_objective) is None
         json.dumps(specs[0].to_json(), allow_nan=False)
 
@@ -64,7 +64,7 @@ def test_keys_hold_no_measured_numbers(task):
 def test_at_the_vertices_every_utility_trains_that_objective_alone(task):
     for name in ("tchebycheff", "log-sum", "max-min"):
         spec = METHODS.build({"name": name, "points": 2}).plan(task, quick_learner(), {}, 0)[0]
-        weighting, learner = weighting_of(spec), ExactGradient(rank=2, steps=1)
+        weighting, learner = Combine.of(spec).weighting_rule, ExactGradient(rank=2, steps=1)
         from test_utility_weightings import seen
 
         given = seen([[0.4, 0.6]], spec.preference, exact=True, marks=landmarks(task))

@@ -89,7 +89,7 @@ class Distilled(Method):
         rule = Barycentric(points_KM=tuple(tuple(spec.preference or ()) for spec in teachers))
         return TrainSpec(
             task=describe(task),
-            learner=describe(Distillation.like(learner, describe(rule)).scaled(self.effort)),
+            learner=describe(Distillation.like(learner, teacher=describe(rule)).scaled(self.effort)),
             preference=None,
             seed=seed,
             frozen_adapters=keys,

@@ -1,7 +1,8 @@
 """Conformance suites for plug-in authors: each proves that a class of one file works with everything else."""
 
+from paretune.testing.losses import check_loss
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 from paretune.testing.objectives import ConformanceError, check_objective
 from paretune.testing.tasks import check_task
 
-__all__ = ["ConformanceError", "check_method", "check_objective", "check_task", "quick_learner", "quick_task", "train_plan"]
+__all__ = ["ConformanceError", "check_loss", "check_method", "check_objective", "check_task", "quick_learner", "quick_task", "train_plan"]

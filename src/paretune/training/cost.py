@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,12 @@ class Cost:
 
 def then(costs: Iterable[Cost]) -> Cost:
     """All of them, one after the other."""
-    total = Cost()
-    for cost in costs:
-        total = total.then(cost)
-    return total
+    return reduce(Cost.then, costs, Cost())
 
 
 def beside(costs: Iterable[Cost]) -> Cost:
     """All of them, at the same time."""
-    widest = Cost()
-    for cost in costs:
-        widest = widest.beside(cost)
-    return widest
+    return reduce(Cost.beside, costs, Cost())
 
 
 def as_if_alone(waves: Sequence[Sequence[Cost]], search: Cost | None = None) -> dict[str, Cost]:
