@@ -117,6 +117,19 @@ def test_the_labelled_weight_is_never_below_an_equal_share(w_M):
         assert not batch.margin.any()
 
 
+@pytest.mark.parametrize("w_M", [(0.4, 0.4, 0.2), (0.4, 0.2, 0.4), (1 / 3, 1 / 3, 1 / 3)])
+def test_a_tie_of_the_largest_weights_is_not_broken_by_the_order_of_objectives(w_M):
+    """The same responses with their rewards and weights in the opposite order are compared by the same objective, bit for bit."""
+    learner, _, batch = pairs_of(w_M, dataclasses.replace(TINY, objective_count=3))
+    made = batch.responses
+    turned = dataclasses.replace(made, w_NM=made.w_NM[:, ::-1].copy(), rewards_NM=made.rewards_NM[:, ::-1].copy())
+    margin, weight, wins, known = learner.compared(made, spec_of(learner, w_M), 0)
+    for one, two in zip((weight, wins, known), learner.compared(turned, spec_of(learner, w_M), 0)[1:], strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(learner.compared(turned, spec_of(learner, w_M), 0)[0], margin, atol=1e-12)  # a sum in another order
+    assert weight.min() == max(w_M)
+
+
 def test_the_gradient_is_that_of_the_mean_and_does_not_depend_on_micro_batches():
     found = []
     for micro_batch in (None, 4, 6):
