@@ -1,9 +1,11 @@
 # make demo   set up .venv, run the quick suite, print its leaderboard and the report's path
 # make test   the same set-up with the test tools, then lint, types and tests
+# make test-all   the same, the tests under every instruction set and number of threads of CPUS
 # make lock   write the lock files anew, with pip-tools and from pip's own index
 # make docs   write the generated parts of README.md and docs/ anew
 #
 # PYTHON chooses the interpreter (3.11 or later), VENV the environment's folder, ROOT the demo's run directory.
+# PARETUNE_TEST_CPU=avx2/2 tests with torch's AVX2 kernels on two threads; any of CPUS, unset is native/1.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,14 +15,28 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEAD := \# Made by `make lock`; do not edit.
 COMPILE := build/lock/bin/pip-compile --quiet --strip-extras --allow-unsafe --no-header --no-annotate $(addprefix --no-emit-,index-url trusted-host find-links) $(UPGRADE)
 
-.PHONY: demo test lint types lock docs clean
+# What rounds differently: the instruction set (native: the best that the processor has) and the number of threads.
+CPUS := default/1 default/2 avx2/1 avx2/2 native/1 native/2
+PARETUNE_TEST_CPU := $(or $(PARETUNE_TEST_CPU),native/1)
+$(if $(filter $(CPUS),$(PARETUNE_TEST_CPU)),,$(error PARETUNE_TEST_CPU is one of $(CPUS); found: $(PARETUNE_TEST_CPU)))
+on = env $(if $(filter native/%,$1),-u ATEN_CPU_CAPABILITY,ATEN_CPU_CAPABILITY=$(firstword $(subst /, ,$1))) OMP_NUM_THREADS=$(notdir $1)
+pytest = $(call on,$1) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all cpus lint types lock docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
 	$(BIN)/paretune demo --root $(ROOT)
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(call pytest,$(PARETUNE_TEST_CPU))
+
+test-all: lint types
+	@failed=; $(foreach cpu,$(CPUS),echo "== $(cpu)"; $(call pytest,$(cpu)) || failed="$$failed $(cpu)";) \
+	if [ -n "$$failed" ]; then echo "failed under:$$failed" >&2; exit 1; fi
+
+cpus:
+	@echo $(CPUS)
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

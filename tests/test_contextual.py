@@ -266,11 +266,14 @@ def test_static_gates_are_the_best_of_their_grid(trained):
 def test_contextual_beats_the_best_static_gates_on_prompts_that_it_saw(trained, tmp_path):
     task, learner, done = trained
     static = METHODS.build("static-gates").policy(task, learner, done, 0)
-    method = METHODS.build({"name": "contextual", "rounds": 60})
-    family = method.policy(task, learner, done, 0)
-    ours, theirs = (evaluate(task, f, splits=["train"]) for f in (family, static))
-    one, two = (e.metrics["splits"]["train"]["attainment"]["mean"] for e in (ours, theirs))
-    assert one > two + 0.005
+    # Features count in full: with 8 prompts, the default penalties keep gates so near to common ones that a gain is within what another
+    # rounding of the experts' training changes (-.016 to .017).
+    told = {"name": "contextual", "rounds": 60, "share": 1.0, "between": 0.0}
+    family, blind = (METHODS.build({**told, **f}).policy(task, learner, done, 0) for f in ({}, {"features": "none"}))
+    ours, theirs, without = (evaluate(task, f, splits=["train"]) for f in (family, static, blind))
+    one, two, three = (e.metrics["splits"]["train"]["attainment"]["mean"] for e in (ours, theirs, without))
+    assert one > two + 0.02  # seen: .048 to .066 over instruction sets, threads and roundings
+    assert three < two + 0.005  # the gain is the prompt's: without features, the same bandit is no better than the grid
     assert ours.cost.evaluations == 60
     assert ours.cost.validation_samples == 0
     family.save(tmp_path / "family")

@@ -19,7 +19,7 @@ from paretune.seeds import forked_torch
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import check_method, quick_learner, quick_task
 from paretune.training.batch import draw
-from paretune.training.modpo import Modpo, modpo_loss
+from paretune.training.modpo import Modpo, compared, modpo_loss
 from paretune.training.policy_gradient import PolicyGradient
 
 TINY = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
@@ -115,6 +115,20 @@ def test_the_labeled_weight_is_never_below_an_equal_share(w_M):
     assert batch.weight.min().item() >= 1 / 3 - 1e-6
     if max(w_M) == 1.0:
         assert not batch.margin.any()
+
+
+@pytest.mark.parametrize("w_M", [(0.4, 0.4, 0.2), (0.4, 0.2, 0.4), (1 / 3, 1 / 3, 1 / 3)])
+def test_a_tie_of_the_largest_weights_is_not_broken_by_the_order_of_objectives(w_M):
+    """The same responses with their rewards and weights in the opposite order are compared by the same objective, bit for bit."""
+    learner, _, batch = pairs_of(w_M, dataclasses.replace(TINY, objective_count=3))
+    made = batch.responses
+    turned = dataclasses.replace(made, w_NM=made.w_NM[:, ::-1].copy(), rewards_NM=made.rewards_NM[:, ::-1].copy())
+    settings = {"group": learner.group, "labeled": learner.labeled, "labels": learner.labels}
+    margin, weight, wins, known = compared(made, spec_of(learner, w_M), 0, **settings)
+    for one, two in zip((weight, wins, known), compared(turned, spec_of(learner, w_M), 0, **settings)[1:], strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(compared(turned, spec_of(learner, w_M), 0, **settings)[0], margin, atol=1e-12)  # a sum in another order
+    assert weight.min() == max(w_M)
 
 
 def test_the_gradient_is_that_of_the_mean_and_does_not_depend_on_micro_batches():

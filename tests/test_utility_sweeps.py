@@ -32,9 +32,15 @@ def test_three_objectives_pass_the_conformance_suite(name):
 
 
 @pytest.mark.parametrize("name", CLIMBING)
-def test_trainings_climb_their_own_utility(task, tmp_path, name):
-    """Each comes nearer to its own optimum than the weighted sum does at the same cost."""
-    w = (0.25, 0.75)
+def test_trainings_climb_their_own_utility(tmp_path, name):
+    """Each comes nearer to its own optimum than the weighted sum does at the same cost.
+
+    On this task even the exact optimum of the weighted sum falls .09 (log-sum), .45 (tchebycheff) and .27 (product) short of theirs. Each
+    bound is about half of the margin seen, which other roundings of the trainings (instruction sets, threads) move by 3% at most: log-sum
+    .057, tchebycheff .248, product .226, max-min 17.1, lagrangian .92. (On seed 2, log-sum could gain .036 at best, and rounding alone
+    moves its margin from -.005 to .02.)
+    """
+    task, w = small_task(rho=-0.8, seed=0), (0.25, 0.75)
     method = METHODS.build({"name": name, "at": (w,)})
     learner = ExactGradient(rank=8, steps=60)
     done = train_plan(method, task, learner, tmp_path, seed=0)
@@ -45,9 +51,9 @@ def test_trainings_climb_their_own_utility(task, tmp_path, name):
     plain.meta["utility"] = family.meta["utility"]
     other = evaluate(task, plain, w_WM=np.array([w]), splits=["train"]).metrics["splits"]["train"]["own_utility"]
     mine, theirs = own["attainment"]["worst"], other["attainment"]["worst"]
-    # The model is tiny: the weighted sum itself comes to .74 of its own optimum in these 60 steps.
+    # The model is tiny, and 60 steps are few. Seen: .69 (max-min) to .94 (tchebycheff), where rounding moves max-min by .02.
     assert 0.6 < mine <= 1 + 1e-6
-    assert mine > theirs + {"tchebycheff": 0.01, "log-sum": 0.01, "product": 0.04, "max-min": 1.0, "lagrangian": 0.5}[name]
+    assert mine > theirs + {"tchebycheff": 0.12, "log-sum": 0.03, "product": 0.11, "max-min": 8.0, "lagrangian": 0.45}[name]
     if name == "lagrangian":
         assert own["violation"]["worst"] < 0.005 < other["violation"]["worst"]
 

@@ -69,13 +69,16 @@ def compared(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Margin, weight, wins and known of all pairs, (P, pairs of a group) each; see `Pairs`."""
     w_PM = made.w_NM[::group]
-    k_P = w_PM.argmax(1) if labeled is None else np.full(len(w_PM), labeled)
-    is_k_PM = np.eye(w_PM.shape[1])[k_P]
     first, second = np.triu_indices(group, 1)
     rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)
     apart = rewards_PGM[:, first] - rewards_PGM[:, second]
     known = ~np.isnan(apart).any(-1)
     apart = np.where(known[..., None], apart, 0.0)
+    is_largest_PM = w_PM > w_PM.max(1, keepdims=True) - 1e-9
+    k_P = np.where(is_largest_PM, (apart**2).sum(1), -1.0).argmax(1)  # at a tie not the first: objectives have no order
+    if labeled is not None:
+        k_P = np.full(len(w_PM), labeled)
+    is_k_PM = np.eye(w_PM.shape[1])[k_P]
     label, margin = (apart * is_k_PM[:, None]).sum(-1), (apart * (w_PM * (1 - is_k_PM))[:, None]).sum(-1)
     wins = expit(label)
     if labels == "drawn":
@@ -101,12 +104,13 @@ class Pairs(Batch):
     known: Tensor  # 1 where both responses were scored, else 0
 
 
-@LEARNERS.register("modpo")
+@LEARNERS.register("modpo", version=2)
 @dataclass(frozen=True, kw_only=True)
 class Modpo(EmbeddedLearner):
     """MODPO on pairs that are built from the task: `samples` responses of the reference, `group` to a prompt, all pairs of a group.
 
-    labeled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M.
+    labeled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M, and of
+        several such the one whose rewards differ most between a prompt's responses.
     labels: the first of two responses wins with the chance sigmoid(r_1 - r_1'), as the Bradley-Terry model of the loss has it.
     "expected" puts that chance into the loss, "drawn" draws the winner, "hard" takes the one with the larger reward.
 
