@@ -18,10 +18,8 @@ from typing import Any
 
 from paretune.report.catalog import taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
-from paretune.report.figures import attainment_figures, front_figures
-from paretune.report.series import glance_table
-from paretune.report.svg import to_svg
-from paretune.report.tables import Table
+from paretune.report.figures import attainment_figures, front_figures, to_svg
+from paretune.report.tables import Table, glance_table
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ROOT / "benchmarks" / "results" / "quick.json"

@@ -1,4 +1,4 @@
-"""From a run directory to plain rows: what the page, the CSV files, the terminal and `--json` all show.
+"""Results: what a run directory holds, as cells, task settings and methods in a fixed order.
 
 Only what was published is read (a cell without DONE does not exist), and nothing is computed anew: no task is built, no model loaded.
 A *setting* is a task with its dials but without its seed; the cells of one method in one setting are its seeds.
@@ -49,25 +49,38 @@ class Cell:
         return self.record["metrics"]
 
     @property
+    def seed(self) -> Any:
+        """The task's seed; None where the task has none."""
+        return self.task.get("seed")
+
+    @property
     def unit(self) -> str:
         """What was drawn independently: the task's seed, or that of the trainings where the task has none."""
         return str(self.task.get("seed", self.record.get("seed")))
-
-    def measured(self, split: str) -> Mapping[str, Any]:
-        """The metrics of one split; empty where it was not measured."""
-        return self.metrics["splits"].get(split, {})
-
-    def front(self, split: str) -> Mapping[str, Any] | None:
-        """{"points", "w", "reference", "proof"}: the exact front and the reference's returns; None where they are not known."""
-        return (self.record.get("fronts") or {}).get(split)
 
     @property
     def w_WM(self) -> np.ndarray:
         return np.asarray(self.metrics["preferences"], dtype=np.float64)
 
-    def cost(self, kind: str) -> Mapping[str, float]:
-        """`kind` is "total" or "critical_path"."""
-        return self.record["cost"][kind]
+    def measured(self, split: str, *path: str) -> Any:
+        """The metrics of one split, or what stands at `path` in them; {} or None where it was not measured."""
+        found = self.metrics["splits"].get(split, {})
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+    def summary(self, split: str, which: str, *path: str) -> float | None:
+        """The "worst" or "mean" of what stands at `path`, over judged preferences; an estimate's value, None where unknown."""
+        value = self.measured(split, *path, which)
+        if value is None and which == "worst":  # a gain has no worst of its own
+            each = self.measured(split, *path, "per_preference") or ()
+            value = min((e["value"] for e in each if isinstance(e, Mapping) and e["value"] is not None), default=None)
+        return value["value"] if isinstance(value, Mapping) else value
+
+    def cost(self, key: str, kind: str = "total") -> float:
+        """`kind` is "total" or "critical_path"; samples are those for training, for validation and for search."""
+        found = self.record["cost"][kind]
+        return found["samples"] + found["validation_samples"] if key == "samples" else found[key]
 
 
 @dataclass(frozen=True)
@@ -112,18 +125,9 @@ class Setting:
         """
         return self.splits[0]
 
-    def qualities(self, label: str, split: str) -> np.ndarray:
-        """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
-        rows = []
-        for cell in self.of(label):
-            values = (cell.measured(split).get(self.quality) or {}).get("per_preference")
-            if values:
-                rows.append([value["value"] if isinstance(value, Mapping) else value for value in values])
-        return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
-
     @cached_property
     def task_seeds(self) -> list[Any]:
-        return sorted({cell.task.get("seed", 0) for cell in self.cells})
+        return sorted({cell.seed for cell in self.cells})
 
     @cached_property
     def labels(self) -> list[str]:
@@ -132,8 +136,13 @@ class Setting:
     @cached_property
     def shared_seeds(self) -> list[Any]:
         """The task seeds at which every method was measured: means over these can be drawn in one picture."""
-        have = [{cell.task.get("seed", 0) for cell in self.of(label)} for label in self.labels]
+        have = [{cell.seed for cell in self.of(label)} for label in self.labels]
         return sorted(set.intersection(*have))
+
+    @property
+    def verified(self) -> dict[Any, Mapping[str, Any]]:
+        """Task seed -> how its objectives relate, by split, as verified when the task was built."""
+        return {cell.seed: cell.record["verified"] for cell in self.cells if cell.record.get("verified")}
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
@@ -143,27 +152,38 @@ class Setting:
     def _of(self) -> dict[str, list[Cell]]:
         return {label: [cell for cell in self.cells if cell.label == label] for label in self.labels}
 
+    def drawn(self, split: str) -> list[str]:
+        """The methods that were measured on the split at all shared seeds."""
+        return [label for label in self.labels if self.shared_seeds and all(cell.measured(split) for cell in self.of(label))]
+
+    def qualities(self, label: str, split: str) -> np.ndarray:
+        """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
+        each = [values for cell in self.of(label) if (values := cell.measured(split, self.quality, "per_preference"))]
+        rows = [[value["value"] if isinstance(value, Mapping) else value for value in values] for values in each]
+        return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
+
     def front(self, split: str) -> dict[str, np.ndarray] | None:
         """Means over the shared seeds of the exact front's points, (K, M) at the same K preferences, and of the reference's returns (M,).
 
         The mean over tasks of the points at w is a point of the mean task's front: no policies, one per task, have a larger mean return
         at w.
         """
-        by_seed = {cell.task.get("seed", 0): cell.front(split) for cell in self.cells if cell.front(split)}
+        by_seed = {cell.seed: fronts[split] for cell in self.cells if (fronts := cell.record.get("fronts")) and split in fronts}
         fronts = [front for seed in self.shared_seeds if (front := by_seed.get(seed))]
         if not fronts or len(fronts) != len(self.shared_seeds):
             return None
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
+    def _shared(self, label: str, split: str, key: str) -> list[Any]:
+        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in self.shared_seeds]
+
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
-        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
-        return np.mean([np.asarray(cell.measured(split)["returns"], dtype=float) for cell in cells], axis=0)
+        return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
         """(W, M) half the width of the 95 % intervals of `mean_points` over samples; None where nothing was sampled."""
-        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
-        errors = [cell.measured(split).get("returns_error") for cell in cells]
+        errors = self._shared(label, split, "returns_error")
         if not errors or any(error is None for error in errors):
             return None
         return np.sqrt(np.sum(np.square(np.asarray(errors, dtype=float)), axis=0)) / len(errors)

@@ -9,8 +9,7 @@ import numpy as np
 
 from paretune.report.comparison import Group, baselines, comparison_table, estimate_of, groups, pair_table
 from paretune.report.data import PROMPTS, Results, Setting
-from paretune.report.series import glance_table, loss_table
-from paretune.report.tables import CEILING, Column, headline, leaderboard, minus
+from paretune.report.tables import CEILING, Column, glance_table, headline, leaderboard, loss_table, minus
 
 __all__ = ["findings"]
 
