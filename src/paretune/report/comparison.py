@@ -32,12 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.data import NOT_DIALS, SPLITS, Cell, Results, Setting
+from paretune.report.data import NOT_DIALS, SPLITS, Results, Setting
 from paretune.report.tables import COSTS, PATH_HELP, Column, Table, costs, keyed
 from paretune.types import Estimate
 
 __all__ = [
-    *("ALL", "BASELINES", "QUALITIES", "Group", "Heat", "baselines", "board_tables", "comparison_table", "difference_heats"),
+    *("ALL", "BASELINES", "QUALITIES", "TABLES", "Heat", "baselines", "board_tables", "comparison_table", "difference_heats"),
     *("enough_for_intervals", "estimate_of", "groups", "note", "on_headline", "pair_table", "profile_table", "relationship_tables"),
     *("rows", "scores", "shared", "write_rows"),
 ]
@@ -53,59 +53,23 @@ Scores = Mapping[tuple[str, str], float]
 """(label of the setting, task seed) -> score."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Settings that are looked at together: one, or all of them."""
-
-    label: str
-    settings: tuple[Setting, ...]
-
-    @property
-    def pooled(self) -> bool:
-        return len(self.settings) > 1
-
-    @property
-    def slug(self) -> str:
-        return "all" if self.pooled else self.settings[0].slug
-
-    @property
-    def exact(self) -> bool:
-        return self.settings[0].exact
-
-    @property
-    def quality(self) -> str:
-        return self.settings[0].quality
-
-    @property
-    def headline(self) -> str:
-        return self.settings[0].headline
-
-    @property
-    def labels(self) -> list[str]:
-        """The methods measured in every setting."""
-        return [label for label in self.settings[0].labels if all(label in setting.labels for setting in self.settings)]
-
-    def of(self, label: str) -> list[Cell]:
-        return [cell for setting in self.settings for cell in setting.of(label)]
-
-
 @lru_cache(maxsize=2)
-def groups(results: Results) -> list[Group]:
+def groups(results: Results) -> list[Setting]:
     """The finished settings together (where all are exact: gains on different tasks are no scale), then each setting by itself. None
     without two methods that have two task seeds.
 
     A setting is finished where its methods share at least half as many task seeds as elsewhere: one just begun would leave nothing.
     """
-    found = [Group(setting.label, (setting,)) for setting in results.settings]
+    found = list(results.settings)
     most = max((len(setting.shared_seeds) for setting in results.settings), default=0)
     whole = tuple(setting for setting in results.settings if 2 * len(setting.shared_seeds) >= most)
     if len(whole) > 1 and all(setting.exact for setting in results.settings):
-        missing = len(whole) < len(results.settings)
-        found.insert(0, Group(f"{len(whole)} of {len(results.settings)} settings" if missing else ALL, whole))
+        label = ALL if len(whole) == len(found) else f"{len(whole)} of {len(found)} settings"
+        found.insert(0, Setting(label, label, {}, tuple(cell for setting in whole for cell in setting.cells), whole))
     return [group for group in found if len([count for count in _seeds(group) if count > 1]) > 1]
 
 
-def _seeds(group: Group) -> list[int]:
+def _seeds(group: Setting) -> list[int]:
     """The number of task seeds that each method has in all settings of the group."""
     return [len(shared(group, scores(group, label, group.headline, "mean"))) for label in group.labels]
 
@@ -118,10 +82,10 @@ def enough_for_intervals(results: Results) -> tuple[bool, int]:
     return most >= MIN_UNITS, most
 
 
-def scores(group: Group, label: str, split: str, which: str, *path: str) -> Scores:
+def scores(group: Setting, label: str, split: str, which: str, *path: str) -> Scores:
     """What a method reached on one split; seeds where it is unknown are left out. `path` leads to another summary than the quality's."""
     found: dict[tuple[str, str], list[float]] = {}
-    for setting in group.settings:
+    for setting in group.parts or (group,):
         for cell in setting.of(label):
             value = cell.summary(split, which, *(path or (setting.quality,)))
             if value is not None:
@@ -129,19 +93,19 @@ def scores(group: Group, label: str, split: str, which: str, *path: str) -> Scor
     return {place: float(np.mean(values)) for place, values in found.items()}
 
 
-def shared(group: Group, *several: Scores) -> list[str]:
+def shared(group: Setting, *several: Scores) -> list[str]:
     """The task seeds at which all of these scores are known in every setting of the group."""
     seeds = {seed for _, seed in several[0]} if several else set()
-    return sorted(seed for seed in seeds if all((s.label, seed) in one for s in group.settings for one in several))
+    return sorted(seed for seed in seeds if all((s.label, seed) in one for s in group.parts or (group,) for one in several))
 
 
-def _long(group: Group, one: Scores, seeds: Sequence[str]) -> dict[str, Any]:
+def _long(group: Setting, one: Scores, seeds: Sequence[str]) -> dict[str, Any]:
     """Values, strata and units as `paretune.evaluation.stats` takes them."""
-    places = [(setting.label, seed) for setting in group.settings for seed in seeds]
+    places = [(setting.label, seed) for setting in group.parts or (group,) for seed in seeds]
     return {"values_N": [one[place] for place in places], "strata_N": [s for s, _ in places], "units_N": [u for _, u in places]}
 
 
-def baselines(group: Group) -> list[str]:
+def baselines(group: Setting) -> list[str]:
     """The labels of the methods that others are compared with by default; of several variants, the one with most cells."""
     found = []
     for name in BASELINES:
@@ -187,7 +151,7 @@ def comparison_table(results: Results) -> Table:
     return Table("comparison", columns, found)
 
 
-def _group_row(group: Group, label: str, split: str) -> dict[str, Any] | None:
+def _group_row(group: Setting, label: str, split: str) -> dict[str, Any] | None:
     """A row of the comparison; None where no task seed is known in every setting."""
     cells = group.of(label)
     row: dict[str, Any] = {"setting": group.label, "method": label, "category": cells[0].card["category"], "prompts": split}
@@ -196,7 +160,7 @@ def _group_row(group: Group, label: str, split: str) -> dict[str, Any] | None:
         seeds = shared(group, one)
         if not seeds:
             return None
-        row |= {"seeds": len(seeds), f"{which}_min": min(one[s.label, seed] for s in group.settings for seed in seeds)}
+        row |= {"seeds": len(seeds), f"{which}_min": min(_long(group, one, seeds)["values_N"])}
         row |= _estimates(group, one, seeds, which, "iqm", "mean")
     own = [found for cell in cells if (found := cell.measured(split, "own_utility"))]
     row |= {"own_name": ", ".join(sorted({str(found["name"]) for found in own}))} if own else {}
@@ -209,7 +173,7 @@ def _group_row(group: Group, label: str, split: str) -> dict[str, Any] | None:
     return row | costs(cells)
 
 
-def _estimates(group: Group, one: Scores, seeds: Sequence[str], name: str, *statistics: str) -> dict[str, float | None]:
+def _estimates(group: Setting, one: Scores, seeds: Sequence[str], name: str, *statistics: str) -> dict[str, float | None]:
     from paretune.evaluation.stats import estimate
 
     found: dict[str, float | None] = {}
@@ -236,7 +200,7 @@ def pair_table(results: Results) -> Table:
     return Table("pairs", keyed("setting", "prompts", "method", "against", "seeds", *each), found)
 
 
-def _pair(group: Group, split: str, known: Mapping[str, Mapping[str, Scores]], a: str, b: str) -> list[dict[str, Any]]:
+def _pair(group: Setting, split: str, known: Mapping[str, Mapping[str, Scores]], a: str, b: str) -> list[dict[str, Any]]:
     """a against b, and b against a: the same numbers, turned round."""
     from paretune.evaluation.stats import paired_difference, share_of_wins
 
@@ -278,13 +242,16 @@ def profile_table(results: Results) -> Table:
     return Table("profiles", keyed("setting", "method", "prompts", "seeds", "tau", *_ends("share")), found)
 
 
-def _thresholds(group: Group, contest: Sequence[float]) -> np.ndarray:
+def _thresholds(group: Setting, contest: Sequence[float]) -> np.ndarray:
     """Where profiles are drawn: from the lowest score of any method that is no baseline (attainments: at least -1) to the highest."""
     values = np.array([*contest, 0.0])
     if group.exact:
         return np.linspace(max(-1.0, np.floor(20 * values.min()) / 20), 1.0, TAUS)
     pad = 0.05 * (float(np.ptp(values)) or 1.0)
     return np.linspace(values.min() - pad, values.max() + pad, TAUS)
+
+
+TABLES = (comparison_table, pair_table, profile_table)
 
 
 # What a reader sees of them
@@ -308,7 +275,7 @@ def note(results: Results) -> str:
     )
 
 
-def on_headline(table: Table, of: Sequence[Group]) -> list[dict[str, Any]]:
+def on_headline(table: Table, of: Sequence[Setting]) -> list[dict[str, Any]]:
     """The rows of these groups on their headline's prompts."""
     wanted = {(group.label, group.headline) for group in of}
     return [row for row in table.rows if (row["setting"], row["prompts"]) in wanted]
@@ -317,8 +284,8 @@ def on_headline(table: Table, of: Sequence[Group]) -> list[dict[str, Any]]:
 def relationship_tables(results: Results) -> dict[str, Table]:
     """Quality ("worst", "mean") -> methods down, exact settings across: the IQM over task seeds, best first; the headline's prompts."""
     found = {}
-    across = sorted((group for group in groups(results) if group.exact), key=lambda group: group.pooled)
-    overall = across[-1].label if across and across[-1].pooled else ""
+    across = sorted((group for group in groups(results) if group.exact), key=lambda group: bool(group.parts))
+    overall = across[-1].label if across and across[-1].parts else ""
 
     def level(line: Mapping[str, Any]) -> tuple[int, float]:
         """Those measured in most settings first; then by the value over all settings, or the mean of what is there."""
@@ -335,7 +302,7 @@ def relationship_tables(results: Results) -> dict[str, Table]:
     return found
 
 
-def board_tables(results: Results) -> list[tuple[Group, Table]]:
+def board_tables(results: Results) -> list[tuple[Setting, Table]]:
     """Per group: scores with intervals, differences from the baselines, own utility and cost; best first."""
     return [(group, _board(results, group)) for group in groups(results)]
 
@@ -361,7 +328,7 @@ BOARD_COSTS = (
 )
 
 
-def _board(results: Results, group: Group) -> Table:
+def _board(results: Results, group: Setting) -> Table:
     against = {(row["method"], row["against"]): row for row in on_headline(pair_table(results), [group])}
     columns = [replace(column, group=column.group.format(quality=group.quality)) for column in BOARD]
     for name in baselines(group):
@@ -388,7 +355,7 @@ def _board(results: Results, group: Group) -> Table:
 class Heat:
     """A matrix of differences, row minus column, best methods first; `sure` where the interval leaves 0 out, None where there is none."""
 
-    group: Group
+    group: Setting
     labels: list[str]
     values: list[list[float | None]]
     sure: list[list[bool | None]]
@@ -400,7 +367,7 @@ def difference_heats(results: Results) -> list[Heat]:
     return [heat for group, board in board_tables(results) if len((heat := _heat(results, group, board)).labels) > 2]
 
 
-def _heat(results: Results, group: Group, board: Table) -> Heat:
+def _heat(results: Results, group: Setting, board: Table) -> Heat:
     labels = [row["method"] for row in board.rows if results.families[row["method"]] != "baseline" or row["method"] in baselines(group)]
     known = {(row["method"], row["against"]): row for row in on_headline(pair_table(results), [group])}
     change, share = Column("", "", "change"), Column("", "", "share")
@@ -440,7 +407,7 @@ def write_rows(results: Results, path: Path) -> Path:
 
 
 def _result(setting: Setting, label: str) -> dict[str, Any]:
-    cells, group = setting.of(label), Group(setting.label, (setting,))
+    cells = setting.of(label)
     method, learner = cells[0].record["method"], cells[0].record.get("learner")
     row: dict[str, Any] = {
         **{key: value for key, value in setting.dials.items() if isinstance(value, int | float | str)},
@@ -457,7 +424,7 @@ def _result(setting: Setting, label: str) -> dict[str, Any]:
     keys = ("trainings", "forwards_per_token", "evaluations", "samples_path", "tokens_path", "seconds_path", *TOTALS)
     cost: dict[str, Any] = dict.fromkeys(TOTALS.get(key, key) for key in keys)
     for split in setting.splits:
-        found = _group_row(group, label, split) or {}
+        found = _group_row(setting, label, split) or {}
         for which in QUALITIES:
             key = f"{setting.quality}_{which}_{split}"
             ends = ("", "_low", "_high", "_min") if found else ("",)

@@ -85,17 +85,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """A task with its dials, without its seed, and every cell measured there."""
+    """A task with its dials, without its seed, and every cell measured there; or several settings that are looked at together."""
 
     label: str
     name: str
     dials: Mapping[str, Any]
     cells: tuple[Cell, ...]
+    parts: tuple[Setting, ...] = ()
 
     @property
     def slug(self) -> str:
         plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
-        return "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+        return "all" if self.parts else "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
 
     @cached_property
     def objectives(self) -> list[str]:
@@ -131,7 +132,9 @@ class Setting:
 
     @cached_property
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(cell.label for cell in self.cells))
+        """The methods measured here; of several settings, in each of them."""
+        found = dict.fromkeys(cell.label for cell in self.cells)
+        return [label for label in found if all(label in part.labels for part in self.parts)]
 
     @cached_property
     def shared_seeds(self) -> list[Any]:
@@ -146,11 +149,7 @@ class Setting:
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
-        return self._of.get(label, [])
-
-    @cached_property
-    def _of(self) -> dict[str, list[Cell]]:
-        return {label: [cell for cell in self.cells if cell.label == label] for label in self.labels}
+        return [cell for cell in self.cells if cell.label == label]
 
     def drawn(self, split: str) -> list[str]:
         """The methods that were measured on the split at all shared seeds."""

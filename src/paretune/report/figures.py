@@ -9,8 +9,9 @@ terminal. Baselines are gray: they are the scale, not the contest. The exact fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import combinations
 from math import ceil, floor, log10
@@ -19,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.comparison import Group, baselines, groups, profile_table
+from paretune.report.comparison import baselines, groups, profile_table
 from paretune.report.data import PROMPTS, SPLITS, Results, Setting
-from paretune.report.tables import CEILING, LOSS_PARTS, cost_table, headline, loss_table, minus
+from paretune.report.tables import CEILING, LOSS_PARTS, cost_table, headline, loss_table, minus, short_count
 
 __all__ = [
-    *("COLORS", "DRAWN", "LOSS_COLORS", "Figure", "Label", "Look", "PALETTE", "Series", "attainment_figures"),
+    *("COLORS", "DRAWN", "FIGURES", "LOSS_COLORS", "Figure", "Label", "Look", "PALETTE", "Series", "attainment_figures"),
     *("axis", "cost_figures", "frame", "front_figures", "looks", "loss_figures", "place", "profile_figures", "template", "to_svg"),
 ]
 
@@ -36,13 +37,8 @@ PALETTE = {"ink": INK, "muted": MUTED, "grid": GRID, "edge": EDGE, "font": FONT}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
 GRAYS = ("#6b7480", "#8a929c", "#59616b", "#a3a9b1")
 # More markers than colors, so that a table, which shows no dashes, tells more than seven methods apart, too.
-MARKS = tuple(
-    zip(
-        ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon", "pentagon", "triangle-right"),
-        "●■◆▲▼★⬢⬟▶",
-        strict=True,
-    )
-)
+NAMES = "circle square diamond triangle-up triangle-down star hexagon pentagon triangle-right"
+MARKS = tuple(zip(NAMES.split(), "●■◆▲▼★⬢⬟▶", strict=True))
 GRAY_MARKS = (("x-thin-open", "×"), ("circle-open", "○"), ("square-open", "□"), ("diamond-open", "◇"), ("triangle-up-open", "△"))
 DASHES = ("solid", "dash", "dot", "dashdot")
 LOSS_COLORS = dict(zip(LOSS_PARTS, ("#56B4E9", "#D55E00", "#c3c9d1"), strict=True))
@@ -314,21 +310,41 @@ class Figure:
     height: int = 420
 
 
+Draw = Callable[[Setting, str], dict[str, Any] | None]
+
+
+def _figures(
+    settings: Iterable[Setting], name: str, said: str, draw: Draw, *, ends: tuple[str, str] = ("", ""), height: int = 380
+) -> list[Figure]:
+    """One figure for each of the settings, a view of it for each split of which `draw` makes one; `ends` add to its name and title."""
+    found = []
+    for setting in settings:
+        views = {split: view for split in setting.splits if (view := draw(setting, split))}
+        what = said.format(quality=setting.quality, Quality=setting.quality.capitalize())
+        alt = f"{what} on {setting.label}{ends[1]}; the numbers are in tables/{CSV.get(name, name)}.csv."
+        if views:
+            found.append(Figure(f"{name}-{setting.slug}{ends[0]}", setting.label + ends[1], alt, views, height))
+    return found
+
+
+CSV = {"front": "fronts", "profile": "profiles"}
+
+
 def front_figures(results: Results) -> list[Figure]:
     """Returns of two objectives against each other, one picture per setting (three for three objectives; more cannot be drawn)."""
-    known, figures = looks(results.families), []
+    known, found = looks(results.families), []
     for setting in results.settings:
-        count = len(setting.objectives)
-        for a, b in combinations(range(count), 2) if count <= 3 else ():
-            views = {split: _front(setting, split, (a, b), known) for split in setting.splits if setting.drawn(split)}
-            if views:
-                pair = f": {setting.objectives[a]} and {setting.objectives[b]}" if count > 2 else ""
-                alt = f"Regularized returns on {setting.label}{pair}; the numbers are in tables/fronts.csv."
-                figures.append(Figure(f"front-{setting.slug}-{a}{b}", setting.label + pair, alt, views))
-    return figures
+        names = setting.objectives
+        for a, b in combinations(range(len(names)), 2) if len(names) <= 3 else ():
+            draw = partial(_front, pair=(a, b), known=known)
+            ends = (f"-{a}{b}", f": {names[a]} and {names[b]}" if len(names) > 2 else "")
+            found += _figures([setting], "front", "Regularized returns", draw, ends=ends, height=420)
+    return found
 
 
-def _front(setting: Setting, split: str, pair: tuple[int, int], known: Mapping[str, Look]) -> dict[str, Any]:
+def _front(setting: Setting, split: str, *, pair: tuple[int, int], known: Mapping[str, Look]) -> dict[str, Any] | None:
+    if not setting.drawn(split):
+        return None
     curves = {label: _distinct(setting.mean_points(label, split)[:, pair]) for label in setting.drawn(split)}
     front, flat = setting.front(split), len(setting.objectives) == 2
     exact_K2 = front["points"][:, pair] if front is not None else np.empty((0, 2))
@@ -375,13 +391,7 @@ def _distinct(points_W2: np.ndarray) -> np.ndarray:
 
 def attainment_figures(results: Results) -> list[Figure]:
     """One picture per setting: attainment (where the optimum is not known, gain) at every judged preference, mean over seeds."""
-    figures = []
-    for setting in results.settings:
-        views = {split: view for split in setting.splits if (view := _attainment(results, setting, split))}
-        if views:
-            alt = f"{setting.quality.capitalize()} against preference on {setting.label}; the numbers are in tables/attainment.csv."
-            figures.append(Figure(f"attainment-{setting.slug}", setting.label, alt, views, height=380))
-    return figures
+    return _figures(results.settings, "attainment", "{Quality} against preference", partial(_attainment, results))
 
 
 def _heights(results: Results, setting: Setting) -> tuple[float, float]:
@@ -409,30 +419,26 @@ def _attainment(results: Results, setting: Setting, split: str) -> dict[str, Any
 
 
 def profile_figures(results: Results) -> list[Figure]:
-    """Per group, the profiles of the best methods and of the baselines with their bands."""
-    figures = []
-    for group in groups(results):
-        here: dict[str, list[dict[str, Any]]] = {}
-        for row in profile_table(results).rows:
-            if row["setting"] == group.label:
-                here.setdefault(row["method"], []).append(row)
-        area = {label: float(np.mean([row["share"] for row in mine])) for label, mine in here.items()}
-        contest = sorted((label for label in here if results.families[label] != "baseline"), key=lambda label: -area[label])
-        drawn = dict.fromkeys([*contest[:DRAWN], *(label for label in baselines(group) if label in here)])
-        if drawn:
-            view = {group.headline: _profiles(group, {label: here[label] for label in drawn}, looks(results.families))}
-            alt = f"Performance profiles on {group.label}; the numbers are in tables/profiles.csv."
-            figures.append(Figure(f"profile-{group.slug}", group.label, alt, view, height=380))
-    return figures
+    """Per group of settings, the profiles of the best methods and of the baselines with their bands."""
+    return _figures(groups(results), "profile", "Performance profiles", partial(_profiles, results))
 
 
 DRAWN = 8  # profiles in one picture
 
 
-def _profiles(group: Group, rows: Mapping[str, Sequence[Mapping[str, Any]]], known: Mapping[str, Look]) -> dict[str, Any]:
-    taus = [row["tau"] for row in next(iter(rows.values()))]
+def _profiles(results: Results, group: Setting, split: str) -> dict[str, Any] | None:
+    here: dict[str, list[dict[str, Any]]] = {}
+    for row in profile_table(results).rows:
+        if (row["setting"], row["prompts"]) == (group.label, split):
+            here.setdefault(row["method"], []).append(row)
+    area = {label: float(np.mean([row["share"] for row in mine])) for label, mine in here.items()}
+    contest = sorted((label for label in here if results.families[label] != "baseline"), key=lambda label: -area[label])
+    rows = {label: here[label] for label in (*contest[:DRAWN], *baselines(group)) if label in here}
+    if not rows:
+        return None
+    taus, known = [row["tau"] for row in next(iter(rows.values()))], looks(results.families)
     x = (taus[0], taus[-1]) if group.exact else _padded(np.array(taus))
-    plot = _Plot([f"worst {group.quality}, {PROMPTS[group.headline]}", "share of runs above"], x, (-0.03, 1.06), known)
+    plot = _Plot([f"worst {group.quality}, {PROMPTS[split]}", "share of runs above"], x, (-0.03, 1.06), known)
     for label, mine in rows.items():
         if all(row["share_low"] is not None for row in mine):
             edge = [(row["tau"], row["share_high"]) for row in mine] + [(row["tau"], row["share_low"]) for row in mine[::-1]]
@@ -451,17 +457,14 @@ def cost_figures(results: Results) -> list[Figure]:
     """The headline's worst attainment (or gain) against what was drawn for training: filled in total, hollow on the critical path."""
     trained = [row for row in cost_table(results).rows if row["trainings"]]
     unit = "samples" if trained and all(row["samples_total"] > 0 for row in trained) else "tokens"
-    figures = []
-    for setting in results.settings:
-        here = [row for row in trained if row["setting"] == setting.label and headline(row) is not None and row[f"{unit}_total"] > 0]
-        if here:
-            alt = f"Worst {setting.quality} against {unit} on {setting.label}; the numbers are in tables/cost.csv."
-            view = {setting.headline: _cost(results, setting, here, unit)}
-            figures.append(Figure(f"cost-{setting.slug}", setting.label, alt, view, height=380))
-    return figures
+    return _figures(results.settings, "cost", f"Worst {{quality}} against {unit}", partial(_cost, results, trained, unit))
 
 
-def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]], unit: str) -> dict[str, Any]:
+def _cost(results: Results, trained: Sequence[Mapping[str, Any]], unit: str, setting: Setting, split: str) -> dict[str, Any] | None:
+    here = [row for row in trained if (row["setting"], row["prompts"]) == (setting.label, split)]
+    rows = [row for row in here if headline(row) is not None and row[f"{unit}_total"] > 0]
+    if not rows:
+        return None
     totals, paths = np.log10([[row[f"{unit}_total"], max(row[f"{unit}_path"], 1.0)] for row in rows]).T
     worst = np.array([headline(row) for row in rows], dtype=float)
     edge = _heights(results, setting)[0]
@@ -469,7 +472,7 @@ def _cost(results: Results, setting: Setting, rows: Sequence[Mapping[str, Any]],
     x = (min(paths.min(), totals.min()) - 0.25, max(totals.max(), paths.max()) + 0.45)
     y = (min(float(shown.min()) - 0.08, -0.08), 1.13) if setting.exact else _padded(np.append(shown, 0.0))
     plot = _Plot(
-        [f"{unit} for training and search (log scale)", f"worst {setting.quality}, {PROMPTS[setting.headline]}"],
+        [f"{unit} for training and search (log scale)", f"worst {setting.quality}, {PROMPTS[split]}"],
         x,
         y,
         looks(results.families),
@@ -494,14 +497,12 @@ def loss_figures(results: Results) -> list[Figure]:
     ends = [sum(max(row[part] or 0.0, 0.0) for part in LOSS_PARTS) for row in table.rows]
     starts = [sum(min(row[part] or 0.0, 0.0) for part in LOSS_PARTS) for row in table.rows]
     span = (1.05 * min([*starts, 0.0]), 1.16 * max([*ends, 0.05]))
-    figures = []
+    found = []
     for setting in results.settings:
         rows = [(row, end) for row, end in zip(table.rows, ends, strict=True) if row["setting"] == setting.label][::-1]
-        if rows:
-            alt = f"Loss by origin on {setting.label}; the numbers are in tables/loss.csv."
-            view = {setting.headline: _loss(rows, span)}
-            figures.append(Figure(f"loss-{setting.slug}", setting.label, alt, view, height=120 + 46 * len(rows)))
-    return figures
+        draw = lambda setting, split, rows=rows: _loss(rows, span) if rows and split == setting.headline else None  # noqa: E731
+        found += _figures([setting], "loss", "Loss by origin", draw, height=120 + 46 * len(rows))
+    return found
 
 
 def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, float]) -> dict[str, Any]:
@@ -526,6 +527,15 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     return {"data": data, "layout": shape}
 
 
+FIGURES = {  # by the anchor of their section
+    "fronts": front_figures,
+    "attainment": attainment_figures,
+    "profiles": profile_figures,
+    "cost": cost_figures,
+    "loss": loss_figures,
+}
+
+
 # The same as SVG files
 
 
@@ -540,35 +550,24 @@ def template(name: str, **filters: Any) -> Any:
 
 def to_svg(panels: Sequence[tuple[str, Mapping[str, Any]]], *, alt: str) -> str:
     """Titled scatter figures side by side as one SVG text. `alt` is its description for those who do not see it."""
-    shapes = [(title, view, view["layout"]) for title, view in panels]
-    drawn = [(title, view, _Scale(shape["xaxis"], 0, PLOT[0]), _Scale(shape["yaxis"], PLOT[1], 0)) for title, view, shape in shapes]
+    drawn = [
+        (title, view, _scale(view["layout"]["xaxis"], 0, PLOT[0]), _scale(view["layout"]["yaxis"], PLOT[1], 0)) for title, view in panels
+    ]
     return template("panels.svg.j2").render(panels=drawn, alt=alt, plot=PLOT, zip=zip, **PALETTE) + "\n"
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Data to pixels, as plotly reads an axis: a range in decades where the axis is logarithmic."""
+def _scale(axis: Mapping[str, Any], start: float, end: float) -> dict[str, Any]:
+    """Data to pixels (`at`), as plotly reads an axis: a range in decades where it is logarithmic; `ticks`: (pixel, text) of round values."""
+    low, high = axis["range"]
+    log = axis.get("type") == "log"
 
-    axis: Mapping[str, Any]
-    start: float
-    end: float
-
-    def at(self, value: float, *, ready: bool = False) -> float:
+    def at(value: float, *, ready: bool = False) -> float:
         """`ready`: already in decades, as annotations are."""
-        low, high = self.axis["range"]
-        value = log10(value) if self.axis.get("type") == "log" and not ready else value
-        return round(self.start + (self.end - self.start) * (value - low) / (high - low), 2)
+        return round(start + (end - start) * ((log10(value) if log and not ready else value) - low) / (high - low), 2)
 
-    def ticks(self) -> Iterator[tuple[float, str]]:
-        """(pixel, text) of a handful of round values."""
-        low, high = self.axis["range"]
-        if self.axis.get("type") == "log":
-            values = [digit * 10.0**decade for decade in range(int(low) - 1, int(high) + 2) for digit in (1, 2, 5)]
-            yield from ((self.at(v), _short(v)) for v in values if low <= log10(v) <= high)
-            return
-        step = next(s * 10.0**e for e in range(-6, 7) for s in (1, 2, 5) if (high - low) / (s * 10.0**e) <= 6)
-        yield from ((self.at(k * step), minus(f"{k * step:g}")) for k in range(ceil(low / step), floor(high / step) + 1))
-
-
-def _short(value: float) -> str:
-    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
+    if log:
+        values = [digit * 10.0**decade for decade in range(floor(low), ceil(high) + 1) for digit in (1, 2, 5)]
+        return {"at": at, "ticks": [(at(v), short_count(v)) for v in values if low <= log10(v) <= high]}
+    step = next(s * 10.0**e for e in range(-6, 7) for s in (1, 2, 5) if (high - low) / (s * 10.0**e) <= 6)
+    values = [k * step for k in range(ceil(low / step), floor(high / step) + 1)]
+    return {"at": at, "ticks": [(at(v), minus(f"{v:g}")) for v in values]}

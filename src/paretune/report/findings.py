@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from paretune.report.comparison import Group, baselines, comparison_table, estimate_of, groups, pair_table
+from paretune.report.comparison import baselines, comparison_table, estimate_of, groups, pair_table
 from paretune.report.data import PROMPTS, Results, Setting
 from paretune.report.tables import CEILING, Column, glance_table, headline, leaderboard, loss_table, minus
 
@@ -47,7 +47,7 @@ def _best(results: Results) -> str:
 
 def _sweep(results: Results) -> list[str]:
     """Who beats the linear sweep on the same task seeds, and does a single policy at its cost? Only where intervals can tell."""
-    group = next((g for g in groups(results) if g.exact and g.pooled), next((g for g in groups(results) if g.exact), None))
+    group = next((g for g in groups(results) if g.exact and g.parts), next((g for g in groups(results) if g.exact), None))
     if group is None or "linear" not in [group.of(label)[0].record["method"]["name"] for label in baselines(group)]:
         return []
     linear = baselines(group)[0]
@@ -70,7 +70,7 @@ def _sweep(results: Results) -> list[str]:
     return [*said, *_single(results, group, linear, set(better))]
 
 
-def _single(results: Results, group: Group, linear: str, better: set[str]) -> list[str]:
+def _single(results: Results, group: Setting, linear: str, better: set[str]) -> list[str]:
     """Does any single-policy method beat the linear sweep for no more samples (or tokens, where none were drawn)?"""
     table = comparison_table(results).rows
     rows = {row["method"]: row for row in table if (row["setting"], row["prompts"]) == (group.label, group.headline)}
@@ -94,7 +94,7 @@ def _levels(results: Results) -> list[str]:
     """Where the level at which the same experts are combined matters most, and where least; over several task seeds only."""
     mixings = {str(c.record["method"]["mixing"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
     worst: dict[str, dict[str, float]] = {}
-    wanted = {group.label: group.headline for group in groups(results) if group.exact and not group.pooled}
+    wanted = {group.label: group.headline for group in groups(results) if group.exact and not group.parts}
     for row in comparison_table(results).rows:
         if row["method"] in mixings.values() and wanted.get(row["setting"]) == row["prompts"]:
             worst.setdefault(row["setting"], {})[row["method"]] = row["worst_iqm"]

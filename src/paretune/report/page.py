@@ -11,47 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.report.comparison import (
-    board_tables,
-    comparison_table,
-    difference_heats,
-    enough_for_intervals,
-    note,
-    pair_table,
-    profile_table,
-    relationship_tables,
-)
+from paretune.report import comparison
 from paretune.report.data import PROMPTS, Results
-from paretune.report.figures import (
-    DRAWN,
-    LOSS_COLORS,
-    Figure,
-    Look,
-    attainment_figures,
-    cost_figures,
-    front_figures,
-    looks,
-    loss_figures,
-    profile_figures,
-    template,
-    to_svg,
-)
+from paretune.report.figures import DRAWN, FIGURES, LOSS_COLORS, Figure, Look, looks, template, to_svg
 from paretune.report.findings import findings
-from paretune.report.tables import (
-    CEILING,
-    Column,
-    Table,
-    attainment_table,
-    cost_table,
-    failure_table,
-    front_table,
-    generation_table,
-    glance_table,
-    leaderboard,
-    loss_table,
-    relation_table,
-    signed,
-)
+from paretune.report.tables import CEILING, TABLES, Column, Table, signed
 from paretune.types import Estimate
 
 if TYPE_CHECKING:  # they load torch
@@ -61,24 +25,13 @@ if TYPE_CHECKING:  # they load torch
 __all__ = ["sensitivity_table", "tint", "token_table", "visible", "write_explanation", "write_page"]
 
 HERE = Path(__file__).parent
-TABLES = (
-    *(leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table),
-    *(comparison_table, pair_table, profile_table, generation_table),
-)
-FIGURES = {  # by the anchor of their section
-    "fronts": front_figures,
-    "attainment": attainment_figures,
-    "profiles": profile_figures,
-    "cost": cost_figures,
-    "loss": loss_figures,
-}
 
 
 def write_page(results: Results, folder: Path) -> Path:
     """Write index.html, tables/*.csv and figures/*.svg into `folder` (made if missing); returns the page's path."""
-    made = [make(results) for make in TABLES if results.cells or make is failure_table]
+    made = [make(results) for make in (*TABLES, *comparison.TABLES)]
     tables = {table.name: table for table in made if table.rows}  # what was not measured is left out
-    figures = {anchor: make(results) for anchor, make in FIGURES.items()} if results.cells else {}
+    figures = {anchor: found for anchor, make in FIGURES.items() if (found := make(results))}
     for name in ("tables", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for table in tables.values():
@@ -88,7 +41,7 @@ def write_page(results: Results, folder: Path) -> Path:
         picture = to_svg([(f"{figure.title}, {PROMPTS[split]}", view)], alt=figure.alt)
         (folder / "figures" / f"{figure.name}.svg").write_text(picture, encoding="utf-8")
     page = folder / "index.html"
-    page.write_text(_render(results, tables, {anchor: found for anchor, found in figures.items() if found}), encoding="utf-8")
+    page.write_text(_render(results, tables, figures), encoding="utf-8")
     return page
 
 
@@ -97,13 +50,12 @@ def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[
 
     boards = _boards(results, tables["leaderboard"]) if results.cells else []
     views = {figure.name: figure.views for found in figures.values() for figure in found}
-    cells = results.cells
     filters = {"tint": tint, "signed": signed, "groups": _groups, "whole": lambda text: text.replace(" = ", "\u00a0=\u00a0")}
     return template("page.html.j2", **filters).render(
         results=results,
         exact=any(setting.exact for setting in results.settings),
-        judged=" or ".join(str(n) for n in sorted({len(cell.w_WM) for cell in cells})),
-        sampled=any(cell.measured("test", "returns_error") for cell in cells),
+        judged=" or ".join(str(n) for n in sorted({len(cell.w_WM) for cell in results.cells})),
+        sampled=any(cell.measured("test", "returns_error") for cell in results.cells),
         seeds=max((len(setting.shared_seeds) for setting in results.settings), default=0),
         findings=findings(results),
         tables=tables,
@@ -114,11 +66,11 @@ def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[
         figures=figures,
         drawn=DRAWN,
         loss_colors=LOSS_COLORS,
-        note=note(results),
-        enough=enough_for_intervals(results)[0],
-        relationships=relationship_tables(results),
-        compared=board_tables(results),
-        heats=difference_heats(results),
+        note=comparison.note(results),
+        enough=comparison.enough_for_intervals(results)[0],
+        relationships=comparison.relationship_tables(results),
+        compared=comparison.board_tables(results),
+        heats=comparison.difference_heats(results),
         relations=_relations(results),
         generations=_generations(results, tables),
         facts=_facts(results),
@@ -196,7 +148,6 @@ def tint(value: Any, times: float = 1.0) -> str:
 
 # The explanation of a few responses
 
-BAR, GAP, HALF = 8, 2, 24  # pixels: width of an expert's bar under a token, the space beside it, and the longest bar
 SHOWN = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
 MARKS = {*SHOWN.values(), "\N{MIDDLE DOT}"}
 FAINT = 0.02  # of the largest contribution: a token that was moved by less stays white
@@ -255,7 +206,6 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
         slopes=sensitivity_table(slopes) if slopes else None,
         sensitivity=slopes,
         steepest=steepest or 1.0,
-        half=HALF,
         style=(HERE / "page.css").read_text(encoding="utf-8"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,30 +214,21 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
 
 
 def _tokens(explanation: Explanation, known: dict[str, Look], largest: float) -> list[dict[str, Any]]:
-    """Per token: its text, the color of the expert that moved it most, and a bar for every part."""
+    """Per token: its text, the color of the expert that moved it most, and for every part its color and its share of the largest."""
     made = []
     for t, token in enumerate(explanation.tokens_T):
         parts = [(name, known[name].color, float(v)) for name, v in zip(explanation.adapters, explanation.contribution_TK[t], strict=True)]
         _, color, most = max(parts, key=lambda part: abs(part[2]), default=("", "", 0.0))
-        if explanation.how == "product":
-            parts.append(("normalizer", NORMALIZER, float(explanation.normalizer_T[t])))
+        parts += [("normalizer", NORMALIZER, float(explanation.normalizer_T[t]))] if explanation.how == "product" else []
         told = [("log-ratio", "", float(explanation.ratio_T[t])), *parts]
-        made.append(
-            {
-                "pieces": [(bool(marks), "".join(run)) for marks, run in groupby(visible(token), key=MARKS.__contains__)],
-                "background": _wash(color, abs(most) / largest, against=most < 0) if abs(most) / largest > FAINT else "white",
-                "bars": [_bar(number, value, largest) | {"color": color} for number, (_, color, value) in enumerate(parts)],
-                "width": max(len(parts), 1) * (BAR + GAP) + GAP,
-                "title": "\n".join(f"{name} {value:+.3f}".replace(" -", " \u2212") for name, _, value in told),
-            }
-        )
+        found = {
+            "pieces": [(bool(marks), "".join(run)) for marks, run in groupby(visible(token), key=MARKS.__contains__)],
+            "background": _wash(color, abs(most) / largest, against=most < 0) if abs(most) / largest > FAINT else "white",
+            "bars": [(color, max(-1.0, min(1.0, value / largest))) for _, color, value in parts],
+            "title": "\n".join(f"{name} {value:+.3f}".replace(" -", " \u2212") for name, _, value in told),
+        }
+        made.append(found)
     return made
-
-
-def _bar(number: int, value: float, largest: float) -> dict[str, Any]:
-    """Up where the token was made likelier, down where less likely."""
-    height = HALF * min(abs(value) / largest, 1.0)
-    return {"x": GAP + number * (BAR + GAP), "y": round(HALF - height if value >= 0 else HALF, 2), "height": round(height, 2), "width": BAR}
 
 
 def _wash(color: str, share: float, *, against: bool) -> str:

@@ -19,7 +19,7 @@ from paretune.report.data import PROMPTS, SPLITS, Cell, Results, Setting
 from paretune.types import Estimate
 
 __all__ = [
-    *("CEILING", "COSTS", "LEADERBOARD", "LOSS_PARTS", "Column", "Table", "keyed", "minus", "short_count", "signed"),
+    *("CEILING", "COSTS", "LEADERBOARD", "LOSS_PARTS", "TABLES", "Column", "Table", "keyed", "minus", "short_count", "signed"),
     *("attainment_table", "cost_table", "costs", "failure_table", "front_table", "generation_table", "glance_table", "headline"),
     *("leaderboard", "loss_table", "relation_table"),
 ]
@@ -269,7 +269,7 @@ def attainment_table(results: Results) -> Table:
 
 
 def _most_objectives(results: Results) -> int:
-    return max(len(setting.objectives) for setting in results.settings)
+    return max((len(setting.objectives) for setting in results.settings), default=0)
 
 
 def _numbered(**vectors_M: Iterable[float]) -> dict[str, Any]:
@@ -362,3 +362,9 @@ def generation_table(results: Results) -> Table:
 def failure_table(results: Results) -> Table:
     """What failed, the message, and where its record lies."""
     return Table("failures", keyed("label", "error", "message", "where"), [dict(failure) for failure in results.failures])
+
+
+TABLES = (
+    *(leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table),
+    generation_table,
+)

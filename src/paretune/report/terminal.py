@@ -79,7 +79,7 @@ def print_leaderboard(results: Results, to: Console) -> None:
 def _print_comparison(results: Results, to: Console) -> None:
     """Scores over task seeds and differences from the first baseline; the last columns go first where the terminal is narrow."""
     boards = board_tables(results)
-    for group, table in [(group, table) for group, table in boards if group.pooled] or boards:
+    for group, table in [(group, table) for group, table in boards if group.parts] or boards:
         sampled = any(row.get("samples_total") for row in table.rows)
         keys = ["worst", *(f"{what} {name}" for name in baselines(group)[:1] for what in ("ahead", "wins")), "mean"]
         keys.append("samples_total" if sampled else "tokens_total")
