@@ -5,15 +5,13 @@ optimum is not known). Task seeds are the units of every interval. Over several 
 tasks of one seed share language and features at every dial. Only seeds that were measured in all settings, and for a difference by
 both methods, are counted.
 
-The tables `comparison`, `pairs` and `profiles` hold every number; what the page and the terminal show of them is below, and
-`write_rows` writes the part that programs read (`paretune relate` gives advice from it):
+The tables `comparison`, `pairs` and `profiles` hold every number; what the page and the terminal show of them is below, and `write_rows`
+writes what programs read (`paretune relate` gives advice from it):
 
-    {"format": 2, "suite", "statistic", "level", "commits", "task_seeds", "rows": [
-      {the task's dials (rho, objective_count, ...), "task", "setting", "objectives",
-       "method", "name", "fields", "category", "learner", "n_seeds",
-       "attainment_worst_train", "attainment_worst_train_low", "attainment_worst_train_high", "attainment_worst_train_min",
-       the same for mean and for test, "own_utility", "own_worst_train", ..., "violation_worst_train", "trainings",
-       "forwards_per_token", "evaluations", "samples", "samples_path", "tokens", "tokens_path", "seconds", "seconds_path"}]}
+    {"format": 2, "suite", "statistic", "level", "commits", "task_seeds", "rows": [{the task's dials (rho, objective_count, ...), "task",
+      "setting", "objectives", "method", "name", "fields", "category", "learner", "n_seeds", "attainment_worst_train" and the same with
+      _low, _high and _min, for mean and for test, "own_utility", "own_worst_train", ..., "violation_worst_train", "trainings",
+      "forwards_per_token", "evaluations", "samples", "samples_path", "tokens", "tokens_path", "seconds", "seconds_path"}]}
 
 `attainment_worst_train` is the interquartile mean over task seeds of each seed's lowest attainment over the judged preferences, on
 training prompts; `_low` and `_high` are its 95 % interval, null below 10 task seeds; `_min` is the lowest seed. Where the optimum is
@@ -47,7 +45,6 @@ QUALITIES = ("worst", "mean")  # over the judged preferences of one task seed
 BASELINES = ("linear", "uniform")  # what a method has to beat: a sweep of single policies, and one training for everybody
 BOOTSTRAP = 0  # the seed of every interval, so that the same results give the same report
 TAUS = 61  # thresholds of a profile
-NAN = float("nan")
 
 Scores = Mapping[tuple[str, str], float]
 """(label of the setting, task seed) -> score."""
@@ -127,7 +124,7 @@ def _flat(key: str, found: Estimate) -> dict[str, float | None]:
 def estimate_of(row: Mapping[str, Any], key: str) -> Estimate | None:
     """The estimate that stands in a row as `key`, `key`_low and `key`_high; None where it is unknown."""
     value, low, high = (row.get(name) for name in _ends(key))
-    ends = {"low": NAN if low is None else low, "high": NAN if high is None else high}
+    ends = {"low": np.nan if low is None else low, "high": np.nan if high is None else high}
     return None if value is None else Estimate(value=value, n=row["seeds"], **ends)
 
 
@@ -140,13 +137,8 @@ def comparison_table(results: Results) -> Table:
     utility that the method optimizes, and its violation of constraints; the cost of one family."""
     each = [key for which in QUALITIES for key in (*_ends(f"{which}_iqm", f"{which}_mean"), f"{which}_min")]
     own = ("own_name", *_ends("own_worst_iqm", "own_mean_iqm"), "violation_worst", "violation_mean")
-    found = [
-        row
-        for group in groups(results)
-        for split in SPLITS
-        for label in results.families
-        if label in group.labels and (row := _group_row(group, label, split)) is not None
-    ]
+    places = [(g, split, label) for g in groups(results) for split in SPLITS for label in results.families if label in g.labels]
+    found = [row for group, split, label in places if (row := _group_row(group, label, split)) is not None]
     columns = keyed("setting", "method", "category", "prompts", "seeds", *each, *own, *COSTS, "seconds_total", "seconds_path")
     return Table("comparison", columns, found)
 
@@ -154,7 +146,7 @@ def comparison_table(results: Results) -> Table:
 def _group_row(group: Setting, label: str, split: str) -> dict[str, Any] | None:
     """A row of the comparison; None where no task seed is known in every setting."""
     cells = group.of(label)
-    row: dict[str, Any] = {"setting": group.label, "method": label, "category": cells[0].card["category"], "prompts": split}
+    row: dict[str, Any] = {"setting": group.label, "method": label, "category": cells[0].record["card"]["category"], "prompts": split}
     for which in QUALITIES:
         one = scores(group, label, split, which)
         seeds = shared(group, one)
@@ -262,15 +254,14 @@ def note(results: Results) -> str:
     enough, seeds = enough_for_intervals(results)
     if seeds < 2:
         return ""
-    text = f"Over {seeds} task seeds. "
     if not enough:
-        return text + (
-            "No intervals: they need at least 10 task seeds. With fewer, a bootstrap interval is narrower than the truth (of 3 seeds, its "
-            "lower end is the lowest of them), so these differences may be chance."
+        return (
+            f"Over {seeds} task seeds. No intervals: they need at least 10 task seeds. With fewer, a bootstrap interval is narrower "
+            "than the truth (of 3 seeds, its lower end is the lowest of them), so these differences may be chance."
         )
-    return text + (
-        "In brackets: 95 % intervals by a bootstrap over task seeds; they say what would change on other tasks of the same kind, not on "
-        "other kinds. A seed is drawn with all of its settings."
+    return (
+        f"Over {seeds} task seeds. In brackets: 95 % intervals by a bootstrap over task seeds; they say what would change on other "
+        "tasks of the same kind, not on other kinds. A seed is drawn with all of its settings."
         + (" From so few seeds the interval of a mean holds the truth about 9 times in 10." if seeds < 20 else "")
     )
 
@@ -302,11 +293,6 @@ def relationship_tables(results: Results) -> dict[str, Table]:
     return found
 
 
-def board_tables(results: Results) -> list[tuple[Setting, Table]]:
-    """Per group: scores with intervals, differences from the baselines, own utility and cost; best first."""
-    return [(group, _board(results, group)) for group in groups(results)]
-
-
 IQM_HELP = "interquartile mean over task seeds of the {} over preferences"
 OWN = "by its own utility"
 BOARD = (
@@ -326,6 +312,11 @@ BOARD_COSTS = (
     Column("tokens_path", "critical path", "count", PATH_HELP, "cost"),
     Column("seeds", "seeds", "count", "task seeds"),
 )
+
+
+def board_tables(results: Results) -> list[tuple[Setting, Table]]:
+    """Per group: scores with intervals, differences from the baselines, own utility and cost; best first."""
+    return [(group, _board(results, group)) for group in groups(results)]
 
 
 def _board(results: Results, group: Setting) -> Table:
@@ -364,24 +355,21 @@ class Heat:
 
 def difference_heats(results: Results) -> list[Heat]:
     """Per group, the mean paired difference of worst scores between all methods that are no mere scale."""
-    return [heat for group, board in board_tables(results) if len((heat := _heat(results, group, board)).labels) > 2]
-
-
-def _heat(results: Results, group: Setting, board: Table) -> Heat:
-    labels = [row["method"] for row in board.rows if results.families[row["method"]] != "baseline" or row["method"] in baselines(group)]
-    known = {(row["method"], row["against"]): row for row in on_headline(pair_table(results), [group])}
-    change, share = Column("", "", "change"), Column("", "", "share")
-    heat = Heat(group, labels, [], [], [])
-    for a in labels:
-        pairs = [known.get((a, b), {}) for b in labels]
-        ahead = [estimate_of(pair, "difference_worst") for pair in pairs]
-        wins = [share.show(estimate_of(pair, "improvement_worst")) for pair in pairs]
-        heat.values.append([None if x is None else x.value for x in ahead])
-        heat.sure.append([None if x is None or not np.isfinite(x.low) else not x.low <= 0 <= x.high for x in ahead])
-        heat.hover.append(
-            [f"{a} minus {b}: {change.show(x)}; better: {y}" if x else "" for b, x, y in zip(labels, ahead, wins, strict=True)]
-        )
-    return heat
+    found, change, share = [], Column("", "", "change"), Column("", "", "share")
+    for group, board in board_tables(results):
+        labels = [row["method"] for row in board.rows if results.families[row["method"]] != "baseline" or row["method"] in baselines(group)]
+        known = {(row["method"], row["against"]): row for row in on_headline(pair_table(results), [group])}
+        heat = Heat(group, labels, [], [], [])
+        for a in labels:
+            pairs = [known.get((a, b), {}) for b in labels]
+            ahead = [estimate_of(pair, "difference_worst") for pair in pairs]
+            wins = [share.show(estimate_of(pair, "improvement_worst")) for pair in pairs]
+            told = [f"{a} minus {b}: {change.show(x)}; better: {y}" for b, x, y in zip(labels, ahead, wins, strict=True)]
+            heat.values.append([None if x is None else x.value for x in ahead])
+            heat.sure.append([None if x is None or not np.isfinite(x.low) else not x.low <= 0 <= x.high for x in ahead])
+            heat.hover.append([text if x else "" for text, x in zip(told, ahead, strict=True)])
+        found += [heat] if len(labels) > 2 else []
+    return found
 
 
 # What programs read
@@ -409,18 +397,10 @@ def write_rows(results: Results, path: Path) -> Path:
 def _result(setting: Setting, label: str) -> dict[str, Any]:
     cells = setting.of(label)
     method, learner = cells[0].record["method"], cells[0].record.get("learner")
-    row: dict[str, Any] = {
-        **{key: value for key, value in setting.dials.items() if isinstance(value, int | float | str)},
-        "task": setting.name,
-        "setting": setting.label,
-        "objectives": len(setting.objectives),
-        "method": label,
-        "name": method["name"],
-        "fields": {key: value for key, value in method.items() if key not in NOT_DIALS},
-        "category": cells[0].card["category"],
-        "learner": learner["name"] if learner and cells[0].record["trainings"] else None,
-        "n_seeds": len({cell.unit for cell in cells}),
-    }
+    row: dict[str, Any] = {key: value for key, value in setting.dials.items() if isinstance(value, int | float | str)}
+    row |= {"task": setting.name, "setting": setting.label, "objectives": len(setting.objectives), "method": label, "name": method["name"]}
+    row |= {"fields": {k: v for k, v in method.items() if k not in NOT_DIALS}, "category": cells[0].record["card"]["category"]}
+    row |= {"learner": learner["name"] if learner and cells[0].record["trainings"] else None, "n_seeds": len({c.unit for c in cells})}
     keys = ("trainings", "forwards_per_token", "evaluations", "samples_path", "tokens_path", "seconds_path", *TOTALS)
     cost: dict[str, Any] = dict.fromkeys(TOTALS.get(key, key) for key in keys)
     for split in setting.splits:

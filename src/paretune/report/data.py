@@ -7,6 +7,7 @@ A *setting* is a task with its dials but without its seed; the cells of one meth
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "asse
 SPLITS = ("train", "test")
 PROMPTS = {"train": "training prompts", "test": "test prompts"}
 
+Records = Mapping[str, Mapping[str, Any]]
 NOT_DIALS = ("name", "version", "seed", "content")
 
 
@@ -37,16 +39,8 @@ class Cell:
     env: Mapping[str, Any]
 
     @property
-    def card(self) -> Mapping[str, Any]:
-        return self.record["card"]
-
-    @property
     def task(self) -> Mapping[str, Any]:
         return self.record["task"]
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        return self.record["metrics"]
 
     @property
     def seed(self) -> Any:
@@ -60,11 +54,11 @@ class Cell:
 
     @property
     def w_WM(self) -> np.ndarray:
-        return np.asarray(self.metrics["preferences"], dtype=np.float64)
+        return np.asarray(self.record["metrics"]["preferences"], dtype=np.float64)
 
     def measured(self, split: str, *path: str) -> Any:
         """The metrics of one split, or what stands at `path` in them; {} or None where it was not measured."""
-        found = self.metrics["splits"].get(split, {})
+        found = self.record["metrics"]["splits"].get(split, {})
         for name in path:
             found = found.get(name) if isinstance(found, Mapping) else None
         return found
@@ -100,11 +94,11 @@ class Setting:
 
     @cached_property
     def objectives(self) -> list[str]:
-        return list(self.cells[0].metrics["objectives"])
+        return list(self.cells[0].record["metrics"]["objectives"])
 
     @cached_property
     def exact(self) -> bool:
-        return all(cell.metrics["exact"] for cell in self.cells)
+        return all(cell.record["metrics"]["exact"] for cell in self.cells)
 
     @property
     def quality(self) -> str:
@@ -197,7 +191,7 @@ class Results:
     @cached_property
     def families(self) -> dict[str, str]:
         """Label -> family, baselines last: the order in which methods get their looks."""
-        found = {cell.label: str(cell.card["category"]) for cell in self.cells}
+        found = {cell.label: str(cell.record["card"]["category"]) for cell in self.cells}
         return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
 
     @property
@@ -217,7 +211,9 @@ class Results:
         tasks = [group[0].task for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
         many = len({t["name"] for t in tasks}) > 1
-        usual = {k: _usual([canonical_json(t.get(k)) for t in tasks]) for k in varying if k != "rho"}
+        counts = {k: Counter(canonical_json(t.get(k)) for t in tasks) for k in varying if k != "rho"}
+        # What more than half of the settings have goes without saying.
+        usual = {k: value for k, count in counts.items() for value, n in count.most_common(1) if 2 * n > len(tasks)}
         found = []
         for group in groups.values():
             task = group[0].task
@@ -238,36 +234,25 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     if suite is not None and suite not in suites:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
-    broken = {kind: store.failures(kind) for kind in (ARTIFACTS, CELLS)}
-    if suite is not None:
-        broken[CELLS] = {key: record for key, record in broken[CELLS].items() if key in suites[suite]}
-    if not folders and not any(broken.values()):
-        raise ConfigError(
-            "a report needs at least one finished cell",
-            found=f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else ""),
-            remedy=f"run `paretune bench SUITE.yaml --root {root}` first",
-        )
+    broken = [(kind, key, record) for kind in (ARTIFACTS, CELLS) for key, record in store.failures(kind).items()]
+    broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
+    if not folders and not broken:
+        found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
+        remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
+        raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
     records = {key: _json(folder / "cell.json") for key, folder in folders.items()}
     for key, record in records.items():
         if record.get("format") != CELL_FORMAT:
-            raise ConfigError(
-                f"this version reads cells of format {CELL_FORMAT}",
-                found=f"format {record.get('format')!r} in {folders[key]}",
-                remedy="read them with the version that wrote them (env.json names it), or run the suite in a new --root",
-            )
+            found = f"format {record.get('format')!r} in {folders[key]}"
+            remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
+            raise ConfigError(f"this version reads cells of format {CELL_FORMAT}", found=found, remedy=remedy)
     envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
-    failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, found in broken.items() for key, record in found.items()]
+    failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, key, record in broken]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
     return assemble(records, envs, failures=failures, name=name)
 
 
-def assemble(
-    records: Mapping[str, Mapping[str, Any]],
-    envs: Mapping[str, Mapping[str, Any]],
-    *,
-    failures: Sequence[Mapping[str, Any]] = (),
-    name: str = "results",
-) -> Results:
+def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str, Any]] = (), name: str = "results") -> Results:
     """Results from the contents of cell.json and env.json by cell key."""
     labels = _labels(list(records.values()))
     return Results([Cell(key, label, records[key], envs[key]) for key, label in zip(records, labels, strict=True)], failures, name)
@@ -291,17 +276,10 @@ def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for thing in things for key in thing))
 
 
-def _usual(values: Sequence[str]) -> str | None:
-    """The value that more than half of the settings have: it goes without saying. None where there is none."""
-    most = max(set(values), key=values.count)
-    return most if 2 * values.count(most) > len(values) else None
-
-
 def _order(key: str, value: Any) -> tuple[int, float, str]:
     """Numbers by size, but correlations from agreement to conflict."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return 0, -float(value) if key == "rho" else float(value), ""
-    return 1, 0.0, str(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, -float(value) if key == "rho" else float(value), "") if number else (1, 0.0, str(value))
 
 
 def _short(value: Any) -> str:
@@ -315,6 +293,5 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(
-            "a published file can be read", found=f"{path}: {error}", remedy="run `paretune check` on this directory"
-        ) from error
+        remedy = "run `paretune check` on this directory"
+        raise StoreError("a published file can be read", found=f"{path}: {error}", remedy=remedy) from error

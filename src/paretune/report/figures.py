@@ -61,20 +61,16 @@ class Look:
 def looks(families: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, Look]:
     """Label -> look, given label -> family ("baseline" or another) in a fixed order. The same labels always look the same."""
     found: dict[str, Look] = {}
-    counts = {True: 0, False: 0}
-    for label, family in dict(families).items():
-        gray = family == "baseline"
-        n = counts[gray]
-        counts[gray] += 1
-        colors, marks = (GRAYS, GRAY_MARKS) if gray else (COLORS, MARKS)
-        found[label] = Look(colors[n % len(colors)], *marks[n % len(marks)], DASHES[n // len(colors) % len(DASHES)])
-    return found
+    for baseline, colors, marks in ((True, GRAYS, GRAY_MARKS), (False, COLORS, MARKS)):
+        for n, label in enumerate(label for label, family in dict(families).items() if (family == "baseline") == baseline):
+            found[label] = Look(colors[n % len(colors)], *marks[n % len(marks)], DASHES[n // len(colors) % len(DASHES)])
+    return {label: found[label] for label in dict(families)}
 
 
 # Labels: where to put a name so that it covers neither another one nor a curve
 
 PLOT = (330, 330)  # the plot area that labels are placed for, in pixels; a larger one only spreads them
-GLYPH, LINE = 6.6, 15.0  # width of a letter and height of a line in pixels, at 12 px
+GLYPH, LINE = 6.6, 15.0  # width of a letter (a marker takes two) and height of a line in pixels, at 12 px
 RADII, ANGLES = (13.0, 24.0, 40.0, 62.0), np.arange(0, 2 * np.pi, np.pi / 8)
 OFFSETS = np.array([(radius * np.cos(angle), radius * np.sin(angle)) for radius in RADII for angle in ANGLES])
 TRIED = 40  # places whose leaders are looked at
@@ -99,15 +95,15 @@ class Label:
     anchor: tuple[float, float]
 
 
-def place(series: Sequence[Series], *, width: float, height: float, extra: int = 2, taken: Sequence[np.ndarray] = ()) -> list[Label]:
-    """One label per series inside a width x height plot; greedy, the longest names first. `extra` letters stand for the marker.
+def place(series: Sequence[Series], *, width: float, height: float, taken: Sequence[np.ndarray] = ()) -> list[Label]:
+    """One label per series inside a width x height plot; greedy, the longest names first.
 
     `taken` are boxes that stay free: (2, 2), center and half size. A series for whose label there is no free place gets none: the key
     beside the picture still names it.
     """
     boxes, labels = list(taken), []
     for one in sorted(series, key=lambda s: -len(s.name)):
-        half = np.array([GLYPH * (len(one.name) + extra) / 2 + 3, LINE / 2 + 1])
+        half = np.array([GLYPH * (len(one.name) + 2) / 2 + 3, LINE / 2 + 1])
         anchors, centers = np.repeat(one.anchors, len(OFFSETS), axis=0), np.tile(OFFSETS, (len(one.anchors), 1))
         across = centers[:, 0]
         aside = np.where(np.abs(across) > 4, np.sign(across) * half[0] * np.minimum(1, np.abs(across) / 12), 0.0)
@@ -143,13 +139,9 @@ def _best(centers: np.ndarray, anchors: np.ndarray, half: np.ndarray, own: np.nd
 
 
 def _dense(points: np.ndarray, count: int = 48) -> np.ndarray:
-    """`count` points along the line through `points`, evenly spaced on it."""
-    if len(points) < 2:
-        return points
-    span = np.ptp(points, axis=0)
-    along = np.concatenate([[0.0], np.cumsum(np.hypot(*(np.diff(points, axis=0) / np.where(span > 0, span, 1.0)).T))])
-    t = np.linspace(0.0, along[-1], count)
-    return np.stack([np.interp(t, along, points[:, k]) for k in (0, 1)], axis=1)
+    """`count` points along the line through `points`."""
+    t = np.linspace(0, len(points) - 1, count)
+    return np.stack([np.interp(t, np.arange(len(points)), points[:, k]) for k in (0, 1)], axis=1)
 
 
 # One picture
@@ -184,27 +176,18 @@ class _Plot:
     """
 
     def __init__(self, titles: Sequence[str], x: tuple[float, float], y: tuple[float, float], known: Mapping[str, Look]):
-        self.x, self.y, self.known = x, y, known
+        self.x, self.y, self.known, self.floor = x, y, known, [-np.inf, y[0]]
         self.data: list[dict[str, Any]] = []
         self.layout = {**frame(), "xaxis": axis(titles[0], range=list(x)), "yaxis": axis(titles[1], range=list(y))}
         self.curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, str]] = {}  # true points, anchors, ink, what a label adds
         self.taken: list[np.ndarray] = []
 
     def draw(
-        self,
-        name: str,
-        points: np.ndarray,
-        hover: Sequence[str],
-        *,
-        line: bool = False,
-        anchors: Iterable[int] | None = None,
-        ink: np.ndarray | None = None,
-        label: str | None = None,
-        style: dict[str, Any] | None = None,
+        self, name: str, points: np.ndarray, hover: Sequence[str], *, line: bool, spots: Iterable[int] = (), style: Any = None
     ) -> None:
-        """A series of (n, 2) points; `hover` says more of each. Its label points to one of the `anchors` and keeps off the `ink`."""
+        """A series of (n, 2) points; `hover` says more of each. Its label points to one of the `spots`. `style` replaces the method's."""
         n, below, text = len(points), points[:, 1] < self.y[0], list(hover)
-        drawn = self.clipped(points)
+        drawn = np.maximum(points, self.floor)
         look = style or self.style(name, line=line, large=n == 1 and not line)
         if below.any():
             symbols = look["marker"]["symbol"]
@@ -214,13 +197,11 @@ class _Plot:
             where = [f"<br>below the edge, at {minus(f'{y:.2f}')}" if low else "" for y, low in zip(points[:, 1], below, strict=True)]
             text = [said + more for said, more in zip(text, where, strict=True)]
         self.trace(name, drawn, look, text)
-        if n:
-            if anchors is None:  # the middle one first: there methods differ most
-                places = {n // 2, n // 3, 2 * n // 3, n // 6, 5 * n // 6, 0, n - 1}
-                anchors = sorted(places & set(range(n)), key=lambda i: abs(i - n // 2))
+        if n:  # unless it is told where, the middle one first: there methods differ most
+            places = {n // 2, n // 3, 2 * n // 3, n // 6, 5 * n // 6, 0, n - 1} & set(range(n))
+            anchors = drawn[list(spots) or sorted(places, key=lambda i: abs(i - n // 2))]
             more = f" {minus(f'{points[below, 1].min():.2f}')}" if below.any() else ""
-            kept = ink if ink is not None else _dense(drawn) if line else drawn
-            self.curves[label or name] = (points, drawn[list(anchors)], kept, more)
+            self.curves["exact front" if name == CEILING else name] = (points, anchors, _dense(drawn) if line else drawn, more)
 
     def trace(self, name: str, points: np.ndarray, style: Mapping[str, Any], hover: Sequence[str]) -> None:
         """A series without a label."""
@@ -247,10 +228,6 @@ class _Plot:
             end = {"xref": "paper", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "showarrow": False}
             self.layout["annotations"] = [{"text": "<b>exact optimum</b>", **end, "font": {"size": 12, "color": INK}}]
 
-    def clipped(self, points: np.ndarray) -> np.ndarray:
-        """The points with those below the range put on its lower edge."""
-        return np.maximum(points, [-np.inf, self.y[0]])
-
     def pixels(self, points: np.ndarray) -> np.ndarray:
         """(n, 2) data -> (n, 2) pixels from the top left of the plot."""
         across = (points[:, 0] - self.x[0]) / (self.x[1] - self.x[0]) * PLOT[0]
@@ -260,7 +237,7 @@ class _Plot:
     def view(self) -> dict[str, Any]:
         """The whole description. Curves that cannot be told apart share one label."""
         merged: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, str]] = {}
-        sizes = [float(np.ptp(self.clipped(curve[0]), axis=0).max()) for name, curve in self.curves.items() if name in self.known]
+        sizes = [float(np.ptp(np.maximum(curve[0], self.floor), axis=0).max()) for name, curve in self.curves.items() if name in self.known]
         near = 0.005 * (max(sizes, default=1.0) or 1.0)
         for name, curve in self.curves.items():
             alike = [other for other, there in merged.items() if there[0].shape == curve[0].shape]
@@ -278,22 +255,10 @@ class _Plot:
         marks = "".join(f'<span style="color:{look.color}">{look.mark}</span>' for look in known)
         x = self.x[0] + label.anchor[0] / PLOT[0] * (self.x[1] - self.x[0])
         y = self.y[1] - label.anchor[1] / PLOT[1] * (self.y[1] - self.y[0])
-        return {
-            "x": x,
-            "y": y,
-            "ax": label.x - label.anchor[0],
-            "ay": label.y - label.anchor[1],
-            "text": f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>",
-            "name": name,
-            "showarrow": True,
-            "arrowhead": 0,
-            "arrowwidth": 0.8,
-            "arrowcolor": known[0].color if known else INK,
-            "standoff": 5,
-            "font": {"size": 12, "color": INK},
-            "bgcolor": "rgba(255,255,255,0.7)",
-            "borderpad": 1,
-        }
+        text = f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>"
+        note = {"x": x, "y": y, "ax": label.x - label.anchor[0], "ay": label.y - label.anchor[1], "text": text, "name": name}
+        note |= {"showarrow": True, "arrowhead": 0, "arrowwidth": 0.8, "arrowcolor": known[0].color if known else INK, "standoff": 5}
+        return note | {"font": {"size": 12, "color": INK}, "bgcolor": "rgba(255,255,255,0.7)", "borderpad": 1}
 
 
 # The figures
@@ -307,27 +272,21 @@ class Figure:
     title: str
     alt: str
     views: Mapping[str, dict[str, Any]]
-    height: int = 420
-
-
-Draw = Callable[[Setting, str], dict[str, Any] | None]
+    height: int
 
 
 def _figures(
-    settings: Iterable[Setting], name: str, said: str, draw: Draw, *, ends: tuple[str, str] = ("", ""), height: int = 380
+    settings: Iterable[Setting], name: str, said: str, draw: Callable, *, csv: str = "", ends: tuple[str, str] = ("", ""), height: int = 380
 ) -> list[Figure]:
     """One figure for each of the settings, a view of it for each split of which `draw` makes one; `ends` add to its name and title."""
     found = []
     for setting in settings:
         views = {split: view for split in setting.splits if (view := draw(setting, split))}
         what = said.format(quality=setting.quality, Quality=setting.quality.capitalize())
-        alt = f"{what} on {setting.label}{ends[1]}; the numbers are in tables/{CSV.get(name, name)}.csv."
+        alt = f"{what} on {setting.label}{ends[1]}; the numbers are in tables/{csv or name}.csv."
         if views:
             found.append(Figure(f"{name}-{setting.slug}{ends[0]}", setting.label + ends[1], alt, views, height))
     return found
-
-
-CSV = {"front": "fronts", "profile": "profiles"}
 
 
 def front_figures(results: Results) -> list[Figure]:
@@ -338,7 +297,7 @@ def front_figures(results: Results) -> list[Figure]:
         for a, b in combinations(range(len(names)), 2) if len(names) <= 3 else ():
             draw = partial(_front, pair=(a, b), known=known)
             ends = (f"-{a}{b}", f": {names[a]} and {names[b]}" if len(names) > 2 else "")
-            found += _figures([setting], "front", "Regularized returns", draw, ends=ends, height=420)
+            found += _figures([setting], "front", "Regularized returns", draw, csv="fronts", ends=ends, height=420)
     return found
 
 
@@ -363,7 +322,7 @@ def _front(setting: Setting, split: str, *, pair: tuple[int, int], known: Mappin
         style = {"mode": "lines", "line": {"color": INK, "width": 2.5}} if flat else {"mode": "markers", "marker": dots}
         spread = range(0, len(exact_K2), max(1, len(exact_K2) // 8))
         hover = [_weights(w_M) for w_M in front["w"]]
-        plot.draw(CEILING, exact_K2, hover, line=flat, anchors=spread, label="exact front", style=style)
+        plot.draw(CEILING, exact_K2, hover, line=flat, spots=spread, style=style)
         plot.data.insert(0, plot.data.pop())  # under the others
     return plot.view()
 
@@ -420,7 +379,7 @@ def _attainment(results: Results, setting: Setting, split: str) -> dict[str, Any
 
 def profile_figures(results: Results) -> list[Figure]:
     """Per group of settings, the profiles of the best methods and of the baselines with their bands."""
-    return _figures(groups(results), "profile", "Performance profiles", partial(_profiles, results))
+    return _figures(groups(results), "profile", "Performance profiles", partial(_profiles, results), csv="profiles")
 
 
 DRAWN = 8  # profiles in one picture
@@ -449,7 +408,7 @@ def _profiles(results: Results, group: Setting, split: str) -> dict[str, Any] | 
         points = np.array([[row["tau"], row["share"]] for row in mine])
         spots = [int(np.abs(points[:, 1] - share).argmin()) for share in (0.5, 0.3, 0.7, 0.15, 0.85)]
         hover = [f"{row['share']:.0%} of runs above {row['tau']:.2f}" for row in mine]
-        plot.draw(label, points, hover, line=True, anchors=spots, style=plot.style(label, line=True) | {"mode": "lines"})
+        plot.draw(label, points, hover, line=True, spots=spots, style=plot.style(label, line=True) | {"mode": "lines"})
     return plot.view()
 
 
@@ -471,12 +430,8 @@ def _cost(results: Results, trained: Sequence[Mapping[str, Any]], unit: str, set
     shown = np.maximum(worst, edge)
     x = (min(paths.min(), totals.min()) - 0.25, max(totals.max(), paths.max()) + 0.45)
     y = (min(float(shown.min()) - 0.08, -0.08), 1.13) if setting.exact else _padded(np.append(shown, 0.0))
-    plot = _Plot(
-        [f"{unit} for training and search (log scale)", f"worst {setting.quality}, {PROMPTS[split]}"],
-        x,
-        y,
-        looks(results.families),
-    )
+    title = f"worst {setting.quality}, {PROMPTS[split]}"
+    plot = _Plot([f"{unit} for training and search (log scale)", title], x, y, looks(results.families))
     for row, total, path, quality in zip(rows, totals, paths, worst, strict=True):
         ends = np.array([[path, quality], [total, quality]])
         hover = [f"critical path: {row[f'{unit}_path']:,.0f} {unit}", f"in total: {row[f'{unit}_total']:,.0f} {unit}"]
@@ -484,7 +439,7 @@ def _cost(results: Results, trained: Sequence[Mapping[str, Any]], unit: str, set
         filled, color = style["marker"]["symbol"], style["marker"]["color"]
         hollow = filled if filled.endswith("open") else f"{filled}-open"
         style["marker"] |= {"symbol": [hollow, filled], "size": 10, "line": {"width": 1.5, "color": color}}
-        plot.draw(row["method"], ends, hover, anchors=[1], ink=np.concatenate([_dense(ends), *[ends] * 6]), style=style)
+        plot.draw(row["method"], ends, hover, line=True, spots=[1], style=style)
         plot.data[-1]["x"] = [round(float(10**value), 6) for value in (path, total)]
     plot.levels(exact=setting.exact)
     plot.layout["xaxis"] |= {"type": "log", "dtick": 1 if x[1] - x[0] > 2 else "D2", "tickformat": "~s"}
@@ -521,19 +476,13 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     shape["xaxis"] = axis(title, range=list(span), zeroline=True, zerolinecolor=MUTED)
     shape["yaxis"] = axis("", automargin=True, showgrid=False, ticks="", tickfont={"size": 12, "color": INK})
     whole = {"xanchor": "left", "xshift": 4, "showarrow": False, "font": {"size": 12, "color": INK}}  # at the end of its bar
-    shape["annotations"] = [
-        {"x": end, "y": row["method"], "text": f"<b>{minus(format(row['loss'], '.2f'))}</b>", **whole} for row, end in rows
-    ]
+    losses = [f"<b>{minus(format(row['loss'], '.2f'))}</b>" for row, _ in rows]
+    shape["annotations"] = [{"x": end, "y": row["method"], "text": text, **whole} for (row, end), text in zip(rows, losses, strict=True)]
     return {"data": data, "layout": shape}
 
 
-FIGURES = {  # by the anchor of their section
-    "fronts": front_figures,
-    "attainment": attainment_figures,
-    "profiles": profile_figures,
-    "cost": cost_figures,
-    "loss": loss_figures,
-}
+MAKERS = (front_figures, attainment_figures, profile_figures, cost_figures, loss_figures)
+FIGURES = dict(zip(("fronts", "attainment", "profiles", "cost", "loss"), MAKERS, strict=True))  # by the anchor of their section
 
 
 # The same as SVG files
@@ -550,14 +499,13 @@ def template(name: str, **filters: Any) -> Any:
 
 def to_svg(panels: Sequence[tuple[str, Mapping[str, Any]]], *, alt: str) -> str:
     """Titled scatter figures side by side as one SVG text. `alt` is its description for those who do not see it."""
-    drawn = [
-        (title, view, _scale(view["layout"]["xaxis"], 0, PLOT[0]), _scale(view["layout"]["yaxis"], PLOT[1], 0)) for title, view in panels
-    ]
+    axes = [(view["layout"]["xaxis"], view["layout"]["yaxis"]) for _, view in panels]
+    drawn = [(*panel, _scale(x, 0, PLOT[0]), _scale(y, PLOT[1], 0)) for panel, (x, y) in zip(panels, axes, strict=True)]
     return template("panels.svg.j2").render(panels=drawn, alt=alt, plot=PLOT, zip=zip, **PALETTE) + "\n"
 
 
 def _scale(axis: Mapping[str, Any], start: float, end: float) -> dict[str, Any]:
-    """Data to pixels (`at`), as plotly reads an axis: a range in decades where it is logarithmic; `ticks`: (pixel, text) of round values."""
+    """Data to pixels (`at`), as plotly reads an axis (decades where logarithmic); `ticks`: (pixel, text) of round values."""
     low, high = axis["range"]
     log = axis.get("type") == "log"
 

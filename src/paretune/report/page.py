@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # they load torch
 
 __all__ = ["sensitivity_table", "tint", "token_table", "visible", "write_explanation", "write_page"]
 
-HERE = Path(__file__).parent
-
 
 def write_page(results: Results, folder: Path) -> Path:
     """Write index.html, tables/*.csv and figures/*.svg into `folder` (made if missing); returns the page's path."""
@@ -66,16 +64,9 @@ def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[
         figures=figures,
         drawn=DRAWN,
         loss_colors=LOSS_COLORS,
-        note=comparison.note(results),
-        enough=comparison.enough_for_intervals(results)[0],
-        relationships=comparison.relationship_tables(results),
-        compared=comparison.board_tables(results),
-        heats=comparison.difference_heats(results),
-        relations=_relations(results),
-        generations=_generations(results, tables),
+        zip=zip,
+        comparison=comparison,
         facts=_facts(results),
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs() if views else "",
         views=json.dumps(views, allow_nan=False).replace("</", "<\\/"),
     )
@@ -93,28 +84,6 @@ def _boards(results: Results, whole: Table) -> list[tuple[str, Table]]:
         columns = tuple(replace(c, group=c.group.format(prompts=on)) for c in whole.shown if c.key not in left_out)
         found.append((setting.label, Table(f"leaderboard-{setting.slug}", columns, rows)))
     return found
-
-
-def _relations(results: Results) -> list[dict[str, Any]]:
-    """Per setting: the mean verified correlation matrix of the headline's prompts over task seeds, and what else was verified."""
-    found = []
-    for setting in results.settings:
-        if each := [verified[setting.headline] for verified in setting.verified.values()]:
-            strengths = [x for one in each for x in one["strength_nats"]]
-            matrix = np.mean([one["correlations"] for one in each], axis=0).tolist()
-            limit = min(one["worst_composition_limit"] for one in each)
-            found.append({"setting": setting, "matrix": matrix, "low": min(strengths), "high": max(strengths), "limit": limit})
-    return found
-
-
-def _generations(results: Results, tables: dict[str, Table]) -> list[tuple[Any, list[Any]]]:
-    """Per setting with responses: (setting, the first cell of each method, the best method first)."""
-    ranks = [(row["setting"], row["method"]) for row in tables["leaderboard"].rows] if "generations" in tables else []
-    found = []
-    for setting in results.settings:
-        cells = [setting.of(method)[0] for where, method in ranks if where == setting.label and method in setting.labels]
-        found.append((setting, [cell for cell in cells if cell.measured(setting.headline, "generations")]))
-    return [(setting, cells) for setting, cells in found if cells]
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -161,26 +130,23 @@ def token_table(explanation: Explanation) -> Table:
     titles = ["log-ratio", *e.adapters, "normalizer", "remainder"]
     columns = [Column(name, title) for name, title in zip(names, titles, strict=True) if name != "normalizer" or e.how == "product"]
     numbers = np.column_stack([e.ratio_T, e.contribution_TK, e.normalizer_T, e.remainder_T])
-    rows = [
-        {"token": token, **dict(zip(names, values, strict=True))}
-        for token, values in zip([*map(visible, e.tokens_T), "sum"], [*numbers.tolist(), numbers.sum(0).tolist()], strict=True)
-    ]
+    told = zip([*map(visible, e.tokens_T), "sum"], [*numbers.tolist(), numbers.sum(0).tolist()], strict=True)
+    rows = [{"token": token, **dict(zip(names, values, strict=True))} for token, values in told]
     return Table("tokens", (Column("token", "token", "text"), *columns), rows)
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
     """One row per return, one column per direction."""
-    columns = (
-        *(Column("return", "return", "text"), Column("now", "at this preference")),
-        *(Column(f"to_{j}", f"towards {name}") for j, name in enumerate(found.objectives)),
-        *(Column(f"error_{j}", f"± ({name})") for j, name in enumerate(found.objectives)),
-    )
+    names = found.objectives
+    columns = [Column("return", "return", "text"), Column("now", "at this preference")]
+    columns += [Column(f"to_{j}", f"towards {name}") for j, name in enumerate(names)]
+    columns += [Column(f"error_{j}", f"± ({name})") for j, name in enumerate(names)]
     rows = []
-    for k, name in enumerate(found.objectives):
-        slopes = {f"to_{j}": float(slope) for j, slope in enumerate(found.slope_MM[k])}
-        errors = {} if found.exact else {f"error_{j}": float(error) for j, error in enumerate(found.error_MM[k])}
-        rows.append({"return": name, "now": float(found.returns_M[k]), **slopes, **errors})
-    return Table("sensitivity", columns, rows)
+    for name, *values in zip(names, found.returns_M.tolist(), found.slope_MM.tolist(), found.error_MM.tolist(), strict=True):
+        now, slopes, errors = values
+        row = {"return": name, "now": now, **{f"to_{j}": slope for j, slope in enumerate(slopes)}}
+        rows.append(row if found.exact else row | {f"error_{j}": error for j, error in enumerate(errors)})
+    return Table("sensitivity", tuple(columns), rows)
 
 
 def visible(token: str) -> str:
@@ -206,7 +172,6 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
         slopes=sensitivity_table(slopes) if slopes else None,
         sensitivity=slopes,
         steepest=steepest or 1.0,
-        style=(HERE / "page.css").read_text(encoding="utf-8"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -218,21 +183,17 @@ def _tokens(explanation: Explanation, known: dict[str, Look], largest: float) ->
     made = []
     for t, token in enumerate(explanation.tokens_T):
         parts = [(name, known[name].color, float(v)) for name, v in zip(explanation.adapters, explanation.contribution_TK[t], strict=True)]
-        _, color, most = max(parts, key=lambda part: abs(part[2]), default=("", "", 0.0))
+        lead, _, most = max(parts, key=lambda part: abs(part[2]), default=("", "", 0.0))
+        share = abs(most) / largest
         parts += [("normalizer", NORMALIZER, float(explanation.normalizer_T[t]))] if explanation.how == "product" else []
         told = [("log-ratio", "", float(explanation.ratio_T[t])), *parts]
         found = {
             "pieces": [(bool(marks), "".join(run)) for marks, run in groupby(visible(token), key=MARKS.__contains__)],
-            "background": _wash(color, abs(most) / largest, against=most < 0) if abs(most) / largest > FAINT else "white",
+            # Never so dark that text cannot be read; stripes where the expert spoke against the token.
+            "wash": known[lead].pale(round(0.06 + 0.44 * share, 3)) if share > FAINT else "white",
+            "against": most < 0 and share > FAINT,
             "bars": [(color, max(-1.0, min(1.0, value / largest))) for _, color, value in parts],
             "title": "\n".join(f"{name} {value:+.3f}".replace(" -", " \u2212") for name, _, value in told),
         }
         made.append(found)
     return made
-
-
-def _wash(color: str, share: float, *, against: bool) -> str:
-    """The expert's color, never so dark that text cannot be read; stripes where it spoke against the token."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    full = f"rgba({red}, {green}, {blue}, {0.06 + 0.44 * share:.3f})"
-    return f"repeating-linear-gradient(135deg, {full} 0 4px, transparent 4px 8px)" if against else full

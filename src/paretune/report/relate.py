@@ -28,14 +28,9 @@ RATES = (Column("rate_second", "second per\nfirst"), Column("rate_first", "first
 def objective_table(found: Relations) -> Table:
     """One row per objective: what there is to gain from it, and how often it says anything."""
     columns = (
-        Column("name", "objective", "text"),
-        Column("mean", "mean"),
-        Column("low", "lowest"),
-        Column("high", "highest"),
-        Column("spread", "spread"),
-        Column("paid", "not its most\ncommon score", "share"),
-        Column("flat", "groups of 8\nall alike", "share"),
-        Column("noise", "noise / spread", "share"),
+        *(Column("name", "objective", "text"), Column("mean", "mean"), Column("low", "lowest"), Column("high", "highest")),
+        *(Column("spread", "spread"), Column("paid", "not its most\ncommon score", "share")),
+        *(Column("flat", "groups of 8\nall alike", "share"), Column("noise", "noise / spread", "share")),
         Column("unscored", "unscored", "count"),
     )
     return Table("objectives", columns, plain(found.objectives))
@@ -44,15 +39,10 @@ def objective_table(found: Relations) -> Table:
 def pair_table(found: Relations) -> Table:
     """One row per pair of objectives, by what the reference's responses score."""
     columns = (
-        Column("name", "pair", "text"),
-        Column("within", "correlation\nwithin prompts", "share"),
-        Column("between", "95 %", "text"),
-        Column("overall", "overall", "share"),
-        Column("spearman", "Spearman", "share"),
-        Column("conflict", "prompts in\nconflict", "share"),
-        Column("sure", "sure of it", "share"),
-        Column("known_prompts", "of prompts", "count"),
-        *RATES,
+        *(Column("name", "pair", "text"), Column("within", "correlation\nwithin prompts", "share"), Column("between", "95 %", "text")),
+        *(Column("overall", "overall", "share"), Column("spearman", "Spearman", "share")),
+        *(Column("conflict", "prompts in\nconflict", "share"), Column("sure", "sure of it", "share")),
+        *(Column("known_prompts", "of prompts", "count"), *RATES),
     )
     rows = []
     for (j, k), pair in zip(combinations(range(len(found.names)), 2), plain(found.pairs), strict=True):
@@ -93,19 +83,9 @@ def heat_map(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str])
     """A plotly description of values in [-1, 1]: conflict is orange, agreement blue, unknown gray."""
     shown = plain(np.asarray(values, dtype=np.float64).round(4))
     text = [["–" if v is None else minus(f"{v:.2f}") for v in row] for row in shown]
-    trace = {
-        "type": "heatmap",
-        "z": shown,
-        "x": list(columns),
-        "y": list(rows),
-        "zmin": -1,
-        "zmax": 1,
-        "colorscale": [[0.0, _color(-1.0)], [0.5, _color(0.0)], [1.0, _color(1.0)]],
-        "text": text,
-        "texttemplate": "%{text}",
-        "hovertemplate": "%{y}<br>%{x}: %{z:.3f}<extra></extra>",
-        "hoverongaps": False,
-    }
+    trace = {"type": "heatmap", "z": shown, "x": list(columns), "y": list(rows), "zmin": -1, "zmax": 1}
+    trace |= {"colorscale": [[(end + 1) / 2, _color(end)] for end in (-1.0, 0.0, 1.0)], "text": text, "texttemplate": "%{text}"}
+    trace |= {"hovertemplate": "%{y}<br>%{x}: %{z:.3f}<extra></extra>", "hoverongaps": False}
     return {"data": [trace], "layout": {**frame(), "plot_bgcolor": UNKNOWN, "xaxis": axis(""), "yaxis": axis("", autorange="reversed")}}
 
 

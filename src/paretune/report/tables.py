@@ -45,15 +45,8 @@ class Column:
             return " ".join(text for text in (self.show(value.value), self.interval(value)) if text)
         if value is None or (isinstance(value, float) and not np.isfinite(value)):
             return "–"
-        if self.kind == "yes":
-            return "yes" if value else "no"
-        if self.kind == "share":
-            return minus(f"{value:.2f}")
-        if self.kind == "change":
-            return signed(value)
-        if self.kind == "number":
-            return minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}")
-        return short_count(value) if self.kind == "count" else str(value)
+        how = SHOWN.get(self.kind)
+        return str(value) if how is None else how(value)
 
     def interval(self, value: Any) -> str:
         """[low, high] of an estimate; "" where it has none."""
@@ -109,6 +102,15 @@ def short_count(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+SHOWN: dict[str, Callable[[Any], str]] = {  # how a value of a column's kind is written; the others as they are
+    "yes": lambda value: "yes" if value else "no",
+    "share": lambda value: minus(f"{value:.2f}"),
+    "change": signed,
+    "number": lambda value: minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"),
+    "count": short_count,
+}
 
 
 # The leaderboard
@@ -170,9 +172,13 @@ COSTS = ("trainings", "forwards_per_token", "evaluations", "samples_total", "sam
 
 def leaderboard(results: Results) -> Table:
     """One row per setting and method, best worst attainment (or gain) of the headline first; the exact optimum on top."""
+
+    def rank(row: Mapping[str, Any]) -> list[float]:
+        return [-np.inf if (value := headline(row, which)) is None else value for which in ("worst", "mean")]
+
     rows = []
     for setting in results.settings:
-        ranked = sorted((_row(setting, label) for label in setting.labels), key=_rank, reverse=True)
+        ranked = sorted((_row(setting, label) for label in setting.labels), key=rank, reverse=True)
         rows += [*([_ceiling(setting)] if setting.exact else []), *ranked]
     return Table("leaderboard", LEADERBOARD, rows)
 
@@ -183,13 +189,9 @@ def headline(row: Mapping[str, Any], which: str = "worst") -> float | None:
     return row.get(f"gain_{which}") if attained is None else attained
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
-    return tuple(float("-inf") if value is None else value for value in (headline(row), headline(row, "mean")))
-
-
 def _row(setting: Setting, label: str) -> dict[str, Any]:
     cells, on = setting.of(label), setting.headline
-    row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].card["category"], "prompts": on}
+    row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].record["card"]["category"], "prompts": on}
     for split in SPLITS:
         row[f"attainment_worst_{split}"] = _over(min, (cell.summary(split, "worst", "attainment") for cell in cells))
         row[f"attainment_mean_{split}"] = _over(np.mean, (cell.summary(split, "mean", "attainment") for cell in cells))
@@ -201,8 +203,9 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
     row |= {key: _over(how, (cell.measured(on, *path) for cell in cells)) for key, (how, path) in MEASURED.items()}
     row |= costs(cells) | {"trainings": len(cells[0].record["trainings"])}
     paths = (("attainment", "undefined"), ("unscored", "count"))
-    counts = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
-    return row | {"zero_shot": bool(cells[0].card["zero_shot"]), "cells": len(cells), "unknown": sum(count or 0 for count in counts)}
+    unknown = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
+    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len(cells)}
+    return row | {"unknown": sum(count or 0 for count in unknown)}
 
 
 def _ceiling(setting: Setting) -> dict[str, Any]:
@@ -259,12 +262,18 @@ def glance_table(results: Results) -> Table:
 
 # The numbers of the figures
 
+PLACE = ("setting", "method", "task_seed", "seed")
+
+
+def _place(setting: Setting, cell: Cell) -> dict[str, Any]:
+    return dict(zip(PLACE, (setting.label, cell.label, cell.seed, cell.record.get("seed")), strict=True))
+
 
 def attainment_table(results: Results) -> Table:
     """Every measured point: returns, KL, attainment and regret per setting, method, seed, split and preference."""
     numbered = [f"{what}_{k + 1}" for what in ("w", "reward", "return") for k in range(_most_objectives(results))]
     measured = ("kl", "utility", "utility_low", "utility_high", "gain", "attainment", "regret")
-    columns = keyed("setting", "method", "task_seed", "seed", "split", "preference", *numbered, *measured)
+    columns = keyed(*PLACE, "split", "preference", *numbered, *measured)
     return Table("attainment", columns, [row for setting in results.settings for cell in setting.cells for row in _points(setting, cell)])
 
 
@@ -279,13 +288,12 @@ def _numbered(**vectors_M: Iterable[float]) -> dict[str, Any]:
 
 
 def _points(setting: Setting, cell: Cell) -> Iterator[dict[str, Any]]:
-    same = {"setting": setting.label, "method": cell.label, "task_seed": cell.seed, "seed": cell.record.get("seed")}
     for split in SPLITS:
         measured = cell.measured(split)
-        for number, w_M in enumerate(cell.metrics["preferences"] if measured else ()):
+        for number, w_M in enumerate(cell.record["metrics"]["preferences"] if measured else ()):
             names = ("kl", "utility", "gain", "attainment", "regret")
             found = {name: measured[name]["per_preference"][number] for name in names if measured.get(name)}
-            row = same | {"split": split, "preference": number}
+            row = _place(setting, cell) | {"split": split, "preference": number}
             row |= _numbered(w=w_M, reward=measured["rewards"][number], **{"return": measured["returns"][number]})
             row |= {f"utility_{end}": found["utility"][end] for end in ("low", "high")}
             yield row | {name: value["value"] if name in ("utility", "gain") else value for name, value in found.items()}
@@ -347,16 +355,14 @@ def relation_table(results: Results) -> Table:
 
 def generation_table(results: Results) -> Table:
     """Every kept response: one row per setting, method, seeds, split, prompt and preference; the reference's have no preference."""
-    columns = keyed("setting", "method", "task_seed", "seed", "split", "prompt", "preference", "response")
     rows = []
-    for setting in results.settings:
-        for cell, split in ((cell, split) for cell in setting.cells for split in setting.splits):
-            kept = cell.measured(split, "generations") or {"prompts": (), "reference": (), "preferences": (), "texts": ()}
-            for number, texts in zip((None, *kept["preferences"]), (kept["reference"], *kept["texts"]), strict=True):
-                for prompt, text in zip(kept["prompts"], texts, strict=True):
-                    values = (setting.label, cell.label, cell.seed, cell.record.get("seed"), split, prompt, number, text)
-                    rows.append({column.key: value for column, value in zip(columns, values, strict=True)})
-    return Table("generations", columns, rows)
+    for setting, cell, split in ((s, cell, split) for s in results.settings for cell in s.cells for split in s.splits):
+        kept = cell.measured(split, "generations") or {"prompts": (), "reference": (), "preferences": (), "texts": ()}
+        for number, texts in zip((None, *kept["preferences"]), (kept["reference"], *kept["texts"]), strict=True):
+            for prompt, text in zip(kept["prompts"], texts, strict=True):
+                row = _place(setting, cell) | {"split": split, "prompt": prompt, "preference": number}
+                rows.append(row | {"response": text})
+    return Table("generations", keyed(*PLACE, "split", "prompt", "preference", "response"), rows)
 
 
 def failure_table(results: Results) -> Table:
@@ -364,7 +370,4 @@ def failure_table(results: Results) -> Table:
     return Table("failures", keyed("label", "error", "message", "where"), [dict(failure) for failure in results.failures])
 
 
-TABLES = (
-    *(leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, failure_table),
-    generation_table,
-)
+TABLES = (leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, generation_table, failure_table)

@@ -12,34 +12,24 @@ from rich.text import Text
 
 from paretune.report.comparison import baselines, board_tables, note
 from paretune.report.data import PROMPTS, Results
-from paretune.report.figures import Look, looks
+from paretune.report.figures import looks
 from paretune.report.findings import findings
 from paretune.report.tables import CEILING, Column, Table, leaderboard
 
 __all__ = ["console", "print_leaderboard", "print_table"]
 
+HARM = "#D55E00"
 WIDE = 132  # columns of output that goes to a file or a pipe
 
 # The leaderboard's columns in a terminal, in order; those with a higher number go first where the terminal is narrow.
-SHOWN = {
-    "attainment_worst_train": ("worst", 0),
-    "attainment_mean_train": ("mean", 0),
-    "attainment_worst_test": ("worst,\ntest", 1),
-    "attainment_mean_test": ("mean,\ntest", 4),
-    "gain_mean": ("gain", 0),
-    "gain_worst": ("worst gain", 0),
-    "hypervolume_share": ("hyper-\nvolume", 2),
-    "utility_loss_max": ("max\nloss", 5),
-    "kl_mean": ("KL", 1),
-    "controllability": ("control", 6),
-    "trainings": ("train-\nings", 3),
-    "forwards_per_token": ("fwd /\ntoken", 3),
-    "samples_total": ("samples", 2),
-    "samples_path": ("samples,\ncritical", 4),
-    "tokens_total": ("tokens", 5),
-    "tokens_path": ("tokens,\ncritical", 5),
-    "zero_shot": ("zero-\nshot", 1),
-}
+SHOWN = (
+    {"attainment_worst_train": ("worst", 0), "attainment_mean_train": ("mean", 0), "attainment_worst_test": ("worst,\ntest", 1)}
+    | {"attainment_mean_test": ("mean,\ntest", 4), "gain_mean": ("gain", 0), "gain_worst": ("worst gain", 0)}
+    | {"hypervolume_share": ("hyper-\nvolume", 2), "utility_loss_max": ("max\nloss", 5), "kl_mean": ("KL", 1)}
+    | {"controllability": ("control", 6), "trainings": ("train-\nings", 3), "forwards_per_token": ("fwd /\ntoken", 3)}
+    | {"samples_total": ("samples", 2), "samples_path": ("samples,\ncritical", 4), "tokens_total": ("tokens", 5)}
+    | {"tokens_path": ("tokens,\ncritical", 5), "zero_shot": ("zero-\nshot", 1)}
+)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -98,9 +88,10 @@ def _print_comparison(results: Results, to: Console) -> None:
         to.print()
 
 
-def _print(
-    results: Results, to: Console, title: str, more: str, rows: Sequence[dict[str, Any]], columns: Sequence[tuple[Column, str]]
-) -> None:
+Heads = Sequence[tuple[Column, str]]
+
+
+def _print(results: Results, to: Console, title: str, more: str, rows: Sequence[dict[str, Any]], columns: Heads) -> None:
     known = looks(results.families)
     heading = Text.assemble((title, "bold"), f"  ({more})")
     grid = Grid(title=heading, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -108,20 +99,15 @@ def _print(
     for _, head in columns:
         grid.add_column(head, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
-        style = "italic" if row["method"] == CEILING else "dim" if row["category"] == "baseline" else ""
-        grid.add_row(_name(row["method"], known), *(_cell(column, row.get(column.key)) for column, _ in columns), style=style)
+        label, look = row["method"], known.get(row["method"])
+        name = Text.assemble((f"{look.mark} ", look.color), label) if look else Text(f"  {label}")
+        told = [(column, row.get(column.key)) for column, _ in columns]
+        harm = [column.key.startswith(("attainment", "gain")) and value is not None and value < 0 for column, value in told]
+        texts = [Text(column.show(value), style=HARM if bad else "") for (column, value), bad in zip(told, harm, strict=True)]
+        grid.add_row(name, *texts, style="italic" if label == CEILING else "dim" if row["category"] == "baseline" else "")
     to.print(grid)
     to.print()
 
 
 def _width(head: str) -> int:
     return max(len(line) for line in head.split("\n")) + 2
-
-
-def _name(label: str, known: dict[str, Look]) -> Text:
-    return Text.assemble((f"{known[label].mark} ", known[label].color), label) if label in known else Text(f"  {label}")
-
-
-def _cell(column: Column, value: Any) -> Text:
-    harm = column.key.startswith(("attainment", "gain")) and value is not None and value < 0
-    return Text(column.show(value), style="#D55E00" if harm else "")
