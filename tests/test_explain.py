@@ -21,7 +21,7 @@ from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.rules import Identity, Nearest
 from paretune.registry import METHODS
-from paretune.report.explained import sensitivity_table, token_table, visible, write_explanation
+from paretune.report.page import sensitivity_table, token_table, visible, write_explanation
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner, train_plan
 from paretune.training.exact import enumerated_returns

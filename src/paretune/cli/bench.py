@@ -19,7 +19,7 @@ def demo(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Run the quick suite and write its report: every method on tasks whose true front is known."""
+    """Run the quick suite and write its report: seven methods on tasks whose true front is known."""
     _bench("quick", [], root, "local", workers, dry_run=False, as_json=as_json)
 
 
@@ -96,10 +96,9 @@ def _bench(
 def _report(
     root: Path, suite: str | None, out: Path | None, *, as_json: bool, rows: Path | None = None, run: dict[str, Any] | None = None
 ) -> None:
-    from paretune.report.comparison import comparison_table
+    from paretune.report.comparison import comparison_table, write_rows
     from paretune.report.data import load
     from paretune.report.page import write_page
-    from paretune.report.rows import write_rows
     from paretune.report.tables import leaderboard
     from paretune.report.terminal import console, print_leaderboard
 

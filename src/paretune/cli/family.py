@@ -125,7 +125,7 @@ def explain(
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family
-    from paretune.report.explained import sensitivity_table, token_table, write_explanation
+    from paretune.report.page import sensitivity_table, token_table, write_explanation
 
     plug(plugin)
     check_writable(html, "--html")

@@ -42,7 +42,7 @@ def relate(
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
     from paretune.evaluation import probe as probing
     from paretune.evaluation.relations import relate as measure
-    from paretune.report.relation import gradient_table, objective_table, pair_table, to_json, write_relations
+    from paretune.report.relate import gradient_table, objective_table, pair_table, to_json, write_relations
 
     plug(plugin)
     task, learner = _target(target, overrides or [])
