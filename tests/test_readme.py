@@ -102,7 +102,7 @@ def test_the_make_targets_that_the_readme_names_exist():
 
 @pytest.mark.parametrize("kind", ["method", "task", "objective"])
 def test_the_examples_of_adding_something_pass_the_conformance_suites(kind, tmp_path):
-    from paretune.registry import OBJECTIVES, RULES, TASKS, load_plugin
+    from paretune.registry import GATE_RULES, OBJECTIVES, TASKS, load_plugin
     from paretune.testing import methods as testing
 
     example = next(text for text in code(DESIGN, "python") if text.startswith(f"# my_{kind}.py"))
@@ -113,7 +113,7 @@ def test_the_examples_of_adding_something_pass_the_conformance_suites(kind, tmp_
     try:
         getattr(testing, f"check_{kind}")(name)
     finally:
-        for registry in (METHODS, TASKS, OBJECTIVES, RULES):  # other tests list what is registered
+        for registry in (METHODS, TASKS, OBJECTIVES, GATE_RULES):  # other tests list what is registered
             for mine in re.findall(r"\.register\(\"([^\"]+)\"\)", example):
                 registry._classes.pop(mine, None)
 

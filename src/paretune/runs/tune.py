@@ -29,7 +29,7 @@ import yaml
 
 from paretune.errors import ConfigError, ParetuneError, TrainingError, nearest
 from paretune.files import write_json
-from paretune.methods.search.samplers import load_optuna, quiet
+from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import fit
