@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, 
 from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns, SampledReturns
 from paretune.policy.rules import Identity
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import GATE_RULES, METHODS, describe
 from paretune.seeds import generator
 from paretune.tasks.preferences import judged_preferences
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
 
 
 def _with(family, rule):
-    return Family(family.policy, rule, family.objectives, family.base, family.adapters, family.meta)
+    return replace(family, rule=rule)
 
 
 @pytest.mark.parametrize("mixing", ["parameter", "logit"])
@@ -242,11 +242,11 @@ def test_features_are_read_from_text_alone():
 
 def test_a_rule_survives_json_and_says_what_is_wrong_with_it():
     rule = _rule(_learned(rounds=20)[0], Features("letters", 1, "ab"))
-    again = RULES.build(describe(rule))
+    again = GATE_RULES.build(describe(rule))
     prompts, w_WM = [Prompt(text="a"), Prompt(text="c")], judged_preferences(2)
     np.testing.assert_array_equal(again.prompt_gates(w_WM, prompts), rule.prompt_gates(w_WM, prompts))
     with pytest.raises(ConfigError, match="theta_DQM has a row per feature"):
-        RULES.build({**describe(rule), "landmarks": 9})
+        GATE_RULES.build({**describe(rule), "landmarks": 9})
     with pytest.raises(ConfigError, match="every row of gates has its returns"):
         Pooled(gates_GK=((0.0, 1.0),), returns_GM=())
 
@@ -260,7 +260,7 @@ def test_static_gates_are_the_best_of_their_grid(trained):
     returns_GM = (rewards_GPM - task.beta * kl_GP[..., None]).mean(1)
     for w_M, gates_K in zip(task.judged(), family.gates(task.judged()), strict=True):
         np.testing.assert_array_equal(gates_K, grid[int((returns_GM @ w_M).argmax())])
-    assert family.rule.cost(task.judged()).evaluations == 16
+    assert family.cost(task.judged()).evaluations == 16
 
 
 def test_contextual_beats_the_best_static_gates_on_prompts_that_it_saw(trained, tmp_path):

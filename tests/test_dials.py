@@ -20,7 +20,7 @@ from paretune.tasks.exact.rewards import (
     verify_noise,
 )
 from paretune.tasks.exact.task import ExactTask
-from paretune.testing.methods import check_task
+from paretune.testing import check_task
 from paretune.training.batch import draw
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient

@@ -9,7 +9,7 @@ import torch
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.distilled import StudentRule
+from paretune.policy.rules import StudentRule
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.seeds import forked_torch
 from paretune.testing.methods import quick_learner, train_plan

@@ -58,7 +58,7 @@ def family(level, paths, rule=None, make=llama):
     names = tuple("abcdefgh"[: len(paths)])
     objectives = Objectives(names=names, low=(0.0,) * len(names), high=(1.0,) * len(names))
     policy = build_mixing(level, LoraBank.load(make(), paths), Letters())
-    return Family(policy, rule or Identity(), objectives, {"model": "none"}, meta={"max_new_tokens": 6})
+    return Family(policy, rule or Identity(), objectives, {"model": "none"}, max_new_tokens=6)
 
 
 def logp(logits_1TV, ids_1T, length):
@@ -203,7 +203,7 @@ def refused(*parts: str):
 
 def test_what_cannot_be_explained(paths, tmp_path):
     made = family("logit", paths)
-    made.meta = {}
+    made.max_new_tokens = None
     with refused("responses have a longest length", "no max_new_tokens"):
         explain(made, "bad", W)
     many = write_adapters(llama, tmp_path, [{"r": 1}] * 9)

@@ -18,12 +18,11 @@ from typer.testing import CliRunner
 
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError
-from paretune.methods.prompted import PromptedRule
 from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
-from paretune.policy.rules import Backbones, Constant, Identity, Table
+from paretune.policy.rules import Backbones, Constant, Identity, PromptedRule, Table
 from paretune.runs.suite import fit, run_suite
 from paretune.serve.export import _Merging, export, single_weights
 from paretune.serve.model_card import vllm_rank

@@ -16,7 +16,7 @@ from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
 from paretune.policy.mixing.predictions import LogitMix
 from paretune.policy.rules import Constant, Identity, Nearest, Table
-from paretune.registry import RULES, describe
+from paretune.registry import GATE_RULES, describe
 from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
 LEVEL_NAMES = ("parameter", "factor", "logit", "hidden")
@@ -309,7 +309,7 @@ def test_rules_turn_preferences_into_gates():
     ],
 )
 def test_rules_survive_json(rule):
-    again = RULES.build(json.loads(json.dumps(describe(rule))))
+    again = GATE_RULES.build(json.loads(json.dumps(describe(rule))))
     assert again == rule
     assert np.array_equal(again.gates(np.array([[0.3, 0.7]])), rule.gates(np.array([[0.3, 0.7]])))
 
@@ -318,10 +318,10 @@ def test_rules_that_are_no_tables_are_refused():
     with refused("nearest: points_KM is a table of finite numbers with rows of one length", "2 rows of lengths [1, 2]"):
         Nearest(points_KM=((1.0,), (0.5, 0.5)))
     with refused("nearest: points_KM is a table", "0 rows"):
-        RULES.build({"name": "nearest", "points_KM": []})
+        GATE_RULES.build({"name": "nearest", "points_KM": []})
     with refused("a table has one row of gates per preference", "2 preferences, 1 rows of gates"):
         Table(w_WM=((0.5, 0.5), (1.0, 0.0)), gates_WK=((1.0,),))
     with refused("gates are finite numbers", "gates_K = [nan]"):
         Constant(gates_K=(float("nan"),))
     with refused("a gate rule is known by its name", "'nearst'", "did you mean 'nearest'?"):
-        RULES.build("nearst")
+        GATE_RULES.build("nearst")

@@ -14,7 +14,7 @@ from paretune.objectives import models as pretrained
 from paretune.objectives.models import RewardModel, measure
 from paretune.registry import OBJECTIVES, describe
 from paretune.seeds import forked_torch
-from paretune.testing.methods import check_objective
+from paretune.testing import check_objective
 from paretune.types import Prompt
 from tiny_rewards import bert, bert_tokenizer, causal, gpt2_reward, gpt_tokenizer, save
 

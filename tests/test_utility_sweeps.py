@@ -48,7 +48,7 @@ def test_trainings_climb_their_own_utility(tmp_path, name):
     own = evaluate(task, family, w_WM=np.array([w]), splits=["train"]).metrics["splits"]["train"]["own_utility"]
     linear = METHODS.build({"name": "linear", "at": (w,)})
     plain = linear.policy(task, learner, train_plan(linear, task, learner, tmp_path, seed=0), 0)
-    plain.meta["utility"] = family.meta["utility"]
+    plain.utility = family.utility
     other = evaluate(task, plain, w_WM=np.array([w]), splits=["train"]).metrics["splits"]["train"]["own_utility"]
     mine, theirs = own["attainment"]["worst"], other["attainment"]["worst"]
     # The model is tiny, and 60 steps are few. Seen: .69 (max-min) to .94 (tchebycheff), where rounding moves max-min by .02.
@@ -83,9 +83,9 @@ def test_the_families_say_by_what_they_want_to_be_judged(task, tmp_path):
     for name in CLIMBING:
         method = METHODS.build({"name": name, "points": 2})
         family = method.policy(task, learner, train_plan(method, task, learner, tmp_path / name, seed=0), 0)
-        assert family.meta["utility"]["name"] == {"lagrangian": "constrained", "product": "log-product"}.get(name, name)
+        assert family.utility["name"] == {"lagrangian": "constrained", "product": "log-product"}.get(name, name)
     linear = METHODS.build({"name": "linear", "points": 2})
-    assert "utility" not in linear.policy(task, learner, train_plan(linear, task, learner, tmp_path / "linear", seed=0), 0).meta
+    assert linear.policy(task, learner, train_plan(linear, task, learner, tmp_path / "linear", seed=0), 0).utility is None
 
 
 def test_preferences_can_be_named_one_by_one(task):

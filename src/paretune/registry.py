@@ -26,7 +26,7 @@ __all__ = [
     "LEARNERS",
     "METHODS",
     "OBJECTIVES",
-    "RULES",
+    "GATE_RULES",
     "TASKS",
     "Registry",
     "describe",
@@ -108,7 +108,7 @@ class Registry:
 TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")
 OBJECTIVES = Registry("objective", "paretune.objectives", "paretune.tasks.reflection")
 LEARNERS = Registry("learner", "paretune.training", "paretune.training.trl")
-RULES = Registry("gate rule", "paretune.policy", "paretune.methods")
+GATE_RULES = Registry("gate rule", "paretune.policy")
 METHODS = Registry("method", "paretune.methods")
 
 

@@ -1,4 +1,4 @@
-"""Judge a family by the utility that it was trained for, where that is not w . J: `family.meta["utility"]` describes it.
+"""Judge a family by the utility that it was trained for, where that is not w . J: `family.utility` describes it.
 
 Own-utility attainment is (U(pi) - U(pi_ref)) / (U* - U(pi_ref)), U* being the exact optimum over all policies. For a utility with
 constraints U charges what is broken at the optimum's own multipliers, w . J - sum_k l_k max(c_k - J_k, 0): an exact penalty, so that no
@@ -8,7 +8,6 @@ only U of the estimated returns is known, and what it is above the reference's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,8 +78,7 @@ def sampled_own_utility(task: Task, family: Family, curve: Curve, start: Curve) 
 
 
 def _utility(family: Family) -> Utility | LogProduct | None:
-    given: Mapping[str, Any] | None = family.meta.get("utility")
-    return None if given is None else UTILITIES.build(given)
+    return None if family.utility is None else UTILITIES.build(family.utility)
 
 
 def _at(utility: Utility, points_WM: np.ndarray, w_WM: np.ndarray, marks: Landmarks) -> np.ndarray:

@@ -31,7 +31,7 @@ import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError, TrainingError, nearest
 from paretune.files import write_json
-from paretune.methods.search.samplers import load_optuna, quiet
+from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import config
 from paretune.runs.config import Document

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paretune.hub import is_local
-from paretune.registry import describe
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "preference": made.preference,
         "how": how,
         "level": policy.mixing,
-        "rule": describe(family.rule)["name"],
+        "rule": family.rule.registered_name,
         "gates": dict(zip(policy.bank.names, gates, strict=True)),
         "rank": made.rank,
         "dtype": made.dtype,
@@ -215,7 +214,7 @@ def _provenance(made: Exported, facts: Mapping[str, Any]) -> str:
     how = {
         "delta": "the exact weighted sum of what the adapters add",
         "factor": "the adapters' factors averaged separately",
-        "merge": "a TIES or DARE merge of what the adapters add",
+        "merge": "a dense merge of what the adapters add",
         "base": "nothing: the base model itself",
     }[facts["how"]]
     lines = [

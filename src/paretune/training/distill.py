@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
-from paretune.registry import LEARNERS, RULES
+from paretune.registry import GATE_RULES, LEARNERS
 from paretune.tasks.base import Task
 from paretune.training.batch import Responses, draw_step
 from paretune.training.combine import Combine
@@ -70,7 +70,7 @@ class Distillation(EmbeddedLearner):
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> DistillBatch:
         made = draw_step(self, policy, task, spec, step)
-        gates_NK = torch.from_numpy(RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
+        gates_NK = torch.from_numpy(GATE_RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
         if gates_NK.shape[1] > policy.K:
             raise ConfigError(
                 "the teachers' rule gives a gate to each frozen adapter",

@@ -24,7 +24,7 @@ from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
-from paretune.registry import RULES
+from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
 from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
 from paretune.training.cost import Cost, read_cost, write_cost
@@ -103,7 +103,7 @@ class Learner(ABC):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
             alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
-        rule = None if spec.rule is None else RULES.build(spec.rule)
+        rule = None if spec.rule is None else GATE_RULES.build(spec.rule)
         policy = build_mixing("parameter" if rule is None else rule.mixing, bank, tokenizer)
         assert isinstance(policy, ParameterMix), "a training runs at the parameter level, with a router or without"
         if not policy.parameters():
@@ -314,7 +314,7 @@ def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
     if spec.rule is None:
         gates_NK = np.ones((len(w_NM), 1)) if spec.preference is not None else np.asarray(w_NM, dtype=np.float64)
     else:
-        gates_NK = RULES.build(spec.rule).gates(w_NM)
+        gates_NK = GATE_RULES.build(spec.rule).gates(w_NM)
     if gates_NK.shape[1] != count:
         raise ConfigError(
             "the rule of a training gives one gate per adapter",

@@ -12,22 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ConfigError
-from paretune.policy.base import MIXINGS
+from paretune.policy.base import MIXINGS, Weights
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.mixing.parameter import _claim_cache
-from paretune.policy.mixing.predictions import _Stacked, _weighted
+from paretune.policy.mixing.parameter import claim_cache
+from paretune.policy.mixing.predictions import Stacked, weighted
 
 __all__ = ["HiddenLayerMix", "HiddenMix"]
 
 
 @MIXINGS.register("hidden")
-class HiddenMix(_Stacked):
+class HiddenMix(Stacked):
     """The last hidden states of the experts, mixed, under the model's own head (bias, scale and soft cap included).
 
     Source: EMORL (2505.02579).
     Differs: a cache, and any decoding; the source decodes greedily without a cache.
     Hides: with a shared, frozen, bias-free linear head this IS logit mixing. A head with adapters runs under their soup.
     """
+
+    has_composition_limit = True
+    attribution = "product"
+    why_many = "it mixes the experts' hidden states, which no single set of weights computes"
 
     def __init__(self, bank: Any, tokenizer: Any):
         super().__init__(bank, tokenizer)
@@ -48,7 +52,7 @@ class HiddenMix(_Stacked):
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
         """The causal LM's own head on the mixed states."""
         with self.bank.gates(gates_NK):
-            return run_head(self.model, _weighted(parts, gates_NK).to(parts.dtype))
+            return run_head(self.model, weighted(parts, gates_NK).to(parts.dtype))
 
 
 @MIXINGS.register("hidden-layer")
@@ -64,6 +68,8 @@ class HiddenLayerMix(HiddenMix):
     """
 
     parts_need_gates = True
+    has_composition_limit = False
+    attribution = "shapley"
 
     def __init__(self, bank: Any, tokenizer: Any, *, layer: int):
         super().__init__(bank, tokenizer)
@@ -87,6 +93,9 @@ class HiddenLayerMix(HiddenMix):
     def settings(self) -> dict[str, Any]:
         return {"layer": self.layer}
 
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return super().single_weights(gates_K) if self.layer else Weights("delta", gates_K)
+
     @property
     def copies(self) -> int:
         """Rows of the input per row; the layers above the mixing see one row per row."""
@@ -99,7 +108,7 @@ class HiddenLayerMix(HiddenMix):
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(N, T, V) logits."""
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         if self.layer == len(self.layers):
             states = super().parts(input_ids_NT, attention_mask, position_ids, cache, gates_NK, last_only)
             kept = gates_NK[:, -int(last_only) :] if last_only and gates_NK.dim() == 3 else gates_NK
@@ -125,7 +134,7 @@ class HiddenLayerMix(HiddenMix):
         def mix(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             apart.close()
             states = args[0] if args else kwargs["hidden_states"]
-            mixed = _weighted(states.unflatten(0, (self.K, -1)), gates_NK).to(states.dtype)
+            mixed = weighted(states.unflatten(0, (self.K, -1)), gates_NK).to(states.dtype)
             args, kwargs = narrow(module, args, kwargs)
             return ((mixed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mixed})
 

@@ -17,10 +17,10 @@ from paretune.errors import ConfigError
 from paretune.policy.base import MIXINGS, Policy
 from paretune.policy.lora.decoder import branch_point, branched, stacked_share
 
-__all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "worst_weights"]
+__all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "Stacked", "weighted", "worst_weights"]
 
 
-class _Stacked(Policy):
+class Stacked(Policy):
     """All K experts in one forward: the batch repeated K times, block k under adapter k, one cache of K * N rows.
 
     Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `trunk.py`.
@@ -44,7 +44,7 @@ class _Stacked(Policy):
 
 
 @MIXINGS.register("logit")
-class LogitMix(_Stacked):
+class LogitMix(Stacked):
     """A product of the experts, token by token: log pi(y_t) = sum_k g_k log pi_k(y_t) + constant.
 
     Source: MOD (2406.18853), the reverse-KL case.
@@ -54,6 +54,10 @@ class LogitMix(_Stacked):
         layers with adapters and those above).
     """
 
+    has_composition_limit = True
+    attribution = "product"
+    why_many = "it mixes the experts' predictions token by token, which no single set of weights computes"
+
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(K, N, T, V) logits of the experts, in the model's dtype."""
         with self._stacked(self.bank.blocks(), input_ids_NT, attention_mask, position_ids, cache) as inputs:
@@ -61,10 +65,10 @@ class LogitMix(_Stacked):
         return logits.unflatten(0, (self.K, -1))
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
-        return _weighted(parts, gates_NK)
+        return weighted(parts, gates_NK)
 
 
-def _weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
+def weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
     """sum_k g_k parts_k in float32 (or wider): parts (K, N, T, X), gates (N, K) or (N, T, K) -> (N, T, X)."""
     assert gates is not None
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -93,6 +97,9 @@ class DivergenceMix(LogitMix):
         single decision would put it, it has no closed form for these f.
     Hides: it is the answer to training under that divergence. Experts trained under the reverse KL, as here, are mixed for another game.
     """
+
+    has_composition_limit = False
+    attribution = "shapley"
 
     def __init__(self, bank: Any, tokenizer: Any, *, divergence: str = "forward-kl", alpha: float = 0.5):
         super().__init__(bank, tokenizer)
@@ -149,13 +156,17 @@ class RobustMix(LogitMix):
         some forty times per token, which a small vocabulary does not notice and a large one does.
     """
 
+    has_composition_limit = False
+    attribution = "shapley"
+    why_many = "it chooses the worst weights near the preference anew for every token"
+
     def __init__(self, bank: Any, tokenizer: Any, *, radius: float = 1.0):
         super().__init__(bank, tokenizer)
         if not 0 <= radius <= 1:
             raise ConfigError(
                 "the radius of the worst case lies between 0 and 1", found=f"radius={radius:g}", remedy="1 is the source's game"
             )
-        self.radius = radius
+        self.radius, self.vertices_are_experts = radius, radius == 0
 
     @property
     def settings(self) -> dict[str, Any]:
