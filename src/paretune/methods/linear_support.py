@@ -305,8 +305,8 @@ def _measured(task: Task, artifact: Artifact | None, samples: int, seed: int) ->
 def _measure(task: Any, artifact: Artifact | None, samples: int, seed: int) -> Measured:
 
     began = time.perf_counter()
-    level, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
-    policy = build_policy(task, level, adapters)
+    mixing, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
+    policy = build_policy(task, mixing, adapters)
     gates = None if artifact is None else np.ones(1)
     if task.is_exact:
         logp_PR = ExactReturns(task, policy, SPLIT).logp_PR(gates)
