@@ -174,7 +174,7 @@ def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhe
     want = wanted(family, (0.0, 1.0)).log_softmax(-1)
     assert far(merged_logits(tmp_path / "vertex", prompt_ids(family)).log_softmax(-1), want) < TOLERANCE
     name = family.policy.mixing
-    with refused("an export is one set of weights", f"level '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
+    with refused("an export is one set of weights", f"mixing '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
         export(family, tmp_path / "middle", (0.5, 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["vertex"]
     with refused("an export is one set of weights"):  # twice the logits of one expert is no expert
@@ -183,7 +183,7 @@ def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhe
 
 def test_a_game_against_the_weights_is_no_set_of_weights_even_at_a_vertex(homes, tmp_path):
     family = family_of(homes["tied"], {"name": "robust", "radius": 0.5})
-    with refused("an export is one set of weights", "level 'robust'", "anew for every token") as caught:
+    with refused("an export is one set of weights", "mixing 'robust'", "anew for every token") as caught:
         export(family, tmp_path / "x", (0.0, 1.0))
     assert "one expert alone" not in str(caught.value)
 

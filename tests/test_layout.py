@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import paretune.methods
 from paretune.methods.base import CATEGORIES
 from paretune.methods.search import SEARCHERS
 from paretune.policy.base import MIXINGS
@@ -162,6 +163,13 @@ def test_every_card_is_filled_in(name):
     for field in dataclasses.fields(card):
         value = getattr(card, field.name)
         assert isinstance(value, bool) or (value.strip() and "\n" not in value), field.name
+
+
+def test_the_room_of_methods_says_in_which_file_each_one_is():
+    lines = [line.split(maxsplit=1) for line in (paretune.methods.__doc__ or "").splitlines() if line.startswith("    ")]
+    said = {name: file for file, names in lines for name in names.split(", ")}
+    shipped = {name: METHODS[name].__module__.rpartition(".") for name in METHODS}
+    assert said == {name: file for name, (room, _, file) in shipped.items() if room == "paretune.methods"}
 
 
 SAYS = ("Source:", "Differs:", "Hides:")

@@ -265,13 +265,13 @@ def test_wrong_gates_and_caches_are_refused(paths):
         for shape in ((2, 3), (4, 2), (4, 6, 3)):
             with refused("a policy takes one row of gates per row of the batch", f"gates {shape} for a batch (4, 7) and 3 adapters"):
                 run(policy(level, paths), ids_NT, torch.ones(shape))
-    with refused("factor averaging has one gate vector for the whole batch", "rows with different gates", "use the parameter level"):
+    with refused("factor averaging has one gate vector for the whole batch", "rows with different gates", 'use mixing "parameter"'):
         run(policy("factor", paths), ids_NT, gates_NK)
     for first, then in ((gates_NK, gates_NK.flip(1)), (None, gates_NK)):
         mixing = policy("parameter", paths)
         cache = mixing.new_cache(4)
         run(mixing, ids_NT, first, cache=cache)
-        with refused("at the parameter level a cache belongs to the gates that filled it", "make a new cache for every preference"):
+        with refused("in a soup a cache belongs to the gates that filled it", "make a new cache for every preference"):
             run(mixing, ids_NT[:, :1], then, cache=cache)
     mixing = policy("logit", paths)  # where sharing is right
     cache = mixing.new_cache(4)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +29,11 @@ from paretune.evaluation.metrics import plain, summary
 from paretune.evaluation.pareto import hypervolume, igd_plus
 from paretune.evaluation.stats import MIN_UNITS, estimate
 from paretune.evaluation.utility import exact_own_utility, sampled_own_utility
+from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns, Measured, SampledReturns
+from paretune.tasks.base import Task
+from paretune.tasks.exact.task import ExactTask
 from paretune.types import Cost, Curve, Estimate, Preference, Prompt
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.tasks.exact.task import ExactTask
 
 __all__ = ["Evaluation", "compare", "evaluate"]
 

@@ -26,7 +26,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,12 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
+from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
 from paretune.policy.rollout import encode, generate, token_logp
+from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
-
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.tasks.base import Task
 
 __all__ = ["Explanation", "Sensitivity", "explain", "sensitivity"]
 
@@ -62,7 +60,7 @@ class Explanation:
     prompt: str
     response: str
     preference: dict[str, float]
-    level: str
+    mixing: str
     how: str  # product | path | shapley
     adapters: tuple[str, ...]
     gates_K: np.ndarray
@@ -140,7 +138,7 @@ def explain(
                 prompt=str(given.raw),
                 response="".join(piece for piece in pieces if piece != END),
                 preference=dict(zip(names, map(float, chosen.weights), strict=True)),
-                level=family.policy.mixing,
+                mixing=family.policy.mixing,
                 adapters=family.policy.bank.names,
                 gates_K=gates_K.double().cpu().numpy(),
                 tokens_T=tuple(pieces),
@@ -245,9 +243,9 @@ def _shapley(gates_K: Tensor, reference_T: np.ndarray, logp_T: Any, *, share: bo
     players = [i for i in range(k) if float(gates_K[i]) != 0]
     if len(players) > MOST:
         raise ConfigError(
-            f"at this level every group of adapters is evaluated, for at most {MOST} of them",
+            f"at this mixing every group of adapters is evaluated, for at most {MOST} of them",
             found=f"{len(players)} adapters with a gate",
-            remedy="explain a family at the logit or parameter level",
+            remedy="explain a family at mixing logit or parameter",
         )
     worth: dict[tuple[int, ...], np.ndarray] = {(): reference_T}
     for size in range(1, len(players) + 1):

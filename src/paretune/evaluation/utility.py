@@ -8,7 +8,7 @@ only U of the estimated returns is known, and what it is above the reference's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +16,12 @@ from paretune.errors import ConfigError
 from paretune.evaluation import metrics
 from paretune.evaluation.metrics import summary
 from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, LogProduct, Utility
+from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns
+from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks, optimum
+from paretune.tasks.exact.task import ExactTask
 from paretune.types import Curve
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.tasks.exact.task import ExactTask
 
 __all__ = ["exact_own_utility", "sampled_own_utility"]
 

@@ -49,7 +49,7 @@ class Experts(MixedExperts):
         source="rewarded soups (2306.04488) for parameter and factor; MOD (2406.18853), reverse KL, for logit; "
         "EMORL (2505.02579) for hidden",
         differs="parameter is the exact soup of the deltas, not of the factors; hidden uses the preference as weights, without a search; "
-        "all levels sample under one decoding, with a KV cache",
+        "all mixings sample under one decoding, with a KV cache",
         hides="what mixing loses even with perfect experts: evaluation separates learning from composition; "
         "hidden at the last layer IS logit mixing where the head is shared, linear and bias-free; factor adds cross terms of experts",
         trainings="M",

@@ -57,7 +57,7 @@ class Placed(Method):
         summary="experts at the vertices and wherever the family so far may lose most; the neighbors of a preference are mixed",
         source="ours; mixing as in MOD (2406.18853), the bound from optimistic linear support (Roijers 2016)",
         differs="experts at mixed preferences beside those of single objectives; gates are the preference's place among its neighbors",
-        hides="every expert more is a training more, one wave after the other, and at the logit level a forward more per token (all run, "
+        hides="every expert more is a training more, one wave after the other, and with mixing logit a forward more per token (all run, "
         "though at most M have a gate); candidates are measured on training prompts",
         trainings="M + more",
         forwards_per_token="logit: M + more; parameter: 1",

@@ -310,7 +310,7 @@ class TiedRule(GateRule):
 
     @property
     def mixing(self) -> Mapping[str, Any]:
-        """The level at which a training under this rule runs."""
+        """The mixing at which a training under this rule runs."""
         return {"name": "tied", "own": 1, "seed": self.seed}
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
@@ -329,7 +329,7 @@ class RouterRule(GateRule):
 
     @property
     def mixing(self) -> Mapping[str, Any]:
-        """The level at which a training under this rule runs."""
+        """The mixing at which a training under this rule runs."""
         return {"name": "routed", "experts": self.experts, "width": self.width, "seed": self.seed}
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
@@ -340,7 +340,7 @@ class RouterRule(GateRule):
 @GATE_RULES.register("prompted")
 @dataclass(frozen=True)
 class PromptedRule(GateRule):
-    """The preference itself, for a policy that reads it as text; see the level "prompted"."""
+    """The preference itself, for a policy that reads it as text; see the mixing "prompted"."""
 
     objectives: int
     digits: int = 2

@@ -64,7 +64,7 @@ def export(
     asked = Preference.of(family.objectives.names, preference)
     weights = single_weights(family, asked.w_M)
     if kind == "adapter" and weights.how in ("base", "merge"):
-        found = "the reference alone" if weights.how == "base" else 'level "merged", whose changes are dense: they have no low rank'
+        found = "the reference alone" if weights.how == "base" else 'mixing "merged", whose changes are dense: they have no low rank'
         raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
     aside = out.resolve().with_name(f".wip-{out.resolve().name}")
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
@@ -99,7 +99,7 @@ def single_weights(family: Family, w_M: np.ndarray) -> Weights:
     gates_K = torch.from_numpy(family.gates(np.asarray(w_M)[None])[0]).float().to(policy.device)
     found = policy.single_weights(gates_K) if policy.bank.layers else Weights("base", gates_K)
     if isinstance(found, str):
-        raise _no_single(family, f"level {policy.mixing!r}: {found}")
+        raise _no_single(family, f"mixing {policy.mixing!r}: {found}")
     return found
 
 

@@ -159,7 +159,7 @@ def _check_saved(family: Family, path: Path, w_WM: np.ndarray) -> None:
     attempt(rule, remedy, partial(family.save, path))
     loaded = attempt(rule, remedy, partial(Family.load, path))
     require(np.array_equal(loaded.gates(w_WM), gates_WK), rule, "other gates at the same preferences", "save what the rule needs")
-    require(loaded.policy.mixing == family.policy.mixing, rule, f"level {loaded.policy.mixing}", f"save level {family.policy.mixing}")
+    require(loaded.policy.mixing == family.policy.mixing, rule, f"mixing {loaded.policy.mixing}", f"save mixing {family.policy.mixing}")
     require(isinstance(loaded.meta.get("card"), dict), "a family carries its method's card", f"meta has {sorted(loaded.meta)}",
              'meta={"card": dataclasses.asdict(method.card), ...}')  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The promises of tasks and objectives as checks; `paretune.testing.methods` is the public door to them."""
+"""Conformance of objectives: what every objective must keep, as a check that plug-in authors run; and what all suites share."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of hidden states: the experts run apart up to a layer, their states are summed with the gates, and the rest runs once.
 
-Hidden-state mixing at any layer: experts apart below it, one soup above.
+`hidden` mixes after the final norm, under the model's own head. `hidden-layer` mixes below a layer of one's choice, with the soup of the
+adapters above it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class HiddenMix(Stacked):
             raise ConfigError(
                 "hidden-state mixing needs a model made of a decoder and a head",
                 found=type(self.model).__name__,
-                remedy="load it as a causal LM, or mix at the logit level",
+                remedy='load it as a causal LM, or use mixing "logit"',
             )
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
@@ -59,12 +60,12 @@ class HiddenMix(Stacked):
 class HiddenLayerMix(HiddenMix):
     """Up to `layer` each expert runs alone; their hidden states are mixed with the gates; the layers above run once, under the soup.
 
-    Layer 0 is the parameter level (nothing has been computed apart). The number of layers L is the hidden level: mixed after the final
+    Layer 0 is mixing "parameter" (nothing has been computed apart). The number of layers L is mixing "hidden": mixed after the final
     norm. In between, the states that enter decoder layer `layer` are summed. Forwards per token: (layer K + L - layer) / L.
     Source: EMORL (2505.02579) mixes the last states; layers below are our extension.
     Differs: a layer of one's choice, with a cache: K * N rows for the layers below, N rows above.
     Hides: gates that do not sum to 1 scale the residual stream, except at layer 0. Above the layer the keys and values belong to the
-        gates, so that, as at the parameter level, nothing is shared over preferences.
+        gates, so that, as with a soup, nothing is shared over preferences.
     """
 
     parts_need_gates = True
@@ -79,7 +80,7 @@ class HiddenLayerMix(HiddenMix):
             raise ConfigError(
                 "hidden-state mixing below the last layer needs a decoder with one list of layers",
                 found=f"no list of {count} modules in {type(self.decoder).__name__}",
-                remedy='mix at level "hidden" or "logit"',
+                remedy='use mixing "hidden" or "logit"',
             )
         if isinstance(layer, bool) or not 0 <= layer <= count:
             raise ConfigError(

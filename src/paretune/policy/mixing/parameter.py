@@ -1,10 +1,8 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of parameters: adapters become one change of the weights, and the model runs once.
 
-Soups that are more than weighted sums: TIES and DARE, on what the adapters add.
-
-The parameter level with a learned router at every decoder layer: gates per token, from the hidden state and the preference.
-
-The parameter level in training, with adapters that share both factors and differ in a small core: bilinear low-rank adaptation.
+`parameter` is the exact weighted sum of what the adapters add, with gates for every row. `factor` averages their factors instead, and
+`merged` prunes what they add before it sums (TIES, DARE); both make one set of weights for a whole batch. `routed` lets a small network
+at every decoder layer correct the gates, token by token. `tied` is for trainings: its adapters share both factors and differ in a core.
 """
 
 from __future__ import annotations
@@ -107,7 +105,7 @@ class FactorMix(ParameterMix):
 
 
 def claim_cache(cache: Any, gates: Tensor | None) -> None:
-    """Keys and values at the parameter level were computed under gates: refuse others (a router's per-token gates may change)."""
+    """Keys and values of a soup were computed under gates: refuse others (a router's per-token gates may change)."""
     if gates is not None and gates.dim() == 3:
         return
     if cache.get_seq_length() == 0:
@@ -117,9 +115,9 @@ def claim_cache(cache: Any, gates: Tensor | None) -> None:
     same = torch.equal(known, gates) if known is not None and gates is not None else known is gates
     if not same:
         raise ConfigError(
-            "at the parameter level a cache belongs to the gates that filled it",
+            "in a soup a cache belongs to the gates that filled it",
             found="other gates than those of the cached tokens",
-            remedy="make a new cache for every preference; parts are shared over preferences at the logit and hidden levels only",
+            remedy="make a new cache for every preference; parts are shared over preferences at the logit and hidden mixings only",
         )
 
 
@@ -128,7 +126,7 @@ def _check_one_gate_vector(what: str, gates_NK: Tensor | None) -> None:
         raise ConfigError(
             f"{what} has one gate vector for the whole batch",
             found="rows with different gates" if gates_NK is not None else "no gates",
-            remedy="sample one preference at a time, or use the parameter level, which mixes per row",
+            remedy='sample one preference at a time, or use mixing "parameter", which mixes per row',
         )
 
 
@@ -162,7 +160,7 @@ class MergedMix(ParameterMix):
             raise ConfigError(
                 f"a merge is one of {', '.join(RECIPES)}, and keeps a share of entries above 0 and at most 1",
                 found=f"how={how!r}, density={density:g}",
-                remedy='density is the share that is kept; use level "parameter" for the plain soup',
+                remedy='density is the share that is kept; use mixing "parameter" for the plain soup',
             )
         self.how, self.density, self.normalize, self.seed = how, density, normalize, seed
         self.vertices_are_experts, self.symmetric = density == 1, how == "ties"
@@ -350,7 +348,7 @@ class TiedMix(ParameterMix):
     """The soup of adapters of which all but the first `own` share A and B: adapter k adds B C_k A, with a core C_k of its own.
 
     What is trained are A, B and the cores; `commit` writes each adapter as the plain LoRA with the factors B C_k and A. So a family is
-    used at the parameter level, and nothing but a training needs this one. `seed` names the start of the cores.
+    used at mixing "parameter", and nothing but a training needs this one. `seed` names the start of the cores.
 
     Source: PBLoRA (PARM, 2505.06274), in whose code B C(w) A with C(w) = sum_k w_k C_k stands beside a low-rank part that ignores w.
     Differs: nothing in the formula; cores start uniform within 1 / rank, as there.

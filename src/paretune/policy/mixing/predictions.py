@@ -1,6 +1,7 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of predictions: every expert gives a next-token distribution, and the policy is a mean of them, token by token.
 
-Mixing predictions otherwise than by their product: MOD's other divergences, and decoding against the worst-case weights.
+All experts run in one stacked batch (`Stacked`). `logit` is their weighted product, `divergence` holds the means that belong to other
+divergences than the reverse KL, and `robust` is the product at the worst weights near the preference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "Stacked", "
 class Stacked(Policy):
     """All K experts in one forward: the batch repeated K times, block k under adapter k, one cache of K * N rows.
 
-    Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `trunk.py`.
+    Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `lora.decoder`.
     """
 
     @property
@@ -107,7 +108,7 @@ class DivergenceMix(LogitMix):
             raise ConfigError(
                 f"a divergence is one of {', '.join(DIVERGENCES)}, and 0 < alpha <= 1",
                 found=f"divergence={divergence!r}, alpha={alpha:g}",
-                remedy='use level "logit" for the reverse KL; alpha matters to "alpha" only',
+                remedy='use mixing "logit" for the reverse KL; alpha matters to "alpha" only',
             )
         self.divergence, self.alpha = divergence, alpha
 
@@ -226,9 +227,9 @@ def _columns(gates: Tensor | None, logp: Tensor) -> Tensor:
     assert gates is not None
     if bool((gates < 0).any()) or not bool((gates.sum(-1) > 0).all()):
         raise ConfigError(
-            "the gates of this level are weights: none negative, and not all 0",
+            "the gates of this mixing are weights: none negative, and not all 0",
             found=f"a smallest gate of {gates.min().item():g}, a smallest sum of {gates.sum(-1).min().item():g}",
-            remedy='use a rule that gives weights, or level "logit", which extrapolates',
+            remedy='use a rule that gives weights, or mixing "logit", which extrapolates',
         )
     gates = (gates if gates.dim() == 3 else gates[:, None]).to(logp.dtype)
     return gates.movedim(-1, 0)[..., None]
