@@ -35,8 +35,8 @@ import numpy as np
 import torch
 
 from common import emit
+from paretune.methods.base import adapters_for, vertex_trainings
 from paretune.methods.calibrated import outer_returns
-from paretune.methods.experts import adapters_for, vertex_trainings
 from paretune.methods.search import SEARCHERS, hierarchical_grid, model_search, optuna_search, simplex_lattice
 from paretune.policy.base import build_policy
 from paretune.registry import LEARNERS, METHODS

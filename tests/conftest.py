@@ -1,15 +1,16 @@
-"""Shared set-up: one torch thread, no network, and a cache folder of the test run's own."""
+"""Shared set-up: one torch thread unless OMP_NUM_THREADS says more, no network, and a cache folder of the test run's own."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads in each of two workers would spin for each other on two cores
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # `make test-all` has two as well
 
 
 @pytest.fixture(scope="session", autouse=True)

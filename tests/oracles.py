@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from paretune.policy.family import Family
-from paretune.policy.rules import Constant, Rule
+from paretune.policy.rules import Constant, GateRule
 from paretune.tasks.exact.task import ExactTask
 
 SPLITS = ("train", "test")
@@ -22,12 +22,13 @@ def small_task(**dials: Any) -> ExactTask:
 class TablePolicy:
     """Adapter k has the response log-probabilities `logp_KPR[k]` of each split; gates mix next-symbol log-probabilities."""
 
-    parts_need_gates = False
+    parts_need_gates = stepwise = False
     device = torch.device("cpu")
     forwards_per_token = 1.0
 
     def __init__(self, task: ExactTask, tables: dict[str, list[np.ndarray]], mixing: str = "logit"):
         self.task, self.mixing, self.calls = task, mixing, 0
+        self.has_composition_limit = mixing in ("logit", "hidden")
         self.K = len(tables["train"])
         self._logits = {split: torch.stack([self._packed(logp, split) for logp in tables[split]]) for split in SPLITS}
         self._reference = {split: self._packed(task.reference_logp_PR(split), split) for split in SPLITS}
@@ -51,7 +52,7 @@ class TablePolicy:
         return self._reference[self._split(ids_PT)] if gates_NK is None else self.combine(self.parts(ids_PT), gates_NK)
 
 
-class OneHot(Rule):
+class OneHot(GateRule):
     """Preference number i of a fixed list gets policy number `order[i]`."""
 
     registered_name = "one-hot"
@@ -64,12 +65,12 @@ class OneHot(Rule):
         return np.eye(len(self.w_WM))[[self.order[row] for row in rows]]
 
 
-def experts_of(task: ExactTask, rule: Rule, *, mixing: str = "logit", temper: float = 1.0) -> Family:
+def experts_of(task: ExactTask, rule: GateRule, *, mixing: str = "logit", temper: float = 1.0) -> Family:
     """The optimal experts pi*_k; `temper` below 1 leaves them under-trained (pi_ref^(1-t) pi*^t is optimal for beta / t)."""
     vertices = np.eye(task.objectives.count)
     tables = {s: [_tempered(task, task.optimum_logp_PR(e, s), s, temper) for e in vertices] for s in SPLITS}
-    meta = {"experts": list(range(task.objectives.count))}
-    return Family(TablePolicy(task, tables, mixing), rule, task.objectives, task.base(), {}, meta)  # type: ignore[arg-type]
+    policy: Any = TablePolicy(task, tables, mixing)
+    return Family(policy, rule, task.objectives, task.base(), experts=tuple(range(task.objectives.count)))
 
 
 def optimum_of(task: ExactTask, w_WM: np.ndarray, order: list[int] | None = None) -> Family:

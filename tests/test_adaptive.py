@@ -12,10 +12,17 @@ from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.adaptive import CovarianceTargeted, Exp3, exp3_probabilities
-from paretune.training.weightings.bandit import Contextual, prompt_features, ridge
+from paretune.training.weightings.adaptive import (
+    Contextual,
+    CovarianceTargeted,
+    Exp3,
+    GradientLevel,
+    Influence,
+    exp3_probabilities,
+    prompt_features,
+    ridge,
+)
 from paretune.training.weightings.base import WEIGHTINGS, StepContext
-from paretune.training.weightings.gradient import GradientLevel, Influence
 from paretune.types import Prompt
 
 A, B = Prompt("aab"), Prompt("ccd")
@@ -175,7 +182,7 @@ def test_features_look_at_words_or_at_letters():
     assert (prompt_features(Prompt(""), 4) == [1, 0, 0, 0, 0]).all()
 
 
-RULES = [
+GATE_RULES = [
     {"name": "influence"},
     {"name": "ctwa", "target": 1.0},  # objectives of the task do not conflict enough for less
     {"name": "exp3", "every": 1},
@@ -185,7 +192,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("given", RULES, ids=lambda given: given.get("rule", given["name"]))
+@pytest.mark.parametrize("given", GATE_RULES, ids=lambda given: given.get("rule", given["name"]))
 def test_an_objective_without_weight_stays_out(given):
     rule = WEIGHTINGS.build(given)
     state = rule.start(3)
@@ -198,7 +205,7 @@ def test_an_objective_without_weight_stays_out(given):
         np.testing.assert_allclose(got.sum(1), 1)
 
 
-@pytest.mark.parametrize("given", RULES, ids=lambda given: given.get("rule", given["name"]))
+@pytest.mark.parametrize("given", GATE_RULES, ids=lambda given: given.get("rule", given["name"]))
 @pytest.mark.parametrize("learner", [PolicyGradient(**SMALL), ExactGradient(rank=2, alpha=4, steps=4, checkpoint_every=2, log_every=2)])
 def test_both_learners_follow_it_and_go_on_where_they_were_killed(tmp_path, learner, given):
     spec = spec_of(learner, weighting=given)

@@ -1,16 +1,11 @@
 """Advice is read from rows and nothing else: the nearest setting, what is best there, and silence where nothing is near."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from paretune.errors import ConfigError
-from paretune.evaluation.advice import DIALS, Advice, advise, load_rows, shipped
-from paretune.report.data import load
-from paretune.report.relation import result_rows
-from paretune.report.tables import leaderboard
-from report_cells import run_directory
+from paretune.evaluation.advice import advise, load_rows, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,27 +126,6 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, text, shown):
     with pytest.raises(ConfigError) as error:
         load_rows(path)
     assert shown in str(error.value)
-
-
-def test_rows_are_made_from_the_cells_of_a_suite(tmp_path):
-    """What the bench measured, in the shape that advice reads; a round trip through a file."""
-    results = load(run_directory(tmp_path))
-    rows = result_rows(results)
-    board = {(r["setting"], r["method"]): r for r in leaderboard(results).rows}
-    assert rows
-    for one in rows:
-        assert set(DIALS) <= set(one)
-        same = [
-            r
-            for (_, method), r in board.items()
-            if method == one["method"] and r["attainment_worst_train"] == one["attainment_worst_train"]
-        ]
-        assert same
-        assert one["category"] == same[0]["category"]
-    path = tmp_path / "relations.json"
-    path.write_text(json.dumps({"figures": {}, "rows": rows}))
-    assert load_rows(path) == rows
-    assert all(isinstance(one, Advice) for one in advise(rows[0], rows, learner=rows[0]["learner"]))
 
 
 def test_the_package_ships_the_committed_results():

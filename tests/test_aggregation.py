@@ -10,7 +10,8 @@ from learner_cases import SMALL, TASK, flat, log_of, moved, spec_of
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training import advantages as aggregation
-from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages, check_aggregation
+from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages
+from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient, aggregated, enumerated
 from paretune.training.policy_gradient import PolicyGradient
 
@@ -71,6 +72,45 @@ def test_dvao_divides_by_the_spread_that_objectives_in_agreement_would_have():
 def test_rdpo_counts_objectives_that_agree_once():
     """Two copies of one reward: one direction of length 1, split evenly."""
     np.testing.assert_allclose(ours("rdpo", HAND[:, [0, 0]]), np.array([-1, -1, 1, 1]) / 2**0.5, rtol=1e-3)
+
+
+def z_scores(returns, group=4):
+    groups = returns.reshape(-1, group, returns.shape[1])
+    return ((groups - groups.mean(1, keepdims=True)) / groups.std(1, ddof=1, keepdims=True)).reshape(returns.shape)
+
+
+def test_under_mo_grpo_two_objectives_contribute_evenly_whatever_their_scales():
+    """What its abstract claims: at equal weights the advantage goes as much with one reward as with the other, in every group."""
+    returns = drawn(groups=5)
+    got = ours("mo_grpo", returns, np.array([0.5, 0.5]))
+    for rows in np.arange(20).reshape(5, 4):
+        with_each = [np.corrcoef(got[rows], returns[rows, k])[0, 1] for k in (0, 1)]
+        assert with_each[0] == pytest.approx(with_each[1], abs=1e-3)
+    scaled = ours("mo_grpo", returns * [1000.0, 7.0] + [3.0, -2.0], np.array([0.5, 0.5]))
+    np.testing.assert_allclose(scaled, got, atol=1e-3)
+
+
+def test_dvao_is_bounded_and_follows_the_objective_that_varies():
+    """What its abstract claims, for rewards with a heavy tail: a mean of the z-scores, so within the bound of a z-score of 4 samples."""
+    returns = np.exp(2 * drawn(groups=50))
+    got, z = ours("dvao", returns), z_scores(returns)
+    assert np.abs(got).max() <= 3 / 2 + 1e-9
+    assert (got <= z.max(1) + 1e-3).all()
+    assert (got >= z.min(1) - 1e-3).all()
+    np.testing.assert_allclose(ours("dvao", returns * [1e9, 1.0]), z_scores(returns)[:, 0], atol=0.05)
+    np.testing.assert_allclose(ours("dvao", returns * [1.0, 1e9]), z_scores(returns)[:, 1], atol=0.05)
+
+
+def test_rdpo_sees_ranks_only_and_what_it_sums_is_white():
+    """Quantiles: any rising function of a reward leaves it as it is. Whitening: its two parts are uncorrelated, of length 1."""
+    returns = drawn(groups=50)
+    returns[:, 1] += returns[:, 0]
+    got = ours("rdpo", returns)
+    bent = np.stack([np.exp(returns[:, 0]), returns[:, 1] ** 3], 1)
+    np.testing.assert_allclose(ours("rdpo", bent), got, atol=1e-9)
+    assert np.corrcoef(returns.T)[0, 1] > 0.3
+    parts = np.linalg.solve(np.array([W, W[::-1]]), np.stack([got, ours("rdpo", returns, W[::-1])]))
+    np.testing.assert_allclose(parts @ parts.T / len(got), np.eye(2), atol=1e-9)
 
 
 def test_two_of_them_are_those_that_trl_checks():
@@ -145,7 +185,7 @@ def test_the_exact_learner_climbs_what_an_aggregation_says(monkeypatch):
     policy = moved(learner)
     found = enumerated(policy, TASK, torch.ones(2, 1))
     weights_PM = np.tile([0.3, 0.7], (2, 1))
-    value = aggregated(found, spec_of(learner, aggregation={"name": "plain"}), weights_PM, beta=TASK.beta)
+    value = aggregated(found, Combine(aggregation={"name": "plain"}), weights_PM, TASK)
     value.backward(retain_graph=True)
     got = flat(policy)
     policy.model.zero_grad()
@@ -190,4 +230,4 @@ def test_every_aggregation_says_source_differs_hides():
     for function in AGGREGATIONS.values():
         assert all(word in inspect.getdoc(function) for word in ("Source:", "Differs:", "Hides:")), function
     assert set(AGGREGATIONS) <= set(aggregation.__all__)
-    assert not check_aggregation(spec_of(PolicyGradient(**SMALL)))
+    assert not Combine.of(spec_of(PolicyGradient(**SMALL))).aggregates

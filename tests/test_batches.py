@@ -36,7 +36,7 @@ def test_it_samples_from_the_present_policy_and_leaves_the_base_weights_alone(mo
         batch = learner.collect(policy, TASK, spec, step)
         made = batch.responses
         with torch.no_grad():
-            scored = learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
+            scored = learner.logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
         torch.testing.assert_close((scored * made.mask_NT).double(), made.logp_NT, atol=1e-4, rtol=0)
         monkeypatch.setattr("paretune.training.batch.MERGE_LIMIT", 0)
         unmerged = learner.collect(policy, TASK, spec, step).responses

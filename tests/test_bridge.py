@@ -8,9 +8,8 @@ import pytest
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.bridge import BridgeRule, interaction
-from paretune.methods.conditioned import SharedRule
 from paretune.policy.family import Family
+from paretune.policy.rules import BridgeRule, SharedRule, interaction
 from paretune.registry import METHODS
 from paretune.testing.methods import check_method, quick_learner, train_plan
 

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import sys
 
 import pytest
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
 from paretune.errors import TrainingError
-from paretune.training.checkpoint import progress_text, terminal_progress
+from paretune.training.checkpoint import progress_text
 from paretune.training.cost import read_cost
 from paretune.training.policy_gradient import PolicyGradient
 
@@ -61,13 +60,6 @@ def test_ctrl_c_keeps_the_checkpoint_and_another_training_is_not_resumed_from_it
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".bin", ".pkl")]
 
 
-def test_progress_is_silent_where_nobody_looks(capsys, monkeypatch):
-    with terminal_progress("x") as progress:
-        assert progress is None
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+def test_the_line_that_a_person_watches():
     record = {"step": 1, "steps": 2, "rewards": {"polite": 0.5, "brief": None}, "kl": 0.25, "tokens_per_s": 5310.0}
-    with terminal_progress("expert") as progress:
-        progress(record)
-    shown = capsys.readouterr()
-    assert shown.out == ""
     assert progress_text(record) == "polite 0.500 brief ? | KL 0.250 | 5,310 tokens/s"

@@ -12,13 +12,26 @@ import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
 from paretune.evaluation.advice import advise, load_rows
-from paretune.report.compared import DRAWN, board_tables, difference_heats, note, profile_figures, relationship_tables
-from paretune.report.comparison import ALL, baselines, comparison_table, groups, pair_table, profile_table, scores, shared
+from paretune.report.comparison import (
+    ALL,
+    baselines,
+    board_tables,
+    comparison_table,
+    difference_heats,
+    groups,
+    note,
+    pair_table,
+    profile_table,
+    relationship_tables,
+    rows,
+    scores,
+    shared,
+    write_rows,
+)
 from paretune.report.data import Results, assemble
+from paretune.report.figures import DRAWN, profile_figures, to_svg
 from paretune.report.findings import findings
 from paretune.report.page import write_page
-from paretune.report.rows import rows, write_rows
-from paretune.report.svg import to_svg
 from paretune.report.terminal import print_leaderboard
 from paretune.runs.store import CELL_SPEC
 from paretune.seeds import generator

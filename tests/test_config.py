@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from paretune.errors import ConfigError, TaskError
-from paretune.runs.config import load, parse
+from paretune.runs.config import dump, load, parse
 
 TEXT = """\
 name: quick
@@ -51,7 +51,9 @@ def file(tmp_path):
         ("null", None),
         ("", None),
         ("010", "010"),  # and here 8
+        ("0x10", "0x10"),
         ("1:30", "1:30"),  # and here 90
+        ("=", "="),
         ("2026-11-23", "2026-11-23"),
         (".inf", float("inf")),
         ("e5", "e5"),
@@ -64,6 +66,19 @@ def test_scalars_mean_what_they_look_like(text, value):
     found = parse(f"a: {text}", name="f").data["a"]
     assert found == value
     assert type(found) is type(value)
+
+
+def test_what_is_written_is_read_again():
+    value = {
+        "name": "pg",
+        "lr": 1e-05,
+        "words": ["no", "010", "2026-11-23", "a: b", "", "1e-3"],
+        "deep": {"none": None, "on": True},
+        "w": [1, 2.5],
+    }
+    text = dump(value)
+    assert "\n" not in text
+    assert parse(f"a: {text}", name="f").data["a"] == value
 
 
 def test_where_values_stand(file):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, 
 from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns, SampledReturns
 from paretune.policy.rules import Identity
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import GATE_RULES, METHODS, describe
 from paretune.seeds import generator
 from paretune.tasks.preferences import judged_preferences
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
 
 
 def _with(family, rule):
-    return Family(family.policy, rule, family.objectives, family.base, family.adapters, family.meta)
+    return replace(family, rule=rule)
 
 
 @pytest.mark.parametrize("mixing", ["parameter", "logit"])
@@ -242,11 +242,11 @@ def test_features_are_read_from_text_alone():
 
 def test_a_rule_survives_json_and_says_what_is_wrong_with_it():
     rule = _rule(_learned(rounds=20)[0], Features("letters", 1, "ab"))
-    again = RULES.build(describe(rule))
+    again = GATE_RULES.build(describe(rule))
     prompts, w_WM = [Prompt(text="a"), Prompt(text="c")], judged_preferences(2)
     np.testing.assert_array_equal(again.prompt_gates(w_WM, prompts), rule.prompt_gates(w_WM, prompts))
     with pytest.raises(ConfigError, match="theta_DQM has a row per feature"):
-        RULES.build({**describe(rule), "landmarks": 9})
+        GATE_RULES.build({**describe(rule), "landmarks": 9})
     with pytest.raises(ConfigError, match="every row of gates has its returns"):
         Pooled(gates_GK=((0.0, 1.0),), returns_GM=())
 
@@ -260,17 +260,20 @@ def test_static_gates_are_the_best_of_their_grid(trained):
     returns_GM = (rewards_GPM - task.beta * kl_GP[..., None]).mean(1)
     for w_M, gates_K in zip(task.judged(), family.gates(task.judged()), strict=True):
         np.testing.assert_array_equal(gates_K, grid[int((returns_GM @ w_M).argmax())])
-    assert family.rule.cost(task.judged()).evaluations == 16
+    assert family.cost(task.judged()).evaluations == 16
 
 
 def test_contextual_beats_the_best_static_gates_on_prompts_that_it_saw(trained, tmp_path):
     task, learner, done = trained
     static = METHODS.build("static-gates").policy(task, learner, done, 0)
-    method = METHODS.build({"name": "contextual", "rounds": 60})
-    family = method.policy(task, learner, done, 0)
-    ours, theirs = (evaluate(task, f, splits=["train"]) for f in (family, static))
-    one, two = (e.metrics["splits"]["train"]["attainment"]["mean"] for e in (ours, theirs))
-    assert one > two + 0.005
+    # Features count in full: with 8 prompts, the default penalties keep gates so near to common ones that a gain is within what another
+    # rounding of the experts' training changes (-.016 to .017).
+    told = {"name": "contextual", "rounds": 60, "share": 1.0, "between": 0.0}
+    family, blind = (METHODS.build({**told, **f}).policy(task, learner, done, 0) for f in ({}, {"features": "none"}))
+    ours, theirs, without = (evaluate(task, f, splits=["train"]) for f in (family, static, blind))
+    one, two, three = (e.metrics["splits"]["train"]["attainment"]["mean"] for e in (ours, theirs, without))
+    assert one > two + 0.02  # seen: .048 to .066 over instruction sets, threads and roundings
+    assert three < two + 0.005  # the gain is the prompt's: without features, the same bandit is no better than the grid
     assert ours.cost.evaluations == 60
     assert ours.cost.validation_samples == 0
     family.save(tmp_path / "family")

@@ -20,7 +20,7 @@ from paretune.tasks.exact.rewards import (
     verify_noise,
 )
 from paretune.tasks.exact.task import ExactTask
-from paretune.testing.methods import check_task
+from paretune.testing import check_task
 from paretune.training.batch import draw
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
@@ -221,11 +221,16 @@ def test_an_odd_prompt_leaves_no_context_empty():
 
 
 def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(tmp_path):
-    """What a router is for: gates of a soup chosen per context, on training prompts, beat the best common gates on both splits."""
+    """What a router is for: gates of a soup chosen per context, on training prompts, beat the best common gates on both splits.
+
+    Where objectives all but agree (correlation .95) or oppose each other (-.95), they gain .010 on training and .009 on test prompts (.0002
+    more or less with another rounding of the training): twice the bound. With .8 they gain .006 and, by rounding, -.002 to .005. This is
+    one seed: what 8 prompts teach about 8 others varies; on seeds 1 to 3 they gain .008 to .010 on training, .000 to .010 on test prompts.
+    """
     import paretune as pt
     from paretune.policy.returns import ExactReturns
 
-    task = ExactTask(context=0.8, seed=0, alphabet=6, length=3, prompt_count=8, width=64)
+    task = ExactTask(context=0.95, seed=0, alphabet=6, length=3, prompt_count=8, width=64)
     family = pt.fit(task, pt.method("experts", mixing="parameter"), learner=ExactGradient(steps=60), root=tmp_path, progress=False)
     gates_WK = np.array([(a, b) for a in np.linspace(0, 1.2, 7) for b in np.linspace(0, 1.2, 7)])
     gain_WP, context_P = {}, {}

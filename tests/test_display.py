@@ -7,8 +7,7 @@ import pytest
 
 from paretune.runs import display as display_module
 from paretune.runs.display import Bars, Display, Lines, display
-from paretune.runs.jobs import CELL, TRAIN, Job
-from paretune.runs.local import Outcome
+from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
 
 def job(kind, n):

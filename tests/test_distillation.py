@@ -9,8 +9,8 @@ import torch
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.distilled import StudentRule
-from paretune.registry import METHODS
+from paretune.policy.rules import StudentRule
+from paretune.registry import LEARNERS, METHODS, describe
 from paretune.seeds import forked_torch
 from paretune.testing.methods import quick_learner, train_plan
 from paretune.training.distill import Distillation, mixture_kl
@@ -55,14 +55,17 @@ def test_the_student_becomes_the_mixture_at_one_forward(tmp_path, more):
 
 def test_it_takes_over_the_shape_and_budget_of_another_learner():
     rule = {"name": "identity"}
-    from_sampled = Distillation.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", stop_cv=0.1), rule)
-    assert (from_sampled.samples, from_sampled.rank, from_sampled.kl_in, from_sampled.stop_cv) == (640, 3, "reward", None)
-    assert Distillation.like(quick_learner(steps=7), rule).steps == 7
+    from_sampled = Distillation.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", stop_cv=0.1), teacher=rule)
+    assert (from_sampled.samples, from_sampled.rank, from_sampled.epochs) == (640, 3, 1)
+    assert not {"kl_in", "kl_estimator", "stop_cv"} & set(describe(from_sampled)), "fields of a loss that it has not"
+    assert Distillation.like(quick_learner(steps=7), teacher=rule).steps == 7
     assert from_sampled.scaled(2.0).teacher == rule
 
 
 def test_what_a_user_can_get_wrong():
     with pytest.raises(ConfigError, match="one epoch a batch"):
         Distillation(epochs=2)
+    with pytest.raises(ConfigError, match="no KL to the reference"):
+        LEARNERS.build({"name": "distill", "kl_in": "loss"})
     with pytest.raises(ConfigError, match="effort is positive"):
         METHODS.build({"name": "distilled", "effort": 0})

@@ -70,12 +70,11 @@ def test_the_offline_recipe_trains_with_trl():
 
 
 def test_the_aggregations_and_weightings_that_the_page_names_are_those_that_work():
-    from paretune.training.advantages import AGGREGATIONS
-    from paretune.training.trl.reward import CENTERED
+    from paretune.training.advantages import AGGREGATIONS, CENTERED
     from paretune.training.weightings.base import WEIGHTINGS
 
     row = next(line for line in PAGE.splitlines() if line.startswith("| `aggregation`"))
-    assert set(re.findall(r'`"(\w+)"`', row)) == set(CENTERED) - {"learner"}
+    assert set(re.findall(r'`"(\w+)"`', row)) == set(CENTERED)
     refused = re.search(r"mean 0 in a group \((.*?)\)", PAGE)[1]
     assert set(re.findall(r"`(\w+)`", refused)) == set(AGGREGATIONS) - set(CENTERED)
     row = next(line for line in PAGE.splitlines() if line.startswith("| `weighting`"))

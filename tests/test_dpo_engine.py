@@ -18,6 +18,7 @@ from paretune.errors import ConfigError, RewardError
 from paretune.registry import LEARNERS, METHODS
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner
+from paretune.training.batch import draw_step
 from paretune.training.cost import read_cost
 from paretune.training.modpo import Modpo, modpo_loss
 from paretune.training.policy_gradient import PolicyGradient
@@ -67,7 +68,7 @@ def test_it_takes_the_steps_of_the_embedded_learner(preference, fields, tmp_path
     assert list(ours) == list(others)
     assert all(torch.allclose(ours[name], others[name], rtol=0, atol=1e-4) for name in ours)
     policy = embedded.start(spec_of(embedded, preference), TASK, {})
-    made = embedded.drawn(policy, TASK, spec_of(embedded, preference), 0)
+    made = draw_step(embedded, policy, TASK, spec_of(embedded, preference), 0, reference=True)
     eos = policy.eos_ids[0]
     assert {tuple(ids[mask].eq(eos).tolist()) for ids, mask in zip(made.tokens_NT, made.mask_NT, strict=True)} >= {(True,), (False, False)}
     assert (cost.samples, cost.tokens, cost.steps, cost.storage_bytes) == (known.samples, known.tokens, known.steps, known.storage_bytes)
@@ -110,7 +111,7 @@ def test_a_tie_is_decided_by_a_coin(monkeypatch):
     monkeypatch.setattr(ExactTask, "observe", lambda task, prompts, texts, *, streams: np.ones((len(texts), 2)))
     learner = TrlModpo(**{**SMALL, "labels": "hard"})
     spec = spec_of(learner)
-    made = learner.drawn(learner.start(spec, TASK, {}), TASK, spec, 0)
+    made = draw_step(learner, learner.start(spec, TASK, {}), TASK, spec, 0, reference=True)
     rows = learner._rows(made, spec, TASK, 0)
     assert rows == learner._rows(made, spec, TASK, 0)
     answers = [ids[mask].tolist() for ids, mask in zip(made.tokens_NT, made.mask_NT, strict=True)]

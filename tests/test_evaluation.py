@@ -42,7 +42,7 @@ def noisy_bank(task):
 
 
 def family_of(task, policy, rule=None):
-    return Family(policy, rule or Identity(), task.objectives, task.base(), {}, {"max_new_tokens": task.max_new_tokens})
+    return Family(policy, rule or Identity(), task.objectives, task.base(), max_new_tokens=task.max_new_tokens)
 
 
 def test_the_optimum_is_perfect(task):

@@ -13,7 +13,7 @@ from paretune.registry import OBJECTIVES
 from paretune.runs.recipe import load_recipe
 from recipe_files import EXAMPLE, example_module
 
-SHORT = ["learner.samples=320", "learner.batch=32", "learner.lr=2e-3", "learner.rank=8", "max_new_tokens=24"]
+SHORT = ["learner.samples=1280", "learner.batch=32", "learner.lr=4e-3", "learner.rank=8", "max_new_tokens=24"]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,13 @@ def test_the_dialogues_are_text_that_the_model_has_learned_to_write(model):
 
 
 def test_make_fit_save_load_sample(model, tmp_path):
-    """The seeds are fixed, so this passes or fails the same way every time. Each expert moves its own objective in ten steps: against a
-    learner that ignores the preference, or a sampler that does, the means would be equal."""
+    """Each expert moves its own objective in forty steps: against a learner that ignores the preference, or a sampler that does, the means
+    would be equal.
+
+    The seeds are fixed, but another processor's rounding draws other responses, in training too, so the bound leaves room for that: over
+    roundings, instruction sets and threads "polite" gains .16 to .19 and "brief" .10 to .17, each with a standard error of .03 and .02 from
+    192 answers. (Ten steps and 48 answers gave .04 to .08 with a standard error of .055.)
+    """
     recipe = load_recipe(EXAMPLE / "recipe.yaml", [f"model={model}", f"output={tmp_path / 'runs'}", *SHORT])
     family = fit(recipe.task, recipe.method, learner=recipe.learner, root=recipe.root, seed=recipe.seed)
     family.save(tmp_path / "family")
@@ -46,8 +51,8 @@ def test_make_fit_save_load_sample(model, tmp_path):
     prompts = recipe.task.prompts("test")
     means = {}
     for preference in ("polite=1", "brief=1", "polite=.5,brief=.5"):
-        sampled = loaded.sample(prompts, preference, n=4, seed=1)
-        assert sampled == family.sample(prompts, preference, n=4, seed=1)
+        sampled = loaded.sample(prompts, preference, n=16, seed=1)
+        assert sampled == family.sample(prompts, preference, n=16, seed=1)
         pairs = [(prompt, text) for prompt, texts in zip(prompts, sampled, strict=True) for text in texts]
         means[preference] = np.nanmean(recipe.task.score([p for p, _ in pairs], [t for _, t in pairs]), axis=0)
     polite, brief = means["polite=1"], means["brief=1"]

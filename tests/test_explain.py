@@ -20,8 +20,8 @@ from paretune.policy.base import build_mixing
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.rules import Identity, Nearest
-from paretune.registry import METHODS
-from paretune.report.explained import sensitivity_table, token_table, visible, write_explanation
+from paretune.registry import GATE_RULES, METHODS
+from paretune.report.page import sensitivity_table, token_table, visible, write_explanation
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner, train_plan
 from paretune.training.exact import enumerated_returns
@@ -58,7 +58,7 @@ def family(level, paths, rule=None, make=llama):
     names = tuple("abcdefgh"[: len(paths)])
     objectives = Objectives(names=names, low=(0.0,) * len(names), high=(1.0,) * len(names))
     policy = build_mixing(level, LoraBank.load(make(), paths), Letters())
-    return Family(policy, rule or Identity(), objectives, {"model": "none"}, meta={"max_new_tokens": 6})
+    return Family(policy, rule or Identity(), objectives, {"model": "none"}, max_new_tokens=6)
 
 
 def logp(logits_1TV, ids_1T, length):
@@ -203,7 +203,7 @@ def refused(*parts: str):
 
 def test_what_cannot_be_explained(paths, tmp_path):
     made = family("logit", paths)
-    made.meta = {}
+    made.max_new_tokens = None
     with refused("responses have a longest length", "no max_new_tokens"):
         explain(made, "bad", W)
     many = write_adapters(llama, tmp_path, [{"r": 1}] * 9)
@@ -286,6 +286,24 @@ def test_families_that_answer_in_steps_say_so(task, done):
     found = sensitivity(task, made, (0.6, 0.3, 0.1))
     assert found.stepwise
     assert np.abs(found.slope_MM).max() == 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"name": "best", "returns_KM": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))},
+        {"name": "pooled", "gates_GK": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.5)), "returns_GM": ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0))},
+    ],
+    ids=lambda rule: rule["name"],
+)
+def test_the_defaults_of_ols_and_static_gates_answer_in_steps(task, done, rule):
+    made = METHODS.build("experts").policy(task, quick_learner(steps=20), done, 0)
+    made.rule = GATE_RULES.build(rule)
+    found = sensitivity(task, made, (0.6, 0.3, 0.1))
+    assert found.stepwise
+    assert np.abs(found.slope_MM).max() == 0
+    made.rule = Identity()
+    assert not sensitivity(task, made, (0.6, 0.3, 0.1)).stepwise
 
 
 # Faces

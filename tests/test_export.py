@@ -18,12 +18,11 @@ from typer.testing import CliRunner
 
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError
-from paretune.methods.prompted import PromptedRule
 from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
-from paretune.policy.rules import Backbones, Constant, Identity, Table
+from paretune.policy.rules import Backbones, Constant, Identity, PromptedRule, Table
 from paretune.runs.suite import fit, run_suite
 from paretune.serve.export import _Merging, export, single_weights
 from paretune.serve.model_card import vllm_rank
@@ -175,7 +174,7 @@ def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhe
     want = wanted(family, (0.0, 1.0)).log_softmax(-1)
     assert far(merged_logits(tmp_path / "vertex", prompt_ids(family)).log_softmax(-1), want) < TOLERANCE
     name = family.policy.mixing
-    with refused("an export is one set of weights", f"level '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
+    with refused("an export is one set of weights", f"mixing '{name}': it", 'method "distilled"', '"bridge"', "paretune sample"):
         export(family, tmp_path / "middle", (0.5, 0.5))
     assert [path.name for path in tmp_path.iterdir()] == ["vertex"]
     with refused("an export is one set of weights"):  # twice the logits of one expert is no expert
@@ -184,7 +183,7 @@ def test_other_levels_are_exported_where_one_expert_is_alone_and_refused_elsewhe
 
 def test_a_game_against_the_weights_is_no_set_of_weights_even_at_a_vertex(homes, tmp_path):
     family = family_of(homes["tied"], {"name": "robust", "radius": 0.5})
-    with refused("an export is one set of weights", "level 'robust'", "anew for every token") as caught:
+    with refused("an export is one set of weights", "mixing 'robust'", "anew for every token") as caught:
         export(family, tmp_path / "x", (0.0, 1.0))
     assert "one expert alone" not in str(caught.value)
 

@@ -8,12 +8,11 @@ import pytest
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.bridge import BridgeRule
-from paretune.methods.extended import ExtendedRule
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.returns import ExactReturns
+from paretune.policy.rules import BridgeRule, ExtendedRule
 from paretune.registry import METHODS
 from paretune.seeds import generator
 from paretune.testing.methods import quick_learner, train_plan

@@ -16,7 +16,7 @@ from paretune.errors import ConfigError, RewardError
 from paretune.objectives import judge as module
 from paretune.objectives.judge import read_usage
 from paretune.registry import OBJECTIVES, describe
-from paretune.testing.methods import check_objective
+from paretune.testing import check_objective
 
 RUBRIC = "How helpful is the answer?"
 LENGTHS = {"a": 1.0, "bb": 5.5, "ccc": 10.0}

@@ -130,7 +130,7 @@ def test_out_of_memory_says_which_knob(found, monkeypatch):
     def fail(*_, **__):
         raise found
 
-    monkeypatch.setattr("paretune.training.policy_gradient.draw", fail)
+    monkeypatch.setattr("paretune.training.policy_gradient.draw_step", fail)
     with pytest.raises(TrainingError, match=r"micro_tokens.*checkpointing"):
         learner.collect(policy, TASK, spec, 0)
 
@@ -160,7 +160,7 @@ def test_the_saved_tensors_shrink():
 
         one = dataclasses.replace(learner, checkpointing=again)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            one._logp(policy, made, slice(0, 16), gates_NK=made.gates_NK)
+            one.logp(policy, made, slice(0, 16), gates_NK=made.gates_NK)
         sizes.append(sum(kept.values()))
     assert sizes[1] < sizes[0] / 2
 

@@ -2,10 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from oracles import small_task
 from paretune.errors import StoreError
-from paretune.training.cost import Cost, as_if_alone, beside, read_cost, then, write_cost
+from paretune.methods import linear_support
+from paretune.policy.returns import ExactReturns
+from paretune.registry import LEARNERS, METHODS
+from paretune.testing import quick_learner
+from paretune.training.cost import as_if_alone, beside, read_cost, then, write_cost
+from paretune.training.spec import Artifact
+from paretune.types import Cost
 
 A = Cost(samples=100, tokens=900, steps=10, flops=1e6, seconds=60.0, memory_bytes=7, storage_bytes=50)
 B = Cost(samples=300, tokens=400, steps=5, flops=5e6, seconds=20.0, memory_bytes=9, storage_bytes=50)
@@ -79,3 +87,43 @@ def test_ledger_on_disk(tmp_path):
 def test_a_cost_is_a_finite_count(bad):
     with pytest.raises(AssertionError, match="seconds"):
         Cost(seconds=bad)
+
+
+UNCOUNTED = {"distilled"}  # its teachers are placed by measuring them, which it does not charge yet
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(method, done): everything that a method asks for, trained in a step or two; what several ask for is trained once."""
+    task, learner, root, known = small_task(), quick_learner(steps=2), tmp_path_factory.mktemp("trained"), {}
+
+    def finish(name):
+        method, own = METHODS.build(name), {}
+        while wave := [spec for spec in method.plan(task, learner, own, 0) if spec.key not in own]:
+            for spec in wave:
+                if spec.key not in known:
+                    (root / spec.key).mkdir()
+                    parents = {key: own[key] for key in spec.parents}
+                    LEARNERS.build(spec.learner).train(spec, task, root / spec.key, parents=parents)
+                    known[spec.key] = Artifact(spec.key, root / spec.key, spec)
+                own[spec.key] = known[spec.key]
+        return method, own
+
+    return task, learner, finish
+
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.methods")))
+def test_who_measures_policies_is_charged_for_it(trained, monkeypatch, name):
+    """Whatever runs the mixed policy on prompts to find gates or trainings is in the family's cost, and nothing else is."""
+    task, learner, finish = trained
+    measured, original = [], ExactReturns.logp_PR
+    monkeypatch.setattr(ExactReturns, "logp_PR", lambda self, gates: (measured.append(1), original(self, gates))[1])
+    monkeypatch.setattr(linear_support, "_MEASURED", {})
+    method, done = finish(name)
+    family = method.policy(task, learner, done, 0)
+    w_WM = np.array([[0.3, 0.7], [0.6, 0.4]])
+    family.gates(w_WM, task.prompts("train"))
+    cost = family.cost(w_WM)
+    assert (cost.evaluations > 0) == (bool(measured) and name not in UNCOUNTED)
+    if not cost.evaluations:
+        assert cost == Cost()

@@ -12,7 +12,7 @@ from paretune.methods import linear_support
 from paretune.methods.linear_support import Measured, corners, next_corner, next_planned, optimistic
 from paretune.policy.family import Family
 from paretune.policy.returns import covariance_within
-from paretune.policy.rules import Best
+from paretune.policy.rules import Constant
 from paretune.registry import METHODS
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.preferences import KEEP_OUT
@@ -173,8 +173,7 @@ def test_the_best_of_the_trained_answers(task, trained, tmp_path):
     mine = evaluate(task, family, w_WM=w_WM, splits=["train"]).curves["train"].returns_WSM.mean(1)
     each = []
     for k in range(3):
-        one = Family(family.policy, dataclasses.replace(Best(returns_KM=((0.0, 0.0),) * 3)), task.objectives, task.base())
-        one.rule = type("Only", (), {"gates": lambda self, w, k=k: np.eye(3)[[k] * len(w)], "registered_name": "only"})()
+        one = Family(family.policy, Constant(gates_K=tuple(np.eye(3)[k])), task.objectives, task.base())
         each.append(evaluate(task, one, w_WM=w_WM, splits=["train"]).curves["train"].returns_WSM.mean(1))
     best_W = np.max([(w_WM * points).sum(1) for points in each], axis=0)
     np.testing.assert_allclose((w_WM * mine).sum(1), best_W, atol=1e-7)

@@ -164,7 +164,7 @@ def test_emorl_pays_for_every_preference_once(task, learner, done):
     assert first.evaluations == 2 * 45
     again = evaluate(task, family, w_WM=w, splits=["train", "test"]).cost
     assert again == first, "the cost of an answer does not depend on what was asked before"
-    assert family.rule.cost(w[:1]).evaluations == 45
+    assert family.cost(w[:1]).evaluations == 45
 
 
 def test_emorl_is_saved_as_a_table(task, learner, done, emorl, tmp_path):
@@ -190,11 +190,11 @@ def test_emorl_variants(task, learner, done):
     w = np.array([[0.3, 0.7]])
     simplex = METHODS.build({"name": "emorl-shared", "search": "simplex", "cache": True}).policy(task, learner, done, 0)
     assert simplex.gates(w).sum() == 1
-    assert simplex.rule.cost(w).evaluations == 7
+    assert simplex.cost(w).evaluations == 7
     cached = METHODS.build({"name": "emorl-shared", "cache": True}).policy(task, learner, done, 0)
     published = METHODS.build("emorl-shared").policy(task, learner, done, 0)
     assert np.array_equal(cached.gates(w), published.gates(w))
-    assert cached.rule.cost(w).evaluations < 45 == published.rule.cost(w).evaluations
+    assert cached.cost(w).evaluations < 45 == published.cost(w).evaluations
 
 
 def test_product_score_by_hand(task, learner, done, emorl):
@@ -205,7 +205,7 @@ def test_product_score_by_hand(task, learner, done, emorl):
     logs_PR = np.log(np.clip(task.rewards_PRM("train"), 1e-4, 1 - 1e-4)) @ w
     assert got == pytest.approx((p_PR * logs_PR).sum(1).mean(), abs=1e-9)
     product = METHODS.build({"name": "emorl-shared", "score": "product"}).policy(task, learner, done, 0)
-    assert product.rule.cost(w[None]).evaluations == 45
+    assert product.cost(w[None]).evaluations == 45
 
 
 class NotExact(ExactTask):
@@ -230,7 +230,7 @@ def test_emorl_on_samples(task, learner, done):
     family = dataclasses.replace(METHODS.build("emorl-shared"), samples=8, levels=1).policy(
         blind, learner, _renamed(blind, learner, done), 0
     )
-    cost = family.rule.cost(w[None])
+    cost = family.cost(w[None])
     assert (cost.evaluations, cost.validation_samples) == (9, 72)
 
 
@@ -244,8 +244,8 @@ def test_families_say_what_they_are(task, learner, done):
     family = METHODS.build("experts").policy(task, learner, done, 0)
     assert family.meta["method"] == describe(METHODS.build("experts"))
     assert family.meta["card"]["category"] == "meta-policy"
-    assert family.meta["experts"] == [0, 1]
-    assert family.meta["max_new_tokens"] == task.max_new_tokens
+    assert family.experts == (0, 1)
+    assert family.max_new_tokens == task.max_new_tokens
     json.dumps(family.meta, allow_nan=False)
     assert list(family.adapters) == ["expert-objective_1", "expert-objective_2"]
 

@@ -285,9 +285,9 @@ def test_means_do_not_hear_the_scale_of_the_gates(paths, level):
 @pytest.mark.parametrize("level", [*DIVERGENCE, {"name": "robust"}], ids=name_of)
 def test_gates_that_are_no_weights_are_refused(paths, level):
     mixing, ids_NT = policy(level, paths), some_ids(1)
-    with refused("the gates of this level are weights", "a smallest gate of -0.5", 'level "logit"'):
+    with refused("the gates of this mixing are weights", "a smallest gate of -0.5", 'mixing "logit"'):
         run(mixing, ids_NT, torch.tensor([[1.5, -0.5, 0.0]]))
-    with refused("the gates of this level are weights", "a smallest sum of 0"):
+    with refused("the gates of this mixing are weights", "a smallest sum of 0"):
         run(mixing, ids_NT, torch.zeros(1, 3))
 
 
@@ -462,7 +462,7 @@ def test_a_merge_is_kept_until_gates_or_adapters_change(paths):
 
 def test_one_merge_serves_one_preference(paths):
     mixing = policy({"name": "merged"}, paths)
-    with refused("a merged soup has one gate vector for the whole batch", "rows with different gates", "use the parameter level"):
+    with refused("a merged soup has one gate vector for the whole batch", "rows with different gates", 'use mixing "parameter"'):
         run(mixing, some_ids(), some_gates(4, 3))
     with refused("a merged soup has one gate vector", "no gates"):
         mixing.parts(some_ids())

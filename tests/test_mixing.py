@@ -16,7 +16,7 @@ from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
 from paretune.policy.mixing.predictions import LogitMix
 from paretune.policy.rules import Constant, Identity, Nearest, Table
-from paretune.registry import RULES, describe
+from paretune.registry import GATE_RULES, describe
 from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 
 LEVEL_NAMES = ("parameter", "factor", "logit", "hidden")
@@ -265,13 +265,13 @@ def test_wrong_gates_and_caches_are_refused(paths):
         for shape in ((2, 3), (4, 2), (4, 6, 3)):
             with refused("a policy takes one row of gates per row of the batch", f"gates {shape} for a batch (4, 7) and 3 adapters"):
                 run(policy(level, paths), ids_NT, torch.ones(shape))
-    with refused("factor averaging has one gate vector for the whole batch", "rows with different gates", "use the parameter level"):
+    with refused("factor averaging has one gate vector for the whole batch", "rows with different gates", 'use mixing "parameter"'):
         run(policy("factor", paths), ids_NT, gates_NK)
     for first, then in ((gates_NK, gates_NK.flip(1)), (None, gates_NK)):
         mixing = policy("parameter", paths)
         cache = mixing.new_cache(4)
         run(mixing, ids_NT, first, cache=cache)
-        with refused("at the parameter level a cache belongs to the gates that filled it", "make a new cache for every preference"):
+        with refused("in a soup a cache belongs to the gates that filled it", "make a new cache for every preference"):
             run(mixing, ids_NT[:, :1], then, cache=cache)
     mixing = policy("logit", paths)  # where sharing is right
     cache = mixing.new_cache(4)
@@ -309,7 +309,7 @@ def test_rules_turn_preferences_into_gates():
     ],
 )
 def test_rules_survive_json(rule):
-    again = RULES.build(json.loads(json.dumps(describe(rule))))
+    again = GATE_RULES.build(json.loads(json.dumps(describe(rule))))
     assert again == rule
     assert np.array_equal(again.gates(np.array([[0.3, 0.7]])), rule.gates(np.array([[0.3, 0.7]])))
 
@@ -318,10 +318,10 @@ def test_rules_that_are_no_tables_are_refused():
     with refused("nearest: points_KM is a table of finite numbers with rows of one length", "2 rows of lengths [1, 2]"):
         Nearest(points_KM=((1.0,), (0.5, 0.5)))
     with refused("nearest: points_KM is a table", "0 rows"):
-        RULES.build({"name": "nearest", "points_KM": []})
+        GATE_RULES.build({"name": "nearest", "points_KM": []})
     with refused("a table has one row of gates per preference", "2 preferences, 1 rows of gates"):
         Table(w_WM=((0.5, 0.5), (1.0, 0.0)), gates_WK=((1.0,),))
     with refused("gates are finite numbers", "gates_K = [nan]"):
         Constant(gates_K=(float("nan"),))
     with refused("a gate rule is known by its name", "'nearst'", "did you mean 'nearest'?"):
-        RULES.build("nearst")
+        GATE_RULES.build("nearst")

@@ -14,7 +14,7 @@ from paretune.objectives import models as pretrained
 from paretune.objectives.models import RewardModel, measure
 from paretune.registry import OBJECTIVES, describe
 from paretune.seeds import forked_torch
-from paretune.testing.methods import check_objective
+from paretune.testing import check_objective
 from paretune.types import Prompt
 from tiny_rewards import bert, bert_tokenizer, causal, gpt2_reward, gpt_tokenizer, save
 
@@ -230,7 +230,11 @@ def test_a_head_by_another_name(folders, tmp_path):
     config = json.loads((own / "config.json").read_text())
     kept = {k: v for k, v in config.items() if k not in ("num_labels", "id2label", "label2id")}
     (own / "config.json").write_text(json.dumps({**kept, "architectures": ["GPT2ModelForScore"]}))
-    assert build("reward-model", own, head="score_head")(["p"], ["t"]) == build("reward-model", folders["regression"])(["p"], ["t"])
+    # Not bit for bit: the file's longer header moves the mapped weights in memory, and kernels sum unaligned float32 in another order.
+    # Seen: 5e-7 of 3.9 with AVX2 and AVX-512, 0 without; 2e-5 is the bound of a batch above. What could be wrong is larger by far: the
+    # bias of 1 if it were used, .1 and more for a head made up at random.
+    scored, plain = build("reward-model", own, head="score_head")(["p"], ["t"]), build("reward-model", folders["regression"])(["p"], ["t"])
+    assert scored == pytest.approx(plain, abs=2e-5)
     with pytest.raises(ConfigError, match="the model has a head for sequence classification"):
         build("reward-model", own).check()
 

@@ -24,7 +24,7 @@ def task():
 
 
 def own(task, family, utility, w_WM=W_WM, split="train", **settings):
-    family.meta["utility"] = describe(utility)
+    family.utility = describe(utility)
     return evaluate(task, family, w_WM=w_WM, splits=[split], **settings).metrics["splits"][split]["own_utility"]
 
 
@@ -145,4 +145,4 @@ def test_a_family_on_disk_keeps_its_utility(task):
     family = constant_of(task, [0.2, 0.8])
     own(task, family, Tchebycheff(mu=0.05))
     assert isinstance(family, Family)
-    assert family.meta["utility"] == {"name": "tchebycheff", "version": 1, "mu": 0.05, "ideal": None}
+    assert family.utility == {"name": "tchebycheff", "version": 1, "mu": 0.05, "ideal": None}

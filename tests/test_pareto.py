@@ -26,10 +26,6 @@ def brute_igd_plus(points_KM, front_KM):
     return float(np.sqrt((short**2).sum(-1)).min(1).mean())
 
 
-def brute_epsilon(points_KM, front_KM):
-    return float((front_KM[:, None] - points_KM[None]).max(-1).min(1).max())
-
-
 def brute_nondominated(points_KM):
     return np.array([not any((q >= p).all() and (q > p).any() for q in points_KM) for p in points_KM])
 
@@ -60,7 +56,6 @@ def test_against_brute_force(count):
         reference = rng.normal(size=count) - 1
         assert pareto.hypervolume(points, reference) == pytest.approx(brute_hypervolume(points, reference), abs=1e-10)
         assert pareto.igd_plus(points, front) == pytest.approx(brute_igd_plus(points, front), abs=1e-12)
-        assert pareto.epsilon(points, front) == pytest.approx(brute_epsilon(points, front), abs=1e-12)
         assert (pareto.nondominated(points) == brute_nondominated(points)).all()
 
 
@@ -72,8 +67,6 @@ def test_directions():
     assert pareto.igd_plus(front, front) == 0
     assert pareto.igd_plus(worse, front) == pytest.approx(math.sqrt(0.5))
     assert pareto.igd_plus(front + 1, front) == 0, "beyond the front is no distance"
-    assert pareto.epsilon(worse, front) == pytest.approx(0.5)
-    assert pareto.epsilon(front + 1, front) == pytest.approx(-1)
 
 
 def test_measures_do_not_depend_on_order_or_memory_layout():
@@ -95,7 +88,6 @@ def test_unknown_is_never_a_number(bad):
     assert math.isnan(pareto.hypervolume(points, np.zeros(2)))
     assert math.isnan(pareto.igd_plus(points, good))
     assert math.isnan(pareto.igd_plus(good, points))
-    assert math.isnan(pareto.epsilon(points, good))
     with pytest.raises(ParetuneError, match="1 of 2 points with NaN or infinity"):
         pareto.nondominated(points)
     with pytest.raises(ParetuneError, match="one finite reference value per objective"):

@@ -8,9 +8,9 @@ import pytest
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
-from paretune.methods.placed import Barycentric, barycentric_gates, optimistic_regret
+from paretune.methods.placed import optimistic_regret
 from paretune.policy.family import Family
-from paretune.policy.rules import Identity
+from paretune.policy.rules import Barycentric, Identity, barycentric_gates
 from paretune.registry import METHODS
 from paretune.seeds import generator
 from paretune.tasks.preferences import KEEP_OUT

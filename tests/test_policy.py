@@ -44,7 +44,7 @@ def family(home, level="parameter", rule=None, adapters=None) -> Family:
 
     paths = home.adapters if adapters is None else adapters
     policy = MIXINGS[level](LoraBank.load(llama(), paths), AutoTokenizer.from_pretrained(home.base["model"]))
-    return Family(policy, rule or Identity(), OBJECTIVES, home.base, paths, {"max_new_tokens": 5, "card": {"summary": "a test"}})
+    return Family(policy, rule or Identity(), OBJECTIVES, home.base, paths, {"card": {"summary": "a test"}}, max_new_tokens=5)
 
 
 def refused(*parts: str):
@@ -95,7 +95,7 @@ def test_adapters_in_memory_are_written_whatever_their_names(home, tmp_path):
 
 def test_a_reference_family_has_no_adapters(home, tmp_path):
     policy = ReferencePolicy(LoraBank.attach(llama(), names=[], seed=0), family(home).policy.tokenizer)
-    Family(policy, Constant(gates_K=()), OBJECTIVES, home.base, {}, {"max_new_tokens": 3}).save(tmp_path / "family")
+    Family(policy, Constant(gates_K=()), OBJECTIVES, home.base, max_new_tokens=3).save(tmp_path / "family")
     again = Family.load(tmp_path / "family")
     assert again.gates(np.eye(2)).shape == (2, 0)
     assert len(again.sample(["ab"], [0.5, 0.5])[0][0]) <= 3
@@ -144,7 +144,7 @@ def test_what_a_family_refuses(home, tmp_path):
     made = family(home)
     with refused("a preference names existing objectives", "long"):
         made.sample(["a"], {"long": 1.0})
-    made.meta.pop("max_new_tokens")
+    made.max_new_tokens = None
     with refused("responses have a longest length", "no max_new_tokens"):
         made.sample(["a"], [0.5, 0.5])
     made.save(tmp_path / "family")

@@ -20,12 +20,10 @@ from bench_fixture import Bench, all_gone, children, fakes_loaded, kill, results
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError, TrainingError
 from paretune.runs import ray as ray_cluster
-from paretune.runs import ray_worker
 from paretune.runs.display import Display
 from paretune.runs.jobs import train_job
 from paretune.runs.plan import next_wave
-from paretune.runs.ray import Ray, RayWorkers
-from paretune.runs.ray_worker import Remote
+from paretune.runs.ray import Ray, RayWorkers, Remote
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import fit, load_suite, members_of, run_suite
 from test_cli import COMMANDS
@@ -175,7 +173,7 @@ def test_a_killed_driver_is_followed_by_the_next_one(bench, cluster, tmp_path):
 
 
 def test_ctrl_c_ends_the_workers_and_a_cluster_of_its_own_ends_with_its_driver(bench, cluster):
-    slow = {"learner": {"name": "fake", "steps": 30, "pause": 0.1}}
+    slow = {"learner": {"name": "fake", "steps": 60, "pause": 0.1}}  # a cluster goes on for some seconds after a driver was killed
     for stop, code, address in ((signal.SIGINT, 130, cluster), (signal.SIGKILL, -9, "local")):
         driver = bench.start(ray=address, **slow)
         assert bench.wait_for_steps(driver, more=3), driver.communicate()
@@ -217,7 +215,8 @@ def test_failures_deaths_and_a_full_disk(bench, cluster):
 def test_progress_arrives_and_idle_workers_leave(bench, cluster, monkeypatch):
     """A worker is ended after every job here, and a new one does the next."""
     monkeypatch.setattr(ray_cluster, "IDLE", 0.0)
-    monkeypatch.setattr(ray_cluster, "PROGRESS_EVERY", 0.05)
+    for name in ("LOOK_EVERY", "PROGRESS_EVERY"):
+        monkeypatch.setattr(ray_cluster, name, 0.05)
     suite = {"name": "s", "tasks": ["fake-task"], "learner": {"name": "fake", "pause": 0.2}, "methods": ["fake-method"], "seeds": [1]}
     (member,) = members_of(*load_suite(suite))
     jobs = [train_job(bench.store, spec) for spec in next_wave(member).values()]
@@ -236,6 +235,30 @@ def test_progress_arrives_and_idle_workers_leave(bench, cluster, monkeypatch):
     assert display.side_by_side == 2
     assert {key for key, _ in seen} == {job.key for job in jobs}
     assert len(seen) == len(set(seen)), "nothing is told twice"
+
+
+def test_a_result_that_this_machine_does_not_see_yet_holds_nobody_up(bench, cluster, monkeypatch):
+    """As NFS does it: the first training to end is hidden while the other one ends; hidden for good, it is an error."""
+    suite = {"name": "s", "tasks": ["fake-task"], "learner": "fake", "methods": ["fake-method"], "seeds": [1]}
+    (member,) = members_of(*load_suite(suite))
+    jobs = [train_job(bench.store, spec) for spec in next_wave(member).values()]
+    hidden, real = jobs[0].key, Store.artifact
+    monkeypatch.setattr(Store, "artifact", lambda self, key: None if key == hidden else real(self, key))
+    with bench.store.lock(), RayWorkers(bench.store, Ray(address=cluster, env=ENV), 1) as executor:
+        for job in jobs:
+            executor.submit(job)
+        outcomes = executor.outcomes()
+        assert next(outcomes).job.key == jobs[1].key
+        assert executor._left() == 1
+        hidden = None
+        assert next(outcomes).job.key == jobs[0].key
+        assert list(outcomes) == []
+    monkeypatch.setattr(ray_cluster, "SEEN_WITHIN", 0.3)
+    hidden = jobs[0].key
+    with bench.store.lock(), RayWorkers(bench.store, Ray(address=cluster, env=ENV), 1) as executor:
+        executor.submit(jobs[0])
+        with pytest.raises(StoreError, match="what one machine publishes, all see"):
+            list(executor.outcomes())
 
 
 def test_a_family_is_fitted_on_ray(bench, cluster):
@@ -276,8 +299,8 @@ def test_locks_that_do_not_reach_other_machines_are_refused(bench, cluster, monk
 
 
 def test_a_machine_that_cannot_do_the_jobs_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_worker, "SEEN_WITHIN", 0.1)
-    hello = {"root": str(tmp_path / "elsewhere"), "token": "t", "version": ray_worker.paretune.__version__, "plugins": [], "env": {}}
+    monkeypatch.setattr(ray_cluster, "SHARED_WITHIN", 0.1)
+    hello = {"root": str(tmp_path / "elsewhere"), "token": "t", "version": ray_cluster.paretune.__version__, "plugins": [], "env": {}}
     said = Remote().begin(hello)
     assert said["error"] == "StoreError"
     assert "ray.json: No such file or directory" in said["found"]
@@ -289,7 +312,7 @@ def test_a_machine_that_cannot_do_the_jobs_says_why(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "logs" / "ray.json").write_text("t")
     said = Remote().begin({**hello, "plugins": [str(tmp_path / "plugin.py")]})
     assert said["rule"] == "every machine sees the plugins"
-    monkeypatch.setitem(sys.modules, "paretune.runs.ray_worker", None)
+    monkeypatch.setitem(sys.modules, "paretune.runs.ray", None)
     said = ray_cluster._worker()().begin(hello)
     assert said["rule"] == "Paretune is installed on every machine of the cluster"
 
@@ -297,7 +320,7 @@ def test_a_machine_that_cannot_do_the_jobs_says_why(tmp_path, monkeypatch):
 def test_a_job_that_a_lost_machine_still_works_on_is_left_alone(bench, monkeypatch):
     (member,) = members_of(*load_suite({"name": "s", "tasks": ["fake-task"], "learner": "fake", "methods": ["fake-method"], "seeds": [1]}))
     job = train_job(bench.store, next(iter(next_wave(member).values())))
-    monkeypatch.setattr(ray_worker, "GONE_WITHIN", 0.2)
+    monkeypatch.setattr(ray_cluster, "GONE_WITHIN", 0.2)
     with open(job.path, "r+") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         answer = Remote().run(str(job.path))

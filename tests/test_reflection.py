@@ -20,7 +20,7 @@ from paretune.tasks.reflection.language import EVENTS, NOUNS, SPLITS, listed, si
 from paretune.tasks.reflection.model import answer, dialogues, prompt_of
 from paretune.tasks.reflection.objectives import FEELINGS, STOP, SYNONYMS, Brevity, Empathy, Reflection, content_of, feelings_in, meanings
 from paretune.tasks.reflection.task import MODEL, ReflectionTask
-from paretune.testing.methods import check_method, check_objective, check_task
+from paretune.testing import check_method, check_objective, check_task
 
 ROOT = Path(__file__).resolve().parent.parent
 SAID = "My mother laughed at my novel, and I think about it at work. I feel hurt."

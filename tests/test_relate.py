@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from paretune.cli import app
-from paretune.report.relation import heat_map, heat_svg
+from paretune.report.relate import heat_map, heat_svg
 from recipe_files import tiny_model, write_recipe
 
 RUNNER = CliRunner()

@@ -14,12 +14,31 @@ import pytest
 from paretune.errors import ConfigError, StoreError
 from paretune.report import write_report
 from paretune.report.data import load
-from paretune.report.figures import attainment_figures, cost_figures, front_figures, loss_figures
+from paretune.report.figures import (
+    COLORS,
+    Series,
+    attainment_figures,
+    cost_figures,
+    front_figures,
+    looks,
+    loss_figures,
+    place,
+)
 from paretune.report.findings import findings
 from paretune.report.page import tint
-from paretune.report.plot import COLORS, Series, looks, place
-from paretune.report.series import attainment_table, front_table, glance_table, loss_table, relation_table
-from paretune.report.tables import CEILING, LEADERBOARD, Column, headline, leaderboard, short_count
+from paretune.report.tables import (
+    CEILING,
+    LEADERBOARD,
+    Column,
+    attainment_table,
+    front_table,
+    glance_table,
+    headline,
+    leaderboard,
+    loss_table,
+    relation_table,
+    short_count,
+)
 from paretune.report.terminal import print_leaderboard
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, measured, optimum, publish, record, run_directory

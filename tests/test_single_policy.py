@@ -8,7 +8,7 @@ from paretune.methods import gradient as gradient_module
 from paretune.registry import METHODS
 from paretune.testing.methods import check_method, quick_learner, quick_task
 from paretune.training.gradients import AGGREGATORS
-from paretune.training.weightings.gradient import GradientLevel
+from paretune.training.weightings.adaptive import GradientLevel
 
 TINY = {"alphabet": 3, "length": 2, "prompt_count": 2, "width": 16}
 TASKS = {2: quick_task(**TINY), 3: quick_task(**TINY, objective_count=3, rho=-0.2)}

@@ -15,7 +15,7 @@ from paretune.methods.soups import BoneSoup
 from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns
 from paretune.policy.rules import Backbones
-from paretune.registry import METHODS, RULES, describe
+from paretune.registry import GATE_RULES, METHODS, describe
 from paretune.testing.methods import check_method, quick_learner, train_plan
 
 ON_EXPERTS = ["mod-divergence", "rmod", "hidden-layer", "ties", "dare"]
@@ -134,7 +134,7 @@ def test_gates_bring_the_backbones_to_the_preference(count):
     assert rule.gates(np.eye(count)).min() < 0, "a vertex is outside of what the backbones span"
     more = Backbones(points_KM=rule.points_KM, extrapolation=0.5)
     assert more.gates(w_WM) == pytest.approx(1.5 * gates_WK)
-    assert RULES.build(json.loads(json.dumps(describe(more)))) == more
+    assert GATE_RULES.build(json.loads(json.dumps(describe(more)))) == more
 
 
 def test_gates_for_two_objectives_in_closed_form():

@@ -10,12 +10,12 @@ import torch
 
 from paretune.methods.experts import Experts
 from paretune.objectives.base import Objective
-from paretune.policy.rules import Constant, Rule
-from paretune.registry import LEARNERS, METHODS, OBJECTIVES, RULES, TASKS, load_plugin
+from paretune.policy.rules import Constant, GateRule
+from paretune.registry import GATE_RULES, LEARNERS, METHODS, OBJECTIVES, TASKS, load_plugin
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
+from paretune.testing import ConformanceError, check_method, check_objective, check_task, quick_task
 from paretune.testing import methods as testing
-from paretune.testing.methods import ConformanceError, check_method, check_objective, check_task, quick_task
 from paretune.training.cost import Cost
 from paretune.training.learner import Learner
 
@@ -37,11 +37,11 @@ class Noise(Learner):
 @pytest.fixture(scope="module", autouse=True)
 def own_names():
     """What these tests register does not outlive them."""
-    registries = (METHODS, LEARNERS, OBJECTIVES, RULES, TASKS)
+    registries = (METHODS, LEARNERS, OBJECTIVES, GATE_RULES, TASKS)
     assert all(list(registry) for registry in registries), "loads what ships"
     before = [dict(registry._classes) for registry in registries]
     LEARNERS.register("toy-noise")(Noise)
-    RULES.register("doubled")(Doubled)
+    GATE_RULES.register("doubled")(Doubled)
     yield
     for registry, classes in zip(registries, before, strict=True):
         registry._classes.clear()
@@ -198,7 +198,7 @@ class OrderSensitive(Experts):
         return [first, second] if not done or next(iter(done)) == keys[0] else [first]
 
 
-class Batchwise(Rule):
+class Batchwise(GateRule):
     registered_name = "identity"
 
     def gates(self, w_WM):
@@ -223,7 +223,7 @@ class Lost(Experts):
 class Nameless(Experts):
     def policy(self, task, learner, done, seed):
         family = super().policy(task, learner, done, seed)
-        family.meta = {"max_new_tokens": 3}
+        family.meta = {}
         return family
 
 
@@ -243,7 +243,7 @@ class Random(Experts):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Rule):
+class Scaled(GateRule):
     registered_name = "scaled"
     scale: float
 
@@ -266,7 +266,7 @@ class Favors(Experts):
 
 
 @dataclasses.dataclass(frozen=True)
-class Doubled(Rule):
+class Doubled(GateRule):
     def gates(self, w_WM):
         return np.asarray(w_WM) * [1.0, 0.5]
 

@@ -8,10 +8,10 @@ import torch
 
 from oracles import small_task
 from paretune.errors import ConfigError
-from paretune.methods.conditioned import TiedRule
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import TiedMix
+from paretune.policy.rules import TiedRule
 from paretune.registry import LEARNERS, METHODS
 from paretune.testing.methods import quick_learner, train_plan
 

@@ -165,7 +165,7 @@ def test_it_is_normalized_once(fields, spec, in_trainer, tmp_path):
     learner = Trl(**TINY, **fields)
     asked = spec_of(learner, **spec)
     assert learner._arguments(asked, TASK, tmp_path, 1).normalize_advantages == in_trainer
-    assert learner._reward(asked, TASK).rule.normalize == ("none" if in_trainer else learner.normalize)
+    assert learner._source(asked, TASK).combine.normalize == ("none" if in_trainer else learner.normalize)
 
 
 def _killed(learner, folder, at):
@@ -269,7 +269,7 @@ def test_more_processes_need_the_learner_trl(tmp_path):
         ({"stop_cv": 0.1}, "a fixed number of steps"),
         ({"device": "cuda:3"}, "CUDA_VISIBLE_DEVICES"),
         ({"settings": {"use_vllm": True, "vllm_mode": "colocate"}}, "pip install 'trl[vllm]'"),
-        ({"quantise": "4bit"}, "pip install 'trl[quantization]'"),
+        ({"quantize": "4bit"}, "pip install 'trl[quantization]'"),
     ],
 )
 def test_what_it_cannot_be(fields, essential, monkeypatch):
@@ -309,9 +309,9 @@ def test_without_the_package(tmp_path, monkeypatch):
         learner.train(spec_of(learner), TASK, tmp_path)
 
 
-def test_quantising_needs_a_base_on_disk(tmp_path, monkeypatch):
+def test_quantizing_needs_a_base_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: name)
-    learner = Trl(**TINY, quantise="4bit")
+    learner = Trl(**TINY, quantize="4bit")
     with pytest.raises(ConfigError, match="a model on disk or on the hub"):
         learner.train(spec_of(learner), TASK, tmp_path)
 

@@ -22,8 +22,7 @@ from paretune.runs import tune as tuning
 from paretune.runs.recipe import load_recipe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import load_suite
-from paretune.runs.tune import _Score, _Scores, tune, validation_preferences
-from paretune.runs.tune_space import read_plan
+from paretune.runs.tune import _Score, _Scores, read_plan, tune, validation_preferences
 from paretune.tasks.preferences import KEEP_OUT, judged_preferences
 from paretune.training.cost import Cost, read_cost, then
 from recipe_files import tiny_model, write_recipe

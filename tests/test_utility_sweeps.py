@@ -13,8 +13,8 @@ from paretune.methods.utility_sweeps import neighbors
 from paretune.registry import METHODS
 from paretune.tasks.exact.optimum import landmarks
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
+from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient
-from paretune.training.weightings.base import weighting_of
 from paretune.types import Objectives
 
 CLIMBING = ("tchebycheff", "log-sum", "max-min", "lagrangian", "product")
@@ -32,9 +32,15 @@ def test_three_objectives_pass_the_conformance_suite(name):
 
 
 @pytest.mark.parametrize("name", CLIMBING)
-def test_trainings_climb_their_own_utility(task, tmp_path, name):
-    """Each comes nearer to its own optimum than the weighted sum does at the same cost."""
-    w = (0.25, 0.75)
+def test_trainings_climb_their_own_utility(tmp_path, name):
+    """Each comes nearer to its own optimum than the weighted sum does at the same cost.
+
+    On this task even the exact optimum of the weighted sum falls .09 (log-sum), .45 (tchebycheff) and .27 (product) short of theirs. Each
+    bound is about half of the margin seen, which other roundings of the trainings (instruction sets, threads) move by 3% at most: log-sum
+    .057, tchebycheff .248, product .226, max-min 17.1, lagrangian .92. (On seed 2, log-sum could gain .036 at best, and rounding alone
+    moves its margin from -.005 to .02.)
+    """
+    task, w = small_task(rho=-0.8, seed=0), (0.25, 0.75)
     method = METHODS.build({"name": name, "at": (w,)})
     learner = ExactGradient(rank=8, steps=60)
     done = train_plan(method, task, learner, tmp_path, seed=0)
@@ -42,12 +48,12 @@ def test_trainings_climb_their_own_utility(task, tmp_path, name):
     own = evaluate(task, family, w_WM=np.array([w]), splits=["train"]).metrics["splits"]["train"]["own_utility"]
     linear = METHODS.build({"name": "linear", "at": (w,)})
     plain = linear.policy(task, learner, train_plan(linear, task, learner, tmp_path, seed=0), 0)
-    plain.meta["utility"] = family.meta["utility"]
+    plain.utility = family.utility
     other = evaluate(task, plain, w_WM=np.array([w]), splits=["train"]).metrics["splits"]["train"]["own_utility"]
     mine, theirs = own["attainment"]["worst"], other["attainment"]["worst"]
-    # The model is tiny: the weighted sum itself comes to .74 of its own optimum in these 60 steps.
+    # The model is tiny, and 60 steps are few. Seen: .69 (max-min) to .94 (tchebycheff), where rounding moves max-min by .02.
     assert 0.6 < mine <= 1 + 1e-6
-    assert mine > theirs + {"tchebycheff": 0.01, "log-sum": 0.01, "product": 0.04, "max-min": 1.0, "lagrangian": 0.5}[name]
+    assert mine > theirs + {"tchebycheff": 0.12, "log-sum": 0.03, "product": 0.11, "max-min": 8.0, "lagrangian": 0.45}[name]
     if name == "lagrangian":
         assert own["violation"]["worst"] < 0.005 < other["violation"]["worst"]
 
@@ -56,7 +62,7 @@ def test_keys_hold_no_measured_numbers(task):
     """Ideal points and references are looked up while training: a key would hang on the last bit of a forward."""
     for name in ("tchebycheff", "max-min", "lagrangian"):
         specs = METHODS.build(name).plan(task, quick_learner(), {}, 0)
-        utility = weighting_of(specs[0]).seeks
+        utility = Combine.of(specs[0]).weighting_rule.seeks
         assert getattr(utility, utility.per_objective) is None
         json.dumps(specs[0].to_json(), allow_nan=False)
 
@@ -64,7 +70,7 @@ def test_keys_hold_no_measured_numbers(task):
 def test_at_the_vertices_every_utility_trains_that_objective_alone(task):
     for name in ("tchebycheff", "log-sum", "max-min"):
         spec = METHODS.build({"name": name, "points": 2}).plan(task, quick_learner(), {}, 0)[0]
-        weighting, learner = weighting_of(spec), ExactGradient(rank=2, steps=1)
+        weighting, learner = Combine.of(spec).weighting_rule, ExactGradient(rank=2, steps=1)
         from test_utility_weightings import seen
 
         given = seen([[0.4, 0.6]], spec.preference, exact=True, marks=landmarks(task))
@@ -77,9 +83,9 @@ def test_the_families_say_by_what_they_want_to_be_judged(task, tmp_path):
     for name in CLIMBING:
         method = METHODS.build({"name": name, "points": 2})
         family = method.policy(task, learner, train_plan(method, task, learner, tmp_path / name, seed=0), 0)
-        assert family.meta["utility"]["name"] == {"lagrangian": "constrained", "product": "log-product"}.get(name, name)
+        assert family.utility["name"] == {"lagrangian": "constrained", "product": "log-product"}.get(name, name)
     linear = METHODS.build({"name": "linear", "points": 2})
-    assert "utility" not in linear.policy(task, learner, train_plan(linear, task, learner, tmp_path / "linear", seed=0), 0).meta
+    assert linear.policy(task, learner, train_plan(linear, task, learner, tmp_path / "linear", seed=0), 0).utility is None
 
 
 def test_preferences_can_be_named_one_by_one(task):

@@ -14,9 +14,10 @@ from paretune.errors import ConfigError
 from paretune.objectives.utilities import Constrained, LogSum, MaxMin, Tchebycheff
 from paretune.registry import describe
 from paretune.tasks.exact.optimum import landmarks, optimum
+from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.base import StepContext, weighting_of
+from paretune.training.weightings.base import StepContext
 from paretune.training.weightings.utility import Climb, Multipliers
 
 
@@ -167,8 +168,8 @@ def test_what_a_user_can_get_wrong():
         (lambda: climb(LogSum(), decay=1.0), "decay is at least 0 and below 1"),
         (lambda: multipliers(MaxMin(), rate=0.0), "rate is positive"),
         (lambda: Climb(utility={"name": "log-product"}), "log-product is a scalarizer"),
-        (lambda: weighting_of(spec_of(learner, weighting={"name": "climb"})), "utility"),
-        (lambda: weighting_of(spec_of(learner, None, weighting=describe(climb(LogSum())))), "follows one preference"),
+        (lambda: Combine.of(spec_of(learner, weighting={"name": "climb"})).check(sampled=False), "utility"),
+        (lambda: learner.accept(spec_of(learner, None, weighting=describe(climb(LogSum())))), "follows one preference"),
         (lambda: multipliers(MaxMin(base=(0.1, 0.2, 0.3))).start(2), "one finite number per objective"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ import pytest
 from paretune.errors import ConfigError
 from paretune.objectives.verifiable import final_answer, same_answer
 from paretune.registry import OBJECTIVES
-from paretune.testing.methods import check_objective
+from paretune.testing import check_objective
 
 
 def build(name, **fields):

@@ -13,7 +13,7 @@ from paretune.seeds import generator
 from paretune.training.advantages import group_covariance
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
-from paretune.training.weightings.base import Balanced, Fixed, StepContext, weighting_of
+from paretune.training.weightings.base import Balanced, Fixed, StepContext
 
 
 def seen(w_NM, covariance_MM=None, step=0, returns_NM=None):
@@ -89,4 +89,4 @@ def test_what_a_user_can_get_wrong():
     with pytest.raises(ConfigError, match="power lies between 0 and 2"):
         Balanced(power=-1)
     with pytest.raises(ConfigError, match="known by its name"):
-        weighting_of(spec_of(learner, weighting={"name": "blanced"}))
+        learner.accept(spec_of(learner, weighting={"name": "blanced"}))

@@ -28,10 +28,8 @@ import typer
 from paretune.cli import app
 from paretune.report.catalog import describe_name, taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
-from paretune.report.figures import attainment_figures, front_figures
-from paretune.report.series import glance_table
-from paretune.report.svg import to_svg
-from paretune.report.tables import Table, minus
+from paretune.report.figures import attainment_figures, front_figures, to_svg
+from paretune.report.tables import Table, glance_table, minus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -89,6 +89,7 @@ RENAMED = {
     "normalise": "normalize",
     "normalised": "normalized",
     "optimiser": "optimizer",
+    "quantise": "quantize",
     "scalarise_at": "scalarize_at",
     "scalariser": "scalarizer",
 }

@@ -17,8 +17,6 @@ from paretune.errors import StoreError
 __all__ = ["disk_errors", "is_disk_full", "no_room", "write_json"]
 
 ASIDE = ".aside-"  # a file that is being written
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -26,7 +26,7 @@ __all__ = [
     "LEARNERS",
     "METHODS",
     "OBJECTIVES",
-    "RULES",
+    "GATE_RULES",
     "TASKS",
     "Registry",
     "describe",
@@ -77,6 +77,9 @@ class Registry:
         label = f"{self.kind} {cls.registered_name}"  # type: ignore[attr-defined]
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in params:
+            if name in getattr(cls, "lacks", {}):  # what a relative of the class has
+                rule, remedy = cls.lacks[name]  # type: ignore[attr-defined]
+                raise ConfigError(rule, found=f"{label}, {name}={params[name]!r}", remedy=remedy)
             if name not in fields:
                 raise ConfigError(f"{label} has the fields that it declares", found=repr(name), remedy=nearest(name, fields))
         try:
@@ -105,7 +108,7 @@ class Registry:
 TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")
 OBJECTIVES = Registry("objective", "paretune.objectives", "paretune.tasks.reflection")
 LEARNERS = Registry("learner", "paretune.training", "paretune.training.trl")
-RULES = Registry("gate rule", "paretune.policy", "paretune.methods")
+GATE_RULES = Registry("gate rule", "paretune.policy")
 METHODS = Registry("method", "paretune.methods")
 
 

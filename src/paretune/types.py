@@ -13,9 +13,11 @@ Rewards stay vectors (axis M last) until `scalarize` or `advantage`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = ["Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt", "canonical_json", "key_of"]
+__all__ = ["Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt", "canonical_json", "key_of"]
 
 
 def canonical_json(value: Any) -> str:
@@ -188,3 +190,45 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+PEAKS = ("memory_bytes",)  # a maximum, however things are arranged
+STOCKS = ("storage_bytes",)  # a sum, however things are arranged
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts, all non-negative. The default is "nothing"."""
+
+    samples: int = 0  # responses drawn for training
+    tokens: int = 0  # generated for training, and enumerated by the exact learner
+    steps: int = 0  # optimizer steps
+    flops: float = 0.0  # floating-point operations, estimated
+    seconds: float = 0.0  # wall clock on the machine that ran it
+    evaluations: int = 0  # calls of a search's score
+    validation_samples: int = 0  # responses drawn for validation, calibration and search; not in `samples`
+    memory_bytes: int = 0  # peak
+    storage_bytes: int = 0  # of the published files
+
+    def __post_init__(self):
+        for name, value in self.to_json().items():
+            assert 0 <= value < math.inf, f"{name} = {value}: a cost is a finite count"
+
+    def then(self, other: Cost) -> Cost:
+        """Both, one after the other."""
+        return self._merge(other, lambda name, a, b: max(a, b) if name in PEAKS else a + b)
+
+    def beside(self, other: Cost) -> Cost:
+        """Both, at the same time on a machine each."""
+        return self._merge(other, lambda name, a, b: a + b if name in STOCKS else max(a, b))
+
+    def _merge(self, other: Cost, rule: Callable[[str, Any, Any], Any]) -> Cost:
+        return Cost(**{name: rule(name, value, getattr(other, name)) for name, value in self.to_json().items()})
+
+    def to_json(self) -> dict[str, float]:
+        """Field -> number, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cost:
+        return cls(**data)

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from paretune.cli.common import (
-    Address,
-    CpusPerJob,
-    GpusPerJob,
-    Json,
-    MemoryPerJob,
-    Overrides,
-    PassEnv,
-    Plugins,
-    Wait,
-    Workers,
-    app,
-    executor_of,
-    plug,
-    print_json,
-    say,
-)
-
-if TYPE_CHECKING:
-    from paretune.runs.ray import Ray
+from paretune.cli.common import Json, Overrides, Plugins, Workers, app, on_ray, plug, print_json, say
+from paretune.errors import ConfigError
 
 __all__ = ["bench", "check", "demo", "report"]
 
@@ -37,39 +19,25 @@ def demo(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Run the quick suite and write its report: every method on tasks whose true front is known."""
+    """Run the quick suite and write its report: seven methods on tasks whose true front is known."""
     _bench("quick", [], root, "local", workers, dry_run=False, as_json=as_json)
 
 
 @app.command()
+@on_ray
 def bench(
     suite: Annotated[str, typer.Argument(help="A YAML file, or the name of a suite that ships with Paretune.")],
     overrides: Overrides = None,
     root: Annotated[Path | None, typer.Option(help="The run directory. Default: paretune-runs/<suite>.")] = None,
-    executor: Annotated[str, typer.Option(help="local: worker processes; here: this process; ray: a Ray cluster.")] = "local",
+    executor: Annotated[str, typer.Option(help="local: worker processes; in-process: this one; ray: a Ray cluster.")] = "local",
     workers: Workers = None,
-    address: Address = None,
-    cpus_per_job: CpusPerJob = None,
-    gpus_per_job: GpusPerJob = None,
-    memory_per_job: MemoryPerJob = None,
-    wait: Wait = None,
-    pass_env: PassEnv = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Run every method of a suite on every task and seed, then write the report. What is done already is not done again."""
     plug(plugin)
-    chosen = executor_of(
-        executor,
-        address=address,
-        cpus_per_job=cpus_per_job,
-        gpus_per_job=gpus_per_job,
-        memory_per_job=memory_per_job,
-        wait=wait,
-        env=pass_env,
-    )
-    _bench(suite, overrides or [], root, chosen, workers, dry_run=dry_run, as_json=as_json)
+    _bench(suite, overrides or [], root, executor, workers, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()
@@ -87,7 +55,6 @@ def report(
 @app.command()
 def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
     """Hash everything published again; exit code 1 if anything is not what was published."""
-    from paretune.errors import ConfigError
     from paretune.runs.store import ARTIFACTS, CELLS, Store
 
     if not root.is_dir():
@@ -108,7 +75,7 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 
 
 def _bench(
-    suite: str, overrides: list[str], root: Path | None, executor: str | Ray, workers: int | None, *, dry_run: bool, as_json: bool
+    suite: str, overrides: list[str], root: Path | None, executor: str, workers: int | None, *, dry_run: bool, as_json: bool
 ) -> None:
     from paretune.report.catalog import suite_path
     from paretune.runs.suite import run_suite
@@ -129,10 +96,9 @@ def _bench(
 def _report(
     root: Path, suite: str | None, out: Path | None, *, as_json: bool, rows: Path | None = None, run: dict[str, Any] | None = None
 ) -> None:
-    from paretune.report.comparison import comparison_table
+    from paretune.report.comparison import comparison_table, write_rows
     from paretune.report.data import load
     from paretune.report.page import write_page
-    from paretune.report.rows import write_rows
     from paretune.report.tables import leaderboard
     from paretune.report.terminal import console, print_leaderboard
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import ParetuneError
+from paretune.errors import ConfigError, ParetuneError
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
     from paretune.runs.ray import Ray
 
 __all__ = [
-    *("Address", "CpusPerJob", "GpusPerJob", "Json", "MemoryPerJob", "Overrides", "PassEnv", "Plugins", "Wait", "Workers"),
-    *("app", "check_writable", "executor_of", "plug", "print_json", "say", "show_table"),
+    *("Json", "Overrides", "Plugins", "Preference", "Workers"),
+    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table"),
 ]
 
 
@@ -53,30 +56,44 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python f
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes of one thread each. Default: one per CPU.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
 
-# Of `--executor ray` only; `executor_of` puts them together.
-Address = Annotated[str | None, typer.Option(help="Ray: local, auto, host:port or ray://host:port. Default: RAY_ADDRESS, else local.")]
-CpusPerJob = Annotated[int | None, typer.Option(min=1, help="Ray: CPUs, and threads, of one training or cell. Default: 1.")]
-GpusPerJob = Annotated[float | None, typer.Option(min=0, help="Ray: GPUs of one training or cell; 0.5 shares one. Default: 0.")]
-MemoryPerJob = Annotated[float | None, typer.Option(min=0, help="Ray: GiB of memory that one job needs. Default: not asked for.")]
-Wait = Annotated[float | None, typer.Option(min=0, help="Ray: seconds to wait for a machine on which a job fits. Default: 0.")]
-PassEnv = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Ray: an environment variable that workers get, too.")]
+Preference = Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")]
+
+# Of `--executor ray` only: the fields of `Ray`, as `on_ray` gives them to a command.
+RAY: dict[str, Any] = {
+    "address": Annotated[str | None, typer.Option(help="Ray: local, auto, host:port or ray://host:port. Default: RAY_ADDRESS, or local.")],
+    "cpus_per_job": Annotated[int | None, typer.Option(min=1, help="Ray: CPUs, and threads, of one training or cell. Default: 1.")],
+    "gpus_per_job": Annotated[float | None, typer.Option(min=0, help="Ray: GPUs of one training or cell; 0.5 shares one. Default: 0.")],
+    "memory_per_job": Annotated[float | None, typer.Option(min=0, help="Ray: GiB of memory that one job needs. Default: not asked for.")],
+    "wait": Annotated[float | None, typer.Option(min=0, help="Ray: seconds to wait for a machine on which a job fits. Default: 0.")],
+    "pass_env": Annotated[list[str] | None, typer.Option(metavar="NAME", help="Ray: an environment variable that workers get, too.")],
+}
 
 
-def executor_of(executor: str, **ray: Any) -> str | Ray:
-    """What `run_suite` and `fit` take, from --executor and the options that only Ray has (None where one was not given)."""
-    from paretune.errors import ConfigError
+def on_ray(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of Ray: its `executor` becomes what `run_suite` and `fit` take."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        ray = {name: value for name in RAY if (value := given.pop(name)) not in (None, [])}
+        command(**{**given, "executor": _executor(given["executor"], ray)})
+
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in RAY.items()]
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+    with_options.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return with_options
+
+
+def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
     from paretune.runs.ray import Ray
 
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in ray.items() if value not in (None, [])
-    }
     if executor == "ray":
-        return Ray(**given)
+        env = tuple(given.pop("pass_env", ()))
+        return Ray(**given, env=env)
     if given:
-        name = "pass_env" if "env" in given else next(iter(given))
         raise ConfigError(
             "options of Ray go with its executor",
-            found=f"--{name.replace('_', '-')} with --executor {executor}",
+            found=f"--{next(iter(given)).replace('_', '-')} with --executor {executor}",
             remedy="add --executor ray, or leave it out",
         )
     return executor
@@ -92,8 +109,6 @@ def plug(plugins: list[Path] | None) -> None:
 
 def check_writable(file: Path | None, option: str) -> None:
     """ConfigError where a file that is written at the end of long work could not be; None is no file."""
-    from paretune.errors import ConfigError
-
     if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
         found = f"{file} is a directory" if file.is_dir() else f"cannot write {file}"
         remedy = f"give {option} a file in a folder that exists and is yours"

@@ -1,4 +1,4 @@
-"""`paretune fit`, `sample` and `export`: a policy family from your own model, its responses, and one of its policies for other engines."""
+"""`paretune fit`, `sample`, `export` and `explain`: a policy family from your own model, and what it says, exports and answers for."""
 
 from __future__ import annotations
 
@@ -8,44 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import (
-    Address,
-    CpusPerJob,
-    GpusPerJob,
-    Json,
-    MemoryPerJob,
-    Overrides,
-    PassEnv,
-    Plugins,
-    Wait,
-    app,
-    executor_of,
-    plug,
-    print_json,
-    say,
-    show_table,
-)
+from paretune.cli.common import Json, Overrides, Plugins, Preference, app, check_writable, on_ray, plug, print_json, say, show_table
+from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
     from paretune.report.tables import Table
     from paretune.runs.recipe import Recipe
+    from paretune.tasks.base import Task
 
-__all__ = ["export", "fit", "sample"]
+__all__ = ["explain", "export", "fit", "sample"]
 
 
 @app.command()
+@on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
     overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 trains in this one.")] = 0,
     executor: Annotated[str, typer.Option(help="local: as --workers says; ray: a Ray cluster.")] = "local",
-    address: Address = None,
-    cpus_per_job: CpusPerJob = None,
-    gpus_per_job: GpusPerJob = None,
-    memory_per_job: MemoryPerJob = None,
-    wait: Wait = None,
-    pass_env: PassEnv = None,
     samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure the result with; 0 does not measure.")] = 32,
     plugin: Plugins = None,
     as_json: Json = False,
@@ -56,15 +37,6 @@ def fit(
     from paretune.runs.suite import fit as fit_family
 
     plug(plugin)
-    chosen = executor_of(
-        executor,
-        address=address,
-        cpus_per_job=cpus_per_job,
-        gpus_per_job=gpus_per_job,
-        memory_per_job=memory_per_job,
-        wait=wait,
-        env=pass_env,
-    )
     plan = load_recipe(recipe, overrides or [])
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
@@ -73,7 +45,7 @@ def fit(
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
-        who = None if chosen == "local" else chosen  # then --workers decides
+        who = None if executor == "local" else executor  # then --workers decides
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
         family.save(folder)
     rows = _measure(plan, family, samples, folder) if samples else None
@@ -90,7 +62,7 @@ def fit(
 def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
-    preference: Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")],
+    preference: Preference,
     n: Annotated[int, typer.Option("--n", min=1, help="Responses per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
@@ -113,7 +85,7 @@ def sample(
 @app.command()
 def export(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
-    preference: Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")],
+    preference: Preference,
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
@@ -131,6 +103,50 @@ def export(
     served = f"; vLLM: --max-lora-rank {limit}" if limit else "; too high for vLLM, which wants it merged" if made.rank else ""
     typer.echo(f"{made.path}: {made.kind}, {made.dtype}" + (f", rank {made.rank}" if made.rank else "") + served)
     typer.echo(f"how to load it: {made.path / 'README.md'}")
+
+
+@app.command()
+def explain(
+    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    prompt: Annotated[str, typer.Argument(help="One prompt.")],
+    preference: Preference,
+    n: Annotated[int, typer.Option("--n", min=1, help="Sampled responses to explain.")] = 1,
+    response: Annotated[str | None, typer.Option(help="Explain this response instead of a sampled one.")] = None,
+    seed: Annotated[int, typer.Option(help="As for `paretune sample`: the same responses.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with colored tokens to this file.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
+    split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
+    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Which expert moved each token, and how each return answers to each weight."""
+    from paretune.evaluation.explain import explain as explain_family
+    from paretune.evaluation.explain import sensitivity
+    from paretune.policy.family import Family
+    from paretune.report.page import sensitivity_table, token_table, write_explanation
+
+    plug(plugin)
+    check_writable(html, "--html")
+    loaded = Family.load(family)
+    found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
+    task = _task(loaded, recipe) if samples else None
+    slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
+    if html is not None:
+        write_explanation(html, found, slopes, family=loaded)
+        say(f"wrote {html}")
+    if as_json:
+        print_json({"explanations": [each.to_json() for each in found], "sensitivity": slopes.to_json() if slopes else None})
+        return
+    for each in found:
+        show_table(
+            token_table(each), title=f"{each.response!r}: nats by which each part raised each token above the reference ({each.how})"
+        )
+    if slopes:
+        show_table(sensitivity_table(slopes), title=f"Slope of each return towards each objective, {split} prompts")
+    elif samples:
+        say("returns were not measured: give --recipe, the file that the family was fitted from")
 
 
 def _family_name(plan: Recipe) -> str:
@@ -178,3 +194,26 @@ def _even_weights(names: Sequence[str]) -> str:
     """`a=.34,b=.33,c=.33`: nearly even, in hundredths, and exactly 1 in sum, so that it can be typed as it stands."""
     even = 100 // len(names)
     return ",".join(f"{name}={(even if k else 100 - even * (len(names) - 1)) / 100:g}" for k, name in enumerate(names))
+
+
+def _task(family: Family, recipe: Path | None) -> Task | None:
+    """The task that can score responses: named in the family, or of the recipe."""
+    from paretune.registry import TASKS
+    from paretune.runs.recipe import load_recipe
+
+    if recipe is None:
+        return TASKS.build(family.base["task"]) if "task" in family.base else None
+    task: Any = load_recipe(recipe, []).task
+    if task.objectives.names != family.objectives.names:
+        raise ConfigError(
+            "a family is measured by the objectives that it was fitted for",
+            found=f"{', '.join(task.objectives.names)} in {recipe.name}, {', '.join(family.objectives.names)} in the family",
+            remedy="give the recipe that the family was fitted from",
+        )
+    return task
+
+
+def _split(split: str) -> str:
+    if split not in ("train", "test"):
+        raise ConfigError("--split is train or test", found=repr(split), remedy="train prompts are the default")
+    return split

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,20 +29,16 @@ from paretune.evaluation.metrics import plain, summary
 from paretune.evaluation.pareto import hypervolume, igd_plus
 from paretune.evaluation.stats import MIN_UNITS, estimate
 from paretune.evaluation.utility import exact_own_utility, sampled_own_utility
+from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns, Measured, SampledReturns
-from paretune.training.cost import Cost
-from paretune.types import Curve, Estimate, Preference, Prompt
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.base import Task
+from paretune.tasks.exact.task import ExactTask
+from paretune.types import Cost, Curve, Estimate, Preference, Prompt
 
 __all__ = ["Evaluation", "compare", "evaluate"]
 
 SPLITS = ("train", "test")
 SHOWN_PREFERENCES, SHOWN_PROMPTS = 5, 10  # of the responses that a report shows
-LIMIT_LEVELS = ("logit", "hidden")  # levels whose composition limit is known
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,7 @@ def evaluate(
         "gates": gates_WK,
         "splits": measured,
     }
-    cost = family.rule.cost(w_WM) if hasattr(family.rule, "cost") else Cost()
-    return Evaluation(curves=curves, metrics=plain(result), cost=cost)
+    return Evaluation(curves=curves, metrics=plain(result), cost=family.cost(w_WM))
 
 
 def compare(a: Evaluation, b: Evaluation, *, split: str, seed: int = 0) -> dict[str, Any]:
@@ -168,7 +163,7 @@ def _loss(
     best_W: np.ndarray,
 ) -> dict[str, Any] | None:
     """Composition, learning and remainder, for families that say which adapter is the expert of which objective; else None."""
-    experts = family.meta.get("experts")
+    experts = family.experts
     if experts is None:
         return None
     split, vertices = returns.split, np.eye(task.objectives.count)
@@ -177,7 +172,7 @@ def _loss(
     best_M = np.diagonal(task.front(split, vertices).points_KM)
     total_W = 1.0 - attainment_W
     composition_W, learning_W, remainder_W = None, None, total_W
-    if family.policy.mixing in LIMIT_LEVELS and len(experts) == family.policy.K:
+    if family.policy.has_composition_limit and len(experts) == family.policy.K:
         own_W = gates_W[..., list(experts)]  # gates of the experts, in the order of the objectives
         limit_WM = np.stack([task.J_M(task.composition_limit_logp_PR(own, split), split) for own in own_W])
         composition_W = 1.0 - metrics.attainment(metrics.utility(limit_WM, w_WM), start_W, best_W)

@@ -1,15 +1,18 @@
 """Why a family said what it said: which expert moved each token, and what each weight of the preference does to each return.
 
-For a response y the log-ratio log pi(y_t) - log pi_ref(y_t) of every token is split over the experts. How depends on the level:
+For a response y the log-ratio log pi(y_t) - log pi_ref(y_t) of every token is split over the experts. How, each mixing says (see
+`Policy.attribution`):
 
     product   logit mixing (and hidden states under a linear head): log pi = sum_k g_k log pi_k - log Z, so that expert k moved the token
               by g_k (log pi_k - log pi_ref), and the normalizer -log Z - (1 - sum_k g_k) log pi_ref, shown as its own term, is the rest.
               Z is at most 1 where gates are weights: the more the experts disagree, the more it gives to all tokens alike.
     path      soups of parameters: the gates go from 0 (the reference) to g on a straight line, and expert k is credited with
               g_k times the integral of d log pi / d g_k along it. The credits sum to the log-ratio; what the quadrature misses is shown.
-    shapley   every other level: the mean of what expert k changes when it joins, over all orders in which the experts can join. A group
-              is the family with the gates of the others set to 0 (and, where gates are weights, divided by what is left); nobody is the
-              reference. Sums to the log-ratio exactly; 2^K groups are evaluated.
+    shapley   every other mixing: the mean of what expert k changes when it joins, over all orders in which the experts can join. A group
+              is the family with the gates of the others set to 0 (and, where no gate at all is not the reference, divided by what is
+              left); the empty group is the reference. Sums to the log-ratio exactly; 2^K groups are evaluated.
+
+A product whose terms miss their sum, as under a head with a bias or a soft cap, is no product: shapley takes its place.
 
 Source: product is our reading of MOD (2406.18853); path is integrated gradients (1703.01365) over gates; shapley is Shapley (1953).
 Differs: what is explained are experts, not inputs.
@@ -23,7 +26,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,18 +34,15 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
+from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
 from paretune.policy.rollout import encode, generate, token_logp
+from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
-
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.tasks.base import Task
 
 __all__ = ["Explanation", "Sensitivity", "explain", "sensitivity"]
 
-PRODUCT, SOUPS = ("logit", "hidden"), ("parameter", "factor", "merged")  # levels; of soups, no gate is the reference
 POINTS, MOST_POINTS = 16, 128  # of the quadrature, doubled while it misses more than SLACK
 ROWS = 64  # of one forward with gradient
 SLACK = 1e-3  # nats by which parts may miss their sum
@@ -60,7 +60,7 @@ class Explanation:
     prompt: str
     response: str
     preference: dict[str, float]
-    level: str
+    mixing: str
     how: str  # product | path | shapley
     adapters: tuple[str, ...]
     gates_K: np.ndarray
@@ -124,9 +124,7 @@ def explain(
     gates_K = torch.from_numpy(family.gates(chosen.w_M[None], [given]).reshape(family.policy.K)).float().to(family.policy.device)
     ids_1T, mask_1T = encode(family.policy.tokenizer, [given], family.policy.device)
     if response is None:
-        limit = max_new_tokens or family.meta.get("max_new_tokens")
-        if not limit:
-            raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
+        limit = family.longest(max_new_tokens)
         (made,) = generate(family.policy, [given] * n, gates_NK=gates_K, max_new_tokens=limit, seed=seed)
         rows = [tokens[mask][None] for tokens, mask in zip(made.responses.tokens_NT, made.responses.mask_NT, strict=True)]
     else:
@@ -140,7 +138,7 @@ def explain(
                 prompt=str(given.raw),
                 response="".join(piece for piece in pieces if piece != END),
                 preference=dict(zip(names, map(float, chosen.weights), strict=True)),
-                level=family.policy.mixing,
+                mixing=family.policy.mixing,
                 adapters=family.policy.bank.names,
                 gates_K=gates_K.double().cpu().numpy(),
                 tokens_T=tuple(pieces),
@@ -174,24 +172,24 @@ def _split(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, g
             return token_logp(policy, ids_1T, mask_1T, tokens_1T, gates_NK=None if gates is None else gates[None])[0].double().cpu().numpy()
 
     mine_T, reference_T = logp_T(gates_K), logp_T(None)
-    alone = [logp_T(row) for row in torch.eye(k, device=gates_K.device)] if policy.mixing != "reference" else [reference_T] * k
-    opinion_TK = np.stack(alone, 1) - reference_T[:, None] if k else np.zeros((length, 0))
+    opinion_TK = (
+        np.stack([logp_T(row) for row in torch.eye(k, device=gates_K.device)], 1) - reference_T[:, None] if k else np.zeros((length, 0))
+    )
     gates = gates_K.double().cpu().numpy()
-    normalizer_T, how = np.zeros(length), "shapley"
-    if policy.mixing in PRODUCT:
-        how, contribution_TK = "product", gates * opinion_TK
+    normalizer_T, how = np.zeros(length), policy.attribution
+    if how == "product":
+        contribution_TK = gates * opinion_TK
         normalizer_T = (gates.sum() - 1) * reference_T - _log_normalizer(policy, ids_1T, mask_1T, tokens_1T, gates_K)
-        missed = float(np.abs(mine_T - reference_T - contribution_TK.sum(1) - normalizer_T).max())
-        if policy.mixing == "hidden" and missed > SLACK:  # a head with a bias or a soft cap
+        if np.abs(mine_T - reference_T - contribution_TK.sum(1) - normalizer_T).max() > SLACK:
             how, normalizer_T = "shapley", np.zeros(length)
-    elif policy.mixing in ("parameter", "reference"):
-        how, points = "path", POINTS
+    elif how == "path":
+        points = POINTS
         contribution_TK = gates * _along(policy, ids_1T, mask_1T, tokens_1T, gates_K, points)
         while points < MOST_POINTS and np.abs(mine_T - reference_T - contribution_TK.sum(1)).max() > SLACK:
             points *= 2
             contribution_TK = gates * _along(policy, ids_1T, mask_1T, tokens_1T, gates_K, points)
     if how == "shapley":
-        contribution_TK = _shapley(gates_K, reference_T, logp_T, share=policy.mixing not in SOUPS)
+        contribution_TK = _shapley(gates_K, reference_T, logp_T, share=not policy.zero_is_reference)
     return {
         "how": how,
         "logp_T": mine_T,
@@ -225,13 +223,15 @@ def _along(policy: Policy, ids_1T: Tensor, mask_1T: Tensor, tokens_1T: Tensor, g
     nodes, weights = np.polynomial.legendre.leggauss(points)
     length = tokens_1T.shape[1]
     total_TK = torch.zeros(length, policy.K, dtype=torch.float64, device=gates_K.device)
-    if policy.mixing == "reference" or not policy.K:
+    if not policy.K:
         return total_TK.cpu().numpy()
     for (node, weight), start in itertools.product(zip(nodes, weights, strict=True), range(0, length, ROWS)):
         rows = torch.arange(start, min(start + ROWS, length), device=gates_K.device)
         n = len(rows)
         gates_NK = (gates_K * (node + 1) / 2).repeat(n, 1).requires_grad_()
         logp_NT = token_logp(policy, ids_1T.repeat(n, 1), mask_1T.repeat(n, 1), tokens_1T.repeat(n, 1), gates_NK=gates_NK)
+        if not logp_NT.requires_grad:  # a policy that does not look at its gates
+            break
         (slope_NK,) = torch.autograd.grad(logp_NT[torch.arange(n), rows].sum(), gates_NK)
         total_TK[rows] += slope_NK.double() * (weight / 2)
     return total_TK.cpu().numpy()
@@ -243,9 +243,9 @@ def _shapley(gates_K: Tensor, reference_T: np.ndarray, logp_T: Any, *, share: bo
     players = [i for i in range(k) if float(gates_K[i]) != 0]
     if len(players) > MOST:
         raise ConfigError(
-            f"at this level every group of adapters is evaluated, for at most {MOST} of them",
+            f"at this mixing every group of adapters is evaluated, for at most {MOST} of them",
             found=f"{len(players)} adapters with a gate",
-            remedy="explain a family at the logit or parameter level",
+            remedy="explain a family at mixing logit or parameter",
         )
     worth: dict[tuple[int, ...], np.ndarray] = {(): reference_T}
     for size in range(1, len(players) + 1):
@@ -307,7 +307,7 @@ def sensitivity(
         exact=task.is_exact,
         step=step,
         unscored=int(np.isnan(returns_WSM).sum()),
-        stepwise=family.rule.registered_name in ("nearest", "table", "constant", "searched"),
+        stepwise=family.stepwise,
     )
 
 

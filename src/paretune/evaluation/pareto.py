@@ -13,7 +13,7 @@ import numpy as np
 
 from paretune.errors import ParetuneError
 
-__all__ = ["epsilon", "hypervolume", "igd_plus", "nondominated"]
+__all__ = ["hypervolume", "igd_plus", "nondominated"]
 
 
 def hypervolume(points_KM: np.ndarray, reference_M: np.ndarray) -> float:
@@ -49,20 +49,6 @@ def igd_plus(points_KM: np.ndarray, front_KM: np.ndarray) -> float:
     if not (np.isfinite(points_KM).all() and np.isfinite(front_KM).all()):
         return float("nan")
     return float(moocore.igd_plus(points_KM, ref=front_KM, maximise=True))
-
-
-def epsilon(points_KM: np.ndarray, front_KM: np.ndarray) -> float:
-    """The least number that, added to every coordinate of every point, makes them cover the front; NaN where not finite.
-
-    Negative where the points lie beyond the "front".
-
-    Source: Zitzler et al. 2003 (additive epsilon indicator); computed by moocore. Differs: NaN and empty sets are never 0.
-    Hides: everything but the worst place.
-    """
-    points_KM, front_KM = _pair(points_KM, front_KM)
-    if not (np.isfinite(points_KM).all() and np.isfinite(front_KM).all()):
-        return float("nan")
-    return float(moocore.epsilon_additive(points_KM, ref=front_KM, maximise=True))
 
 
 def nondominated(points_KM: np.ndarray) -> np.ndarray:

@@ -168,11 +168,11 @@ def _of_batch(policy: ParameterMix, task: Task, spec: TrainSpec, learner: Policy
     plain_learner = replace(learner, baseline="leave_one_out", normalize="none", kl_in="reward", kl_estimator="k1", length="sum", epochs=1)
     batch = plain_learner.collect(policy, task, spec, step)
     made, m = batch.responses, task.objectives.count
-    logp_NT = plain_learner._logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
-    penalty_N = task.beta * batch.kl_N
+    logp_NT = plain_learner.logp(policy, made, slice(0, learner.batch), gates_NK=made.gates_NK)
+    penalty_N, combine = task.beta * batch.kl_N, plain_learner.combine(spec)
     values = []
     for e_M in np.eye(m):
-        advantage_N = plain_learner.advantages(spec, task, made.rewards_NM, np.tile(e_M, (learner.batch, 1)), penalty_N)
+        advantage_N = combine.advantages(made.rewards_NM, np.tile(e_M, (learner.batch, 1)), penalty_N, task.objectives, group=learner.group)
         loss = policy_loss(logp_NT, made.mask_NT, torch.from_numpy(advantage_N).to(policy.device), rows=learner.batch)
         values.append(-loss)
     return _flat(values, weights=policy.bank.parameters())

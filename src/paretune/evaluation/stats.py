@@ -29,7 +29,6 @@ __all__ = [
     "iqm",
     "paired_difference",
     "performance_profile",
-    "probability_of_improvement",
     "share_of_wins",
 ]
 
@@ -92,37 +91,6 @@ def paired_difference(
     """`estimate` of a - b where value n of both shares its seed, prompt and noise: far narrower than two intervals side by side."""
     a_N, b_N = _pairs(a_N, b_N)
     return estimate(a_N - b_N, seed=seed, strata_N=strata_N, units_N=units_N, statistic=statistic, level=level, resamples=resamples)
-
-
-def probability_of_improvement(
-    a_N: Sequence[float] | np.ndarray,
-    b_N: Sequence[float] | np.ndarray,
-    *,
-    seed: int,
-    strata_a: Sequence[object] | np.ndarray | None = None,
-    strata_b: Sequence[object] | np.ndarray | None = None,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> Estimate:
-    """P(a draw of `a` exceeds an independent draw of `b` of the same stratum), mean over strata, ties counted half.
-
-    For runs that share nothing. Methods measured on the same task seeds share them: see `share_of_wins`.
-
-    Source: Mann & Whitney 1947; Agarwal et al. 2021 (rliable). Differs: no. Hides: by how much; and where a is always above b the
-    interval has no width, however few runs there are. `n` is the smaller of the two counts.
-    """
-    groups_a, groups_b = _strata(a_N, strata_a), _strata(b_N, strata_b)
-    names = [None if strata is None else {str(label) for label in strata} for strata in (strata_a, strata_b)]
-    assert names[0] == names[1], f"both have the same strata: {names}"
-
-    def share(*parts: np.ndarray) -> np.ndarray:
-        a, b = parts[: len(groups_a)], parts[len(groups_a) :]
-        return np.mean([_above(x, y) for x, y in zip(a, b, strict=True)], axis=0)
-
-    n = min(sum(map(len, groups_a)), sum(map(len, groups_b)))
-    value = float(share(*groups_a, *groups_b)) if min(map(len, [*groups_a, *groups_b])) else float("nan")
-    low, high = _interval([*groups_a, *groups_b], share, seed, level, resamples)
-    return Estimate(value=value, low=low, high=high, n=n)
 
 
 def share_of_wins(
@@ -192,12 +160,6 @@ def performance_profile(
     counts_SU = (_draws(n, seed, resamples)[:, :, None] == np.arange(n)).sum(1)  # how often a resample holds each unit
     low_T, high_T = np.quantile(counts_SU @ above_TU.T / n, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Profile(tau_T, above_TU.mean(-1), low_T, high_T, n)
-
-
-def _above(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(..., N), (..., N') -> (...): the share of pairs in which a is above, ties half; NaN where a value is unknown."""
-    unknown = np.isnan(a).any(-1) | np.isnan(b).any(-1)
-    return np.where(unknown, np.nan, 0.5 + 0.5 * np.sign(a[..., :, None] - b[..., None, :]).mean((-2, -1)))
 
 
 def _pairs(a_N: Sequence[float] | np.ndarray, b_N: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Judge a family by the utility that it was trained for, where that is not w . J: `family.meta["utility"]` describes it.
+"""Judge a family by the utility that it was trained for, where that is not w . J: `family.utility` describes it.
 
 Own-utility attainment is (U(pi) - U(pi_ref)) / (U* - U(pi_ref)), U* being the exact optimum over all policies. For a utility with
 constraints U charges what is broken at the optimum's own multipliers, w . J - sum_k l_k max(c_k - J_k, 0): an exact penalty, so that no
@@ -8,8 +8,7 @@ only U of the estimated returns is known, and what it is above the reference's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +16,12 @@ from paretune.errors import ConfigError
 from paretune.evaluation import metrics
 from paretune.evaluation.metrics import summary
 from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, LogProduct, Utility
+from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns
+from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks, optimum
+from paretune.tasks.exact.task import ExactTask
 from paretune.types import Curve
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.tasks.exact.task import ExactTask
 
 __all__ = ["exact_own_utility", "sampled_own_utility"]
 
@@ -79,8 +76,7 @@ def sampled_own_utility(task: Task, family: Family, curve: Curve, start: Curve) 
 
 
 def _utility(family: Family) -> Utility | LogProduct | None:
-    given: Mapping[str, Any] | None = family.meta.get("utility")
-    return None if given is None else UTILITIES.build(given)
+    return None if family.utility is None else UTILITIES.build(family.utility)
 
 
 def _at(utility: Utility, points_WM: np.ndarray, w_WM: np.ndarray, marks: Landmarks) -> np.ndarray:

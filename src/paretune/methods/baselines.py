@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import adapters_for, family_meta, training
-from paretune.policy.base import build_policy
+from paretune.methods.base import Card, Method, adapters_for, training
+from paretune.policy.family import Family
+from paretune.policy.rules import Constant
 from paretune.registry import METHODS
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
 
 __all__ = ["Expert", "Reference", "Uniform"]
 
@@ -44,11 +41,7 @@ class Reference(Method):
         return []
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-        from paretune.policy.rules import Constant
-
-        meta = family_meta(self, task, seed=seed)
-        return Family(build_policy(task, "reference", {}), Constant(gates_K=()), task.objectives, task.base(), {}, meta)
+        return self.family(task, "reference", Constant(gates_K=()), {}, seed)
 
 
 class _OnePolicy(Method):
@@ -64,12 +57,8 @@ class _OnePolicy(Method):
         return [training(task, learner, self._preference(task), seed)]
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-        from paretune.policy.rules import Constant
-
         adapters = adapters_for({self._name(task): self.plan(task, learner, done, seed)[0]}, done)
-        meta = family_meta(self, task, seed=seed)
-        return Family(build_policy(task, "parameter", adapters), Constant(gates_K=(1.0,)), task.objectives, task.base(), adapters, meta)
+        return self.family(task, "parameter", Constant(gates_K=(1.0,)), adapters, seed)
 
 
 @METHODS.register("expert")

@@ -3,56 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method
-from paretune.methods.emorl import SPLIT, SearchedFamily
-from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
+from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_trainings
 from paretune.methods.search import SEARCHERS, simplex_lattice
 from paretune.objectives.utilities import linear
-from paretune.policy.base import build_policy
+from paretune.policy.base import Policy, build_policy
+from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rules import Interpolated, Rule
+from paretune.policy.rules import Interpolated, rows_of
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
+from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
-from paretune.training.cost import Cost
-from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.learner import Learner
+from paretune.training.spec import Artifact
+from paretune.types import Cost
 
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Calibrated", "CalibratedGates", "Calibration", "calibrate", "outer_returns"]
+__all__ = ["Calibrated", "Calibration", "calibrate", "outer_returns"]
 
 Returns = Callable[[np.ndarray], np.ndarray]
 """Gates (K,) -> returns (M,), KL included; NaN where a response of that objective was not scored."""
-
-
-class CalibratedGates(Rule):
-    """The map, and what finding it cost: the same whatever is asked, because it was paid before the first question."""
-
-    registered_name = "calibrated"
-
-    def __init__(self, found: Interpolated, cost: Cost):
-        self._found, self._cost = found, cost
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return self._found.gates(w_WM)
-
-    def cost(self, w_WM: np.ndarray) -> Cost:
-        return self._cost
-
-    def frozen(self) -> Interpolated:
-        """What is written down."""
-        return self._found
 
 
 def outer_returns(task: Task, policy: Policy, *, samples: int, seed: int) -> Returns:
@@ -110,7 +86,7 @@ def calibrate(returns: Returns, w_WM: np.ndarray, *, search: str, budget: int) -
 
 @METHODS.register("calibrated")
 @dataclass(frozen=True)
-class Calibrated(Method):
+class Calibrated(OnExperts):
     """M experts, one per objective. At a lattice of preferences their gates are searched for J_w on the training prompts; every other
     preference takes the smooth map through what was found. At a vertex the gates are e_k: its expert alone.
 
@@ -154,9 +130,6 @@ class Calibrated(Method):
         gap_W = np.abs(w_WM[:, None] - task.judged()[None]).max(-1).min(1)
         return w_WM[(gap_W > KEEP_OUT) | (np.arange(len(w_WM)) < m)]
 
-    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(vertex_trainings(task, learner, seed).values())
-
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixing, adapters)
@@ -168,13 +141,6 @@ class Calibrated(Method):
             validation_samples=0 if task.is_exact else found.evaluations * self.samples,
             seconds=time.perf_counter() - start,
         )
-        table = Interpolated(w_WM=_rows(found.w_WM), gates_WK=_rows(found.gates_WK), smoothing=self.smoothing)
-        meta = {
-            **family_meta(self, task, seed=seed, experts=range(task.objectives.count)),
-            "calibration": {"preferences": len(found.w_WM), "evaluations": found.evaluations, "unscored": found.unscored},
-        }
-        return SearchedFamily(policy, CalibratedGates(table, cost), task.objectives, task.base(), adapters, meta)
-
-
-def _rows(array: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(float, row)) for row in array)
+        rule = Interpolated(w_WM=rows_of(found.w_WM), gates_WK=rows_of(found.gates_WK), smoothing=self.smoothing)
+        meta = {"calibration": {"preferences": len(found.w_WM), "evaluations": found.evaluations, "unscored": found.unscored}}
+        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=cost)

@@ -1,56 +1,24 @@
-"""One policy for all preferences: adapters trained together, from scratch, while a preference is sampled for every prompt."""
+"""One policy for all preferences, trained from scratch while a preference is sampled for every prompt.
+
+`conditioned` gates adapters that are trained together by the preference; `prompted` writes the preference before the prompt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import numpy as np
+from typing import ClassVar, Literal
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method
-from paretune.methods.bridge import BridgeRule
-from paretune.methods.experts import family_meta, sampled_training
-from paretune.policy.base import build_policy
-from paretune.policy.rules import Identity, Rule
-from paretune.registry import METHODS, RULES
+from paretune.methods.base import Card, Method, adapters_for, parts_of, sampled_training
+from paretune.policy.family import Family
+from paretune.policy.rules import BridgeRule, GateRule, Identity, PromptedRule, SharedRule, TiedRule
+from paretune.registry import METHODS
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Conditioned", "SharedRule", "TiedRule"]
-
-
-@RULES.register("shared")
-@dataclass(frozen=True)
-class SharedRule(Rule):
-    """Gate 1 for the adapter that all preferences share, then `scale` times the preference for those of the objectives."""
-
-    scale: float = 1.0
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        w_WM = np.asarray(w_WM, dtype=np.float64)
-        return np.concatenate([np.ones((len(w_WM), 1)), self.scale * w_WM], axis=1)
-
-
-@RULES.register("tied")
-@dataclass(frozen=True)
-class TiedRule(Rule):
-    """Gate 1 for the adapter that all preferences share, then the preference. Trainings under it tie the others' factors."""
-
-    seed: int = 0
-
-    @property
-    def mixing(self) -> Mapping[str, Any]:
-        """The level at which a training under this rule runs."""
-        return {"name": "tied", "own": 1, "seed": self.seed}
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return SharedRule().gates(w_WM)
+__all__ = ["Conditioned", "Prompted"]
 
 
 @METHODS.register("conditioned")
@@ -99,15 +67,10 @@ class Conditioned(Method):
         return [self._spec(task, learner, seed)]
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-
-        found = done[self._spec(task, learner, seed).key].adapters
-        adapters = {f"part-{i}": path for i, path in enumerate(found)}
         rule, _ = self._structure(task, learner)
-        meta = family_meta(self, task, seed=seed)
-        return Family(build_policy(task, "parameter", adapters), rule, task.objectives, task.base(), adapters, meta)
+        return self.family(task, "parameter", rule, parts_of(self._spec(task, learner, seed), done), seed)
 
-    def _structure(self, task: Task, learner: Learner) -> tuple[Rule, tuple[int, ...]]:
+    def _structure(self, task: Task, learner: Learner) -> tuple[GateRule, tuple[int, ...]]:
         """The rule of gates, and the ranks of the adapters."""
         m, rank = task.objectives.count, learner.rank
         if self.structure == "clp":
@@ -123,3 +86,51 @@ class Conditioned(Method):
         if self.structure == "pblora":  # while it is trained; afterwards its adapters are plain ones
             rule = TiedRule(seed=seed)
         return sampled_training(task, learner, seed, rule=rule, fresh=ranks, effort=self.effort, balance=self.balance)
+
+
+@METHODS.register("prompted")
+@dataclass(frozen=True)
+class Prompted(Method):
+    """One training of one adapter, with a preference sampled for every prompt and written before it.
+
+    effort: the training's budget, in budgets of the learner. balance: see `bridge`. digits: of each weight.
+    """
+
+    effort: float = 1.0
+    balance: float = 0.0
+    digits: int = 2
+
+    card: ClassVar[Card] = Card(
+        category="multi-policy",
+        summary="one policy and one adapter, conditioned on the preference by text before the prompt, preferences sampled per prompt",
+        source="preferences in the prompt: RiC (2402.10207), MO-ODPO (2503.00295)",
+        differs="trained by the learner on its own responses, not by supervised rounds (RiC) or on preference pairs (MO-ODPO); the text "
+        "is the weights as digits of fixed width, no words; preferences of a batch are spread over the simplex",
+        hides="one training has to learn all preferences, and to read them: compare at equal samples; the prompt is longer by "
+        "M * digits tokens; preferences closer than the last digit are one",
+        trainings="1",
+        forwards_per_token="1",
+        zero_shot=True,
+    )
+
+    def __post_init__(self):
+        if self.effort <= 0 or self.digits < 1:
+            raise ConfigError(
+                "method prompted: effort is positive, digits are at least 1",
+                found=f"effort = {self.effort:g}, digits = {self.digits}",
+                remedy="`paretune show prompted` prints the defaults",
+            )
+
+    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        return [self._spec(task, learner, seed)]
+
+    def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
+        rule = self._rule(task)
+        return self.family(task, rule.mixing, rule, adapters_for({"policy": self._spec(task, learner, seed)}, done), seed)
+
+    def _rule(self, task: Task) -> PromptedRule:
+        return PromptedRule(objectives=task.objectives.count, digits=self.digits)
+
+    def _spec(self, task: Task, learner: Learner, seed: int) -> TrainSpec:
+        fresh = (learner.rank,)
+        return sampled_training(task, learner, seed, rule=self._rule(task), fresh=fresh, effort=self.effort, balance=self.balance)

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError, TrainingError
 from paretune.evaluation.pareto import nondominated
-from paretune.methods.base import Card, Method
-from paretune.methods.emorl import SPLIT
-from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
-from paretune.policy.base import build_policy
+from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_trainings
+from paretune.policy.base import Policy, build_policy
 from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
+from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
+from paretune.policy.rules import rows_of
 from paretune.registry import METHODS
 from paretune.seeds import generator, seed_for
+from paretune.tasks.base import Task
 from paretune.tasks.preferences import sample_preferences
-from paretune.training.cost import Cost
-from paretune.training.spec import Artifact, TrainSpec
-
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
+from paretune.training.learner import Learner
+from paretune.training.spec import Artifact
+from paretune.types import Cost
 
 __all__ = ["ContextualBandit", "Learned", "Ridge", "StaticGates", "learn_gates"]
 
@@ -126,28 +122,9 @@ def learn_gates(
     return Learned(theta_ZM.reshape(d, q, objectives), np.array(utility_T), pulls, unscored)
 
 
-class _Paid:
-    """A rule with what finding it cost, which the ledger asks for; on disk it is the plain rule."""
-
-    def spend(self, cost: Cost) -> Any:
-        self.__dict__["_spent"] = cost
-        return self
-
-    def cost(self, w_WM: np.ndarray) -> Cost:
-        return self.__dict__["_spent"]
-
-
-class PaidContextual(_Paid, Contextual):
-    pass
-
-
-class PaidPooled(_Paid, Pooled):
-    pass
-
-
 @METHODS.register("contextual")
 @dataclass(frozen=True)
-class ContextualBandit(Method):
+class ContextualBandit(OnExperts):
     """M experts, one per objective; their gates follow from the prompt and the preference, by a model that a bandit learned.
 
     rounds: of `batch` prompts each (all of them where the task is exact). top: the largest gate. landmarks and width: how finely the
@@ -192,12 +169,7 @@ class ContextualBandit(Method):
                 remedy="`paretune show contextual` prints the defaults",
             )
 
-    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(vertex_trainings(task, learner, seed).values())
-
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixing, adapters)
         prompts = task.prompts(SPLIT)
@@ -219,7 +191,7 @@ class ContextualBandit(Method):
             seed=seed,
         )
         _require_scores(learned.pulls - learned.unscored)
-        rule = PaidContextual(
+        rule = Contextual(
             features=features,
             mean_F=tuple(map(float, features_PF.mean(0))),
             adapters=policy.K,
@@ -227,17 +199,15 @@ class ContextualBandit(Method):
             width=self.width,
             top=self.top,
             theta_DQM=tuple(tuple(tuple(map(float, row_M)) for row_M in rows) for rows in learned.theta_DQM),
-        ).spend(_cost(self.rounds, 0 if task.is_exact else learned.pulls, start))
-        meta = {
-            **family_meta(self, task, seed=seed, experts=range(task.objectives.count)),
-            "bandit": {"pulls": learned.pulls, "unscored": learned.unscored, "utility": _tenths(learned.utility_T)},
-        }
-        return Family(policy, rule, task.objectives, task.base(), adapters, meta)
+        )
+        cost = _cost(self.rounds, 0 if task.is_exact else learned.pulls, start)
+        meta = {"bandit": {"pulls": learned.pulls, "unscored": learned.unscored, "utility": _tenths(learned.utility_T)}}
+        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=cost)
 
 
 @METHODS.register("static-gates")
 @dataclass(frozen=True)
-class StaticGates(Method):
+class StaticGates(OnExperts):
     """M experts; for every preference the best gates of an even grid in [0, top]^M, the same for every prompt.
 
     What `contextual` is compared with: the same gates to choose from, measured on all training prompts. budget: points of the grid.
@@ -268,12 +238,7 @@ class StaticGates(Method):
                 remedy="`paretune show static-gates` prints the defaults",
             )
 
-    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(vertex_trainings(task, learner, seed).values())
-
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixing, adapters)
         start = time.perf_counter()
@@ -283,15 +248,14 @@ class StaticGates(Method):
         _require_scores(int(known_G.sum()))
         gates_GK, returns_GM = gates_GK[known_G], returns_GM[known_G]
         kept_G = nondominated(returns_GM)  # the others are the best of no preference
-        rule = PaidPooled(gates_GK=_rows(gates_GK[kept_G]), returns_GM=_rows(returns_GM[kept_G])).spend(_cost(len(known_G), drawn, start))
-        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        return Family(policy, rule, task.objectives, task.base(), adapters, meta)
+        rule = Pooled(gates_GK=rows_of(gates_GK[kept_G]), returns_GM=rows_of(returns_GM[kept_G]))
+        return self.family(task, policy, rule, adapters, seed, search_cost=_cost(len(known_G), drawn, start))
 
 
 def _gates(policy: Policy, top: float, budget: int) -> np.ndarray:
-    """(C, K) gates to choose from; at the logit level without those that are all 0, the uniform policy there."""
+    """(C, K) gates to choose from: without those that are all 0, where they are another policy than the reference."""
     gates_CK = box_lattice(policy.K, top, budget)
-    return gates_CK if policy.mixing == "parameter" else gates_CK[gates_CK.sum(1) > 0]
+    return gates_CK if policy.zero_is_reference else gates_CK[gates_CK.sum(1) > 0]
 
 
 def _puller(task: Task, policy: Policy, *, seed: int) -> Pull:
@@ -318,7 +282,3 @@ def _cost(evaluations: int, drawn: int, start: float) -> Cost:
 def _tenths(utility_T: np.ndarray) -> list[float]:
     """Means of up to ten equal stretches, for a reader to see whether it learned."""
     return [round(float(part.mean()), 6) for part in np.array_split(utility_T, min(10, len(utility_T)))]
-
-
-def _rows(array: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(float, row)) for row in array)

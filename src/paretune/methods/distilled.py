@@ -4,37 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method
-from paretune.methods.bridge import BridgeRule
-from paretune.methods.experts import family_meta
-from paretune.methods.placed import Barycentric, Placed
-from paretune.policy.base import build_policy
-from paretune.policy.rules import Rule
-from paretune.registry import METHODS, RULES, describe
+from paretune.methods.base import Card, Method, parts_of
+from paretune.methods.placed import Placed
+from paretune.policy.family import Family
+from paretune.policy.rules import Barycentric, BridgeRule, StudentRule
+from paretune.registry import METHODS, describe
+from paretune.tasks.base import Task
+from paretune.training.distill import Distillation
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Distilled", "StudentRule"]
-
-
-@RULES.register("student")
-@dataclass(frozen=True)
-class StudentRule(Rule):
-    """No gate for the first `teachers` adapters, then those of a bridge: how a student samples while its teachers stand beside it."""
-
-    teachers: int
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.zeros((len(w_WM), self.teachers)), BridgeRule().gates(w_WM)], axis=1)
+__all__ = ["Distilled"]
 
 
 @METHODS.register("distilled")
@@ -74,22 +57,16 @@ class Distilled(Method):
         return [*teachers, self._student(task, learner, teachers, seed)] if ready else teachers
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-
         teachers = Placed(more=self.more).plan(task, learner, done, seed)
-        found = done[self._student(task, learner, teachers, seed).key].adapters
-        adapters = {f"part-{i}": path for i, path in enumerate(found)}
-        meta = family_meta(self, task, seed=seed)
-        return Family(build_policy(task, "parameter", adapters), BridgeRule(), task.objectives, task.base(), adapters, meta)
+        adapters = parts_of(self._student(task, learner, teachers, seed), done)
+        return self.family(task, "parameter", BridgeRule(), adapters, seed)
 
     def _student(self, task: Task, learner: Learner, teachers: Sequence[TrainSpec], seed: int) -> TrainSpec:
-        from paretune.training.distill import Distillation
-
         keys = tuple(spec.key for spec in teachers)
         rule = Barycentric(points_KM=tuple(tuple(spec.preference or ()) for spec in teachers))
         return TrainSpec(
             task=describe(task),
-            learner=describe(Distillation.like(learner, describe(rule)).scaled(self.effort)),
+            learner=describe(Distillation.like(learner, teacher=describe(rule)).scaled(self.effort)),
             preference=None,
             seed=seed,
             frozen_adapters=keys,

@@ -10,31 +10,26 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import adapters_for, family_meta, vertex_trainings
-from paretune.methods.search import SearchResult, hierarchical_grid, hierarchical_simplex
-from paretune.policy.base import build_policy
+from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_trainings
+from paretune.methods.search import hierarchical_grid, hierarchical_simplex
+from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rules import Rule, Table
+from paretune.policy.rules import Searched
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
-from paretune.training.cost import Cost
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Cost
 
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Emorl", "EmorlShared", "SearchedFamily", "SearchedGates", "outer_score"]
+__all__ = ["Emorl", "EmorlShared", "outer_score"]
 
 CLIP = 1e-4  # the product score takes logarithms of rewards in [CLIP, 1 - CLIP]
-SPLIT = "train"  # the outer level sees training prompts only
 
 Scorer = Callable[[np.ndarray, np.ndarray], float]
 """(gates (K,), preference (M,)) -> score."""
@@ -58,51 +53,7 @@ def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: in
     return lambda gates_K, w_M: returns.expected(gates_K, lambda rewards: value(rewards, w_M), price)
 
 
-class SearchedGates(Rule):
-    """Preferences -> gates by a search for each preference that was not asked before; `frozen` is what can be written down."""
-
-    registered_name = "searched"
-
-    def __init__(self, search: Callable[[np.ndarray], tuple[SearchResult, Cost]], first_WM: np.ndarray):
-        self._search, self._first_WM = search, first_WM
-        self.found: dict[tuple[float, ...], tuple[SearchResult, Cost]] = {}
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return np.stack([self._at(w_M)[0].best_K for w_M in w_WM])
-
-    def cost(self, w_WM: np.ndarray) -> Cost:
-        """What the searches for these preferences cost, one after the other, each as if nothing had been searched before."""
-        total = Cost()
-        for row in {tuple(map(float, w_M)): w_M for w_M in w_WM}.values():
-            total = total.then(self._at(row)[1])
-        return total
-
-    def frozen(self) -> Table:
-        """Everything found so far; where nothing was asked yet, the judged preferences are searched first."""
-        if not self.found:
-            self.gates(self._first_WM)
-        gates_WK = tuple(tuple(map(float, result.best_K)) for result, _ in self.found.values())
-        return Table(w_WM=tuple(self.found), gates_WK=gates_WK)
-
-    def _at(self, w_M: np.ndarray) -> tuple[SearchResult, Cost]:
-        key = tuple(map(float, w_M))
-        if key not in self.found:
-            self.found[key] = self._search(np.asarray(w_M, dtype=np.float64))
-        return self.found[key]
-
-
-@dataclass
-class SearchedFamily(Family):
-    """A family whose rule searches. On disk it is a table of what was found; loaded again, a new preference takes the nearest row."""
-
-    def __post_init__(self):
-        """Nothing is asked of the rule here: every question costs a search."""
-
-    def save(self, path: Any) -> None:
-        Family(self.policy, self.rule.frozen(), self.objectives, self.base, self.adapters, self.meta).save(path)
-
-
-class _Emorl(Method):
+class _Emorl(OnExperts):
     score: str
     search: str
     levels: int
@@ -123,16 +74,14 @@ class _Emorl(Method):
         score = outer_score(task, policy, kind=self.score, samples=self.samples, seed=seed)
         searcher = hierarchical_grid if self.search == "box" else hierarchical_simplex
 
-        def search(w_M: np.ndarray) -> tuple[SearchResult, Cost]:
+        def search(w_M: np.ndarray) -> tuple[np.ndarray, Cost]:
             start = time.perf_counter()
             result = searcher(lambda gates_K: score(gates_K, w_M), policy.K, levels=self.levels, cache=self.cache)
             drawn = 0 if task.is_exact else result.evaluations * self.samples
-            seconds = time.perf_counter() - start
-            return result, Cost(evaluations=result.evaluations, validation_samples=drawn, seconds=seconds)
+            spent = Cost(evaluations=result.evaluations, validation_samples=drawn, seconds=time.perf_counter() - start)
+            return result.best_K, spent
 
-        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        rule = SearchedGates(search, task.judged())
-        return SearchedFamily(policy, rule, task.objectives, task.base(), adapters, meta)
+        return self.family(task, policy, Searched(search, task.judged()), adapters, seed)
 
 
 _DIFFERS = (

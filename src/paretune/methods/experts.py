@@ -1,106 +1,40 @@
-"""One expert per objective, combined at a chosen level: the simplest meta-policy, and the parts that other methods share."""
+"""One expert per objective, with the preference as their gates: soups, logits, hidden states, and other ways to mix predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-import numpy as np
+from paretune.errors import ConfigError
+from paretune.methods.base import Card, OnExperts, adapters_for, vertex_trainings
+from paretune.policy.family import Family
+from paretune.policy.rules import Identity
+from paretune.registry import METHODS
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
+from paretune.training.spec import Artifact
 
-from paretune.methods.base import Card, Method
-from paretune.policy.base import build_policy
-from paretune.registry import METHODS, describe
-from paretune.training.spec import Artifact, TrainSpec
-from paretune.training.weightings.base import Balanced, Fixed
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.policy.rules import Rule
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Experts", "OnExperts", "adapters_for", "family_meta", "sampled_training", "training", "vertex_trainings"]
+__all__ = ["Experts", "HiddenLayer", "MixedExperts", "ModDivergence", "Rmod"]
 
 
-def training(task: Task, learner: Learner, w_M: Sequence[float] | np.ndarray, seed: int) -> TrainSpec:
-    """The training for one fixed preference. Equal arguments give equal keys, so that methods share its result."""
-    preference = tuple(float(w) for w in w_M)
-    return TrainSpec(task=describe(task), learner=describe(learner), preference=preference, seed=seed)
-
-
-def sampled_training(
-    task: Task,
-    learner: Learner,
-    seed: int,
-    *,
-    rule: Rule,
-    fresh: tuple[int, ...],
-    frozen_adapters: Iterable[TrainSpec] = (),
-    effort: float = 1.0,
-    balance: float = 0.0,
-    active_objectives: tuple[int, ...] | None = None,
-) -> TrainSpec:
-    """The training over sampled preferences, gated by `rule`: new adapters of the ranks `fresh` beside those of `frozen_adapters`.
-
-    effort: its budget, in budgets of the learner. balance: the power of the weighting "balanced", 0 is plain sampling.
-    """
-    spec = TrainSpec(
-        task=describe(task),
-        learner=describe(learner.scaled(effort)),
-        preference=None,
-        seed=seed,
-        weighting=describe(Balanced(power=balance) if balance else Fixed()),
-        frozen_adapters=tuple(spec.key for spec in frozen_adapters),
-        fresh=fresh,
-        rule=describe(rule),
-        active_objectives=active_objectives,
-    )
-    learner.accept(spec)
-    return spec
-
-
-def vertex_trainings(task: Task, learner: Learner, seed: int) -> dict[str, TrainSpec]:
-    """Adapter name -> training of the expert of each objective, in the order of axis M."""
-    vertices = np.eye(task.objectives.count)
-    return {f"expert-{name}": training(task, learner, e_M, seed) for name, e_M in zip(task.objectives.names, vertices, strict=True)}
-
-
-def adapters_for(specs: Mapping[str, TrainSpec], done: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Adapter name -> directory of the finished training."""
-    return {name: done[spec.key].path for name, spec in specs.items()}
-
-
-def family_meta(method: Method, task: Task, *, seed: int, experts: Sequence[int] | None = None) -> dict[str, Any]:
-    """What a family says of itself: method, card, default length, and which adapter is the expert of which objective."""
-    meta = {"method": describe(method), "card": asdict(method.card), "seed": seed, "max_new_tokens": task.max_new_tokens}
-    return meta if experts is None else {**meta, "experts": list(experts)}
-
-
-class OnExperts(Method):
-    """One expert per objective, with the preference as their gates; subclasses say at which level they are mixed."""
+class MixedExperts(OnExperts):
+    """Base of the methods that mix the experts at the preference itself; subclasses say by which mixing."""
 
     symmetric: ClassVar[bool] = True
 
     def mixing_settings(self) -> str | Mapping[str, Any]:
-        """The mixing level, by name or with its settings."""
-        raise AssertionError("subclasses name their level")
-
-    def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(vertex_trainings(task, learner, seed).values())
+        """The mixing, by name or with its settings."""
+        raise AssertionError("subclasses name their mixing")
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-        from paretune.policy.rules import Identity
-
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
-        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        return Family(build_policy(task, self.mixing_settings(), adapters), Identity(), task.objectives, task.base(), adapters, meta)
+        return self.family(task, self.mixing_settings(), Identity(), adapters, seed)
 
 
 @METHODS.register("experts")
 @dataclass(frozen=True)
-class Experts(OnExperts):
+class Experts(MixedExperts):
     """M experts, one per objective; a preference is the vector of their gates.
 
     mixing: "parameter" is the exact delta soup, "factor" the soup of the factors as its authors' code does it, "logit" the product of
@@ -115,7 +49,7 @@ class Experts(OnExperts):
         source="rewarded soups (2306.04488) for parameter and factor; MOD (2406.18853), reverse KL, for logit; "
         "EMORL (2505.02579) for hidden",
         differs="parameter is the exact soup of the deltas, not of the factors; hidden uses the preference as weights, without a search; "
-        "all levels sample under one decoding, with a KV cache",
+        "all mixings sample under one decoding, with a KV cache",
         hides="what mixing loses even with perfect experts: evaluation separates learning from composition; "
         "hidden at the last layer IS logit mixing where the head is shared, linear and bias-free; factor adds cross terms of experts",
         trainings="M",
@@ -125,3 +59,75 @@ class Experts(OnExperts):
 
     def mixing_settings(self) -> str:
         return self.mixing
+
+
+@METHODS.register("mod-divergence")
+@dataclass(frozen=True)
+class ModDivergence(MixedExperts):
+    """The experts' next-token distributions, mixed as a divergence other than the reverse KL asks for; see `DivergenceMix`."""
+
+    divergence: Literal["forward-kl", "alpha", "js"] = "forward-kl"
+    alpha: float = 0.5
+
+    card: ClassVar[Card] = Card(
+        category="meta-policy",
+        summary="one expert per objective, next-token distributions mixed by forward KL (harmonic mean), an alpha-divergence or JS",
+        source="MOD (2406.18853), its divergences beside the reverse KL",
+        differs="1/alpha is kept, which the authors' code leaves out; the normalizer is a factor outside, as in the source's formulas; "
+        "for JS the reference runs beside the experts, and its closed form is ours",
+        hides="the experts were trained under the reverse KL, so that this answers another game than theirs",
+        trainings="M",
+        forwards_per_token="M; js: M + 1",
+        zero_shot=True,
+    )
+
+    def mixing_settings(self) -> Mapping[str, Any]:
+        return {"name": "divergence", "divergence": self.divergence, "alpha": self.alpha}
+
+
+@METHODS.register("rmod")
+@dataclass(frozen=True)
+class Rmod(MixedExperts):
+    """Decoding against the worst-case weights within `radius` of the preference; see `RobustMix`."""
+
+    radius: float = 1.0
+
+    card: ClassVar[Card] = Card(
+        category="meta-policy",
+        summary="one expert per objective, logits mixed at the worst weights for each token: robust, and at radius 1 without a preference",
+        source="RMOD (2503.08796)",
+        differs="the experts' log-ratios stand for trained value functions; the game is played and solved exactly at every token, not for "
+        "blocks of sampled candidates; a radius below 1 keeps the worst weights near the preference",
+        hides="at radius 1 every preference gets the same policy: read the worst objective, not attainment; without value functions it "
+        "does not see which objective has fallen behind so far",
+        trainings="M",
+        forwards_per_token="M",
+        zero_shot=True,
+    )
+
+    def mixing_settings(self) -> Mapping[str, Any]:
+        return {"name": "robust", "radius": self.radius}
+
+
+@METHODS.register("hidden-layer")
+@dataclass(frozen=True)
+class HiddenLayer(MixedExperts):
+    """Hidden states of the experts, mixed at one layer; the layers above run once under the soup. see `HiddenLayerMix`."""
+
+    layer: int = 1
+
+    card: ClassVar[Card] = Card(
+        category="meta-policy",
+        summary="one expert per objective, hidden states mixed at a layer; below it the experts run apart, above it their soup runs once",
+        source="EMORL (2505.02579) for the last layer; the layers below are our extension",
+        differs="any layer, with a KV cache; the preference is the weights, without a search",
+        hides="layer 0 is the delta soup and the last layer is logit mixing (shared linear head), so that only what lies between is new",
+        trainings="M",
+        forwards_per_token="(layer M + L - layer) / L",
+        zero_shot=True,
+    )
+
+    def mixing_settings(self) -> Mapping[str, Any]:
+        if self.layer < 0:
+            raise ConfigError("method hidden-layer: layer is at least 0", found=f"layer = {self.layer}", remedy="0 is the soup")
+        return {"name": "hidden-layer", "layer": self.layer}

@@ -4,56 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-import numpy as np
+from typing import ClassVar
 
 from paretune.errors import ConfigError, nearest
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import adapters_for, family_meta, sampled_training, vertex_trainings
-from paretune.policy.base import build_policy
-from paretune.policy.rules import Rule
-from paretune.registry import METHODS, RULES
+from paretune.methods.base import Card, OnExperts, adapters_for, sampled_training, vertex_trainings
+from paretune.policy.family import Family
+from paretune.policy.rules import ExtendedRule
+from paretune.registry import METHODS
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Extended", "ExtendedRule"]
-
-
-@RULES.register("extended")
-@dataclass(frozen=True)
-class ExtendedRule(Rule):
-    """Gates of M experts, the old family's bridge, and the new one; `new` is the place of the added objective.
-
-    With o the weights of the old objectives, m of them: the old bridge has m/(m-1) * ((sum o)^2 - sum o^2), which is its own gate where
-    the added objective has no weight; the new one has 4 v (1 - v), v the weight of the added objective, which is 0 there. A single old
-    objective has no bridge. `stage` "old" is what the old family was trained under: its experts and its bridge.
-    """
-
-    new: int
-    stage: str = "new"  # "old": without the new bridge
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        w_WM = np.asarray(w_WM, dtype=np.float64)
-        old_WM = np.delete(w_WM, self.new, axis=1)
-        m = old_WM.shape[1]
-        added_W1 = w_WM[:, self.new : self.new + 1]
-        new_W1 = 4.0 * added_W1 * (1.0 - added_W1)
-        if m == 1:
-            return np.concatenate([w_WM, new_W1], axis=1)
-        old_W1 = m / (m - 1) * (old_WM.sum(1, keepdims=True) ** 2 - (old_WM**2).sum(1, keepdims=True))
-        if self.stage == "old":
-            return np.concatenate([old_WM, old_W1], axis=1)
-        return np.concatenate([w_WM, old_W1, new_W1], axis=1)
+__all__ = ["Extended"]
 
 
 @METHODS.register("extended")
 @dataclass(frozen=True)
-class Extended(Method):
+class Extended(OnExperts):
     """First a `bridge` family of all objectives but `new`; then the expert of `new`, and a second bridge towards it.
 
     new: name or number of the added objective; empty is the last. effort, balance: as in `bridge`, for both bridges.
@@ -94,13 +61,8 @@ class Extended(Method):
         return asked
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-
-        bridges = self._bridges(task, learner, seed)
-        adapters = adapters_for({**vertex_trainings(task, learner, seed), **bridges}, done)
-        rule = ExtendedRule(new=self._place(task))
-        meta = family_meta(self, task, seed=seed, experts=range(task.objectives.count))
-        return Family(build_policy(task, "parameter", adapters), rule, task.objectives, task.base(), adapters, meta)
+        adapters = adapters_for({**vertex_trainings(task, learner, seed), **self._bridges(task, learner, seed)}, done)
+        return self.family(task, "parameter", ExtendedRule(new=self._place(task)), adapters, seed)
 
     def _place(self, task: Task) -> int:
         names = task.objectives.names

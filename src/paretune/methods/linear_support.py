@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import MIN_GAIN
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.methods.base import Card, Method, adapters_for, training
 from paretune.methods.search import simplex_lattice
 from paretune.methods.sweep import near_judged
 from paretune.policy.base import build_policy
+from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
+from paretune.policy.rules import Best, GateRule, Nearest, rows_of
 from paretune.registry import METHODS, describe
 from paretune.seeds import generator, seed_for
+from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
-from paretune.training.cost import Cost, then
+from paretune.training.cost import then
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
-from paretune.types import canonical_json
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
+from paretune.types import Cost, canonical_json
 
 __all__ = ["Measured", "OptimisticSupport", "corners", "next_corner", "next_planned", "optimistic"]
 
@@ -107,23 +104,16 @@ class OptimisticSupport(Method):
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         """Of what was trained, whatever the plan would say now: measured on another machine, its last digits may differ."""
-        from paretune.policy.family import Family
-        from paretune.policy.rules import Best, Nearest
-
         own = [a.spec.preference for a in done.values() if a.spec.preference is not None]
         specs = [spec for w_M in sorted(own, reverse=True) if (spec := training(task, learner, w_M, seed)).key in done]
         adapters = adapters_for({f"policy-{k}": spec for k, spec in enumerate(specs)}, done)
-        points_KM = tuple(spec.preference for spec in specs if spec.preference is not None)
+        points_KM = [spec.preference or () for spec in specs]
         found = [_measured(task, done[spec.key], self.samples, seed) for spec in specs]
-        returns_KM = tuple(tuple(map(float, one.returns_M)) for one in found)
-        rule = Best(returns_KM=returns_KM) if self.answer == "best" else Nearest(points_KM=points_KM)
+        best = self.answer == "best"
+        rule: GateRule = Best(returns_KM=rows_of([one.returns_M for one in found])) if best else Nearest(points_KM=rows_of(points_KM))
         spent = then(one.cost for one in [_measured(task, None, self.samples, seed), *found])
-        meta = {
-            **family_meta(self, task, seed=seed),
-            "trained_at": [list(w_M) for w_M in points_KM],
-            "trained_at_judged": near_judged(task, np.array(points_KM)),
-        }
-        return Family(build_policy(task, "parameter", adapters), _charged(rule, spent), task.objectives, task.base(), adapters, meta)
+        meta = {"trained_at": [list(w_M) for w_M in points_KM], "trained_at_judged": near_judged(task, np.array(points_KM))}
+        return self.family(task, "parameter", rule, adapters, seed, meta=meta, search_cost=spent)
 
     def _next(self, task: Task, specs: Sequence[TrainSpec], done: Mapping[str, Artifact], seed: int) -> np.ndarray | None:
         m = task.objectives.count
@@ -322,9 +312,3 @@ def _measure(task: Task, artifact: Artifact | None, samples: int, seed: int) -> 
     covariance_MM = returns.covariance_MM(gates)
     spent = Cost(evaluations=1, validation_samples=returns.samples, tokens=made.tokens, seconds=time.perf_counter() - began)
     return Measured(made.means_WM[0], covariance_MM, spent)
-
-
-def _charged(rule: Any, spent: Cost) -> Any:
-    """The same rule, which charges what was measured to find it; written to disk and read again, it costs nothing."""
-    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    return type(type(rule).__name__, (type(rule),), {"cost": lambda self, w_WM: spent})(**fields)

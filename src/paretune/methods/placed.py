@@ -4,75 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import adapters_for, family_meta, training
+from paretune.methods.base import SPLIT, Card, Method, adapters_for, training
 from paretune.methods.search import simplex_lattice
-from paretune.policy.base import build_policy
+from paretune.policy.base import Policy, build_policy
+from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rules import Rule
-from paretune.registry import METHODS, RULES
+from paretune.policy.rules import Barycentric, barycentric_gates, rows_of
+from paretune.registry import METHODS
 from paretune.seeds import seed_for
+from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
-from paretune.training.cost import Cost
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Cost
 
-if TYPE_CHECKING:
-    from paretune.policy.base import Policy
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-
-__all__ = ["Barycentric", "Placed", "barycentric_gates", "optimistic_regret"]
-
-SPLIT = "train"
-
-
-def barycentric_gates(points_KM: np.ndarray, w_WM: np.ndarray) -> np.ndarray:
-    """(W, K) gates >= 0 that sum to 1 with sum_k g_k p_k = w, on the corners of one cell of the points' triangulation.
-
-    For two objectives these are the two neighbors; for more, the corners of the Delaunay cell that holds w. The vertices of the
-    simplex must be among the points.
-    """
-    points_KM, w_WM = np.asarray(points_KM, dtype=np.float64), np.asarray(w_WM, dtype=np.float64)
-    gates_WK = np.zeros((len(w_WM), len(points_KM)))
-    if points_KM.shape[1] == 2:
-        order = np.argsort(points_KM[:, 0])
-        x_K = points_KM[order, 0]
-        right_W = np.clip(np.searchsorted(x_K, w_WM[:, 0]), 1, len(x_K) - 1)
-        share_W = (w_WM[:, 0] - x_K[right_W - 1]) / (x_K[right_W] - x_K[right_W - 1])
-        rows = np.arange(len(w_WM))
-        gates_WK[rows, order[right_W - 1]] = 1 - share_W
-        gates_WK[rows, order[right_W]] = share_W
-        return gates_WK
-    from scipy.spatial import Delaunay
-
-    cells = Delaunay(points_KM[:, :-1])
-    for row, w_M in enumerate(w_WM):
-        best: tuple[float, np.ndarray, np.ndarray] | None = None
-        for corners in cells.simplices:
-            share_M = np.linalg.lstsq(points_KM[corners].T, w_M, rcond=None)[0]
-            inside = float(share_M.min())
-            if best is None or inside > best[0]:  # the cell that holds it; on a face shared by two, the first
-                best = (inside, corners, share_M)
-        assert best is not None
-        gates_WK[row, best[1]] = np.clip(best[2], 0.0, None) / np.clip(best[2], 0.0, None).sum()
-    return gates_WK
-
-
-@RULES.register("barycentric")
-@dataclass(frozen=True)
-class Barycentric(Rule):
-    """Expert k was trained at `points_KM[k]`; a preference is mixed of the corners of the cell that holds it."""
-
-    points_KM: tuple[tuple[float, ...], ...]
-
-    def gates(self, w_WM: np.ndarray) -> np.ndarray:
-        return barycentric_gates(np.asarray(self.points_KM), w_WM)
+__all__ = ["Placed", "optimistic_regret"]
 
 
 def optimistic_regret(values_K: np.ndarray, gates_WK: np.ndarray, utility_W: np.ndarray) -> np.ndarray:
@@ -106,7 +57,7 @@ class Placed(Method):
         summary="experts at the vertices and wherever the family so far may lose most; the neighbors of a preference are mixed",
         source="ours; mixing as in MOD (2406.18853), the bound from optimistic linear support (Roijers 2016)",
         differs="experts at mixed preferences beside those of single objectives; gates are the preference's place among its neighbors",
-        hides="every expert more is a training more, one wave after the other, and at the logit level a forward more per token (all run, "
+        hides="every expert more is a training more, one wave after the other, and with mixing logit a forward more per token (all run, "
         "though at most M have a gate); candidates are measured on training prompts",
         trainings="M + more",
         forwards_per_token="logit: M + more; parameter: 1",
@@ -126,13 +77,9 @@ class Placed(Method):
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         specs, cost = self._placed(task, learner, done, seed)
-        adapters = adapters_for(specs, done)
-        rule = PlacedRule(points_KM=tuple(tuple(spec.preference or ()) for spec in specs.values()))
-        rule.spend(cost)
-        meta = {**family_meta(self, task, seed=seed), "placed_at": [list(p) for p in rule.points_KM]}
-        from paretune.policy.family import Family
-
-        return Family(build_policy(task, self.mixing, adapters), rule, task.objectives, task.base(), adapters, meta)
+        rule = Barycentric(points_KM=rows_of([spec.preference or () for spec in specs.values()]))
+        meta = {"placed_at": [list(p) for p in rule.points_KM]}
+        return self.family(task, self.mixing, rule, adapters_for(specs, done), seed, meta=meta, search_cost=cost)
 
     def _placed(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> tuple[dict[str, TrainSpec], Cost]:
         """The trainings of this and all earlier waves, and what choosing them cost."""
@@ -165,16 +112,6 @@ class Placed(Method):
                 remedy="raise points",
             )
         return kept
-
-
-class PlacedRule(Barycentric):
-    """The rule with what its choice cost, which the ledger asks for; on disk it is a plain "barycentric"."""
-
-    def spend(self, cost: Cost) -> None:
-        self.__dict__["_spent"] = cost
-
-    def cost(self, w_WM: np.ndarray) -> Cost:
-        return self.__dict__["_spent"]
 
 
 def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, Cost]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method
-from paretune.methods.experts import OnExperts, adapters_for, family_meta, training
-from paretune.policy.base import build_policy
+from paretune.methods.base import Card, Method, adapters_for, training
+from paretune.methods.experts import MixedExperts
+from paretune.policy.family import Family
+from paretune.policy.rules import Backbones, rows_of
 from paretune.registry import METHODS
+from paretune.tasks.base import Task
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
-
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
 
 __all__ = ["BoneSoup", "Dare", "Ties"]
 
@@ -31,8 +29,8 @@ _HIDES = "a vertex is the expert after pruning, not the expert; the merge is den
 
 @METHODS.register("ties")
 @dataclass(frozen=True)
-class Ties(OnExperts):
-    """Trim, elect signs, merge what agrees; see `mixing.MergedMix`."""
+class Ties(MixedExperts):
+    """Trim, elect signs, merge what agrees; see `MergedMix`."""
 
     density: float = 0.8
     normalize: bool = False
@@ -55,8 +53,8 @@ class Ties(OnExperts):
 
 @METHODS.register("dare")
 @dataclass(frozen=True)
-class Dare(OnExperts):
-    """Drop at random and rescale, then sum, or elect signs first; see `mixing.MergedMix`."""
+class Dare(MixedExperts):
+    """Drop at random and rescale, then sum, or elect signs first; see `MergedMix`."""
 
     density: float = 0.8
     signs: bool = False
@@ -123,11 +121,6 @@ class BoneSoup(Method):
         return list(self._specs(task, learner, seed).values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        from paretune.policy.family import Family
-        from paretune.policy.rules import Backbones
-
         adapters = adapters_for(self._specs(task, learner, seed), done)
-        points_KM = tuple(tuple(map(float, row)) for row in self.points_KM(task.objectives.count))
-        rule = Backbones(points_KM=points_KM, extrapolation=self.extrapolation)
-        policy = build_policy(task, self.mixing, adapters)
-        return Family(policy, rule, task.objectives, task.base(), adapters, family_meta(self, task, seed=seed))
+        rule = Backbones(points_KM=rows_of(self.points_KM(task.objectives.count)), extrapolation=self.extrapolation)
+        return self.family(task, self.mixing, rule, adapters, seed)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card
-from paretune.methods.experts import training
+from paretune.methods.base import Card, training
 from paretune.methods.sweep import SWEEP_TRAININGS, Sweep
 from paretune.objectives import utilities
 from paretune.registry import METHODS, describe
+from paretune.tasks.base import Task
+from paretune.tasks.exact.optimum import refuse_unreachable
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS
-
-if TYPE_CHECKING:
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
 
 __all__ = ["Lagrangian", "LogSum", "MaxMin", "Product", "Tchebycheff", "WarmSweep"]
 
@@ -172,8 +170,6 @@ class Lagrangian(_Climbing):
         }
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        from paretune.tasks.exact.optimum import refuse_unreachable
-
         seeks: Any = self._seeks()
         seeks.check(task.objectives.count)
         for name, threshold, high in zip(task.objectives.names, self.thresholds or (), task.objectives.high, strict=False):

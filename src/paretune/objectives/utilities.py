@@ -1,16 +1,15 @@
-"""What a user may want other than w . J: concave utilities of expected returns, and a utility of single responses.
+"""What a user may want other than w . J: scalarizers of single responses, and concave utilities of expected returns.
 
-J_k is a regularized return, E[r_k] - beta KL, of the whole policy. Every utility here rises with each J_k and is concave in J, so that its
-best policy is pi*_lambda for some weights lambda >= 0: those of the utility's gradient at the optimum. Only the direction of lambda
-counts, since every J_k contains the KL penalty: sum_k lambda_k J_k = (sum lambda) (w . J) with w = lambda / sum lambda, and the same beta.
+A scalarizer turns the rewards of one response into one number. A `TrainSpec` names it as `{"name": ..., field: value}`; `linear` is the
+default and the only one whose optimum the exact tasks know. The KL penalty is no part of it: the learner subtracts it afterwards.
+
+A utility is a function of J. J_k is a regularized return, E[r_k] - beta KL, of the whole policy. Every utility here rises with each J_k
+and is concave in J, so that its best policy is pi*_lambda for some weights lambda >= 0: those of the utility's gradient at the optimum.
+Only the direction of lambda counts, since every J_k contains the KL penalty: sum_k lambda_k J_k = (sum lambda) (w . J) with
+w = lambda / sum lambda, and the same beta.
 
 An objective whose weight in the preference is 0 is left out, so that at a vertex every utility here, but for `constrained`, is that of
 the single objective, and its optimum the expert. Returns are measured in units of the objective's declared range.
-
-Vectors of rewards to one number per response: the scalarizers that a `TrainSpec` can name.
-
-A scalarizer is `{"name": ..., field: value}`; `linear` is the default and the only one whose optimum the exact tasks know.
-The KL penalty is no part of it: the learner subtracts it afterwards.
 """
 
 from __future__ import annotations
@@ -41,6 +40,66 @@ __all__ = [
     "log_product",
     "scalarize",
 ]
+
+
+def linear(rewards_NM: np.ndarray, w_NM: np.ndarray) -> np.ndarray:
+    """(N,) weighted sums; NaN where any objective with a positive weight is NaN.
+
+    Source: the usual scalarization ("MORLHF").
+    Differs: nothing.
+    Hides: the objective with the larger spread dominates; only the convex part of a front can be reached without regularization.
+    """
+    return np.where(w_NM > 0, w_NM * rewards_NM, 0.0).sum(-1)
+
+
+def log_product(
+    rewards_NM: np.ndarray,
+    w_NM: np.ndarray,
+    *,
+    low_M: np.ndarray,
+    high_M: np.ndarray,
+    floor: float = 1e-4,
+    ceiling: float = 0.9999,
+) -> np.ndarray:
+    """(N,) sum_k w_k log clip(r_k, floor, ceiling), each r_k first mapped from [low, high] to [0, 1]; NaN as in `linear`.
+
+    Source: DynaOpt (2403.13578) and EMORL (2505.02579), where rewards lie in [0, 1].
+    Differs: objectives with another range are mapped to [0, 1].
+    Hides: a reward at its low costs log(floor) = -9.2, so one bad objective outweighs everything else.
+    """
+    unit_NM = np.clip((rewards_NM - low_M) / (high_M - low_M), floor, ceiling)
+    return linear(np.log(unit_NM), w_NM)
+
+
+SCALARIZERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
+
+
+def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `scalarize` can use it."""
+    name = str(scalarizer.get("name", ""))
+    if name not in SCALARIZERS:
+        raise ConfigError("a scalarizer is known by its name", found=repr(name), remedy=nearest(name, SCALARIZERS))
+    fields = SCALARIZERS[name].__kwdefaults__ or {}
+    for field in scalarizer:
+        if field not in ("name", *fields):
+            known = ", ".join(fields) or "none"
+            raise ConfigError(f"scalarizer {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {known}")
+    low, high = float(scalarizer.get("floor", 1e-4)), float(scalarizer.get("ceiling", 0.9999))
+    if not 0 < low < high <= 1:
+        raise ConfigError(
+            "0 < floor < ceiling <= 1", found=f"floor={low:g}, ceiling={high:g}", remedy="leave them out for the published 1e-4 and 0.9999"
+        )
+
+
+def scalarize(
+    rewards_NM: np.ndarray, w_NM: np.ndarray, scalarizer: Mapping[str, Any], *, low_M: np.ndarray, high_M: np.ndarray
+) -> np.ndarray:
+    """(N,) one number per response, NaN where it cannot be said. `low_M` and `high_M` are the objectives' ranges."""
+    fields = {name: value for name, value in scalarizer.items() if name != "name"}
+    if scalarizer["name"] == "linear":
+        return linear(rewards_NM, w_NM)
+    return SCALARIZERS[scalarizer["name"]](rewards_NM, w_NM, low_M=low_M, high_M=high_M, **fields)
+
 
 UTILITIES = Registry("utility", "paretune.objectives")
 
@@ -248,7 +307,7 @@ class Constrained(Utility):
     """The largest w . J among the policies with J_k >= c_k.
 
     c is `thresholds`, one per objective, None where there is none; left out it is the return of the untrained reference plus `margin`
-    for every objective: gain what you can, and let nobody lose.
+    for every objective: the largest gain at which no objective loses.
 
     Source: constrained Markov decision processes (Altman 1999); Safe-RLHF (2310.12773) for language models. Differs: thresholds
     bound regularized returns, as everything here does; a plain reward exceeds its return by beta KL. Hides: by how much a
@@ -286,7 +345,7 @@ class Constrained(Utility):
 @UTILITIES.register("log-product")
 @dataclass(frozen=True)
 class LogProduct:
-    """The product of single responses' rewards: U = E[sum_k w_k log clip(r_k)] - beta KL; see `scalarize.log_product`.
+    """The product of single responses' rewards: U = E[sum_k w_k log clip(r_k)] - beta KL; see `log_product`.
 
     No function of J, hence no `Utility`: the expectation is of the logarithm. It is linear in the policy, so its optimum is closed form.
 
@@ -316,64 +375,3 @@ class LogProduct:
 
 def _linear(slope_Q: np.ndarray) -> Any:
     return lambda q: (float(slope_Q @ q), slope_Q, np.zeros_like(q))
-
-
-def linear(rewards_NM: np.ndarray, w_NM: np.ndarray) -> np.ndarray:
-    """(N,) weighted sums; NaN where any objective with a positive weight is NaN.
-
-    Source: the usual scalarization ("MORLHF").
-    Differs: nothing.
-    Hides: the objective with the larger spread dominates; only the convex part of a front can be reached without regularization.
-    """
-    return np.where(w_NM > 0, w_NM * rewards_NM, 0.0).sum(-1)
-
-
-def log_product(
-    rewards_NM: np.ndarray,
-    w_NM: np.ndarray,
-    *,
-    low_M: np.ndarray,
-    high_M: np.ndarray,
-    floor: float = 1e-4,
-    ceiling: float = 0.9999,
-) -> np.ndarray:
-    """(N,) sum_k w_k log clip(r_k, floor, ceiling), each r_k first mapped from [low, high] to [0, 1]; NaN as in `linear`.
-
-    Source: DynaOpt (2403.13578) and EMORL (2505.02579), where rewards lie in [0, 1].
-    Differs: objectives with another range are mapped to [0, 1].
-    Hides: a reward at its low costs log(floor) = -9.2, so one bad objective outweighs everything else.
-    """
-    unit_NM = np.clip((rewards_NM - low_M) / (high_M - low_M), floor, ceiling)
-    return linear(np.log(unit_NM), w_NM)
-
-
-SCALARIZERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
-
-
-FIELDS: Mapping[str, tuple[str, ...]] = {"linear": (), "log_product": ("floor", "ceiling")}
-
-
-def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless `scalarize` can use it."""
-    name = str(scalarizer.get("name", ""))
-    if name not in SCALARIZERS:
-        raise ConfigError("a scalarizer is known by its name", found=repr(name), remedy=nearest(name, SCALARIZERS))
-    for field in scalarizer:
-        if field not in ("name", *FIELDS[name]):
-            known = ", ".join(FIELDS[name]) or "none"
-            raise ConfigError(f"scalarizer {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {known}")
-    low, high = float(scalarizer.get("floor", 1e-4)), float(scalarizer.get("ceiling", 0.9999))
-    if not 0 < low < high <= 1:
-        raise ConfigError(
-            "0 < floor < ceiling <= 1", found=f"floor={low:g}, ceiling={high:g}", remedy="leave them out for the published 1e-4 and 0.9999"
-        )
-
-
-def scalarize(
-    rewards_NM: np.ndarray, w_NM: np.ndarray, scalarizer: Mapping[str, Any], *, low_M: np.ndarray, high_M: np.ndarray
-) -> np.ndarray:
-    """(N,) one number per response, NaN where it cannot be said. `low_M` and `high_M` are the objectives' ranges."""
-    fields = {name: value for name, value in scalarizer.items() if name != "name"}
-    if scalarizer["name"] == "linear":
-        return linear(rewards_NM, w_NM)
-    return SCALARIZERS[scalarizer["name"]](rewards_NM, w_NM, low_M=low_M, high_M=high_M, **fields)

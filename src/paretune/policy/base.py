@@ -1,10 +1,10 @@
-"""A policy: one model, one bank of adapters, and the level at which the adapters are combined; and a family of them on disk.
+"""A policy: one model, one bank of adapters, and the mixing that combines them. The mixings stand in `paretune.policy.mixing`.
 
-The levels themselves stand in `mixing/`. Every policy answers the same call, with a gate per row of the batch and adapter:
+Every policy answers the same call, with a gate per row of the batch and adapter:
 
     logits_NTV = policy.forward(ids_NT, attention_mask=mask, gates_NK=gates)
 
-which is `combine(parts(...), gates)`. Parts are expensive; at the logit and hidden levels they do not depend on the gates, so that one
+which is `combine(parts(...), gates)`. Parts are expensive; at the logit and hidden mixings they do not depend on the gates, so that one
 computation of them serves many preferences. A softmax over V of the result is the policy; rows of logits are defined up to a constant.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,22 +21,51 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.bank import LoraBank, soup_weight
+from paretune.policy.lora.layers import FusedLayer
 from paretune.registry import Registry
 from paretune.tasks.base import Task
 
-__all__ = ["MIXINGS", "Policy", "build_mixing", "build_policy"]
+__all__ = ["ATTRIBUTIONS", "MIXINGS", "Policy", "Weights", "build_mixing", "build_policy"]
 
 MIXINGS = Registry("mixing", "paretune.policy.mixing")
+ATTRIBUTIONS = ("product", "path", "shapley")  # how a token may be credited to the adapters: see `evaluation.explain`
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights that computes a policy at some gates: the base model and `how` its adapters change it.
+
+    `how` is "delta" (the exact soup), "factor" (the soup of the factors), "merge" (dense, see `Policy.merged_weight`) or "base" (no
+    change). `prefix` are ids of tokens that stand before every prompt.
+    """
+
+    how: str
+    gates_K: Tensor
+    prefix: tuple[int, ...] = ()
 
 
 class Policy(ABC):
-    """What samples text and scores tokens. `registered_name` (also `level`) names the class in MIXINGS."""
+    """What samples text and scores tokens: the base of all mixings. `registered_name` (also `mixing`) names the class in MIXINGS.
+
+    `parts` and `combine` are all that a mixing must have. The attributes below and `single_weights` say what it is, to those who export,
+    explain, evaluate or search; `paretune.testing.mixings.check_mixing` proves what they say.
+    """
 
     registered_name: ClassVar[str]
     version: ClassVar[int]
     parts_need_gates: ClassVar[bool] = False
     one_forward: ClassVar[bool] = False  # True: parts are the logits of one forward of the model
+
+    vertices_are_experts: bool = True  # gates e_k are adapter k alone
+    symmetric: bool = True  # it does not matter in which order the adapters come
+    mixes_per_row: bool = True  # False: one gate vector for a whole batch
+    stepwise: bool = False  # gates that are near each other are the same policy
+    zero_is_reference: bool = False  # gates that are all 0 are the reference
+    has_composition_limit: bool = False  # what mixing loses with optimal experts is known: see `evaluation.evaluate`
+    attribution: str = "shapley"  # how a token is credited to the adapters: one of ATTRIBUTIONS
+    trains_only: bool = False  # it is for trainings; what it leaves is used at mixing "parameter"
+    why_many: str = "it combines its adapters in a way that no single set of weights computes"  # between the experts
 
     def __init__(self, bank: LoraBank, tokenizer: Any):
         self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
@@ -50,7 +80,7 @@ class Policy(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the level's constructor was given beside bank and tokenizer: JSON, written into the family's file."""
+        """What the mixing's constructor was given beside bank and tokenizer: JSON, written into the family's file."""
         return {}
 
     @property
@@ -71,17 +101,25 @@ class Policy(ABC):
         return float(self.copies)
 
     def parameters(self) -> list[Tensor]:
-        """What a training of this policy trains: the bank's trainable tensors, and what a level has beside them."""
+        """What a training of this policy trains: the bank's trainable tensors, and what a mixing has beside them."""
         return self.bank.parameters()
 
     def commit(self) -> None:  # noqa: B027
-        """Write into the bank's adapters what was trained in their place; most levels train the adapters themselves."""
+        """Write into the bank's adapters what was trained in their place; most mixings train the adapters themselves."""
 
     def save_extra(self, folder: Path) -> None:  # noqa: B027
-        """Write into `folder` what the level has learned beside adapters; most have nothing."""
+        """Write into `folder` what the mixing has learned beside adapters; most have nothing."""
 
     def load_extra(self, folder: Path) -> None:  # noqa: B027
         """Read it back."""
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        """The one set of weights that computes the policy at these gates for every prompt; or, in words, why there is none."""
+        return Weights("delta", gates_K) if self.vertices_are_experts and one_alone(gates_K) else self.why_many
+
+    def merged_weight(self, layer: FusedLayer, weights: Weights) -> Tensor:
+        """The weight of one layer under `weights`, in float32 or wider."""
+        return soup_weight(layer, weights.gates_K, how=weights.how)
 
     @property
     def extra_positions(self) -> int:
@@ -98,7 +136,7 @@ class Policy(ABC):
         gates_NK: Tensor | None = None,
         last_only: int = False,
     ) -> Tensor:
-        """What the model must compute. At the parameter level the gates must be given; elsewhere they are not looked at.
+        """What the model must compute. Where `parts_need_gates`, the gates are given; elsewhere they are not looked at.
 
         `attention_mask` is (N, cached + T), 1 for real tokens, or a (N or 1, 1, T, cached + T) mask: bool (True may be looked at) or
         additive. `position_ids` default to counting the real tokens; a 4-D mask needs them given. `cache` comes from `new_cache`
@@ -119,7 +157,7 @@ class Policy(ABC):
         cache: Any = None,
         last_only: int = False,
     ) -> Tensor:
-        """(N, T, V) logits; `gates_NK=None` is the reference at every level (its cache then has N rows)."""
+        """(N, T, V) logits; `gates_NK=None` is the reference at every mixing (its cache then has N rows)."""
         if gates_NK is None:
             with self.bank.gates(None):
                 return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
@@ -190,9 +228,16 @@ class Policy(ABC):
         return self.model(**inputs, logits_to_keep=int(last_only)).logits
 
 
-def build_mixing(level: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
-    """The policy of a level, given as its name or as {"name": ..., setting: value, ...}."""
-    settings = {"name": level} if isinstance(level, str) else dict(level)
+def one_alone(gates_K: Tensor) -> bool:
+    """Whether one gate is 1 and all others are 0."""
+    wanted = torch.zeros_like(gates_K.double())
+    wanted[gates_K.argmax()] = 1.0
+    return torch.allclose(gates_K.double(), wanted, rtol=0, atol=1e-9)
+
+
+def build_mixing(mixing: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any) -> Policy:
+    """The policy of a mixing, given as its name or as {"name": ..., setting: value, ...}."""
+    settings = {"name": mixing} if isinstance(mixing, str) else dict(mixing)
     return MIXINGS[settings.pop("name")](bank, tokenizer, **settings)
 
 
@@ -210,7 +255,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
-def build_policy(task: Task, level: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
+def build_policy(task: Task, mixing: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
     """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_mixing`."""
     model, tokenizer = task.load()
-    return build_mixing(level, LoraBank.load(model, adapters), tokenizer)
+    return build_mixing(mixing, LoraBank.load(model, adapters), tokenizer)

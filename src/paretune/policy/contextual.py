@@ -14,13 +14,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.policy.rules import Rule
-from paretune.registry import RULES
+from paretune.policy.rules import GateRule
+from paretune.registry import GATE_RULES
 from paretune.types import Prompt
 
 __all__ = ["Contextual", "Features", "GateBasis", "Pooled", "box_lattice", "text_of_prompt"]
@@ -115,14 +115,15 @@ class GateBasis:
         return np.exp(-((gates_CK[:, None] - self._landmarks_QK) ** 2).sum(-1) / (2 * self._width**2))
 
 
-@RULES.register("contextual")
+@GATE_RULES.register("contextual")
 @dataclass(frozen=True)
-class Contextual(Rule):
+class Contextual(GateRule):
     """The gates in [0, top]^K that the model of the returns likes best for a preference and a prompt; see the module's docstring.
 
     Without a prompt its features are `mean_F`, those of the training prompts on average.
     """
 
+    stepwise: ClassVar[bool] = True
     features: Features
     mean_F: tuple[float, ...]
     adapters: int
@@ -160,6 +161,10 @@ class Contextual(Rule):
             return np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=self.adapters)))
         return np.concatenate([np.zeros((1, self.adapters)), np.eye(self.adapters), -np.eye(self.adapters)])
 
+    @property
+    def per_prompt(self) -> bool:
+        return self.features.kind != "none"
+
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         mean_F = np.asarray(self.mean_F)
         return np.stack([self._best(w_M, mean_F) for w_M in np.asarray(w_WM, dtype=np.float64)])
@@ -186,11 +191,12 @@ class Contextual(Rule):
         return best_K
 
 
-@RULES.register("pooled")
+@GATE_RULES.register("pooled")
 @dataclass(frozen=True)
-class Pooled(Rule):
+class Pooled(GateRule):
     """The best of some gates for every preference, by the returns that were measured at them: argmax of w . returns; ties to the first."""
 
+    stepwise: ClassVar[bool] = True
     gates_GK: tuple[tuple[float, ...], ...]
     returns_GM: tuple[tuple[float, ...], ...]
 

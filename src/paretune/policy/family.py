@@ -18,8 +18,9 @@ from paretune.policy.base import Policy, build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
-from paretune.registry import RULES, TASKS, describe
-from paretune.types import Objectives, Preference, Prompt
+from paretune.policy.rules import GateRule
+from paretune.registry import GATE_RULES, TASKS, describe
+from paretune.types import Cost, Objectives, Preference, Prompt
 
 __all__ = ["Family"]
 
@@ -35,18 +36,32 @@ class Family:
 
     `rule` turns preferences into gates. `base` says where the reference model is: {"task": description} or {"model": path or hub id,
     "revision": ..., "dtype": ...}. `adapters` are the directories that the bank's adapters were read from, by name; adapters without one
-    are written from memory. `meta` is any JSON (the method's description and card; "max_new_tokens" is `sample`'s default).
+    are written from memory. `meta` is any JSON, for information only (the method's description and card).
     """
 
     policy: Policy
-    rule: Any
+    rule: GateRule
     objectives: Objectives
     base: Mapping[str, Any]
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    experts: tuple[int, ...] | None = None  # the adapter that is the expert of each objective, where there are such
+    utility: Mapping[str, Any] | None = None  # the description of what was climbed, where it is not w . J: see `evaluation.utility`
+    max_new_tokens: int | None = None  # the longest response of `sample`, where a request does not say
+    search_cost: Cost = field(default_factory=Cost)  # of finding the gates once, before anything is asked; not written to disk
 
     def __post_init__(self):
-        self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
+        if not self.rule.searches:
+            self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether preferences that are near each other are the same policy, so that a slope means nothing."""
+        return self.rule.stepwise or self.policy.stepwise
+
+    def cost(self, w_WM: np.ndarray) -> Cost:
+        """What finding the gates of these preferences cost: once for all of them, and for each."""
+        return self.search_cost.then(self.rule.cost(w_WM))
 
     def gates(self, w_WM: np.ndarray, prompts: Sequence[Prompt] | None = None) -> np.ndarray:
         """(W, K) float64 gates of W preferences; (W, P, K) for `prompts`, where the rule looks at the prompt."""
@@ -58,7 +73,7 @@ class Family:
                 remedy="pass an array of shape (preferences, objectives)",
             )
         shape: tuple[int, ...] = (len(w_WM), self.policy.K)
-        if prompts is not None and hasattr(self.rule, "prompt_gates"):
+        if prompts is not None and self.rule.per_prompt:
             gates, shape = self.rule.prompt_gates(w_WM, prompts), (len(w_WM), len(prompts), self.policy.K)
         else:
             gates = self.rule.gates(w_WM)
@@ -69,6 +84,13 @@ class Family:
                 remedy="use a rule that was made for these adapters",
             )
         return gates
+
+    def longest(self, asked: int | None) -> int:
+        """The longest response in tokens: what is asked for, or the family's own."""
+        limit = asked or self.max_new_tokens
+        if not limit:
+            raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
+        return limit
 
     def sample(
         self,
@@ -84,9 +106,7 @@ class Family:
 
         Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
-        limit = max_new_tokens or self.meta.get("max_new_tokens")
-        if not limit:
-            raise ConfigError("responses have a longest length", found="no max_new_tokens", remedy="pass max_new_tokens=64, for example")
+        limit = self.longest(max_new_tokens)
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
@@ -119,10 +139,13 @@ class Family:
         card = {
             "format": FAMILY_FORMAT,
             "mixing": {"name": self.policy.mixing, **self.policy.settings} if self.policy.settings else self.policy.mixing,
-            "rule": describe(self.rule),
+            "rule": describe(self.rule.frozen()),
             "objectives": asdict(self.objectives),
             "base": dict(self.base),
             "adapters": folders,
+            "experts": self.experts,
+            "utility": self.utility,
+            "max_new_tokens": self.max_new_tokens,
             "meta": self.meta,
         }
         (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -146,7 +169,7 @@ class Family:
                 found=repr(card.get("format")),
                 remedy="load it with the version that wrote it, or fit it anew",
             )
-        rule = RULES.build(card["rule"])
+        rule = GATE_RULES.build(card["rule"])
         model, tokenizer = load_base(card["base"])
         if device is not None:
             model = model.to(device)
@@ -154,7 +177,9 @@ class Family:
         policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
         policy.load_extra(path)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
-        return cls(policy, rule, objectives, card["base"], adapters, card["meta"])
+        experts = None if card["experts"] is None else tuple(card["experts"])
+        said = {"experts": experts, "utility": card["utility"], "max_new_tokens": card["max_new_tokens"]}
+        return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
 
 
 def load_base(base: Mapping[str, Any]) -> tuple[Any, Any]:

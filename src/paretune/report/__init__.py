@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from paretune.report.data import load
+from paretune.report.page import write_page
+
 __all__ = ["write_report"]
 
 
@@ -12,8 +15,5 @@ def write_report(root: str | Path, *, suite: str | None = None, out: str | Path 
 
     Raises ConfigError where there is no run directory, no such suite, or nothing finished.
     """
-    from paretune.report.data import load
-    from paretune.report.page import write_page
-
     results = load(root, suite=suite)
     return write_page(results, Path(out) if out is not None else Path(root) / "reports" / results.name)

@@ -6,15 +6,15 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from paretune.errors import ConfigError, nearest
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
 from paretune.report.tables import Column, Table
+from paretune.runs.config import load
 
 __all__ = ["KINDS", "catalog", "describe_name", "suite_path", "taxonomy"]
 
@@ -29,11 +29,11 @@ def catalog(kind: str) -> Table:
         raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, KINDS))
     if kind == "methods":
         return taxonomy()
+    said = {name: str(load(path).data.get("about", "")) for name, path in _suites().items()}
+    if kind != "suites":
+        said = {name: _first_sentence(REGISTRIES[kind][name]) for name in REGISTRIES[kind]}
     columns = (Column("name", "name", "text"), Column("summary", "what it is", "text"))
-    if kind == "suites":
-        return Table(kind, columns, [{"name": path.stem, "summary": str(_yaml(path).get("about", ""))} for path in _suites()])
-    classes = {name: REGISTRIES[kind][name] for name in REGISTRIES[kind]}
-    return Table(kind, columns, [{"name": name, "summary": _first_sentence(cls)} for name, cls in classes.items()])
+    return Table(kind, columns, [{"name": name, "summary": summary} for name, summary in said.items()])
 
 
 def taxonomy() -> Table:
@@ -63,11 +63,12 @@ def describe_name(name: str) -> list[dict[str, Any]]:
             about = inspect.cleandoc(cls.__doc__ or "")
             version = cls.version  # type: ignore[attr-defined]
             found.append({"kind": kind[:-1], "name": name, "version": version, "about": about, "card": card, "fields": list(_fields(cls))})
-    for path in _suites():
-        if path.stem == name:
-            found.append({"kind": "suite", "name": name, "about": _yaml(path).get("about", ""), "text": path.read_text(encoding="utf-8")})
+    suites = _suites()
+    if name in suites:
+        text = suites[name].read_text(encoding="utf-8")
+        found.append({"kind": "suite", "name": name, "about": load(suites[name]).data.get("about", ""), "text": text})
     if not found:
-        known = {n for registry in REGISTRIES.values() for n in registry} | {path.stem for path in _suites()}
+        known = {n for registry in REGISTRIES.values() for n in registry} | set(suites)
         raise ConfigError("`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known))
     return found
 
@@ -77,18 +78,15 @@ def suite_path(given: str) -> Path:
     path = Path(given)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    shipped = {p.stem: p for p in _suites()}
-    if given in shipped:
-        return shipped[given]
-    raise ConfigError("a suite is a YAML file, or the name of one that ships with Paretune", found=given, remedy=nearest(given, shipped))
+    shipped = _suites()
+    if given not in shipped:
+        rule = "a suite is a YAML file, or the name of one that ships with Paretune"
+        raise ConfigError(rule, found=given, remedy=nearest(given, shipped))
+    return shipped[given]
 
 
-def _suites() -> list[Path]:
-    return sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _suites() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))}
 
 
 def _first_sentence(cls: type) -> str:
@@ -101,22 +99,11 @@ def _fields(cls: type) -> Iterator[dict[str, Any]]:
     said: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner) or "__annotations__" in vars(owner):
-            said |= _comments(owner)
+            with suppress(OSError, TypeError):  # a class without source
+                said |= {match[1]: match[2].strip() for line in inspect.getsource(owner).splitlines() if (match := COMMENT.match(line))}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.init:
             kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-            yield {"name": field.name, "type": kind, "default": _default(field), "about": said.get(field.name, "")}
-
-
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    return repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
-
-
-def _comments(cls: type) -> dict[str, str]:
-    try:
-        lines = inspect.getsource(cls).splitlines()
-    except (OSError, TypeError):
-        return {}
-    return {match[1]: match[2].strip() for line in lines if (match := COMMENT.match(line))}
+            made = repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
+            default = made if field.default is dataclasses.MISSING else repr(field.default)
+            yield {"name": field.name, "type": kind, "default": default, "about": said.get(field.name, "")}

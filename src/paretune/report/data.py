@@ -1,4 +1,4 @@
-"""From a run directory to plain rows: what the page, the CSV files, the terminal and `--json` all show.
+"""Results: what a run directory holds, as cells, task settings and methods in a fixed order.
 
 Only what was published is read (a cell without DONE does not exist), and nothing is computed anew: no task is built, no model loaded.
 A *setting* is a task with its dials but without its seed; the cells of one method in one setting are its seeds.
@@ -7,6 +7,7 @@ A *setting* is a task with its dials but without its seed; the cells of one meth
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "asse
 SPLITS = ("train", "test")
 PROMPTS = {"train": "training prompts", "test": "test prompts"}
 
+Records = Mapping[str, Mapping[str, Any]]
 NOT_DIALS = ("name", "version", "seed", "content")
 
 
@@ -37,60 +39,66 @@ class Cell:
     env: Mapping[str, Any]
 
     @property
-    def card(self) -> Mapping[str, Any]:
-        return self.record["card"]
-
-    @property
     def task(self) -> Mapping[str, Any]:
         return self.record["task"]
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
-        return self.record["metrics"]
+    def seed(self) -> Any:
+        """The task's seed; None where the task has none."""
+        return self.task.get("seed")
 
     @property
     def unit(self) -> str:
         """What was drawn independently: the task's seed, or that of the trainings where the task has none."""
         return str(self.task.get("seed", self.record.get("seed")))
 
-    def measured(self, split: str) -> Mapping[str, Any]:
-        """The metrics of one split; empty where it was not measured."""
-        return self.metrics["splits"].get(split, {})
-
-    def front(self, split: str) -> Mapping[str, Any] | None:
-        """{"points", "w", "reference", "proof"}: the exact front and the reference's returns; None where they are not known."""
-        return (self.record.get("fronts") or {}).get(split)
-
     @property
     def w_WM(self) -> np.ndarray:
-        return np.asarray(self.metrics["preferences"], dtype=np.float64)
+        return np.asarray(self.record["metrics"]["preferences"], dtype=np.float64)
 
-    def cost(self, kind: str) -> Mapping[str, float]:
-        """`kind` is "total" or "critical_path"."""
-        return self.record["cost"][kind]
+    def measured(self, split: str, *path: str) -> Any:
+        """The metrics of one split, or what stands at `path` in them; {} or None where it was not measured."""
+        found = self.record["metrics"]["splits"].get(split, {})
+        for name in path:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
+
+    def summary(self, split: str, which: str, *path: str) -> float | None:
+        """The "worst" or "mean" of what stands at `path`, over judged preferences; an estimate's value, None where unknown."""
+        value = self.measured(split, *path, which)
+        if value is None and which == "worst":  # a gain has no worst of its own
+            each = self.measured(split, *path, "per_preference") or ()
+            value = min((e["value"] for e in each if isinstance(e, Mapping) and e["value"] is not None), default=None)
+        return value["value"] if isinstance(value, Mapping) else value
+
+    def cost(self, key: str, kind: str = "total") -> float:
+        """`kind` is "total" or "critical_path"; samples are those for training, for validation and for search."""
+        found = self.record["cost"][kind]
+        return found["samples"] + found["validation_samples"] if key == "samples" else found[key]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A task with its dials, without its seed, and every cell measured there."""
+    """A task with its dials, without its seed, and every cell measured there; or several settings that are looked at together."""
 
     label: str
     name: str
     dials: Mapping[str, Any]
     cells: tuple[Cell, ...]
+    parts: tuple[Setting, ...] = ()
 
     @property
     def slug(self) -> str:
         plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
-        return "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+        return "all" if self.parts else "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
 
     @cached_property
     def objectives(self) -> list[str]:
-        return list(self.cells[0].metrics["objectives"])
+        return list(self.cells[0].record["metrics"]["objectives"])
 
     @cached_property
     def exact(self) -> bool:
-        return all(cell.metrics["exact"] for cell in self.cells)
+        return all(cell.record["metrics"]["exact"] for cell in self.cells)
 
     @property
     def quality(self) -> str:
@@ -112,36 +120,40 @@ class Setting:
         """
         return self.splits[0]
 
-    def qualities(self, label: str, split: str) -> np.ndarray:
-        """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
-        rows = []
-        for cell in self.of(label):
-            values = (cell.measured(split).get(self.quality) or {}).get("per_preference")
-            if values:
-                rows.append([value["value"] if isinstance(value, Mapping) else value for value in values])
-        return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
-
     @cached_property
     def task_seeds(self) -> list[Any]:
-        return sorted({cell.task.get("seed", 0) for cell in self.cells})
+        return sorted({cell.seed for cell in self.cells})
 
     @cached_property
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(cell.label for cell in self.cells))
+        """The methods measured here; of several settings, in each of them."""
+        found = dict.fromkeys(cell.label for cell in self.cells)
+        return [label for label in found if all(label in part.labels for part in self.parts)]
 
     @cached_property
     def shared_seeds(self) -> list[Any]:
         """The task seeds at which every method was measured: means over these can be drawn in one picture."""
-        have = [{cell.task.get("seed", 0) for cell in self.of(label)} for label in self.labels]
+        have = [{cell.seed for cell in self.of(label)} for label in self.labels]
         return sorted(set.intersection(*have))
+
+    @property
+    def verified(self) -> dict[Any, Mapping[str, Any]]:
+        """Task seed -> how its objectives relate, by split, as verified when the task was built."""
+        return {cell.seed: cell.record["verified"] for cell in self.cells if cell.record.get("verified")}
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
-        return self._of.get(label, [])
+        return [cell for cell in self.cells if cell.label == label]
 
-    @cached_property
-    def _of(self) -> dict[str, list[Cell]]:
-        return {label: [cell for cell in self.cells if cell.label == label] for label in self.labels}
+    def drawn(self, split: str) -> list[str]:
+        """The methods that were measured on the split at all shared seeds."""
+        return [label for label in self.labels if self.shared_seeds and all(cell.measured(split) for cell in self.of(label))]
+
+    def qualities(self, label: str, split: str) -> np.ndarray:
+        """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
+        each = [values for cell in self.of(label) if (values := cell.measured(split, self.quality, "per_preference"))]
+        rows = [[value["value"] if isinstance(value, Mapping) else value for value in values] for values in each]
+        return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
 
     def front(self, split: str) -> dict[str, np.ndarray] | None:
         """Means over the shared seeds of the exact front's points, (K, M) at the same K preferences, and of the reference's returns (M,).
@@ -149,21 +161,22 @@ class Setting:
         The mean over tasks of the points at w is a point of the mean task's front: no policies, one per task, have a larger mean return
         at w.
         """
-        by_seed = {cell.task.get("seed", 0): cell.front(split) for cell in self.cells if cell.front(split)}
+        by_seed = {cell.seed: fronts[split] for cell in self.cells if (fronts := cell.record.get("fronts")) and split in fronts}
         fronts = [front for seed in self.shared_seeds if (front := by_seed.get(seed))]
         if not fronts or len(fronts) != len(self.shared_seeds):
             return None
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
+    def _shared(self, label: str, split: str, key: str) -> list[Any]:
+        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in self.shared_seeds]
+
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
-        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
-        return np.mean([np.asarray(cell.measured(split)["returns"], dtype=float) for cell in cells], axis=0)
+        return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
         """(W, M) half the width of the 95 % intervals of `mean_points` over samples; None where nothing was sampled."""
-        cells = [cell for cell in self.of(label) if cell.task.get("seed", 0) in self.shared_seeds]
-        errors = [cell.measured(split).get("returns_error") for cell in cells]
+        errors = self._shared(label, split, "returns_error")
         if not errors or any(error is None for error in errors):
             return None
         return np.sqrt(np.sum(np.square(np.asarray(errors, dtype=float)), axis=0)) / len(errors)
@@ -178,7 +191,7 @@ class Results:
     @cached_property
     def families(self) -> dict[str, str]:
         """Label -> family, baselines last: the order in which methods get their looks."""
-        found = {cell.label: str(cell.card["category"]) for cell in self.cells}
+        found = {cell.label: str(cell.record["card"]["category"]) for cell in self.cells}
         return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
 
     @property
@@ -198,7 +211,9 @@ class Results:
         tasks = [group[0].task for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
         many = len({t["name"] for t in tasks}) > 1
-        usual = {k: _usual([canonical_json(t.get(k)) for t in tasks]) for k in varying if k != "rho"}
+        counts = {k: Counter(canonical_json(t.get(k)) for t in tasks) for k in varying if k != "rho"}
+        # What more than half of the settings have goes without saying.
+        usual = {k: value for k, count in counts.items() for value, n in count.most_common(1) if 2 * n > len(tasks)}
         found = []
         for group in groups.values():
             task = group[0].task
@@ -219,36 +234,25 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     if suite is not None and suite not in suites:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
-    broken = {kind: store.failures(kind) for kind in (ARTIFACTS, CELLS)}
-    if suite is not None:
-        broken[CELLS] = {key: record for key, record in broken[CELLS].items() if key in suites[suite]}
-    if not folders and not any(broken.values()):
-        raise ConfigError(
-            "a report needs at least one finished cell",
-            found=f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else ""),
-            remedy=f"run `paretune bench SUITE.yaml --root {root}` first",
-        )
+    broken = [(kind, key, record) for kind in (ARTIFACTS, CELLS) for key, record in store.failures(kind).items()]
+    broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
+    if not folders and not broken:
+        found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
+        remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
+        raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
     records = {key: _json(folder / "cell.json") for key, folder in folders.items()}
     for key, record in records.items():
         if record.get("format") != CELL_FORMAT:
-            raise ConfigError(
-                f"this version reads cells of format {CELL_FORMAT}",
-                found=f"format {record.get('format')!r} in {folders[key]}",
-                remedy="read them with the version that wrote them (env.json names it), or run the suite in a new --root",
-            )
+            found = f"format {record.get('format')!r} in {folders[key]}"
+            remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
+            raise ConfigError(f"this version reads cells of format {CELL_FORMAT}", found=found, remedy=remedy)
     envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
-    failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, found in broken.items() for key, record in found.items()]
+    failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, key, record in broken]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
     return assemble(records, envs, failures=failures, name=name)
 
 
-def assemble(
-    records: Mapping[str, Mapping[str, Any]],
-    envs: Mapping[str, Mapping[str, Any]],
-    *,
-    failures: Sequence[Mapping[str, Any]] = (),
-    name: str = "results",
-) -> Results:
+def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str, Any]] = (), name: str = "results") -> Results:
     """Results from the contents of cell.json and env.json by cell key."""
     labels = _labels(list(records.values()))
     return Results([Cell(key, label, records[key], envs[key]) for key, label in zip(records, labels, strict=True)], failures, name)
@@ -272,17 +276,10 @@ def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for thing in things for key in thing))
 
 
-def _usual(values: Sequence[str]) -> str | None:
-    """The value that more than half of the settings have: it goes without saying. None where there is none."""
-    most = max(set(values), key=values.count)
-    return most if 2 * values.count(most) > len(values) else None
-
-
 def _order(key: str, value: Any) -> tuple[int, float, str]:
     """Numbers by size, but correlations from agreement to conflict."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return 0, -float(value) if key == "rho" else float(value), ""
-    return 1, 0.0, str(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, -float(value) if key == "rho" else float(value), "") if number else (1, 0.0, str(value))
 
 
 def _short(value: Any) -> str:
@@ -296,6 +293,5 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(
-            "a published file can be read", found=f"{path}: {error}", remedy="run `paretune check` on this directory"
-        ) from error
+        remedy = "run `paretune check` on this directory"
+        raise StoreError("a published file can be read", found=f"{path}: {error}", remedy=remedy) from error

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from paretune.report.comparison import Group, baselines, comparison_table, estimate_of, groups, pair_table
+from paretune.report.comparison import baselines, comparison_table, groups, on_headline, pair_table
 from paretune.report.data import PROMPTS, Results, Setting
-from paretune.report.series import glance_table, loss_table
-from paretune.report.tables import CEILING, Column, headline, leaderboard, minus
+from paretune.report.tables import CEILING, glance_table, headline, leaderboard, loss_table, minus, signed
 
 __all__ = ["findings"]
 
@@ -22,18 +20,11 @@ def findings(results: Results) -> list[str]:
     exact = {s.label for s in results.settings if s.exact}
     rows = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in exact]
     board = [{**row, "worst": worst} for row in rows if (worst := headline(row)) is not None]
+    contest = [row for row in board if row["category"] != "baseline"]
     if not board:
         return []
-    sentences = [
-        _best(results),
-        *_sweep(results),
-        *_levels(results),
-        *_order(results, board),
-        *_same(results),
-        *_hidden(board),
-        *_generalizes(board),
-    ]
-    return [s for s in sentences if s]
+    sentences = [_best(results), *_sweep(results), _levels(results), _order(results, board), _same(results)]
+    return [sentence for sentence in [*sentences, _hidden(contest), _generalizes(contest)] if sentence]
 
 
 def _best(results: Results) -> str:
@@ -48,92 +39,76 @@ def _best(results: Results) -> str:
 
 def _sweep(results: Results) -> list[str]:
     """Who beats the linear sweep on the same task seeds, and does a single policy at its cost? Only where intervals can tell."""
-    group = next((g for g in groups(results) if g.exact and g.pooled), next((g for g in groups(results) if g.exact), None))
+    group = next((g for g in groups(results) if g.exact), None)  # all settings together come first
     if group is None or "linear" not in [group.of(label)[0].record["method"]["name"] for label in baselines(group)]:
         return []
     linear = baselines(group)[0]
-    rows = [
-        (row["method"], row["seeds"], estimate_of(row, "difference_worst"))
-        for row in pair_table(results).rows
-        if (row["setting"], row["prompts"], row["against"]) == (group.label, group.headline, linear)
-    ]
-    told = {label: (n, ahead) for label, n, ahead in rows if results.families[label] != "baseline" and ahead and np.isfinite(ahead.low)}
+    pairs = [row for row in on_headline(pair_table(results), [group]) if row["against"] == linear]
+    contest = [row for row in pairs if results.families[row["method"]] != "baseline"]
+    told = {row["method"]: row for row in contest if row["difference_worst_low"] is not None}
     if not told:
         return []
-    best = max(told, key=lambda label: told[label][1].value)
-    better = [label for label, (_, ahead) in told.items() if ahead.low > 0]
-    on = f"than {linear} on the same {told[best][0]} task seeds ({group.label}, {PROMPTS[group.headline]})"
-    text = Column("", "", "change").show(told[best][1])
-    count = f"{len(better)} of {len(told)} methods {'has' if len(better) == 1 else 'have'}"
-    said = [f"{count} a higher worst attainment {on}, most of all {best}: {text}."]
-    if not better:
-        said = [f"No method has a surely higher worst attainment {on}; nearest is {best}: {text}."]
-    return [*said, *_single(results, group, linear, set(better))]
+    best = max(told, key=lambda label: told[label]["difference_worst"])
+    better = [label for label, row in told.items() if row["difference_worst_low"] > 0]
+    on = f"than {linear} on the same {told[best]['seeds']} task seeds ({group.label}, {PROMPTS[group.headline]})"
+    ends = [signed(told[best][f"difference_worst{end}"]) for end in ("", "_low", "_high")]
+    text = f"{best}: {ends[0]} [{ends[1]}, {ends[2]}]."
+    said = f"No method has a surely higher worst attainment {on}; nearest is {text}"
+    if better:
+        count = f"{len(better)} of {len(told)} methods {'has' if len(better) == 1 else 'have'}"
+        said = f"{count} a higher worst attainment {on}, most of all {text}"
+    return [said, _single(on_headline(comparison_table(results), [group]), linear, better)]
 
 
-def _single(results: Results, group: Group, linear: str, better: set[str]) -> list[str]:
+def _single(board: list[dict[str, Any]], linear: str, better: list[str]) -> str:
     """Does any single-policy method beat the linear sweep for no more samples (or tokens, where none were drawn)?"""
-    table = comparison_table(results).rows
-    rows = {row["method"]: row for row in table if (row["setting"], row["prompts"]) == (group.label, group.headline)}
+    rows = {row["method"]: row for row in board}
     unit = "samples" if rows[linear]["samples_total"] else "tokens"
-    alike = [
-        label
-        for label, row in rows.items()
-        if row["category"] == "single-policy" and label != linear and row[f"{unit}_total"] <= 1.01 * rows[linear][f"{unit}_total"]
-    ]
+    most = 1.01 * rows[linear][f"{unit}_total"]
+    alike = [x for x, row in rows.items() if row["category"] == "single-policy" and x != linear and row[f"{unit}_total"] <= most]
     if not alike:
-        return []
-    won = [label for label in alike if label in better]
-    many = len(alike) > 1
-    which = f"{len(alike)} single-policy method{'s' if many else ''} that need{'' if many else 's'} no more {unit} than {linear}"
-    if not won:
-        return [f"Of the {which}, none is surely better."]
-    return [f"Of the {which}, {len(won)} {'is' if len(won) == 1 else 'are'} surely better: {', '.join(won)}."]
+        return ""
+    won, s, needs = [label for label in alike if label in better], "s" * (len(alike) > 1), "need" + "s" * (len(alike) == 1)
+    which = f"Of the {len(alike)} single-policy method{s} that {needs} no more {unit} than {linear}"
+    ahead = f"{len(won)} {'is' if len(won) == 1 else 'are'} surely better: {', '.join(won)}" if won else "none is surely better"
+    return f"{which}, {ahead}."
 
 
-def _levels(results: Results) -> list[str]:
+def _levels(results: Results) -> str:
     """Where the level at which the same experts are combined matters most, and where least; over several task seeds only."""
     mixings = {str(c.record["method"]["mixing"]): c.label for c in results.cells if c.record["method"]["name"] == "experts"}
     worst: dict[str, dict[str, float]] = {}
-    wanted = {group.label: group.headline for group in groups(results) if group.exact and not group.pooled}
-    for row in comparison_table(results).rows:
-        if row["method"] in mixings.values() and wanted.get(row["setting"]) == row["prompts"]:
+    for row in on_headline(comparison_table(results), [group for group in groups(results) if group.exact and not group.parts]):
+        if row["method"] in mixings.values():
             worst.setdefault(row["setting"], {})[row["method"]] = row["worst_iqm"]
     spread = {place: max(found.values()) - min(found.values()) for place, found in worst.items() if len(found) > 1}
     if not spread:
-        return []
+        return ""
     most, least = max(spread, key=lambda place: spread[place]), min(spread, key=lambda place: spread[place])
-    low, high = (pick(worst[most], key=lambda label: worst[most][label]) for pick in (min, max))
-    text = (
-        f"The level of combination matters most at {most}: the worst attainment (IQM) of the same experts goes from {_n(worst[most][low])} "
-        f"({low}) to {_n(worst[most][high])} ({high})"
-    )
-    return [f"{text}; it matters least at {least}, where the levels differ by {_n(spread[least])}." if least != most else f"{text}."]
+    (low, bad), (high, good) = (pick(worst[most].items(), key=lambda item: item[1]) for pick in (min, max))
+    start = f"The level of combination matters most at {most}: the worst attainment (IQM) of the same experts"
+    text = f"{start} goes from {_n(bad)} ({low}) to {_n(good)} ({high})"
+    return f"{text}; it matters least at {least}, where the levels differ by {_n(spread[least])}." if least != most else f"{text}."
 
 
-def _order(results: Results, board: list[dict[str, Any]]) -> list[str]:
+def _order(results: Results, board: list[dict[str, Any]]) -> str:
     """Is the soup far below logit mixing where objectives conflict most? If not, say why."""
-    soup, logit = (_labels(results, mixing) for mixing in ("parameter", "logit"))
+    soup, logit = _label(results, "parameter"), _label(results, "logit")
     settings = [s for s in results.settings if s.exact and soup in s.labels and logit in s.labels]
-    if soup is None or logit is None or not settings:
-        return []
+    if not settings:
+        return ""
     setting = settings[-1]
     worst = {row["method"]: row["worst"] for row in board if row["setting"] == setting.label}
-    on = PROMPTS[setting.headline]
-    if worst[logit] - worst[soup] >= FAR:
-        return [
-            f"The expected order appears at {setting.label}: on {on} the soup of parameters falls to {_n(worst[soup])} at its worst "
-            f"preference, mixing logits of the same experts keeps {_n(worst[logit])}."
-        ]
-    return [
-        f"The expected order does not appear at {setting.label}: on {on} the soup of parameters has {_n(worst[soup])} at its worst "
-        f"preference, mixing logits of the same experts {_n(worst[logit])}. {_why(results, setting, logit)}"
-    ]
+    far = worst[logit] - worst[soup] >= FAR
+    return (
+        f"The expected order {'appears' if far else 'does not appear'} at {setting.label}: on {PROMPTS[setting.headline]} the soup of "
+        f"parameters {'falls to' if far else 'has'} {_n(worst[soup])} at its worst preference, mixing logits of the same experts "
+        f"{'keeps ' if far else ''}{_n(worst[logit])}." + ("" if far else f" {_why(results, setting, logit)}")
+    )
 
 
 def _why(results: Results, setting: Setting, logit: str) -> str:
-    rows = {row["method"]: row for row in loss_table(results).rows if row["setting"] == setting.label}
-    parts = rows.get(logit)
+    parts = next((row for row in loss_table(results).rows if (row["setting"], row["method"]) == (setting.label, logit)), None)
     if parts is None or parts["composition"] is None:
         return "The loss cannot be split here."
     learning, composition = parts["learning"], parts["composition"]
@@ -145,61 +120,50 @@ def _why(results: Results, setting: Setting, logit: str) -> str:
     return text + ": experts that moved little from the reference stay where a soup of them is nearly linear; look at their KL."
 
 
-def _same(results: Results) -> list[str]:
+def _same(results: Results) -> str:
     """Hidden states under one shared linear head are logit mixing: say so where the numbers do."""
-    hidden, logit = _labels(results, "hidden"), _labels(results, "logit")
+    hidden, logit = _label(results, "hidden"), _label(results, "logit")
     gaps = []
     for setting in results.settings:
         if hidden in setting.labels and logit in setting.labels and setting.exact:
-            one, other = (setting.qualities(str(label), setting.headline) for label in (hidden, logit))
+            one, other = (setting.qualities(label, setting.headline) for label in (hidden, logit))
             if one.shape == other.shape and np.isfinite(one).any():
                 gaps.append(float(np.nanmax(np.abs(one - other))))
     if not gaps or max(gaps) > 1e-3:
-        return []
-    return [
-        f"{hidden} and {logit} are the same policy: their experts share one linear head (attainments agree to {max(1e-6, max(gaps)):.0e})."
-    ]
+        return ""
+    agree = f"{max(1e-6, max(gaps)):.0e}"
+    return f"{hidden} and {logit} are the same policy: their experts share one linear head (attainments agree to {agree})."
 
 
-def _hidden(board: list[dict[str, Any]]) -> list[str]:
+def _hidden(contest: list[dict[str, Any]]) -> str:
     """The widest gap between a good hypervolume and a bad worst attainment."""
-    rows = [row for row in board if row["hypervolume_share"] is not None and row["category"] != "baseline"]
-    if not rows:
-        return []
-    row = max(rows, key=lambda r: r["hypervolume_share"] - r["worst"])
-    share, worst = row["hypervolume_share"], row["worst"]
-    if share < 0.5 or share - worst < 0.2:
-        return []
-    return [
-        f"Hypervolume hides failures: {row['method']} keeps {share:.0%} of it at {row['setting']}, on {PROMPTS[row['prompts']]}, with a "
-        f"worst attainment of {_n(worst)}."
-    ]
+    rows = [row for row in contest if row["hypervolume_share"] is not None and row["hypervolume_share"] >= 0.5]
+    gaps = [row["hypervolume_share"] - row["worst"] for row in rows]
+    if max(gaps, default=0.0) < 0.2:
+        return ""
+    row = rows[gaps.index(max(gaps))]
+    share = row["hypervolume_share"]
+    where = f"{row['method']} keeps {share:.0%} of it at {row['setting']}, on {PROMPTS[row['prompts']]}"
+    return f"Hypervolume hides failures: {where}, with a worst attainment of {_n(row['worst'])}."
 
 
-def _generalizes(board: list[dict[str, Any]]) -> list[str]:
+def _generalizes(contest: list[dict[str, Any]]) -> str:
     """How much attainment is lost from training to test prompts."""
-    both = [row for row in board if row["attainment_mean_train"] is not None and row["attainment_mean_test"] is not None]
-    rows = [row for row in both if row["category"] != "baseline"]
-    if not rows:
-        return []
-    row = max(rows, key=lambda r: r["attainment_mean_train"] - r["attainment_mean_test"])
-    drop = row["attainment_mean_train"] - row["attainment_mean_test"]
-    if drop < 0.02:
-        return [
-            f"Test prompts cost little: no method loses more than {_n(max(drop, 0.0))} of mean attainment against its training prompts."
-        ]
-    return [
-        f"New prompts cost most for {row['method']} at {row['setting']}: mean attainment {_n(row['attainment_mean_train'])} on training "
-        f"prompts, {_n(row['attainment_mean_test'])} on test prompts."
-    ]
+    means = [(row, row["attainment_mean_train"], row["attainment_mean_test"]) for row in contest]
+    known = [found for found in means if found[1] is not None and found[2] is not None]
+    if not known:
+        return ""
+    row, train, test = max(known, key=lambda found: found[1] - found[2])
+    if train - test < 0.02:
+        lost = _n(max(train - test, 0.0))
+        return f"Test prompts cost little: no method loses more than {lost} of mean attainment against its training prompts."
+    where = f"{row['method']} at {row['setting']}"
+    return f"New prompts cost most for {where}: mean attainment {_n(train)} on training prompts, {_n(test)} on test prompts."
 
 
-def _labels(results: Results, mixing: str) -> str | None:
-    def is_it(method: Mapping[str, Any]) -> bool:
-        return method["name"] == "experts" and method.get("mixing") == mixing
-
-    found = [cell.label for cell in results.cells if is_it(cell.record["method"])]
-    return found[0] if found else None
+def _label(results: Results, mixing: str) -> str:
+    methods = ((cell.label, cell.record["method"]) for cell in results.cells)
+    return next((label for label, method in methods if method["name"] == "experts" and method.get("mixing") == mixing), "")
 
 
 def _n(value: float) -> str:

@@ -1,10 +1,15 @@
-"""The tables of a report, made once: the page, the CSV files, the terminal and `--json` show the same rows."""
+"""Tables: every number of a report, made once for the page, the CSV files, the terminal and `--json`.
+
+The leaderboard is what methods are ranked by. Each of the other tables holds the numbers of one figure or one section of the page.
+A number whose key names no split is on the prompts of its setting's headline, which the column "prompts" names.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +19,9 @@ from paretune.report.data import PROMPTS, SPLITS, Cell, Results, Setting
 from paretune.types import Estimate
 
 __all__ = [
-    "CEILING",
-    "Column",
-    "Table",
-    "all_samples",
-    "cost_table",
-    "headline",
-    "leaderboard",
-    "minus",
-    "short_count",
-    "signed",
+    *("CEILING", "COSTS", "LEADERBOARD", "LOSS_PARTS", "TABLES", "Column", "Table", "keyed", "minus", "short_count", "signed"),
+    *("attainment_table", "cost_table", "costs", "failure_table", "front_table", "generation_table", "glance_table", "headline"),
+    *("leaderboard", "loss_table", "relation_table"),
 ]
 
 CEILING = "the exact optimum"
@@ -32,13 +30,14 @@ CEILING = "the exact optimum"
 @dataclass(frozen=True)
 class Column:
     """`kind` says how a value is shown: text | share (attainment, 1 is all) | change (of one) | number | count | yes. In `group`,
-    {prompts} stands for those of the headline."""
+    {prompts} stands for those of the headline. `shade` is how strongly the page colors a cell by its value; 0 leaves it white."""
 
     key: str
     title: str
     kind: str = "number"
     help: str = ""
     group: str = ""
+    shade: float = 0.0
 
     def show(self, value: Any) -> str:
         """The value as a reader sees it, an estimate with its interval; an unknown one is a dash."""
@@ -46,17 +45,8 @@ class Column:
             return " ".join(text for text in (self.show(value.value), self.interval(value)) if text)
         if value is None or (isinstance(value, float) and not np.isfinite(value)):
             return "–"
-        if self.kind == "yes":
-            return "yes" if value else "no"
-        if self.kind == "share":
-            return minus(f"{value:.2f}")
-        if self.kind == "change":
-            return signed(value)
-        if self.kind == "number":
-            return minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}")
-        if self.kind == "count":
-            return short_count(value)
-        return str(value)
+        how = SHOWN.get(self.kind)
+        return str(value) if how is None else how(value)
 
     def interval(self, value: Any) -> str:
         """[low, high] of an estimate; "" where it has none."""
@@ -90,6 +80,11 @@ class Table:
         return path
 
 
+def keyed(*keys: str) -> tuple[Column, ...]:
+    """Columns of texts, or of a table that only becomes a file: titled by their keys."""
+    return tuple(Column(key, key, "text") for key in keys)
+
+
 def minus(text: str) -> str:
     """A number with a real minus sign, and without one where it is zero."""
     return text.replace("-", "\u2212" if float(text) != 0 else "")
@@ -109,78 +104,82 @@ def short_count(value: float) -> str:
     return f"{value:.3g}"
 
 
-# The leaderboard. A number whose key names no split is on the prompts of its setting's headline, which the column "prompts" names.
+SHOWN: dict[str, Callable[[Any], str]] = {  # how a value of a column's kind is written; the others as they are
+    "yes": lambda value: "yes" if value else "no",
+    "share": lambda value: minus(f"{value:.2f}"),
+    "change": signed,
+    "number": lambda value: minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"),
+    "count": short_count,
+}
+
+
+# The leaderboard
 
 WORST_HELP = "the lowest attainment over all judged preferences and seeds: 1 is the exact optimum, 0 the untrained reference, below 0 harm"
 MEAN_HELP = "the mean over judged preferences and seeds"
-HEADLINE = "on {prompts}"
+ON, GAIN, TOTAL, PATH = "on {prompts}", "gain, {prompts}", "cost in total", "critical path"
+SHARE_HELP = "share of the exact front's hypervolume; hides failures between good points"
+LOST_HELP = "what is lost at the worst preference if the best of ALL points served it"
+OWN_HELP = "the lowest attainment of the utility that the method was trained for, where that is not w . J; the linear one does not judge it"
+PATH_HELP = "the same where trainings of one wave run side by side"
+CONTROLLED = "agreement of the path over preferences with the optimum's: 1 moves as it does, 0 does not react, \u22121 is its mirror image"
 
 LEADERBOARD = (
-    Column("setting", "setting", "text"),
-    Column("method", "method", "text"),
-    Column("category", "category", "text"),
+    *keyed("setting", "method", "category"),
     Column("prompts", "prompts", "text", "train or test: where every number was measured whose heading says no other"),
     *(
-        Column(f"attainment_{which}_{split}", which, "share", f"on {PROMPTS[split]}, {text}", f"attainment, {split}")
+        Column(f"attainment_{which}_{split}", which, "share", f"on {PROMPTS[split]}, {text}", f"attainment, {split}", shade=1)
         for split in SPLITS
         for which, text in (("worst", WORST_HELP), ("mean", MEAN_HELP))
     ),
-    Column("gain_mean", "mean", "number", "utility above the reference, paired: same prompts, same noise", "gain, {prompts}"),
-    Column("gain_low", "low", "number", "lower end of its 95 % interval", "gain, {prompts}"),
-    Column("gain_high", "high", "number", "upper end of its 95 % interval", "gain, {prompts}"),
-    Column("gain_worst", "worst", "number", "the lowest gain at a judged preference", "gain, {prompts}"),
-    Column(
-        "own_utility_worst",
-        "own utility, worst",
-        "share",
-        "the lowest attainment of the utility that the method was trained for, where that is not w . J; the linear one does not judge it",
-        HEADLINE,
-    ),
-    Column("violation_worst", "violation", "number", "the largest shortfall of a constraint, in units of return; 0 keeps all", HEADLINE),
-    Column(
-        "hypervolume_share",
-        "hyper\u00advolume share",
-        "share",
-        "share of the exact front's hypervolume; hides failures between good points",
-        HEADLINE,
-    ),
-    Column("igd_plus", "IGD+", "number", "mean distance by which the front lies above the method's points; 0 is best", HEADLINE),
-    Column("regret_worst", "worst regret", "number", "the largest loss of return at a judged preference; 0 is best", HEADLINE),
-    Column(
-        "utility_loss_max",
-        "max utility loss",
-        "number",
-        "what is lost at the worst preference if the best of ALL points served it",
-        HEADLINE,
-    ),
-    Column("kl_mean", "KL", "share", "nats per response away from the reference, mean over preferences", HEADLINE),
-    Column(
-        "controllability",
-        "control",
-        "share",
-        "agreement of the path over preferences with the optimum's: 1 moves as it does, 0 does not react, \u22121 is its mirror image",
-        HEADLINE,
-    ),
+    Column("gain_mean", "mean", "number", "utility above the reference, paired: same prompts, same noise", GAIN),
+    Column("gain_low", "low", "number", "lower end of its 95 % interval", GAIN),
+    Column("gain_high", "high", "number", "upper end of its 95 % interval", GAIN),
+    Column("gain_worst", "worst", "number", "the lowest gain at a judged preference", GAIN),
+    Column("own_utility_worst", "own utility, worst", "share", OWN_HELP, ON),
+    Column("violation_worst", "violation", "number", "the largest shortfall of a constraint, in units of return; 0 keeps all", ON),
+    Column("hypervolume_share", "hyper\u00advolume share", "share", SHARE_HELP, ON),
+    Column("igd_plus", "IGD+", "number", "mean distance by which the front lies above the method's points; 0 is best", ON),
+    Column("regret_worst", "worst regret", "number", "the largest loss of return at a judged preference; 0 is best", ON),
+    Column("utility_loss_max", "max utility loss", "number", LOST_HELP, ON),
+    Column("kl_mean", "KL", "share", "nats per response away from the reference, mean over preferences", ON),
+    Column("controllability", "control", "share", CONTROLLED, ON),
     Column("trainings", "train\u00adings", "count", "trainings that the method needs on its own", "cost"),
     Column("forwards_per_token", "forwards per token", "count", "runs of the model per generated token", "cost"),
     Column("evaluations", "search evals", "count", "calls of the outer level's score, over all judged preferences", "cost"),
-    Column("samples_total", "samples", "count", "responses drawn, for training and for validation and search", "cost in total"),
-    Column("tokens_total", "tokens", "count", "tokens generated or enumerated", "cost in total"),
-    Column("samples_path", "samples", "count", "the same where trainings of one wave run side by side", "critical path"),
-    Column("tokens_path", "tokens", "count", "the same where trainings of one wave run side by side", "critical path"),
-    Column("seconds_total", "seconds", "count", "wall clock of the trainings and the search, one after the other", "cost in total"),
+    Column("samples_total", "samples", "count", "responses drawn, for training and for validation and search", TOTAL),
+    Column("tokens_total", "tokens", "count", "tokens generated or enumerated", TOTAL),
+    Column("samples_path", "samples", "count", PATH_HELP, PATH),
+    Column("tokens_path", "tokens", "count", PATH_HELP, PATH),
+    Column("seconds_total", "seconds", "count", "wall clock of the trainings and the search, one after the other", TOTAL),
     Column("zero_shot", "zero-shot", "yes", "yes: a new preference costs neither a training nor a search"),
     Column("cells", "seeds", "count", "seeds measured"),
     Column("unknown", "un\u00adknown", "count", "values that could not be known: attainments without a gain to attain, unscored samples"),
 )
+MEASURED: dict[str, tuple[Callable, tuple[str, ...]]] = {  # how a column is reduced over cells, and where it stands in their metrics
+    "own_utility_worst": (min, ("own_utility", "attainment", "worst")),
+    "violation_worst": (max, ("own_utility", "violation", "worst")),
+    "hypervolume_share": (np.mean, ("hypervolume", "share")),
+    "igd_plus": (np.mean, ("igd_plus", "value")),
+    "regret_worst": (max, ("regret", "worst")),
+    "utility_loss_max": (max, ("utility_loss", "maximum")),
+    "kl_mean": (np.mean, ("kl", "mean")),
+    "controllability": (np.mean, ("controllability",)),
+}
+OPTIMUM = {"regret_worst": 0.0, "utility_loss_max": 0.0, "controllability": 1.0}
+COSTS = ("trainings", "forwards_per_token", "evaluations", "samples_total", "samples_path", "tokens_total", "tokens_path")
 
 
 def leaderboard(results: Results) -> Table:
     """One row per setting and method, best worst attainment (or gain) of the headline first; the exact optimum on top."""
+
+    def rank(row: Mapping[str, Any]) -> list[float]:
+        return [-np.inf if (value := headline(row, which)) is None else value for which in ("worst", "mean")]
+
     rows = []
     for setting in results.settings:
-        ranked = sorted((_row(setting, label) for label in setting.labels), key=_rank, reverse=True)
-        rows += [*_ceiling(setting), *ranked]
+        ranked = sorted((_row(setting, label) for label in setting.labels), key=rank, reverse=True)
+        rows += [*([_ceiling(setting)] if setting.exact else []), *ranked]
     return Table("leaderboard", LEADERBOARD, rows)
 
 
@@ -190,110 +189,185 @@ def headline(row: Mapping[str, Any], which: str = "worst") -> float | None:
     return row.get(f"gain_{which}") if attained is None else attained
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
-    return tuple(float("-inf") if value is None else value for value in (headline(row), headline(row, "mean")))
-
-
 def _row(setting: Setting, label: str) -> dict[str, Any]:
     cells, on = setting.of(label), setting.headline
-    row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].card["category"], "prompts": on}
+    row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].record["card"]["category"], "prompts": on}
     for split in SPLITS:
-        row[f"attainment_worst_{split}"] = _reduce(min, cells, split, "attainment", "worst")
-        row[f"attainment_mean_{split}"] = _reduce(_mean, cells, split, "attainment", "mean")
+        row[f"attainment_worst_{split}"] = _over(min, (cell.summary(split, "worst", "attainment") for cell in cells))
+        row[f"attainment_mean_{split}"] = _over(np.mean, (cell.summary(split, "mean", "attainment") for cell in cells))
     if not setting.exact:
-        row |= {
-            "gain_mean": _reduce(_mean, cells, on, "gain", "mean", "value"),
-            "gain_low": _reduce(_mean, cells, on, "gain", "mean", "low") if len(cells) == 1 else None,
-            "gain_high": _reduce(_mean, cells, on, "gain", "mean", "high") if len(cells) == 1 else None,
-            "gain_worst": _lowest_gain(cells, on),
-        }
-    return row | {
-        "own_utility_worst": _reduce(min, cells, on, "own_utility", "attainment", "worst"),
-        "violation_worst": _reduce(max, cells, on, "own_utility", "violation", "worst"),
-        "hypervolume_share": _reduce(_mean, cells, on, "hypervolume", "share"),
-        "igd_plus": _reduce(_mean, cells, on, "igd_plus", "value"),
-        "regret_worst": _reduce(max, cells, on, "regret", "worst"),
-        "utility_loss_max": _reduce(max, cells, on, "utility_loss", "maximum"),
-        "kl_mean": _reduce(_mean, cells, on, "kl", "mean"),
-        "controllability": _reduce(_mean, cells, on, "controllability"),
-        "trainings": len(cells[0].record["trainings"]),
+        row["gain_mean"] = _over(np.mean, (cell.summary(on, "mean", "gain") for cell in cells))
+        row["gain_worst"] = _over(min, (cell.summary(on, "worst", "gain") for cell in cells))
+        if len(cells) == 1:
+            row |= {f"gain_{end}": cells[0].measured(on, "gain", "mean", end) for end in ("low", "high")}
+    row |= {key: _over(how, (cell.measured(on, *path) for cell in cells)) for key, (how, path) in MEASURED.items()}
+    row |= costs(cells) | {"trainings": len(cells[0].record["trainings"])}
+    paths = (("attainment", "undefined"), ("unscored", "count"))
+    unknown = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
+    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len(cells)}
+    return row | {"unknown": sum(count or 0 for count in unknown)}
+
+
+def _ceiling(setting: Setting) -> dict[str, Any]:
+    row = {"setting": setting.label, "method": CEILING, "prompts": setting.headline, "cells": len(setting.task_seeds), **OPTIMUM}
+    row |= {f"attainment_{which}_{split}": 1.0 for which in ("worst", "mean") for split in setting.splits}
+    for key, path in {"hypervolume_share": ("hypervolume", "share_of_optimum"), "igd_plus": ("igd_plus", "of_optimum")}.items():
+        row[key] = _over(np.mean, (cell.measured(setting.headline, *path) for cell in setting.cells))
+    return row
+
+
+def _over(how: Callable, values: Iterable[float | None]) -> float | None:
+    """`how` over the values that are known; None where none is."""
+    known = [float(value) for value in values if value is not None]
+    return float(how(known)) if known else None
+
+
+def costs(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What one family costs, mean over its cells."""
+    row: dict[str, Any] = {
+        "trainings": float(np.mean([len(cell.record["trainings"]) for cell in cells])),
         "forwards_per_token": cells[0].record.get("forwards_per_token"),
-        "samples_total": _mean([all_samples(c, "total") for c in cells]),
-        "tokens_total": _mean([c.cost("total")["tokens"] for c in cells]),
-        "samples_path": _mean([all_samples(c, "critical_path") for c in cells]),
-        "tokens_path": _mean([c.cost("critical_path")["tokens"] for c in cells]),
-        "evaluations": _mean([c.cost("total")["evaluations"] for c in cells]),
-        "seconds_total": _mean([c.cost("total")["seconds"] for c in cells]),
-        "zero_shot": bool(cells[0].card["zero_shot"]),
-        "cells": len(cells),
-        "unknown": _unknown(cells),
+        "evaluations": float(np.mean([cell.cost("evaluations") for cell in cells])),
     }
-
-
-def _ceiling(setting: Setting) -> list[dict[str, Any]]:
-    if not setting.exact:
-        return []
-    ones = {f"attainment_{which}_{split}": 1.0 for which in ("worst", "mean") for split in setting.splits}
-    return [
-        {
-            "setting": setting.label,
-            "method": CEILING,
-            "prompts": setting.headline,
-            **ones,
-            "hypervolume_share": _reduce(_mean, setting.cells, setting.headline, "hypervolume", "share_of_optimum"),
-            "igd_plus": _reduce(_mean, setting.cells, setting.headline, "igd_plus", "of_optimum"),
-            "regret_worst": 0.0,
-            "utility_loss_max": 0.0,
-            "controllability": 1.0,
-            "cells": len(setting.task_seeds),
-        }
-    ]
-
-
-def all_samples(cell: Cell, kind: str) -> float:
-    """Responses drawn for training, and for validation and search; `kind` as in `Cell.cost`."""
-    return cell.cost(kind)["samples"] + cell.cost(kind)["validation_samples"]
-
-
-def _lowest_gain(cells: Iterable[Cell], split: str) -> float | None:
-    values = [e["value"] for cell in cells for e in (cell.measured(split).get("gain") or {}).get("per_preference", ())]
-    known = [v for v in values if v is not None]
-    return min(known) if known else None
-
-
-def _unknown(cells: Iterable[Cell]) -> int:
-    count = 0
-    for cell in cells:
-        for split in SPLITS:
-            measured = cell.measured(split)
-            count += (measured.get("attainment") or {}).get("undefined", 0) + (measured.get("unscored") or {}).get("count", 0)
-    return count
-
-
-def _reduce(how: Callable[[Sequence[float]], float], cells: Iterable[Cell], split: str, *path: str) -> float | None:
-    """`how` over the cells' values at `path`; None where none is known."""
-    values = []
-    for cell in cells:
-        value: Any = cell.measured(split)
-        for name in path:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        if value is not None:
-            values.append(float(value))
-    return how(values) if values else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-COST_KEYS = (
-    *("setting", "method", "prompts", "attainment_worst_train", "attainment_worst_test", "gain_mean", "gain_worst"),
-    *("trainings", "forwards_per_token", "evaluations"),
-    *("samples_total", "samples_path", "tokens_total", "tokens_path", "seconds_total", "zero_shot"),
-)
+    for kind, name in (("total", "total"), ("critical_path", "path")):
+        row |= {f"{key}_{name}": float(np.mean([cell.cost(key, kind) for cell in cells])) for key in ("samples", "tokens", "seconds")}
+    return row
 
 
 def cost_table(results: Results) -> Table:
     """Cost against quality, one row per setting and method."""
-    columns = tuple(column for key in COST_KEYS for column in LEADERBOARD if column.key == key)
+    quality = ("attainment_worst_train", "attainment_worst_test", "gain_mean", "gain_worst")
+    columns = keyed("setting", "method", "prompts", *quality, *COSTS, "seconds_total", "zero_shot")
     return Table("cost", columns, [row for row in leaderboard(results).rows if row["method"] != CEILING])
+
+
+def glance_table(results: Results) -> Table:
+    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last."""
+    exact = [s for s in results.settings if s.exact]
+    here = {s.label for s in exact}
+    board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in here]
+    columns = [*keyed("method", "category"), *(Column(s.label, s.label, "share", shade=1) for s in exact)]
+    columns.append(Column("worst", "worst of all", "share", shade=1))
+    if all(s.headline != "test" for s in exact):
+        columns.append(Column("worst_test", f"worst of all, {PROMPTS['test']}", "share", shade=1))
+    rows = []
+    for label, family in results.families.items():
+        mine = [row for row in board if row["method"] == label]
+        values: dict[str, Any] = {row["setting"]: worst for row in mine if (worst := headline(row)) is not None}
+        if values:
+            ends = {"worst": min(values.values()), "worst_test": _over(min, (row["attainment_worst_test"] for row in mine))}
+            rows.append({"method": label, "category": family, **values, **ends})
+    return Table("glance", tuple(columns), sorted(rows, key=lambda row: -row["worst"]))
+
+
+# The numbers of the figures
+
+PLACE = ("setting", "method", "task_seed", "seed")
+
+
+def _place(setting: Setting, cell: Cell) -> dict[str, Any]:
+    return dict(zip(PLACE, (setting.label, cell.label, cell.seed, cell.record.get("seed")), strict=True))
+
+
+def attainment_table(results: Results) -> Table:
+    """Every measured point: returns, KL, attainment and regret per setting, method, seed, split and preference."""
+    numbered = [f"{what}_{k + 1}" for what in ("w", "reward", "return") for k in range(_most_objectives(results))]
+    measured = ("kl", "utility", "utility_low", "utility_high", "gain", "attainment", "regret")
+    columns = keyed(*PLACE, "split", "preference", *numbered, *measured)
+    return Table("attainment", columns, [row for setting in results.settings for cell in setting.cells for row in _points(setting, cell)])
+
+
+def _most_objectives(results: Results) -> int:
+    return max((len(setting.objectives) for setting in results.settings), default=0)
+
+
+def _numbered(**vectors_M: Iterable[float]) -> dict[str, Any]:
+    """w=(.2, .8) -> {"w_1": .2, "w_2": .8}; what is unknown is None."""
+    known = {f"{name}_{k + 1}": x for name, values_M in vectors_M.items() for k, x in enumerate(values_M)}
+    return {name: x if x is None or np.isfinite(x) else None for name, x in known.items()}
+
+
+def _points(setting: Setting, cell: Cell) -> Iterator[dict[str, Any]]:
+    for split in SPLITS:
+        measured = cell.measured(split)
+        for number, w_M in enumerate(cell.record["metrics"]["preferences"] if measured else ()):
+            names = ("kl", "utility", "gain", "attainment", "regret")
+            found = {name: measured[name]["per_preference"][number] for name in names if measured.get(name)}
+            row = _place(setting, cell) | {"split": split, "preference": number}
+            row |= _numbered(w=w_M, reward=measured["rewards"][number], **{"return": measured["returns"][number]})
+            row |= {f"utility_{end}": found["utility"][end] for end in ("low", "high")}
+            yield row | {name: value["value"] if name in ("utility", "gain") else value for name, value in found.items()}
+
+
+def front_table(results: Results) -> Table:
+    """What the front figures draw: means over seeds of the exact front, of each method's curve and of the reference."""
+    columns = keyed("setting", "split", "series", *(f"{x}_{k + 1}" for x in ("w", "return") for k in range(_most_objectives(results))))
+    rows = []
+    for setting in results.settings:
+        for split in SPLITS:
+            series = [(label, setting.of(label)[0].w_WM, setting.mean_points(label, split)) for label in setting.drawn(split)]
+            if (front := setting.front(split)) is not None:
+                series.insert(0, (CEILING, front["w"], front["points"]))
+            for name, w_WM, points_WM in series:
+                for w_M, point_M in zip(w_WM.tolist(), points_WM.tolist(), strict=True):
+                    rows.append({"setting": setting.label, "split": split, "series": name, **_numbered(w=w_M, **{"return": point_M})})
+    return Table("fronts", columns, rows)
+
+
+LOSS_PARTS = ("learning", "composition", "remainder")
+
+
+def loss_table(results: Results) -> Table:
+    """Where the headline's loss comes from, in units of attainment: means over preferences and seeds. The parts sum to the loss.
+
+    learning     what optimal experts, mixed with the same gates, attain beyond this family; signed
+    composition  what optimal experts, mixed with the same gates, would still lose
+    remainder    attributed to neither: 0 for logit mixing and its equals, everything for soups
+    """
+    rows = []
+    for setting in results.settings:
+        for label in results.families:
+            losses = [loss for cell in setting.of(label) if (loss := cell.measured(setting.headline, "loss"))]
+            if losses:
+                parts = {name: _over(np.mean, (v for loss in losses for v in loss[name] or ())) for name in LOSS_PARTS}
+                same = {"setting": setting.label, "method": label, "prompts": setting.headline}
+                rows.append({**same, **parts, "loss": sum(v for v in parts.values() if v is not None)})
+    return Table("loss", keyed("setting", "method", "prompts", *LOSS_PARTS, "loss"), rows)
+
+
+# What else a run directory says
+
+
+def relation_table(results: Results) -> Table:
+    """How the objectives of each exact task relate, as verified when it was built: one row per setting, task seed, split and pair."""
+    names = ("correlation", "strength_a", "strength_b", "worst_composition_limit")
+    rows = []
+    for setting in results.settings:
+        for seed, verified in setting.verified.items():
+            for split, found in verified.items():
+                for (a, name_a), (b, name_b) in combinations(enumerate(setting.objectives), 2):
+                    row = {"setting": setting.label, "task_seed": seed, "split": split, "objective_a": name_a, "objective_b": name_b}
+                    strengths = found["strength_nats"]
+                    values = (found["correlations"][a][b], strengths[a], strengths[b], found["worst_composition_limit"])
+                    rows.append(row | dict(zip(names, values, strict=True)))
+    return Table("relations", keyed("setting", "task_seed", "split", "objective_a", "objective_b", *names), rows)
+
+
+def generation_table(results: Results) -> Table:
+    """Every kept response: one row per setting, method, seeds, split, prompt and preference; the reference's have no preference."""
+    rows = []
+    for setting, cell, split in ((s, cell, split) for s in results.settings for cell in s.cells for split in s.splits):
+        kept = cell.measured(split, "generations") or {"prompts": (), "reference": (), "preferences": (), "texts": ()}
+        for number, texts in zip((None, *kept["preferences"]), (kept["reference"], *kept["texts"]), strict=True):
+            for prompt, text in zip(kept["prompts"], texts, strict=True):
+                row = _place(setting, cell) | {"split": split, "prompt": prompt, "preference": number}
+                rows.append(row | {"response": text})
+    return Table("generations", keyed(*PLACE, "split", "prompt", "preference", "response"), rows)
+
+
+def failure_table(results: Results) -> Table:
+    """What failed, the message, and where its record lies."""
+    return Table("failures", keyed("label", "error", "message", "where"), [dict(failure) for failure in results.failures])
+
+
+TABLES = (leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, generation_table, failure_table)

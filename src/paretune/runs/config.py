@@ -1,12 +1,12 @@
-"""One YAML file and `key=value` overrides become one plain dict, and every complaint names the file, the line and the nearest key.
+"""Configuration: a YAML file and `key=value` overrides become one plain dict, and every error names the file, the line and the nearest key.
 
     document = load("suite.yaml", ["learner.steps=20", "methods.experts.mixing=hidden"])
     suite = document.validate(Suite)  # a pydantic model
     with document.at("methods", 0):  # adds "(suite.yaml, line 6)" to a ConfigError
         METHODS.build(document.data["methods"][0])
 
-YAML is read as its version 1.2 means it: `1e-3` and `.5` are numbers, `no` and `on` are words, dates stay text. A key stands once,
-and there are no aliases: what a file says stands where it is used.
+YAML is read as its version 1.2 means it: `1e-3` and `.5` are numbers, `no` and `on` are words; dates and numbers that begin with a 0 stay
+text. A key stands once, and there are no aliases: what a file says stands where it is used.
 An override is `dotted.path=YAML`; the items of a list are known by number, or by their name. Where a plain string stands and the
 path goes below it, the string is the item's name: `methods: [experts]` and `methods.experts.mixing=hidden` give
 {name: experts, mixing: hidden}; `short` says where it is another key than `name`.
@@ -15,21 +15,27 @@ path goes below it, the string is the item's name: `methods: [experts]` and `met
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import ScalarNode
 
 from paretune.errors import ConfigError, nearest
 
-__all__ = ["Document", "load", "parse"]
+__all__ = ["Document", "dump", "load", "parse"]
 
 Place = tuple[str | int, ...]  # where a value stands: keys and list positions from the top
 Model = TypeVar("Model", bound=BaseModel)
+
+MAP, LIST, INT, *WORDS = (f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "int", "timestamp", "merge", "value"))
 
 
 @dataclass
@@ -67,8 +73,8 @@ class Document:
         if not equals or not all(steps):
             raise ConfigError("an override reads key=value", found=repr(text), remedy="for example learner.steps=20")
         try:
-            value = yaml.load(given, Loader=_Loader)  # a SafeLoader
-        except yaml.YAMLError:
+            value = _read(given, {})
+        except YAMLError:
             raise ConfigError("the value of an override is YAML", found=repr(text), remedy="quote it, as in 'rho=[0.8, 0]'") from None
         here: Any = self.data
         place: Place = ()
@@ -133,11 +139,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, short: Mapping[str,
 
 def parse(text: str, *, name: str) -> Document:
     """The document in `text`; `name` is what messages call it."""
+    lines: dict[Place, int] = {}
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+        data = _read(text, lines)
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -147,52 +152,43 @@ def parse(text: str, *, name: str) -> Document:
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise ConfigError("a configuration file holds key: value lines", found=f"{name}: {found}", remedy="begin with name: value")
-    lines: dict[Place, int] = {}
-    _note_lines(node, (), lines)
     return Document(data=data, name=name, lines=lines)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans, string keys, and every key once."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} is an alias; write the value out", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is one word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+def dump(value: Any) -> str:
+    """A value as one line of YAML: `{name: pg, lr: 0.01}`."""
+    writer, text = YAML(), io.StringIO()
+    writer.default_flow_style, writer.width, writer.brace_single_entry_mapping_in_flow_sequence = True, 10_000, True
+    writer.dump(value, text)
+    return text.getvalue().strip()
 
 
-for _tag, _pattern, _first in (
-    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-    ("float", r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", list("-+.")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+def _read(text: str, lines: dict[Place, int]) -> Any:
+    """The plain value of one YAML document; `lines` gets where everything in it stands."""
+    reader = YAML(typ="safe", pure=True)
+    for event in reader.parse(text):
+        if isinstance(event, AliasEvent):
+            raise MarkedYAMLError(problem=f"*{event.anchor} is an alias; write the value out", problem_mark=event.start_mark)
 
+    def plain(node: Any, place: Place) -> Any:
+        lines.setdefault(place, node.start_mark.line + 1)
+        if node.tag == MAP:
+            found: dict[str, Any] = {}
+            for key, value in node.value:
+                if not isinstance(key, ScalarNode) or key.value in found:
+                    problem = f"the key {key.value!r} stands twice" if isinstance(key, ScalarNode) else "a key is one word"
+                    raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                lines[*place, key.value] = key.start_mark.line + 1
+                found[key.value] = plain(value, (*place, key.value))
+            return found
+        if node.tag == LIST:
+            return [plain(item, (*place, number)) for number, item in enumerate(node.value)]
+        if node.tag in WORDS or (node.tag == INT and re.fullmatch(r"[-+]?0\w+", node.value)):  # 010, 0x10
+            return node.value
+        return reader.constructor.construct_object(node)  # refuses tags that it does not know
 
-def _note_lines(node: Any, place: Place, lines: dict[Place, int]) -> None:
-    lines[place] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            _note_lines(value, (*place, key.value), lines)
-            lines[(*place, key.value)] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            _note_lines(item, (*place, number), lines)
+    root = reader.compose(text)
+    return None if root is None else plain(root, ())
 
 
 def _key(here: Any, step: str, override: str) -> str | int:

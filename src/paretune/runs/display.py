@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from paretune.runs.jobs import CELL, TRAIN, Job
-from paretune.runs.local import Outcome
+from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
 __all__ = ["Bars", "Display", "Lines", "display"]
 

@@ -1,14 +1,15 @@
-"""What a job does: train one adapter, or measure one method on one task, from a JSON file to a published directory.
+"""Jobs: train one adapter, or measure one method on one task, from a JSON file to a published directory.
 
     ROOT/logs/jobs/train-<key>.json   {"kind": "train", "label", "plugins", "spec": a TrainSpec}
     ROOT/logs/jobs/cell-<key>.json    {"kind": "cell", "label", "plugins", "spec": {method, task, learner, seed, evaluation}, "waves"}
 
-Whoever runs the file - a worker, this process, `python -m paretune.runs.local FILE` by hand - does the same and publishes the same.
-A job that was done before does nothing.
+A worker, this process, and `python -m paretune.runs.local FILE` by hand do the same and publish the same. A job that was done before does
+nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,36 +41,16 @@ if TYPE_CHECKING:
     from paretune.evaluation.evaluate import Evaluation
 
 __all__ = [
-    "CELL",
-    "TRAIN",
-    "Job",
-    "Tasks",
-    "as_error",
-    "cell_job",
-    "evaluation_settings",
-    "failure",
-    "label_of",
-    "run_job",
-    "train_job",
-    "training_label",
+    *("CELL", "KIND", "TRAIN", "Job", "Outcome", "Tasks", "as_error", "attempt", "cell_job", "evaluation_settings", "failure"),
+    *("label_in", "label_of", "read_job", "run_job", "train_job", "training_label"),
 ]
 
 TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
 EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
 PACKAGES = (
-    "paretune",
-    "numpy",
-    "scipy",
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "tokenizers",
-    "moocore",
-    "datasets",
-    "accelerate",
-    "trl",
+    *("paretune", "numpy", "scipy", "torch", "transformers", "peft", "safetensors", "tokenizers"),
+    *("moocore", "datasets", "accelerate", "trl"),
 )
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -84,6 +65,16 @@ class Job:
     label: str
     task: str
     path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. `error` is the content of FAILED.json, or None where it was done; `cause` the exception, where it is at hand."""
+
+    job: Job
+    seconds: float
+    error: Mapping[str, Any] | None = None
+    cause: BaseException | None = None
 
 
 def train_job(store: Store, spec: TrainSpec) -> Job:
@@ -161,13 +152,19 @@ class Tasks:
         return self._truths[which]
 
 
+def read_job(path: Path) -> dict[str, Any]:
+    """What the file says, with its plugins loaded."""
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for plugin in job["plugins"]:
+        load_plugin(plugin)
+    return job
+
+
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
     """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
     store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()
     try:
-        job = json.loads(path.read_text(encoding="utf-8"))
-        for plugin in job["plugins"]:
-            load_plugin(plugin)
+        job = read_job(path)
         if job["kind"] == TRAIN:
             _train(store, TrainSpec.from_json(job["spec"]), tasks, progress)
         else:
@@ -176,6 +173,23 @@ def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None
         if is_disk_full(error) and not isinstance(error, StoreError):
             raise no_room(store.root, error) from error
         raise
+
+
+def attempt(path: Path, *, tasks: Tasks, progress: Progress) -> dict[str, Any]:
+    """Do a job in a worker and say how it ended: {"error": content of FAILED.json or None, "full": was it the disk?}."""
+    try:
+        run_job(path, tasks=tasks, progress=progress)
+    except Exception as error:
+        return {"error": failure(error, label=label_in(path)), "full": is_disk_full(error)}
+    return {"error": None, "full": False}
+
+
+def label_in(path: Path) -> str:
+    """The label of the job in the file, or the file's name where it cannot be read."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["label"])
+    except (OSError, ValueError, KeyError):
+        return path.stem
 
 
 def failure(error: BaseException, *, label: str = "") -> dict[str, Any]:
@@ -213,7 +227,7 @@ def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | Non
 
 
 def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str]], tasks: Tasks) -> None:
-    from paretune.evaluation.evaluate import evaluate
+    from paretune.evaluation.evaluate import evaluate  # loads torch: a driver, and a worker before its first job, do without
 
     key, seconds = key_of(spec), {}
     store.recover(key, CELLS)
@@ -302,12 +316,10 @@ def _environment() -> dict[str, Any]:
 
 @functools.cache
 def _installed() -> dict[str, Any]:
-    packages: dict[str, str | None] = {}
+    packages: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
     return {"python": platform.python_version(), "platform": platform.system(), **_commit(), "packages": packages}
 
 
@@ -319,7 +331,8 @@ def _commit() -> dict[str, Any]:
     git = functools.partial(subprocess.run, cwd=checkout, capture_output=True, text=True, timeout=20)
     try:
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changed = bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+        # Without the lock: a job that is killed in the middle would leave it behind, and block every commit.
+        changed = bool(git(["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
     except (OSError, subprocess.SubprocessError):
         return {"commit": None}
     return {"commit": commit or None, "changed": changed}

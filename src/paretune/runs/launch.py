@@ -9,15 +9,14 @@ published already is left alone, and a training that was killed goes on from its
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from paretune.errors import ConfigError, ParetuneError
-from paretune.registry import LEARNERS, load_plugin
-from paretune.runs.jobs import Tasks, failure, run_job
+from paretune.registry import LEARNERS
+from paretune.runs.jobs import Tasks, failure, read_job, run_job
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.checkpoint import is_finished
 from paretune.training.spec import TrainSpec
@@ -62,10 +61,7 @@ def launch(path: Path) -> None:
 
 def _spec(path: Path) -> TrainSpec:
     try:
-        job = json.loads(path.read_text(encoding="utf-8"))
-        for plugin in job["plugins"]:
-            load_plugin(plugin)
-        return TrainSpec.from_json(job["spec"])
+        return TrainSpec.from_json(read_job(path)["spec"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             "a job is a file ROOT/logs/jobs/train-<key>.json", found=f"{path}: {error}", remedy="write it with paretune.runs.jobs.train_job"

@@ -9,8 +9,8 @@ from typing import Any
 
 from paretune.errors import ConfigError
 from paretune.runs.display import Display
-from paretune.runs.jobs import TRAIN, Job, failure, train_job
-from paretune.runs.local import Executor, Outcome
+from paretune.runs.jobs import TRAIN, Job, Outcome, failure, train_job
+from paretune.runs.pool import Executor
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.spec import Artifact, TrainSpec
 

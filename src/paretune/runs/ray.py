@@ -1,17 +1,18 @@
-"""Jobs on a Ray cluster: long-lived actors pull them, each with the CPUs, GPUs and memory that one job asks for.
+"""Workers on a Ray cluster: actors, each with the CPUs, GPUs and memory that one job asks for.
 
 A job is the path of a file, and what it makes is a directory, so all machines see the run directory under the same path. Before a worker
 gets its first job it shows that it does, that its Paretune is the driver's, and that its file locks reach the driver. A worker computes
 with one thread per CPU of its request, so that its results are those of a local worker with as many threads.
 
 Ray kills the actors of a driver that ends, however it ends; until they are gone they hold the store's worker lock, and the next run waits.
-A worker that is lost takes its job down once, as in `cluster`. A machine that Ray has given up but that still computes holds the lock of
-its job file: nobody else starts that job meanwhile.
+A worker that Ray has lost may still compute, on a machine that was cut off: it holds the lock of its job file, and no other worker starts
+that job meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import logging
 import os
@@ -19,32 +20,33 @@ import secrets
 import socket
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import paretune
-from paretune.errors import ConfigError, StoreError, TrainingError
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError
 from paretune.files import disk_errors, write_json
 from paretune.registry import loaded_plugins
-from paretune.runs.jobs import TRAIN, Job
-from paretune.runs.local import ATTEMPTS, ONE_THREAD, PROGRESS_EVERY, Executor, Outcome, cpus, lost
+from paretune.runs.display import Display
+from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure
+from paretune.runs.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 
-if TYPE_CHECKING:
-    from paretune.runs.display import Display
-
-__all__ = ["Ray", "RayWorkers"]
+__all__ = ["Ray", "RayWorkers", "Remote"]
 
 GIB = 1 << 30
 OBJECT_STORE = 100_000_000  # bytes of shared memory of a cluster of this machine alone: jobs pass by the file system
 REACHED_WITHIN = 5.0  # seconds for the address to answer
+SHARED_WITHIN = 5.0  # seconds in which a machine sees what the driver wrote just now
 SEEN_WITHIN = 60.0  # seconds after which what one machine wrote is seen by all: NFS may remember for 30 that a file is not there
+LOOK_EVERY = 0.3  # seconds that the driver waits for an answer before it looks around; Ctrl-C is heard then
+GONE_WITHIN = 60.0  # seconds in which a worker that Ray has lost ends
 MOST_MEMORY = 1e5  # GiB of one job; Ray counts in units so small that a million GiB overflow and are granted
 PATIENCE = 60.0  # seconds that the workers of a killed driver get to disappear: ray:// waits 30 of them for a reconnection
 IDLE = 60.0  # seconds after which a worker without work gives its CPUs and GPUs back
+PROGRESS_EVERY = 1.0  # seconds between two questions to all workers how far they are
 USAGE = "RAY_USAGE_STATS_ENABLED"
 
 
@@ -81,59 +83,50 @@ class Ray:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("the executor ray needs Ray", found="it is not installed", remedy='pip install "paretune[ray]"')
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one job asks for, as Ray counts it."""
+        return {"CPU": self.cpus_per_job, "GPU": self.gpus_per_job, "memory": self.memory_per_job * GIB}
+
     def asked(self) -> str:
         """`1 CPU, 0.5 GPU, 16 GiB`."""
-        return _resources({"CPU": self.cpus_per_job, "GPU": self.gpus_per_job, "memory": self.memory_per_job * GIB})
+        return _resources(self.resources)
 
 
-@dataclass(eq=False)
-class _Place:
-    """An actor, the call that it is busy with, and its job. It waits for a machine while `ready` is False."""
+@dataclass(eq=False, kw_only=True)
+class _Place(Worker):
+    """An actor, and the call that it is busy with: `begin`, or `run`."""
 
     actor: Any
-    log: Path
     call: Any
-    ready: bool = False
-    job: Job | None = None
-    task: str | None = None
-    since: float = 0.0  # when the job began, or when it ended
     told: Any = None  # the question for its latest progress record, not yet answered
     last: Mapping[str, Any] | None = None  # the answer before
 
 
-class RayWorkers(Executor):
-    """Up to `count` actors, by default as many as the cluster's machines could hold; connects when there is work."""
+class RayWorkers(Pool[_Place]):
+    """Up to `limit` actors, by default as many as the cluster's machines could hold; connects when there is work."""
 
-    def __init__(self, store: Store, settings: Ray, count: int | None = None, *, display: Display | None = None):
-        super().__init__(None if display is None else display.progress)
-        self._store, self._settings, self._count, self._display = store, settings, count, display
-        self._limit = count or 1
-        self._places: list[_Place] = []
-        self._started = self._failed_starts = 0
-        self._deaths: Counter[Path] = Counter()
+    name = "ray"
+    remedy = "where it ran out of memory, ask for more with --memory-per-job, so that fewer share a machine"
+
+    def __init__(self, store: Store, settings: Ray, limit: int | None = None, *, display: Display | None = None):
+        super().__init__(store, limit or 1, display=display)
+        self._settings, self._asked_limit = settings, limit
+        self._failed_starts = 0
+        self._unseen: list[tuple[Outcome, float]] = []  # done on another machine, and until when this one must see it
+        self._ask_at = 0.0
         self._hello: dict[str, Any] = {}
         self._starved_since: float | None = None
         self._local = False
         self._open = contextlib.ExitStack()
 
     def outcomes(self) -> Iterator[Outcome]:
-        if self._waiting_jobs():
+        if self._waiting():
             self._connect()
-        while self._waiting_jobs() or any(place.job for place in self._places):
-            self._dispatch()
-            calls = {place.call: place for place in self._places if place.call is not None}
-            for call in _first(list(calls)):
-                yield from self._returned(calls[call])
-            self._progress()
-            self._rest()
-            if not any(place.ready for place in self._places):
-                self._look_for_room()
+        yield from super().outcomes()
 
     def close(self) -> None:
-        for place in self._places:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                _ray().kill(place.actor)
-        self._places = []
+        super().close()
         self._open.close()
 
     # The cluster
@@ -164,19 +157,18 @@ class RayWorkers(Executor):
 
     def _look_for_room(self) -> None:
         """Raise ConfigError where a job fits on no machine, and none appears within the time to wait."""
-        asked = {"CPU": self._settings.cpus_per_job, "GPU": self._settings.gpus_per_job, "memory": self._settings.memory_per_job * GIB}
+        asked = self._settings.resources
         machines = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         fit = sum(min(int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items() if amount) for has in machines)
         if fit:
             self._starved_since = None
-            self._limit = self._count or fit
-            if self._display is not None:
-                self._display.side_by_side = min(self._limit, fit)
+            self._limit = self._asked_limit or fit
+            self.display.side_by_side = min(self._limit, fit)
             return
         if self._starved_since is None:
             self._starved_since = time.monotonic()
-            if self._settings.wait and self._display is not None:
-                self._display.note(f"waiting up to {self._settings.wait:.0f} s for a machine with {self._settings.asked()}")
+            if self._settings.wait:
+                self.display.note(f"waiting up to {self._settings.wait:.0f} s for a machine with {self._settings.asked()}")
         if time.monotonic() - self._starved_since >= self._settings.wait:
             there = sorted({_resources(has) for has in machines})
             raise ConfigError(
@@ -187,21 +179,8 @@ class RayWorkers(Executor):
 
     # The actors
 
-    def _waiting_jobs(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def _dispatch(self) -> None:
-        busy = sum(place.job is not None for place in self._places)
-        while len(self._places) < min(self._limit, self._waiting_jobs() + busy):
-            self._start()
-        for place in self._places:
-            if place.call is None and (job := self._next(place.task)) is not None:
-                place.job, place.task, place.since = job, job.task, time.monotonic()
-                place.call = place.actor.run.remote(str(job.path.resolve()))
-
-    def _start(self) -> None:
-        self._started += 1
-        settings, log = self._settings, self._store.root.resolve() / "logs" / f"ray-{self._started}.log"
+    def _start(self, log: Path) -> _Place:
+        settings, log = self._settings, log.resolve()
         env = {**dict.fromkeys(ONE_THREAD, str(settings.cpus_per_job)), "TOKENIZERS_PARALLELISM": "false"}
         if self._local:  # elsewhere, the machines have a Paretune of their own
             env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -210,99 +189,111 @@ class RayWorkers(Executor):
             asked["memory"] = int(settings.memory_per_job * GIB)
         # Two calls at a time: the job, and the question how far it is.
         actor = _ray().remote(_worker()).options(**asked, max_concurrency=2, runtime_env={"env_vars": env}).remote()
-        self._places.append(_Place(actor=actor, log=log, call=actor.begin.remote({**self._hello, "log": str(log)})))
+        return _Place(log=log, ready=False, actor=actor, call=actor.begin.remote({**self._hello, "log": str(log)}))
 
-    def _returned(self, place: _Place) -> Iterator[Outcome]:
-        ray, job = _ray(), place.job
-        call, place.call = place.call, None
+    def _give(self, worker: _Place, job: Job) -> None:
+        worker.call = worker.actor.run.remote(str(job.path.resolve()))
+
+    def _stop(self, workers: Sequence[_Place]) -> None:
+        for worker in workers:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                _ray().kill(worker.actor)
+
+    def _left(self) -> int:
+        return super()._left() + len(self._unseen)
+
+    def _listen(self) -> Iterator[Outcome]:
+        calls = {worker.call: worker for worker in self._workers if worker.call is not None}
+        for call in _first(list(calls)):
+            yield from self._returned(calls[call])
+        yield from self._published()
+        self._ask()
+        self._rest()
+        if not any(worker.ready for worker in self._workers):
+            self._look_for_room()
+
+    def _returned(self, worker: _Place) -> Iterator[Outcome]:
+        ray = _ray()
+        call, worker.call = worker.call, None
         try:
             answer = ray.get(call)
         except ray.exceptions.RayError as gone:
-            yield from self._lost(place, gone)
+            how = str(gone).strip().rpartition("\n")[2][:240]
+            yield from self._lost(worker, how)
+            if not worker.ready:
+                self._not_begun(how)
             return
-        if job is None:
-            self._begun(place, answer)
+        if not worker.ready:
+            self._begun(worker, answer)
             return
-        place.job, began, place.since = None, place.since, time.monotonic()
-        error = answer["error"]
-        if answer["full"]:
-            raise StoreError(error["rule"], found=error["found"], remedy=error["remedy"])
-        if error is None:
-            self._await_published(job)
-        yield Outcome(job, time.monotonic() - began, error)
+        outcome = self._ended(worker, answer)
+        if outcome.error is None:
+            self._unseen.append((outcome, time.monotonic() + SEEN_WITHIN))
+        else:
+            yield outcome
 
-    def _begun(self, place: _Place, problem: Mapping[str, str] | None) -> None:
+    def _begun(self, worker: _Place, problem: Mapping[str, str] | None) -> None:
         if problem is not None:
-            kind = ConfigError if problem["error"] == "ConfigError" else StoreError
-            raise kind(problem["rule"], found=problem["found"], remedy=problem["remedy"])
+            raise as_error(problem, str(worker.log))
         if not self._store.has_workers():
             raise StoreError(
                 "file locks of the run directory reach every machine",
                 found=f"a Ray worker holds {self._store.root / '.workers'} and the driver does not see it",
                 remedy="put --root on a file system with cluster-wide flock (NFS 4, Lustre mounted with -o flock)",
             )
-        place.ready, place.since, self._failed_starts = True, time.monotonic(), 0
+        worker.ready, worker.since, self._failed_starts = True, time.monotonic(), 0
 
-    def _lost(self, place: _Place, error: Exception) -> Iterator[Outcome]:
-        self._places.remove(place)
-        with contextlib.suppress(Exception):
-            _ray().kill(place.actor)  # where only the connection was lost, it must not go on
-        how, job = str(error).strip().rpartition("\n")[2][:240], place.job
-        if job is None:
-            self._failed_starts += 1
-            if self._failed_starts >= ATTEMPTS:
-                raise TrainingError(
-                    "a Ray worker starts",
-                    found=f"{self._failed_starts} ended before their first job, the last with: {how}",
-                    remedy="see Ray's logs, by default under /tmp/ray/session_latest/logs on its machine",
-                )
-            return
-        self._deaths[job.path] += 1
-        if self._deaths[job.path] < ATTEMPTS:
-            self._queues[job.kind != TRAIN].appendleft(job)
-            return
-        remedy = "where it ran out of memory, ask for more with --memory-per-job, so that fewer share a machine"
-        yield Outcome(job, time.monotonic() - place.since, lost(job, how, place.log, remedy))
+    def _not_begun(self, how: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= ATTEMPTS:
+            raise TrainingError(
+                "a Ray worker starts",
+                found=f"{self._failed_starts} ended before their first job, the last with: {how}",
+                remedy="see Ray's logs, by default under /tmp/ray/session_latest/logs on its machine",
+            )
 
-    def _await_published(self, job: Job) -> None:
-        """Until this machine sees what another one has published: listing a directory makes NFS look again."""
-        find = self._store.artifact if job.kind == TRAIN else self._store.cell
-        deadline = time.monotonic() + SEEN_WITHIN
-        while find(job.key) is None:
-            if time.monotonic() > deadline:
+    def _published(self) -> Iterator[Outcome]:
+        """What other machines have done and this one sees by now."""
+        for entry in list(self._unseen):
+            outcome, deadline = entry
+            find = self._store.artifact if outcome.job.kind == TRAIN else self._store.cell
+            if find(outcome.job.key) is not None:
+                self._unseen.remove(entry)
+                yield outcome
+            elif time.monotonic() > deadline:
                 raise StoreError(
                     "what one machine publishes, all see",
-                    found=f"{job.label} ended well, and its directory is not here after {SEEN_WITHIN:.0f} s",
+                    found=f"{outcome.job.label} ended well, and its directory is not here after {SEEN_WITHIN:.0f} s",
                     remedy="mount the run directory everywhere from one server (NFS: -o lookupcache=positive)",
                 )
-            for kind in (ARTIFACTS, CELLS):
-                with contextlib.suppress(OSError):
-                    os.listdir(self._store.root / kind)
-            time.sleep(0.2)
+        for kind in (ARTIFACTS, CELLS) if self._unseen else ():
+            with contextlib.suppress(OSError):
+                os.listdir(self._store.root / kind)  # makes NFS look again
 
-    def _progress(self) -> None:
-        """Ask busy workers how far they are; nobody waits for the answer."""
-        if self.on_progress is None:
+    def _ask(self) -> None:
+        """Ask busy workers how far they are, all of them once in a while; nobody waits for the answers."""
+        if time.monotonic() < self._ask_at:
             return
-        ray = _ray()
-        for place in self._places:
-            if place.told is not None and ray.wait([place.told], timeout=0)[0]:
-                with contextlib.suppress(ray.exceptions.RayError):  # its job's call says so too
-                    last = ray.get(place.told)
-                    if place.job is not None and last not in (None, place.last) and last["path"] == str(place.job.path.resolve()):
-                        place.last = last
-                        self.on_progress(place.job, last["record"])
-                place.told = None
-            if place.told is None and place.job is not None:
-                place.told = place.actor.last.remote()
+        ray, self._ask_at = _ray(), time.monotonic() + PROGRESS_EVERY
+        asked = {worker.told: worker for worker in self._workers if worker.told is not None}
+        for told in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else ():
+            worker, asked[told].told = asked[told], None
+            with contextlib.suppress(ray.exceptions.RayError):  # its job's call says so too
+                last, job = ray.get(told), worker.job
+                if job is not None and last not in (None, worker.last) and last["path"] == str(job.path.resolve()):
+                    worker.last = last
+                    self.display.progress(job, last["record"])
+        for worker in self._workers:
+            if worker.told is None and worker.job is not None:
+                worker.told = worker.actor.last.remote()
 
     def _rest(self) -> None:
         """End workers that have had nothing to do for a while: others may need their GPUs."""
-        if self._waiting_jobs():
+        if self._waiting():
             return
-        for place in [p for p in self._places if p.ready and p.call is None and time.monotonic() - p.since > IDLE]:
-            self._places.remove(place)
-            _ray().kill(place.actor)
+        idle = [w for w in self._workers if w.ready and w.call is None and time.monotonic() - w.since > IDLE]
+        self._workers = [worker for worker in self._workers if worker not in idle]
+        self._stop(idle)
 
 
 def _ray() -> Any:
@@ -315,8 +306,11 @@ def _ray() -> Any:
 def _first(calls: list[Any]) -> list[Any]:
     """The first of the calls to return, or none within a moment."""
     ray = _ray()
+    if not calls:
+        time.sleep(LOOK_EVERY)
+        return []
     try:
-        return ray.wait(calls, num_returns=1, timeout=PROGRESS_EVERY)[0]
+        return ray.wait(calls, num_returns=1, timeout=LOOK_EVERY)[0]
     except (ray.exceptions.RayError, ConnectionError) as error:
         found = str(error).strip().partition("\n")[0]
         remedy = "see the head's logs; the same command goes on from here"
@@ -367,13 +361,16 @@ def _resources(amounts: Mapping[str, float]) -> str:
     return ", ".join(shown)
 
 
+# What runs in a worker
+
+
 def _worker() -> type:
     """The actor's class. Being made in a function it travels by value, so that a machine without Paretune can say so."""
 
     class Worker:
         def begin(self, hello):
             try:
-                from paretune.runs.ray_worker import Remote
+                from paretune.runs.ray import Remote
             except ImportError as error:
                 return {
                     "error": "ConfigError",
@@ -391,3 +388,90 @@ def _worker() -> type:
             return self.remote.last
 
     return Worker
+
+
+class Remote:
+    """What an actor does on its machine: `begin` once, then `run` one job after the other."""
+
+    def __init__(self) -> None:
+        self.tasks = Tasks()
+        self.last: dict[str, Any] | None = None  # {"path", "record"}: the latest progress
+        self._held = contextlib.ExitStack()  # until the process ends
+
+    def begin(self, hello: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Check that this machine can do the driver's jobs; what is wrong, as FAILED.json would say it."""
+        try:
+            self._begin(hello)
+        except ParetuneError as error:
+            return failure(error)
+        return None
+
+    def _begin(self, hello: Mapping[str, Any]) -> None:
+        host, root = socket.gethostname(), Path(hello["root"])
+        if paretune.__version__ != hello["version"]:
+            raise ConfigError(
+                "all machines of a run have the same Paretune",
+                found=f"{paretune.__version__} on {host}, {hello['version']} here",
+                remedy=f"install {hello['version']} there",
+            )
+        _await_text(root / "logs" / "ray.json", hello["token"], host)
+        missing = [path for path in hello["plugins"] if not Path(path).is_file()]
+        if missing:
+            raise ConfigError(
+                "every machine sees the plugins", found=f"{host} has no {missing[0]}", remedy="put it on the shared file system"
+            )
+        os.environ.update(hello["env"])
+        with contextlib.suppress(OSError):  # relative paths in a suite then mean the same; absolute ones need no folder
+            os.chdir(hello["folder"])
+        with disk_errors(root):
+            log = os.open(hello["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for stream in (1, 2):
+                os.dup2(log, stream)
+            self._held.enter_context(Store(root).worker_lock())
+
+    def run(self, path: str) -> dict[str, Any]:
+        """Do the job and say how it ended, as `attempt` does."""
+
+        def progress(record: Mapping[str, Any]) -> None:
+            self.last = {"path": path, "record": dict(record)}
+
+        try:
+            with open(path, "r+", encoding="utf-8") as handle:
+                _alone(handle, path)
+                return attempt(Path(path), tasks=self.tasks, progress=progress)
+        except (ParetuneError, OSError) as error:
+            return {"error": failure(error, label=Path(path).stem), "full": False}
+
+
+def _alone(handle: IO[str], path: str) -> None:
+    deadline = time.monotonic() + GONE_WITHIN
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return  # closing the file releases it
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    "one worker at a time works on a job",
+                    found=f"another one still holds {path}, on a machine that Ray has lost",
+                    remedy="end ray::Worker there, and run the same command again",
+                ) from None
+            time.sleep(0.1)
+
+
+def _await_text(path: Path, text: str, host: str) -> None:
+    deadline, found = time.monotonic() + SHARED_WITHIN, ""
+    while True:
+        try:
+            if text in path.read_text(encoding="utf-8"):
+                return
+            found = f"{path} is another one there"
+        except OSError as error:
+            found = f"{path}: {error.strerror}"
+        if time.monotonic() > deadline:
+            raise StoreError(
+                "every machine of the cluster sees the run directory under the same path",
+                found=f"{host}: {found}",
+                remedy="give a --root on a file system that all machines mount at the same place",
+            )
+        time.sleep(0.2)

@@ -1,4 +1,14 @@
-"""A recipe file: one method on your model, prompts and objectives."""
+"""Recipes: a YAML file that fits one method to your model, prompts and objectives.
+
+    model: ./my-model        # or a name on the hub; revision, beta, max_new_tokens, dtype and trust_remote_code stand beside it
+    prompts: prompts.jsonl   # or {path, ...}, {dataset, ...}
+    objectives:
+      - {name: brief, use: length}
+    method: experts          # or {name: experts, mixing: logit}; learner as well
+    preferences: 11          # where the result is measured
+
+Relative paths mean the recipe's folder, and in an override the current one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paretune.errors import ConfigError, nearest
 from paretune.objectives.base import check_callable
@@ -15,13 +25,17 @@ from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
 from paretune.runs import config
 from paretune.tasks.pretrained import check_pretrained
 from paretune.tasks.prompts import PromptSource
+from paretune.tasks.recipe import RecipeTask, _name_of, _objective
 from paretune.types import Preference
 
-if TYPE_CHECKING:
-    pass
-from paretune.tasks.recipe import RecipeTask, _name_of, _objective
-
 __all__ = ["Recipe", "load_recipe"]
+
+TASK_KEYS = {
+    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "trust_remote_code")},
+    "prompts": "prompt_source",
+    "objectives": "objective_specs",
+}
+RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
 @dataclass(frozen=True)
@@ -34,16 +48,6 @@ class Recipe:
     seed: int
     root: Path
     preferences: int | tuple[tuple[float, ...], ...] | None = None  # where the result is measured: points per edge, or weights
-
-
-TASK_KEYS = {
-    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "trust_remote_code")},
-    "prompts": "prompt_source",
-    "objectives": "objective_specs",
-}
-
-
-RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

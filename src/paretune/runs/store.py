@@ -31,25 +31,11 @@ from paretune.types import canonical_json, key_of
 
 __all__ = ["ARTIFACTS", "CELLS", "CELL_FORMAT", "CELL_SPEC", "Store"]
 
-ARTIFACTS, CELLS = "artifacts", "cells"
-
-
-KINDS = (ARTIFACTS, CELLS)
-
-
-WIP = ".wip-"
-
-
-DONE, FAILED, CHECKPOINT = "DONE", "FAILED.json", "checkpoint"
-
-
+ARTIFACTS, CELLS = KINDS = ("artifacts", "cells")
 NAMED_BY = {ARTIFACTS: "spec.json", CELLS: "cell.json"}  # the file that a directory's key is computed from
-
-
+WIP, DONE, FAILED, CHECKPOINT = ".wip-", "DONE", "FAILED.json", "checkpoint"
 CELL_FORMAT = 2  # of cell.json; 1 was before version 0.2, whose fields had other names
 CELL_SPEC = ("method", "task", "learner", "seed", "evaluation")  # the entries of cell.json that make its key
-
-
 WAIT_FOR_WORKERS = 5.0  # seconds that the workers of a killed run get to disappear
 
 

@@ -1,10 +1,4 @@
-"""Whole runs: `task`, `method` and `fit` for a notebook, `run_suite` for methods x tasks x seeds.
-
-A suite is a YAML file; `suite_file` says what stands in it. Every cell of it is named by everything that it depends on, so that suites
-that overlap share cells, and a suite that is run again, or was killed, computes only what is missing. Trainings are shared between all
-methods that need the same. What failed is tried again by the next run.
-
-The YAML file of a suite: its schema, and the cells that it stands for.
+"""Suites: methods x tasks x seeds in a YAML file; and `task`, `method` and `fit` for a notebook.
 
     name: quick                                   # also the name of ROOT/suites/<name>.json
     about: every method at three correlations     # optional
@@ -18,51 +12,148 @@ The YAML file of a suite: its schema, and the cells that it stands for.
     tune: {learner.lr: [1e-3, 1e-1, log]}   # for `paretune tune` alone
 
 A plain name stands for {name: ...}. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
-field, write the entry twice. Every combination of a task, a seed and a method is a *cell*.
+field, write the entry twice.
+
+Every combination of a task, a seed and a method is a *cell*. A cell's key is a hash of everything that its numbers depend on, so suites
+that overlap share cells, and a suite that is run again computes only what is missing. Trainings are shared between all methods that need
+the same. What failed is tried again by the next run.
+
+The schema and the cells come first below, then `fit` and `run_suite`.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
+import copy
 import dataclasses
+import itertools
 import time
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from paretune.errors import ConfigError, nearest
-from paretune.files import disk_errors, write_json
-from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
-from paretune.runs.display import Display, display
-from paretune.runs.jobs import Job, Tasks, as_error, cell_job, label_of, training_label
-from paretune.runs.local import Executor, InProcess, Workers, cpus
-from paretune.runs.plan import Member, Schedule, next_wave
-from paretune.runs.ray import PATIENCE, Ray, RayWorkers
-from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
-from paretune.training.cost import as_if_alone, read_cost
-
-if TYPE_CHECKING:
-    from paretune.methods.base import Method
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.training.learner import Learner
-import collections.abc
-import copy
-import itertools
-import types
-import typing
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
+from paretune.errors import ConfigError, nearest
+from paretune.files import disk_errors, write_json
+from paretune.methods.base import Method
+from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
 from paretune.runs.config import Document, load
-from paretune.runs.jobs import evaluation_settings
+from paretune.runs.display import Display, display
+from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, training_label
+from paretune.runs.local import Workers
+from paretune.runs.plan import Member, Schedule, next_wave
+from paretune.runs.pool import Executor, InProcess, cpus
+from paretune.runs.ray import PATIENCE, Ray, RayWorkers
+from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
+from paretune.tasks.base import Task
+from paretune.training.cost import as_if_alone, read_cost
 from paretune.types import key_of
+
+if TYPE_CHECKING:  # these load torch
+    from paretune.policy.family import Family
+    from paretune.training.learner import Learner
 
 __all__ = ["Row", "Suite", "Summary", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 
 EXECUTORS = ("local", "in-process", "ray")
+
+Entry = Annotated[dict[str, Any], BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
+
+
+class Suite(BaseModel):
+    """The schema of the YAML file; see the module's docstring."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="use letters, digits, dots, dashes and underscores")
+    about: str = ""
+    tasks: list[Entry] = Field(min_length=1, description="for example tasks: [{name: exact-v1, rho: [0.8, -0.8]}]")
+    learner: Entry = Field(default={"name": "pg"}, description="for example learner: {name: exact, steps: 100}")
+    methods: list[Entry] = Field(min_length=1, description="for example methods: [reference, experts]")
+    seeds: list[StrictInt] = Field(min_length=1, description="for example seeds: [100, 101]")
+    splits: list[Literal["train", "test"]] = Field(default=["train", "test"], min_length=1, description="train, test or both")
+    samples: int = Field(default=64, ge=1, description="a whole number of at least 1")
+    tune: dict[str, Any] | None = Field(default=None, exclude=True, description="for example tune: {learner.lr: [1e-3, 1e-1, log]}")
+
+
+def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Suite, Document]:
+    """The checked suite, and where everything in it stands. Raises ConfigError with file and line."""
+    if isinstance(given, str | Path):
+        document = load(given, overrides)
+    else:
+        document = Document(copy.deepcopy(dict(given)), "the suite")
+        for text in overrides:
+            document.override(text)
+    return document.validate(Suite), document
+
+
+def members_of(suite: Suite, document: Document) -> list[Member]:
+    """One per distinct cell: task entries, then seeds, then methods, in the order written. Everything is built and thereby checked."""
+    with document.at("learner"):
+        learner = LEARNERS.build(suite.learner)
+    methods = [one for place, entry in enumerate(suite.methods) for one in _built(METHODS, entry, document, "methods", place)]
+    evaluation = evaluation_settings(suite.splits, suite.samples)
+    members: dict[str, Member] = {}
+    for place, entry in enumerate(suite.tasks):
+        for task, seed in _tasks(entry, suite.seeds, document, place):
+            for method in methods:
+                spec: dict[str, Any] = {"method": describe(method), "task": describe(task), "learner": describe(learner)}
+                spec |= {"seed": seed, "evaluation": evaluation}
+                label = f"{label_of(spec['method'], METHODS)} on {label_of(spec['task'], TASKS)}"
+                label += f", seed {seed}" if "seed" not in spec["task"] else ""
+                members.setdefault(key_of(spec), Member(key_of(spec), label, task, method, learner, seed, spec=spec))
+    return list(members.values())
+
+
+def expand(registry: Registry, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries that an entry with lists stands for; see the module's docstring."""
+    cls = registry[str(entry.get("name", ""))]
+    hints = typing.get_type_hints(cls)
+    choices = []
+    for name, value in entry.items():
+        varies = isinstance(value, list) and name in hints and not _takes_list(hints[name])
+        if varies and not value:
+            raise ConfigError("a list of values has at least one", found=f"{name}: []", remedy="give a value, or leave the field out")
+        choices.append([(name, one) for one in (value if varies else [value])])
+    return [dict(chosen) for chosen in itertools.product(*choices)]
+
+
+def _built(registry: Registry, entry: Mapping[str, Any], document: Document, *place: str | int) -> list[Any]:
+    with document.at(*place):
+        return [registry.build(one) for one in expand(registry, entry)]
+
+
+def _tasks(entry: Mapping[str, Any], seeds: Sequence[int], document: Document, place: int) -> list[tuple[Any, int]]:
+    """(task, seed) for every value and seed; a task without a `seed` field is one instance for all seeds."""
+    with document.at("tasks", place):
+        seeded = any(f.name == "seed" and f.init for f in dataclasses.fields(TASKS[str(entry.get("name", ""))]))
+        if seeded and "seed" in entry:
+            raise ConfigError(
+                "the seeds of a suite's tasks stand under seeds:",
+                found=f"seed: {entry['seed']}",
+                remedy="move it to seeds:, which all tasks share",
+            )
+        found = []
+        for one in expand(TASKS, entry):
+            fixed = None if seeded else TASKS.build(one)
+            found += [(TASKS.build({**one, "seed": seed}) if seeded else fixed, seed) for seed in seeds]
+        return found
+
+
+def _takes_list(hint: Any) -> bool:
+    """True where a value of the declared type can be written as a list."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _takes_list(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes_list(one) for one in typing.get_args(hint))
+    kind = origin or hint
+    return hint is Any or (isinstance(kind, type) and issubclass(kind, collections.abc.Collection) and kind not in (str, bytes, dict))
 
 
 @dataclass(frozen=True)
@@ -282,9 +373,9 @@ def _running(
         if isinstance(who, Ray):
             executor = RayWorkers(store, who, workers, display=shown)
         elif who == "local":
-            executor = Workers(store, count, on_progress=shown.progress)
+            executor = Workers(store, count, display=shown)
         else:
-            executor = InProcess(tasks=tasks, on_progress=shown.progress)
+            executor = InProcess(tasks=tasks, display=shown)
         try:
             with executor:
                 yield executor, shown
@@ -297,97 +388,3 @@ def _running(
 def _whole(registry: Registry, given: Any) -> Any:
     """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
     return registry.build(given if isinstance(given, str | Mapping) else describe(given))
-
-
-Entry = Annotated[dict[str, Any], BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
-
-
-class Suite(BaseModel):
-    """The schema of the YAML file; see the module's docstring."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="use letters, digits, dots, dashes and underscores")
-    about: str = ""
-    tasks: list[Entry] = Field(min_length=1, description="for example tasks: [{name: exact-v1, rho: [0.8, -0.8]}]")
-    learner: Entry = Field(default={"name": "pg"}, description="for example learner: {name: exact, steps: 100}")
-    methods: list[Entry] = Field(min_length=1, description="for example methods: [reference, experts]")
-    seeds: list[StrictInt] = Field(min_length=1, description="for example seeds: [100, 101]")
-    splits: list[Literal["train", "test"]] = Field(default=["train", "test"], min_length=1, description="train, test or both")
-    samples: int = Field(default=64, ge=1, description="a whole number of at least 1")
-    tune: dict[str, Any] | None = Field(default=None, exclude=True, description="for example tune: {learner.lr: [1e-3, 1e-1, log]}")
-
-
-def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Suite, Document]:
-    """The checked suite, and where everything in it stands. Raises ConfigError with file and line."""
-    if isinstance(given, str | Path):
-        document = load(given, overrides)
-    else:
-        document = Document(copy.deepcopy(dict(given)), "the suite")
-        for text in overrides:
-            document.override(text)
-    return document.validate(Suite), document
-
-
-def members_of(suite: Suite, document: Document) -> list[Member]:
-    """One per distinct cell: task entries, then seeds, then methods, in the order written. Everything is built and thereby checked."""
-    with document.at("learner"):
-        learner = LEARNERS.build(suite.learner)
-    methods = [one for place, entry in enumerate(suite.methods) for one in _built(METHODS, entry, document, "methods", place)]
-    evaluation = evaluation_settings(suite.splits, suite.samples)
-    members: dict[str, Member] = {}
-    for place, entry in enumerate(suite.tasks):
-        for task, seed in _tasks(entry, suite.seeds, document, place):
-            for method in methods:
-                spec: dict[str, Any] = {"method": describe(method), "task": describe(task), "learner": describe(learner)}
-                spec |= {"seed": seed, "evaluation": evaluation}
-                label = f"{label_of(spec['method'], METHODS)} on {label_of(spec['task'], TASKS)}"
-                label += f", seed {seed}" if "seed" not in spec["task"] else ""
-                members.setdefault(key_of(spec), Member(key_of(spec), label, task, method, learner, seed, spec=spec))
-    return list(members.values())
-
-
-def expand(registry: Registry, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries that an entry with lists stands for; see the module's docstring."""
-    cls = registry[str(entry.get("name", ""))]
-    hints = typing.get_type_hints(cls)
-    choices = []
-    for name, value in entry.items():
-        varies = isinstance(value, list) and name in hints and not _takes_list(hints[name])
-        if varies and not value:
-            raise ConfigError("a list of values has at least one", found=f"{name}: []", remedy="give a value, or leave the field out")
-        choices.append([(name, one) for one in (value if varies else [value])])
-    return [dict(chosen) for chosen in itertools.product(*choices)]
-
-
-def _built(registry: Registry, entry: Mapping[str, Any], document: Document, *place: str | int) -> list[Any]:
-    with document.at(*place):
-        return [registry.build(one) for one in expand(registry, entry)]
-
-
-def _tasks(entry: Mapping[str, Any], seeds: Sequence[int], document: Document, place: int) -> list[tuple[Any, int]]:
-    """(task, seed) for every value and seed; a task without a `seed` field is one instance for all seeds."""
-    with document.at("tasks", place):
-        seeded = any(f.name == "seed" and f.init for f in dataclasses.fields(TASKS[str(entry.get("name", ""))]))
-        if seeded and "seed" in entry:
-            raise ConfigError(
-                "the seeds of a suite's tasks stand under seeds:",
-                found=f"seed: {entry['seed']}",
-                remedy="move it to seeds:, which all tasks share",
-            )
-        found = []
-        for one in expand(TASKS, entry):
-            fixed = None if seeded else TASKS.build(one)
-            found += [(TASKS.build({**one, "seed": seed}) if seeded else fixed, seed) for seed in seeds]
-        return found
-
-
-def _takes_list(hint: Any) -> bool:
-    """True where a value of the declared type can be written as a list."""
-    origin = typing.get_origin(hint)
-    if origin is Annotated:
-        return _takes_list(typing.get_args(hint)[0])
-    if origin in (typing.Union, types.UnionType):
-        return any(_takes_list(one) for one in typing.get_args(hint))
-    kind = origin or hint
-    return hint is Any or (isinstance(kind, type) and issubclass(kind, collections.abc.Collection) and kind not in (str, bytes, dict))

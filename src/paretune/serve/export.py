@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +25,16 @@ from torch import Tensor
 from paretune.errors import ConfigError, StoreError, nearest
 from paretune.files import is_disk_full
 from paretune.hub import is_local
-from paretune.policy.base import Policy
+from paretune.policy.base import Policy, Weights
 from paretune.policy.family import Family
-from paretune.policy.lora.bank import soup_weight
-from paretune.policy.mixing.hidden import HiddenLayerMix
-from paretune.policy.mixing.parameter import MergedMix, RoutedMix
-from paretune.policy.mixing.predictions import RobustMix
-from paretune.policy.mixing.prompted import PromptedMix
 from paretune.serve.model_card import Exported, model_card, record
 from paretune.types import Preference
 
-__all__ = ["KINDS", "Weights", "export", "single_weights"]
+__all__ = ["KINDS", "export", "single_weights"]
 
 KINDS = ("merged", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD = "2GB"  # of a merged checkpoint: what is in memory beside the model
-EXPERTS = "it mixes the experts' {}, which no single set of weights computes"
-WHY = {
-    "logit": EXPERTS.format("predictions token by token"),
-    "divergence": EXPERTS.format("predictions token by token"),
-    "hidden": EXPERTS.format("hidden states"),
-    "hidden-layer": EXPERTS.format("hidden states"),
-    "robust": "it chooses the worst weights near the preference anew for every token",
-    "routed": "its router sets the gates anew for every token",
-}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The one set of weights of a family at a preference: the base model and `how` its adapters change it.
-
-    `how` is "delta" (the exact soup), "factor", "merge" (TIES or DARE: dense) or "base" (no change). `prefix` are ids of tokens that stand
-    before every prompt.
-    """
-
-    how: str
-    gates_K: Tensor
-    prefix: tuple[int, ...] = ()
 
 
 def export(
@@ -92,7 +64,7 @@ def export(
     asked = Preference.of(family.objectives.names, preference)
     weights = single_weights(family, asked.w_M)
     if kind == "adapter" and weights.how in ("base", "merge"):
-        found = "the reference alone" if weights.how == "base" else 'level "merged", whose changes are dense: they have no low rank'
+        found = "the reference alone" if weights.how == "base" else 'mixing "merged", whose changes are dense: they have no low rank'
         raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
     aside = out.resolve().with_name(f".wip-{out.resolve().name}")
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
@@ -122,43 +94,20 @@ def export(
 def single_weights(family: Family, w_M: np.ndarray) -> Weights:
     """The set of weights that computes what the family does at a preference. Raises ConfigError where there is none."""
     policy, rule = family.policy, family.rule
-    constant = getattr(getattr(rule, "features", None), "kind", "") == "none"
-    if hasattr(rule, "prompt_gates") and not constant:
-        raise _no_single(policy, f"rule {rule.registered_name!r} sets the gates anew for every prompt")
-    gates = family.gates(np.asarray(w_M)[None])[0]
-    gates_K = torch.from_numpy(gates).float().to(policy.device)
-    if policy.mixing == "reference" or not policy.bank.layers:
-        return Weights("base", gates_K)
-    if isinstance(policy, PromptedMix):
-        return Weights("delta", torch.ones(1, device=policy.device), tuple(policy.prefix(gates_K[None])[0].tolist()))
-    if isinstance(policy, MergedMix):
-        return Weights("merge", gates_K)
-    if policy.mixing == "factor":
-        return Weights("factor", gates_K)
-    if policy.mixing == "parameter" or _one_expert(policy, gates):
-        return Weights("delta", gates_K)
-    why = WHY.get(policy.mixing, f"it is a level that Paretune does not know, {type(policy).__name__}")
-    raise _no_single(policy, f"level {policy.mixing!r}: {why}")
+    if rule.per_prompt:
+        raise _no_single(family, f"rule {rule.registered_name!r} sets the gates anew for every prompt")
+    gates_K = torch.from_numpy(family.gates(np.asarray(w_M)[None])[0]).float().to(policy.device)
+    found = policy.single_weights(gates_K) if policy.bank.layers else Weights("base", gates_K)
+    if isinstance(found, str):
+        raise _no_single(family, f"mixing {policy.mixing!r}: {found}")
+    return found
 
 
-def _one_expert(policy: Policy, gates: np.ndarray) -> bool:
-    """Whether a level that mixes otherwise than weights is, at these gates, its soup: one expert alone has a gate, and it is 1."""
-    if isinstance(policy, HiddenLayerMix) and policy.layer == 0:
-        return True
-    if policy.mixing not in WHY or (isinstance(policy, RobustMix) and policy.radius > 0):
-        return False
-    own = gates[: policy.settings["experts"]] if isinstance(policy, RoutedMix) else gates
-    return bool(np.allclose(np.sort(own), np.eye(len(own))[-1], rtol=0, atol=1e-9))
-
-
-def _no_single(policy: Policy, found: str) -> ConfigError:
-    vertex = "" if policy.mixing in ("parameter", "robust") else "a preference that one expert alone answers can be exported; for others, "
+def _no_single(family: Family, found: str) -> ConfigError:
+    alone = family.policy.vertices_are_experts and not family.rule.per_prompt
+    vertex = "a preference that one expert alone answers can be exported; for others, " if alone else ""
+    soup = "; the same experts averaged (mixing: parameter) can, too, for what such a soup is worth" if alone else ""
     remedy = f'{vertex}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
-    soup = (
-        "; the same experts averaged (mixing: parameter) can, too, for what such a soup is worth"
-        if policy.mixing in ("logit", "hidden")
-        else ""
-    )
     return ConfigError(
         "an export is one set of weights", found=found, remedy=f"{remedy} exported{soup}; `paretune sample` uses this family as it is"
     )
@@ -182,10 +131,7 @@ def _merged(policy: Policy, weights: Weights) -> dict[str, Callable[[], Tensor]]
     """Name of a parameter of the base model -> what makes its merged value, in float32 or wider."""
     if weights.how == "base":
         return {}
-    if isinstance(policy, MergedMix):
-        return {f"{layer.name}.weight": functools.partial(policy.merged_weight, layer, weights.gates_K) for layer in policy.bank.layers}
-    make = functools.partial(soup_weight, weights_K=weights.gates_K, how=weights.how)
-    return {f"{layer.name}.weight": functools.partial(make, layer) for layer in policy.bank.layers}
+    return {f"{layer.name}.weight": functools.partial(policy.merged_weight, layer, weights) for layer in policy.bank.layers}
 
 
 class _Merging(dict[str, Tensor]):

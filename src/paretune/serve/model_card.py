@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from paretune.hub import is_local
-from paretune.registry import describe
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
@@ -60,8 +58,8 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "kind": made.kind,
         "preference": made.preference,
         "how": how,
-        "level": policy.mixing,
-        "rule": describe(family.rule)["name"],
+        "mixing": policy.mixing,
+        "rule": family.rule.registered_name,
         "gates": dict(zip(policy.bank.names, gates, strict=True)),
         "rank": made.rank,
         "dtype": made.dtype,
@@ -120,7 +118,7 @@ def model_card(family: Family, made: Exported, facts: Mapping[str, Any]) -> str:
     weights = ", ".join(f"{name} {weight:g}" for name, weight in made.preference.items())
     card = family.meta.get("card") or {}
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(made, facts), sort_keys=False)}---\n\n# {made.path.name}\n",
+        f"---\n{_front_matter(made, facts)}---\n\n# {made.path.name}\n",
         f"One policy of a family that was trained under {len(made.preference)} objectives: the one for **{weights}**. It comes from method "
         f"`{method}`{': ' + card['summary'] if card.get('summary') else ''}.\n",
         *([_measured(facts["measured"], family.objectives.names)] if facts["measured"] else []),
@@ -131,15 +129,17 @@ def model_card(family: Family, made: Exported, facts: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(made: Exported, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _front_matter(made: Exported, facts: Mapping[str, Any]) -> str:
+    """YAML whose values are JSON: every reader of YAML takes `"no"` for a word."""
     base = facts["base"].get("model")
     named = {"base_model": base, "base_model_relation": "adapter" if made.kind == "adapter" else "finetune"}
-    return {
+    entries = {
         **(named if base is not None and not facts["base"]["local"] else {}),
         "library_name": "peft" if made.kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["paretune", "multi-objective", "reinforcement-learning", *(["lora"] if made.kind == "adapter" else [])],
     }
+    return "".join(f"{name}: {json.dumps(entry)}\n" for name, entry in entries.items())
 
 
 def _measured(found: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -214,13 +214,13 @@ def _provenance(made: Exported, facts: Mapping[str, Any]) -> str:
     how = {
         "delta": "the exact weighted sum of what the adapters add",
         "factor": "the adapters' factors averaged separately",
-        "merge": "a TIES or DARE merge of what the adapters add",
+        "merge": "a dense merge of what the adapters add",
         "base": "nothing: the base model itself",
     }[facts["how"]]
     lines = [
         f"- base model: {named or 'task `' + json.dumps(base.get('task')) + '`'}",
         f"- change: {how}" + (f"; gates {gates}" if gates else ""),
-        f"- method: `{json.dumps(facts['method'])}`, seed {facts['seed']}; rule `{facts['rule']}`, level `{facts['level']}`",
+        f"- method: `{json.dumps(facts['method'])}`, seed {facts['seed']}; rule `{facts['rule']}`, mixing `{facts['mixing']}`",
         *([f"- trainings: {', '.join(f'`{key}`' for key in facts['trainings'])}"] if facts["trainings"] else []),
         f"- stored as {made.dtype}" + (f", rank {made.rank}" if made.rank else "; merged in float32"),
         f"- versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",

@@ -1,12 +1,12 @@
-"""Conformance suites: run somebody's method, task or objective through what the contracts promise.
+"""Conformance of methods: what a class registered in METHODS promises, as a check that plug-in authors run.
 
-    from paretune.testing.methods import check_method, check_objective, check_task
+    from paretune.testing import check_method
 
     def test_my_method():
         check_method("my-method")
 
-Each raises ConformanceError at the first broken promise, in three parts like every error here: the promise, what was found, and the
-way out. They train and sample for real, on a task with 85 responses, in seconds; nothing is written outside a temporary directory.
+It raises ConformanceError at the first broken promise, in three parts like every error here: the promise, what was found, and the
+way out. It trains and samples for real, on a task with 85 responses, in seconds; nothing is written outside a temporary directory.
 """
 
 from __future__ import annotations
@@ -18,41 +18,30 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from paretune.evaluation.evaluate import evaluate
 from paretune.methods.base import CATEGORIES, Card, Method
-from paretune.registry import LEARNERS, METHODS, TASKS, describe
-from paretune.seeds import generator
-from paretune.testing.objectives import ConformanceError, attempt, check_objective, check_registered, require
-from paretune.testing.tasks import check_task
+from paretune.policy.family import Family
+from paretune.registry import LEARNERS, METHODS, describe
+from paretune.tasks.base import Task
+from paretune.testing.families import check_gates, check_samples, exact_logp, quick_task, some_preferences
+from paretune.testing.objectives import ConformanceError, attempt, check_registered, require
+from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Preference, canonical_json
 
-if TYPE_CHECKING:
-    from paretune.policy.family import Family
-    from paretune.tasks.base import Task
-    from paretune.tasks.exact.task import ExactTask
-    from paretune.training.learner import Learner
-
-__all__ = ["ConformanceError", "check_method", "check_objective", "check_task", "quick_learner", "quick_task", "train_plan"]
+__all__ = ["ConformanceError", "check_method", "quick_learner", "quick_task", "train_plan"]
 
 MAX_WAVES = 50
 TOLERANCE = 1e-3  # of returns, between a task and the same task with its objectives swapped
 
 
-def quick_task(**dials: Any) -> ExactTask:
-    """The exact task that the suites run on: 85 responses to each of 4 + 4 prompts."""
-    return TASKS.build({"name": "exact-v1", "alphabet": 4, "length": 3, "prompt_count": 4, "width": 32, "layers": 1, **dials})
-
-
 def quick_learner(**fields: Any) -> Learner:
     """An exact learner with a few steps: enough to tell policies apart."""
     return LEARNERS.build({"name": "exact", "steps": 5, "rank": 4, **fields})
-
-
-# Methods
 
 
 def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None = None, learner: Learner | None = None) -> None:
@@ -76,15 +65,15 @@ def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None 
             lambda: method.policy(task, learner, MappingProxyType(done), 0),
         )
         family = build()
-        w_WM = _some_preferences(task)
-        _check_gates(family, list(task.prompts("test"))[:3], w_WM)
-        _check_samples(family, task, w_WM)
+        w_WM = some_preferences(task)
+        check_gates(family, list(task.prompts("test"))[:3], w_WM)
+        check_samples(family, task, w_WM)
         if task.is_exact:
             _check_probabilities(family, build(), task, w_WM)
         _check_saved(family, Path(folder) / "saved", w_WM)
         after = {path: digest for path, digest in _digests(folder).items() if not path.startswith("saved")}
         require(before == after, "finished trainings never change", "files of an artifact were written to", "copy what you want to change")
-        if getattr(method, "symmetric", False) and task.is_exact:
+        if method.symmetric and task.is_exact:
             _check_symmetry(method, task, learner, family, Path(folder) / "swapped")
 
 
@@ -152,76 +141,31 @@ def _check_card(method: Method) -> None:
     require("\n" not in card.summary, "a card's summary is one line", repr(card.summary), "move the rest into the class's docstring")
 
 
-def _some_preferences(task: Task, *, ties: bool = True) -> np.ndarray:
-    """(W, M): the vertices, two others, and the center unless `ties` are out: two nearest policies have no symmetric answer."""
-    m = task.objectives.count
-    return np.concatenate([np.eye(m), generator(0, "conformance").dirichlet(np.ones(m), size=2), np.full((int(ties), m), 1 / m)])
-
-
-def _check_gates(family: Family, prompts: list[Any], w_WM: np.ndarray) -> None:
-    rule = "a family has gates for every preference, each by itself"
-    remedy = "the rule's gates(w_WM) returns a finite (W, K) array, row by row"
-    gates_WK = attempt(rule, remedy, lambda: family.gates(w_WM))
-    shape = (len(w_WM), family.policy.K)
-    require(gates_WK.shape == shape and np.isfinite(gates_WK).all(), rule, f"shape {gates_WK.shape} for {shape}, or not finite", remedy)
-    backwards = attempt(rule, remedy, lambda: family.gates(w_WM[::-1]))[::-1]
-    alone = np.concatenate([attempt(rule, remedy, partial(family.gates, w[None])) for w in w_WM])
-    require(np.array_equal(backwards, gates_WK) and np.array_equal(alone, gates_WK), rule, "gates depend on the other rows", remedy)
-    if hasattr(family.rule, "prompt_gates"):
-        gates_WPK = attempt(rule, remedy, lambda: family.gates(w_WM, prompts))
-        backwards = attempt(rule, remedy, lambda: family.gates(w_WM[::-1], prompts[::-1]))[::-1, ::-1]
-        alone = np.stack([np.concatenate([family.gates(w[None], [prompt])[0] for prompt in prompts]) for w in w_WM])
-        same = np.array_equal(backwards, gates_WPK) and np.array_equal(alone, gates_WPK)
-        require(same and np.isfinite(gates_WPK).all(), rule, "a prompt's gates depend on the other rows, or are not finite", remedy)
-
-
-def _check_samples(family: Family, task: Task, w_WM: np.ndarray) -> None:
-    prompts = list(task.prompts("test"))[:3]
-    rule, remedy = "a family answers every prompt at every preference, the same way for the same seed", "draw only from the seed"
-    for w_M in w_WM:
-
-        def ask(given: list[Any], w_M: np.ndarray = w_M) -> list[list[str]]:
-            request = partial(family.sample, given, w_M.tolist(), n=2, seed=0, max_new_tokens=task.max_new_tokens)
-            return attempt(rule, remedy, request)
-
-        first = ask(prompts)
-        require([len(row) for row in first] == [2] * len(prompts), rule, f"{[len(r) for r in first]} answers", "n answers per prompt")
-        require(first == ask(prompts), rule, f"two different answers at w = {w_M.round(3).tolist()}", remedy)
-        require(ask(prompts[::-1]) == first[::-1], rule, "the order of the prompts changed the answers", remedy)
-
-
 def _check_probabilities(family: Family, again: Family, task: Any, w_WM: np.ndarray) -> None:
-    from paretune.policy.returns import ExactReturns
-
     for split in ("train", "test"):
-        one, two = ExactReturns(task, family.policy, split), ExactReturns(task, again.policy, split)
         prompts = task.prompts(split)
         for w_M, gates in zip(w_WM, family.gates(w_WM, prompts), strict=True):
-            logp_PR = one.logp_PR(gates)
+            logp_PR = exact_logp(task, family, split, gates)
             off = float(np.abs(np.exp(logp_PR).sum(1) - 1).max())
             require(off < 1e-5, "the policy is a distribution over responses", f"probabilities sum to 1 +- {off:.2g}", "normalize logits")
-            same = np.array_equal(two.logp_PR(again.gates(w_M[None], prompts)[0]), logp_PR)
+            same = np.array_equal(exact_logp(task, again, split, again.gates(w_M[None], prompts)[0]), logp_PR)
             require(same, "policy() is a pure function of its arguments", "two families of the same trainings differ", "draw from the seed")
 
 
 def _check_saved(family: Family, path: Path, w_WM: np.ndarray) -> None:
-    from paretune.policy.family import Family
-
     rule = "a saved family is the same family"
     gates_WK = family.gates(w_WM)
     remedy = "describe everything in the rule's fields, base and adapters"
     attempt(rule, remedy, partial(family.save, path))
     loaded = attempt(rule, remedy, partial(Family.load, path))
     require(np.array_equal(loaded.gates(w_WM), gates_WK), rule, "other gates at the same preferences", "save what the rule needs")
-    require(loaded.policy.mixing == family.policy.mixing, rule, f"level {loaded.policy.mixing}", f"save level {family.policy.mixing}")
+    require(loaded.policy.mixing == family.policy.mixing, rule, f"mixing {loaded.policy.mixing}", f"save mixing {family.policy.mixing}")
     require(isinstance(loaded.meta.get("card"), dict), "a family carries its method's card", f"meta has {sorted(loaded.meta)}",
              'meta={"card": dataclasses.asdict(method.card), ...}')  # fmt: skip
 
 
 def _check_symmetry(method: Method, task: Any, learner: Learner, family: Family, root: Path) -> None:
     """The same task with its objectives in the opposite order: trainings and returns must be those of the opposite preferences."""
-    from paretune.evaluation.evaluate import evaluate
-
     rule, remedy = "a symmetric method treats the objectives alike", "do the same for every objective, or leave out `symmetric`"
     swapped = _swapped(task)
     plans = [[s.preference for s in method.plan(t, learner, {}, 0) if s.preference is not None] for t in (task, swapped)]
@@ -229,7 +173,7 @@ def _check_symmetry(method: Method, task: Any, learner: Learner, family: Family,
     same = len(mirrored) == len(plans[0]) and np.allclose(sorted(plans[0]), mirrored)
     require(same, rule, f"it trains {sorted(plans[0])}, and {mirrored} with the objectives swapped", remedy)
     other = method.policy(swapped, learner, train_plan(method, swapped, learner, root, seed=0), 0)
-    w_WM = _some_preferences(task, ties=False)
+    w_WM = some_preferences(task, ties=False)
     one = evaluate(task, family, w_WM=w_WM, splits=["train"]).curves["train"].returns_WSM
     two = evaluate(swapped, other, w_WM=w_WM[:, ::-1], splits=["train"]).curves["train"].returns_WSM[:, :, ::-1]
     off = float(np.abs(one - two).max())

@@ -1,4 +1,4 @@
-"""The promises of tasks and objectives as checks; `paretune.testing.methods` is the public door to them."""
+"""Conformance of objectives: what every objective must keep, as a check that plug-in authors run; and what all suites share."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ def attempt(rule: str, remedy: str, call: Callable[[], Any]) -> Any:
 def check_registered(thing: Any, registry: Registry, base: type) -> None:
     """A frozen dataclass, registered, that its JSON description builds again."""
     kind, cls = registry.kind, type(thing)
+    names = "_".join(kind.upper().split()) + "S"
     require(isinstance(thing, base), f"a {kind} is a subclass of {base.__name__}", repr(cls), f"class {cls.__name__}({base.__name__})")
     frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     require(frozen, f"a {kind} is a frozen dataclass", cls.__name__, "@dataclass(frozen=True) below the register decorator")
     name = getattr(thing, "registered_name", None)
     known = name is not None and name in list(registry) and registry[name] is cls
-    require(known, f"a {kind} is registered", f"{cls.__name__}: {name!r}", f'@{kind.upper()}S.register("its-name")')
+    require(known, f"a {kind} is registered", f"{cls.__name__}: {name!r}", f'@{names}.register("its-name")')
     text = attempt(f"a {kind} describes itself as JSON", "fields of plain JSON types", lambda: canonical_json(describe(thing)))
     again = attempt(
         f"a {kind} is built again from its description", "every field is an argument of __init__", lambda: registry.build(describe(thing))

@@ -1,7 +1,9 @@
 """Returns to advantages: what each response is compared with, and how the differences are scaled.
 
 Rows stand group by group: N = P * G, a group being the G responses to one prompt under one preference. NaN means "unscored": such
-an entry is left out of its objective's baseline and spread, and adds nothing to its row's advantage.
+an entry is left out of every mean and spread, and adds nothing to its row's advantage.
+
+First a baseline and a normalization (`advantages`), the learner's own way:
 
     at        baseline        normalize  is
     reward    leave_one_out   none       the default: unbiased for the gradient of the expected weighted return
@@ -9,15 +11,8 @@ an entry is left out of its objective's baseline and spread, and adds nothing to
     reward    group_mean      group      TRL's GRPO, sum_then_normalize (biased: each prompt's gradient is divided by its own spread)
     advantage group_mean      group      TRL's GRPO, normalize_then_sum; GDPO (2601.05242): z-scores per objective, summed, whitened
 
-Aggregations: named ways in which the returns of a prompt's responses, a vector each, become one advantage per response.
-
-A `TrainSpec` names one as `{"name": ..., field: value}`; "learner" leaves it to the learner's own baseline, normalization and
-`scalarize_at`. All of them compare a response with the others to its prompt under the group's own mean and spread, and climb something
-other than J_w, which is what they are here to show. Returns hold the penalty for KL in every objective.
-
-Arrays are (P, G, M), one group per prompt. `mass_PG` is the probability of a response within its group: None for samples, which count
-alike and whose spread has n - 1 in the denominator; the exact learner gives the policy's own probabilities of all responses, and so
-takes the step to which samples converge as groups grow. NaN means unscored: left out of every mean, and worth nothing in its row.
+Then aggregations (`aggregate_advantages`): published ways, known by name, in which the returns of a prompt's responses, a vector each,
+become one advantage per response. All of them climb something other than J_w. Returns hold the penalty for KL in every objective.
 """
 
 from __future__ import annotations
@@ -27,15 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from paretune.errors import ConfigError, nearest
-from paretune.training.spec import TrainSpec
-
 __all__ = [
     "AGGREGATIONS",
+    "BASELINES",
+    "CENTERED",
     "EPS",
+    "NORMALIZED_OVER",
     "advantages",
     "aggregate_advantages",
-    "check_aggregation",
     "dvao",
     "gd2po",
     "gdpo",
@@ -50,6 +44,9 @@ __all__ = [
 ]
 
 EPS = 1e-4  # added to every standard deviation before dividing, as in TRL
+GROUP, BATCH = 1, (0, 1)  # axes of (P, G, M)
+Axis = int | tuple[int, int]
+NORMALIZED_OVER: Mapping[str, Axis | None] = {"none": None, "group": GROUP, "batch": BATCH}
 
 
 def leave_one_out(values_PGM: np.ndarray) -> np.ndarray:
@@ -73,7 +70,10 @@ def group_mean(values_PGM: np.ndarray) -> np.ndarray:
     return values_PGM - mean
 
 
-def spread(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+BASELINES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"leave_one_out": leave_one_out, "group_mean": group_mean}
+
+
+def spread(values: np.ndarray, axis: Axis) -> np.ndarray:
     """Standard deviation over `axis` of what is scored, with n - 1 in the denominator; 0 where fewer than two are. Keeps the axes."""
     scored = ~np.isnan(values)
     n = scored.sum(axis=axis, keepdims=True)
@@ -89,9 +89,9 @@ def group_covariance(rewards_NM: np.ndarray, *, group: int) -> np.ndarray:
     whole_PG1 = ~np.isnan(each_PGM).any(-1, keepdims=True)
     number_P11 = whole_PG1.sum(1, keepdims=True)
     kept_PGM = np.where(whole_PG1, each_PGM, 0.0)
-    centred_PGM = np.where(whole_PG1, kept_PGM - kept_PGM.sum(1, keepdims=True) / np.maximum(number_P11, 1), 0.0)
+    centered_PGM = np.where(whole_PG1, kept_PGM - kept_PGM.sum(1, keepdims=True) / np.maximum(number_P11, 1), 0.0)
     degrees = np.maximum(number_P11[:, 0, 0] - 1, 0).sum()
-    return np.einsum("pgj,pgk->jk", centred_PGM, centred_PGM) / max(degrees, 1)
+    return np.einsum("pgj,pgk->jk", centered_PGM, centered_PGM) / max(degrees, 1)
 
 
 def advantages(
@@ -113,8 +113,7 @@ def advantages(
     assert len(returns_NM) % group == 0, "whole groups"
     returns_PGM = returns_NM.reshape(-1, group, returns_NM.shape[1])
     w_PGM = w_NM.reshape(returns_PGM.shape)
-    each_PGM = {"leave_one_out": leave_one_out, "group_mean": group_mean}[baseline](returns_PGM)
-    over = {"none": None, "group": 1, "batch": (0, 1)}[normalize]
+    each_PGM, over = BASELINES[baseline](returns_PGM), NORMALIZED_OVER[normalize]
     if at == "advantage" and over is not None:
         each_PGM = each_PGM / (spread(each_PGM, over) + eps)
     known = ~np.isnan(each_PGM)
@@ -122,20 +121,19 @@ def advantages(
     summed_PG[~known.any(-1)] = np.nan
     if at == "advantage" and over is not None:
         center = np.nanmean(summed_PG) if known.any() else 0.0
-        summed_PG = (summed_PG - center) / (spread(summed_PG, (0, 1)) + eps)
+        summed_PG = (summed_PG - center) / (spread(summed_PG, BATCH) + eps)
     elif over is not None:
         summed_PG = summed_PG / (spread(summed_PG, over) + eps)
     return np.nan_to_num(summed_PG, nan=0.0).reshape(-1)
 
 
-Axis = int | tuple[int, int]
-
-
-GROUP, BATCH = 1, (0, 1)
-
-
 class Groups:
-    """Returns and weights of one batch, with means and spreads over groups or over the whole batch."""
+    """Returns and weights of one batch, with means and spreads over groups or over the whole batch: what an aggregation is given.
+
+    `mass_PG` is the probability of a response within its group. None is for samples, which count alike and whose spread has n - 1 in
+    the denominator. The exact learner gives the policy's own probabilities of all responses, and so takes the step to which samples
+    converge as groups grow.
+    """
 
     def __init__(self, returns_PGM: np.ndarray, w_PGM: np.ndarray, mass_PG: np.ndarray | None):
         self.returns_PGM, self.w_PGM, self.sampled = returns_PGM, w_PGM, mass_PG is None
@@ -183,11 +181,11 @@ def grpo(groups: Groups) -> np.ndarray:
 
 
 def mo_grpo(groups: Groups) -> np.ndarray:
-    """sum_k w_k z_G(r_k): normalize each objective first, then sum.
+    """sum_k w_k z_G(r_k): normalize each objective first, then sum. Experimental: from the abstract.
 
-    Source: MO-GRPO (2509.22047), abstract.
+    Source: MO-GRPO (2509.22047), abstract: every objective contributes evenly, whatever its scale.
     Differs: a preference weighs the z-scores.
-    Hides: the spread of a nearly constant objective is noise, and z-scores make it as loud as the others.
+    Hides: the spread of a nearly constant objective is noise, and z-scores give it the weight of the others.
     """
     return groups.weighted(groups.z_PGM())
 
@@ -208,7 +206,7 @@ def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray
     form "hard" drops every such response, "snr" those where |sum_k a_k| / sum_k |a_k| is below `tau`, with a_k = w_k z_G(r_k).
     Source: GD2PO (2606.16771), paper and the authors' code.
     Differs: weighted by the preference; whitened by response instead of by token.
-    Hides: where objectives conflict most responses are dropped, so it learns from the few that please all.
+    Hides: where objectives conflict most responses are dropped, so it learns from the few that are good or bad for all.
     """
     a_PGM = groups.w_PGM * groups.z_PGM()
     known = ~np.isnan(a_PGM)
@@ -226,7 +224,7 @@ def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray
 
 
 def dvao(groups: Groups) -> np.ndarray:
-    """sum_k w_k (r_k - mean_k) / sum_j w_j s_j, s_j the spread within the group. Experimental.
+    """sum_k w_k (r_k - mean_k) / sum_j w_j s_j, s_j the spread within the group. Experimental: from the abstract.
 
     Source: DVAO (2605.25604), abstract: weights that follow the variances within a group, and bounded advantages.
     Differs: its exact weights were not at hand; this is the form that is consistent with what it claims.
@@ -238,12 +236,12 @@ def dvao(groups: Groups) -> np.ndarray:
 
 
 def rdpo(groups: Groups) -> np.ndarray:
-    """Normal scores of each objective's ranks within its group, decorrelated over the batch, then weighted. Experimental.
+    """Normal scores of ranks within a group, decorrelated over the batch, then weighted. Experimental: from the abstract.
 
     Source: RDPO (2605.13641), abstract: quantile normalization, then Mahalanobis whitening in the subspace of active rewards.
     Differs: "magnitude-aware" is not said in the abstract and left out; ties share their middle rank; whitening is by the symmetric
         inverse root, with eigenvalues of at least 1 % of the largest; active are objectives with a weight that are not constant.
-    Hides: ranks forget how large a difference is; whitening amplifies whatever objectives that agree still disagree on.
+    Hides: the size of a difference is lost in ranks; whitening amplifies whatever objectives that agree still disagree on.
     """
     score_PGM = _normal_scores(groups)
     active = (groups.w_PGM > 0).any((0, 1)) & (np.abs(score_PGM) > 0).any((0, 1))
@@ -301,9 +299,7 @@ AGGREGATIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "rdpo": rdpo,
     "pama": pama,
 }
-
-
-LEARNER = "learner"
+CENTERED = ("grpo", "mo_grpo", "gdpo", "dvao")  # those whose advantages have mean 0 in every group
 
 
 def aggregate_advantages(
@@ -315,29 +311,3 @@ def aggregate_advantages(
     groups = Groups(returns_NM.reshape(shape), w_NM.reshape(shape), None if mass_N is None else mass_N.reshape(-1, group))
     fields = {name: value for name, value in aggregation.items() if name != "name"}
     return np.nan_to_num(AGGREGATIONS[aggregation["name"]](groups, **fields), nan=0.0).reshape(-1)
-
-
-def check_aggregation(spec: TrainSpec) -> bool:
-    """Whether the training names an aggregation of its own; ConfigError for one that cannot be."""
-    given = dict(spec.aggregation)
-    name = str(given.pop("name", ""))
-    if name != LEARNER and name not in AGGREGATIONS:
-        raise ConfigError("an aggregation is known by its name", found=repr(name), remedy=nearest(name, [LEARNER, *AGGREGATIONS]))
-    known = {"form", "tau"} if name == "gd2po" else set()
-    for field in given:
-        if field not in known:
-            shown = ", ".join(sorted(known)) or "none"
-            raise ConfigError(f"aggregation {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {shown}")
-    if given.get("form", "hard") not in ("hard", "snr") or not 0 <= float(given.get("tau", 0.2)) <= 1:
-        raise ConfigError(
-            'aggregation gd2po: form is "hard" or "snr", tau lies between 0 and 1',
-            found=", ".join(f"{field}={value!r}" for field, value in given.items()),
-            remedy='leave them out for "hard" and 0.2',
-        )
-    if name != LEARNER and (spec.scalarizer["name"] != "linear" or spec.scalarize_at != "reward"):
-        raise ConfigError(
-            f"aggregation {name} combines the objectives itself",
-            found=f"scalarizer {spec.scalarizer['name']}, scalarize_at={spec.scalarize_at!r}",
-            remedy='leave out scalarizer and scalarize_at, or the aggregation ("learner" is the default)',
-        )
-    return name != LEARNER

@@ -17,11 +17,11 @@ from paretune.policy.rollout import generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import spread_preferences
-from paretune.training.learner import gates_of
+from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "draw", "preferences", "prompt_order"]
+__all__ = ["Responses", "draw", "draw_step", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -40,16 +40,18 @@ class Responses:
     w_NM: np.ndarray
     rewards_NM: np.ndarray  # raw, NaN = unscored
 
-    def passes(self, *, rows: int | None, tokens: int | None, group: int) -> list[slice]:
+    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
 
-        With `tokens` these are whole groups where they fit, because a group reads its prompt once.
+        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are.
         """
         count = len(self.tokens_NT)
         step = rows or count
         if tokens is not None:
             step = max(1, tokens // (self.prompt_ids_PT.shape[1] + self.tokens_NT.shape[1]))
             step = step if step < group else step - step % group
+        if whole:
+            step = max(group, step - step % group)
         return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
@@ -93,6 +95,13 @@ def draw(
     return Responses(
         made.prompts, made.prompt_ids_PT, made.prompt_mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM
     )
+
+
+def draw_step(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False) -> Responses:
+    """The responses of one step of a learner: its batch, its groups, the next prompts."""
+    group, count = learner.group, learner.batch // learner.group
+    heat = learner.temperature
+    return draw(policy, task, spec, step=step, first=step * count, prompts=count, group=group, temperature=heat, reference=reference)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,11 @@ rename, so one that exists is whole. `train.jsonl` is cut back to the checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from paretune.errors import TrainingError
 
-__all__ = ["Progress", "TrainLog", "clear_checkpoint", "is_finished", "load_checkpoint", "save_checkpoint", "terminal_progress"]
+__all__ = ["Progress", "TrainLog", "clear_checkpoint", "is_finished", "load_checkpoint", "progress_text", "refuse_other", "save_checkpoint"]
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with every record that goes to train.jsonl, plus `steps`, the number of steps planned."""
@@ -65,12 +63,7 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimize
         return None
     state = json.loads((found[-1] / "state.json").read_text())
     tensors = load_file(found[-1] / "state.safetensors")
-    if state["key"] != key or len({name.split(".")[0] for name in tensors}) != len(parameters):
-        raise TrainingError(
-            "a training resumes from its own checkpoint",
-            found=f"{found[-1]} belongs to {state['key']}, not to {key}",
-            remedy=f"delete {work / FOLDER}, or train in another directory",
-        )
+    refuse_other(found[-1], state["key"], key, same=len({name.split(".")[0] for name in tensors}) == len(parameters))
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors.pop(f"{i}.parameter"))
@@ -81,13 +74,23 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimize
     return state
 
 
+def refuse_other(place: Path, owner: str, key: str, *, same: bool = True) -> None:
+    """TrainingError for a checkpoint of another training."""
+    if owner != key or not same:
+        raise TrainingError(
+            "a training resumes from its own checkpoint",
+            found=f"{place} belongs to {owner}, not to {key}",
+            remedy=f"delete {place.parent}, or train in another directory",
+        )
+
+
 def clear_checkpoint(work: Path) -> None:
     """Drop it: the training is finished and everything is written. It vanishes by one rename, so that half of one is never found."""
-    rubbish = work / f".{FOLDER}"
-    shutil.rmtree(rubbish, ignore_errors=True)
+    aside = work / f".{FOLDER}"
+    shutil.rmtree(aside, ignore_errors=True)
     if (work / FOLDER).is_dir():
-        (work / FOLDER).replace(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
+        (work / FOLDER).replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_finished(work: Path) -> bool:
@@ -138,26 +141,6 @@ class TrainLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-@contextlib.contextmanager
-def terminal_progress(label: str) -> Iterator[Progress | None]:
-    """A progress line on stderr for the length of the context: bar, reward per objective, KL, tokens/s. None where it is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(label), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None, shown="")
-
-        def show(record: Mapping[str, Any]) -> None:
-            bar.update(task, total=record["steps"], completed=record["step"], shown=progress_text(record))
-
-        yield show
 
 
 def progress_text(record: Mapping[str, Any]) -> str:

@@ -14,75 +14,26 @@ Always print both: a method with M parallel experts has a critical path of one e
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from paretune.errors import StoreError
 from paretune.files import write_json
+from paretune.types import Cost
 
 __all__ = ["Cost", "as_if_alone", "beside", "read_cost", "then", "write_cost"]
-
-PEAKS = ("memory_bytes",)  # a maximum, however things are arranged
-STOCKS = ("storage_bytes",)  # a sum, however things are arranged
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Counts, all non-negative. The default is "nothing"."""
-
-    samples: int = 0  # responses drawn for training
-    tokens: int = 0  # generated for training, and enumerated by the exact learner
-    steps: int = 0  # optimizer steps
-    flops: float = 0.0  # floating-point operations, estimated
-    seconds: float = 0.0  # wall clock on the machine that ran it
-    evaluations: int = 0  # calls of a search's score
-    validation_samples: int = 0  # responses drawn for validation, calibration and search; not in `samples`
-    memory_bytes: int = 0  # peak
-    storage_bytes: int = 0  # of the published files
-
-    def __post_init__(self):
-        for name, value in self.to_json().items():
-            assert 0 <= value < math.inf, f"{name} = {value}: a cost is a finite count"
-
-    def then(self, other: Cost) -> Cost:
-        """Both, one after the other."""
-        return self._merge(other, lambda name, a, b: max(a, b) if name in PEAKS else a + b)
-
-    def beside(self, other: Cost) -> Cost:
-        """Both, at the same time on a machine each."""
-        return self._merge(other, lambda name, a, b: a + b if name in STOCKS else max(a, b))
-
-    def _merge(self, other: Cost, rule: Callable[[str, Any, Any], Any]) -> Cost:
-        return Cost(**{name: rule(name, value, getattr(other, name)) for name, value in self.to_json().items()})
-
-    def to_json(self) -> dict[str, float]:
-        """Field -> number, in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Cost:
-        return cls(**data)
 
 
 def then(costs: Iterable[Cost]) -> Cost:
     """All of them, one after the other."""
-    total = Cost()
-    for cost in costs:
-        total = total.then(cost)
-    return total
+    return reduce(Cost.then, costs, Cost())
 
 
 def beside(costs: Iterable[Cost]) -> Cost:
     """All of them, at the same time."""
-    widest = Cost()
-    for cost in costs:
-        widest = widest.beside(cost)
-    return widest
+    return reduce(Cost.beside, costs, Cost())
 
 
 def as_if_alone(waves: Sequence[Sequence[Cost]], search: Cost | None = None) -> dict[str, Cost]:

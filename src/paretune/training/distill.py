@@ -5,10 +5,9 @@ The student samples; at every token of its responses the teachers' mixture says 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
-from paretune.registry import LEARNERS, RULES
+from paretune.registry import GATE_RULES, LEARNERS
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw
-from paretune.training.policy_gradient import Batch, PolicyGradient
+from paretune.training.batch import Responses, draw_step
+from paretune.training.combine import Combine
+from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 
@@ -31,10 +31,13 @@ def mixture_kl(student_NTV: Tensor, teacher_NTV: Tensor) -> Tensor:
 
     Source: sum_k w_k KL(pi || pi_k) = KL(pi || prod pi_k^w_k / Z) - log Z, so the weighted sum over teachers is, up to a constant, the
         KL to their geometric mixture; MOPD (2606.30406) uses its sampled form. Differs: all of V is summed, not the sampled token.
-    Hides: tokens alone are matched; how the student's choice changes what it meets later has no gradient.
+    Hides: the KL is per token: the effect of a token on later states of the student has no gradient.
     """
     student_NTV, teacher_NTV = student_NTV.float().log_softmax(-1), teacher_NTV.float().log_softmax(-1)
     return (student_NTV.exp() * (student_NTV - teacher_NTV)).sum(-1)
+
+
+RULE = "a distillation has one epoch a batch, no KL to the reference and no validation"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class DistillBatch(Batch):
 
 @LEARNERS.register("distill")
 @dataclass(frozen=True, kw_only=True)
-class Distillation(PolicyGradient):
+class Distillation(EmbeddedLearner):
     """On-policy distillation of `spec.frozen_adapters`, mixed by the rule `teacher`, into the adapters that are trained.
 
     Source: on-policy distillation from several weighted teachers, MOPD (2606.30406); generalized to all preferences at once.
@@ -54,31 +57,20 @@ class Distillation(PolicyGradient):
     Hides: the student can be no better than the mixture; M and more forwards per token while it learns, one when it serves.
     """
 
+    keeps: ClassVar[Mapping[str, Any]] = {"epochs": 1}
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = dict.fromkeys(("kl_in", "kl_estimator", "stop_cv"), (RULE, "leave these fields out"))
+
     teacher: Mapping[str, Any] = field(default_factory=lambda: {"name": "identity"})
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.epochs != 1 or self.kl_in != "reward" or self.stop_cv is not None:
-            raise ConfigError(
-                "a distillation has one epoch a batch, no KL to the reference and no validation",
-                found=f"epochs={self.epochs}, kl_in={self.kl_in!r}, stop_cv={self.stop_cv}",
-                remedy="leave these fields out",
-            )
+    def rules(self) -> dict[str, bool]:
+        return {**super().rules(), f"{RULE}: epochs is 1": self.epochs == 1}
 
-    @classmethod
-    def like(cls, learner: Any, teacher: Mapping[str, Any]) -> Distillation:
-        """With the shape, budget and optimizer of another learner; an exact one counts as a batch of samples per step."""
-        same = {f.name: getattr(learner, f.name) for f in dataclasses.fields(cls) if hasattr(learner, f.name)}
-        same |= {"epochs": 1, "kl_in": "reward", "kl_estimator": "k1", "stop_cv": None, "teacher": teacher}
-        if not isinstance(learner, PolicyGradient):
-            default = cls()
-            same |= {"samples": default.batch * learner.steps, "lr": default.lr, "momentum": default.momentum}
-        return cls(**same)
+    def accept(self, spec: TrainSpec) -> None:
+        Combine.of(spec).check(sampled=spec.preference is None)
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> DistillBatch:
-        count = self.batch // self.group
-        made = draw(policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature)
-        gates_NK = torch.from_numpy(RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
+        made = draw_step(self, policy, task, spec, step)
+        gates_NK = torch.from_numpy(GATE_RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
         if gates_NK.shape[1] > policy.K:
             raise ConfigError(
                 "the teachers' rule gives a gate to each frozen adapter",
@@ -87,29 +79,28 @@ class Distillation(PolicyGradient):
             )
         teacher_NTV: Tensor | None = None
         with torch.no_grad():
-            reference_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=None)
+            everything = slice(0, self.batch)
+            reference_NT = self.logp(policy, made, everything, gates_NK=None)
             for k in range(gates_NK.shape[1]):
                 alone_NK = torch.zeros(len(gates_NK), policy.K, device=policy.device)
                 alone_NK[:, k] = 1.0
-                part_NTV = _response_logits(policy, made, self.group, alone_NK).float() * gates_NK[:, k, None, None]
+                part_NTV = _response_logits(policy, made, self.group, alone_NK, everything).float() * gates_NK[:, k, None, None]
                 teacher_NTV = part_NTV if teacher_NTV is None else teacher_NTV + part_NTV
         assert teacher_NTV is not None
         kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
         return DistillBatch(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, teacher_NTV)
 
-    def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
-        """Add the gradient of the mean over responses of the KL to the teachers' mixture; returns it, in nats per response."""
+    def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:
+        """The mean over responses of the KL to the teachers' mixture, in nats per response."""
         assert isinstance(batch, DistillBatch)
         made = batch.responses
-        student_NTV = _response_logits(policy, made, self.group, made.gates_NK)
-        loss = (mixture_kl(student_NTV, batch.teacher_NTV) * made.mask_NT).sum() / len(batch.kl_N)
-        loss.backward()
-        return float(loss.detach())
+        student_NTV = _response_logits(policy, made, self.group, made.gates_NK, rows)
+        return (mixture_kl(student_NTV, batch.teacher_NTV[rows]) * made.mask_NT[rows]).sum() / len(batch.kl_N)
 
 
-def _response_logits(policy: Policy, made: Responses, group: int, gates_NK: Tensor) -> Tensor:
-    """(N, T, V) logits at the tokens of the responses."""
-    ids_NT = torch.cat([made.prompt_ids_PT.repeat_interleave(group, 0), made.tokens_NT[:, :-1]], 1)
+def _response_logits(policy: Policy, made: Responses, group: int, gates_NK: Tensor, rows: slice) -> Tensor:
+    """(rows, T, V) logits at the tokens of the responses."""
+    ids_NT = torch.cat([made.prompt_ids_PT.repeat_interleave(group, 0), made.tokens_NT[:, :-1]], 1)[rows]
     ones_NT = torch.ones_like(made.tokens_NT[:, :-1])
-    mask_NT = torch.cat([made.prompt_mask_PT.repeat_interleave(group, 0), ones_NT], 1)
-    return policy.forward(ids_NT, gates_NK=gates_NK, attention_mask=mask_NT, last_only=made.tokens_NT.shape[1])
+    mask_NT = torch.cat([made.prompt_mask_PT.repeat_interleave(group, 0), ones_NT], 1)[rows]
+    return policy.forward(ids_NT, gates_NK=gates_NK[rows], attention_mask=mask_NT, last_only=made.tokens_NT.shape[1])

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,35 +17,19 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.objectives.utilities import check_scalarizer, scalarize
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS
-from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.advantages import aggregate_advantages
 from paretune.training.batch import preferences
-from paretune.training.checkpoint import Progress, TrainLog, is_finished, load_checkpoint, save_checkpoint
-from paretune.training.cost import Cost, read_cost
+from paretune.training.combine import Combine
+from paretune.training.cost import Cost
 from paretune.training.gradients import autograd_jacobian
-from paretune.training.learner import Learner, converged, gates_of
-from paretune.training.spec import Artifact, TrainSpec
-from paretune.training.weightings.base import State, StepContext, check_combination, weighting_of
+from paretune.training.learner import Learner, Run, converged, gates_of, run_loop
+from paretune.training.spec import TrainSpec
+from paretune.training.weightings.base import State
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
-
-
-@dataclass
-class _Run:
-    """What a checkpoint must know beside tensors."""
-
-    key: str
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    log_length: int = 0
-    weighting: State | None = None
-    validations: list[float] = field(default_factory=list)
 
 
 @LEARNERS.register("exact")
@@ -79,45 +61,34 @@ class ExactGradient(Learner):
     def scaled(self, effort: float) -> ExactGradient:
         return dataclasses.replace(self, steps=max(1, round(self.steps * effort)))
 
-    def train(
-        self,
-        spec: TrainSpec,
-        task: Task,
-        work: Path,
-        *,
-        parents: Mapping[str, Artifact] | None = None,
-        progress: Progress | None = None,
-    ) -> Cost:
+    def accept(self, spec: TrainSpec) -> None:
+        Combine.of(spec).check(sampled=spec.preference is None, enumerated=True)
+
+    def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         if not isinstance(task, ExactTask):
             raise ConfigError(
                 "the exact learner enumerates every response",
                 found=f"task {task.registered_name}",
                 remedy='use an exact task, or learner "pg"',
             )
-        if is_finished(work):  # by a process that was killed before it could publish
-            return read_cost(work)
-        _check(spec)
-        policy = self.start(spec, task, parents or {})
-        weights = policy.parameters()
-        optimizer = torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
-        run = _Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
-        began, per_step = time.monotonic() - run.seconds, task.inputs("train").input_ids_PT.numel()
-        with TrainLog(work / "train.jsonl", length=run.log_length, began=began, tokens=run.tokens, progress=progress) as log:
-            while run.step < self.steps and not converged(run.validations, self.stop_window, self.stop_cv):
-                value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting)
-                run.step, run.tokens = run.step + 1, run.tokens + per_step
-                run.validations = [*run.validations, value][-self.stop_window :]
-                last = run.step == self.steps or converged(run.validations, self.stop_window, self.stop_cv)
-                if last or run.step % self.log_every == 0:
-                    rewards = dict(zip(task.objectives.names, rewards_M.tolist(), strict=True))
-                    record = {"step": run.step, "samples": 0, "tokens": run.tokens, "value": value, "rewards": rewards, "kl": kl}
-                    log.write(record, steps=self.steps)
-                if last or run.step % self.checkpoint_every == 0:
-                    run.seconds, run.log_length = log.seconds, log.length
-                    save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
-        size = sum(p.numel() for p in policy.model.parameters())
-        cost = Cost(tokens=run.tokens, steps=run.step, flops=6.0 * size * run.tokens, seconds=run.seconds)
-        return self.finish(spec, policy, work, cost)
+        return run_loop(self, spec, task, work, parents, progress)
+
+    def new_optimizer(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
+
+    def finished(self, run: Run) -> bool:
+        return run.step >= self.steps or converged(run.validations, self.stop_window, self.stop_cv)
+
+    def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: ExactTask, spec: TrainSpec, run: Run) -> dict[str, Any]:
+        value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting)
+        read = task.inputs("train").input_ids_PT.numel()
+        run.step, run.updates, run.tokens = run.step + 1, run.updates + 1, run.tokens + read
+        run.flops = 6.0 * sum(p.numel() for p in policy.model.parameters()) * run.tokens
+        run.validations = [*run.validations, value][-self.stop_window :]
+        return {"value": value, "rewards": dict(zip(task.objectives.names, rewards_M.tolist(), strict=True)), "kl": kl}
+
+    def record(self, task: ExactTask, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"step": run.step, "samples": 0, "tokens": run.tokens, **window[-1]}
 
     def update(
         self,
@@ -136,54 +107,35 @@ class ExactGradient(Learner):
         all_of = enumerated(policy, task, gates_PK)
         reward_PM, kl_P = all_of.rewards_PM, all_of.kl_P
         return_PM = reward_PM - task.beta * kl_P[:, None]
-        weighting, parameters = weighting_of(spec), policy.parameters()
-        jacobian = autograd_jacobian(return_PM.mean(0), parameters) if weighting.needs_gramian else None
-        seen = StepContext(
+        combine, parameters = Combine.of(spec), policy.parameters()
+        jacobian = autograd_jacobian(return_PM.mean(0), parameters) if combine.needs_gramian else None
+        weights_PM, state = combine.weights(
+            state,
+            task.objectives,
             step=step,
             steps=self.steps,
             w_NM=w_PM,
             returns_NM=return_PM.detach().cpu().numpy(),
             covariance_MM=all_of.covariance_MM,
             prompts=task.prompts("train"),
-            low_M=np.array(task.objectives.low),
-            high_M=np.array(task.objectives.high),
             exact=True,
             landmarks=landmarks(task),
             seed=spec.seed,
             gramian_MM=None if jacobian is None else jacobian.gramian_MM,
         )
-        weights_PM, state = weighting.weights(weighting.start(task.objectives.count) if state is None else state, seen)
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
-        if spec.scalarizer["name"] != "linear":
-            scores_PR = torch.from_numpy(_scores(task, spec.scalarizer, w_PM)).to(all_of.p_PR)
+        if not combine.linear:
+            rewards_PRM = task.rewards_PRM("train")
+            scores_N = combine.scores(rewards_PRM.reshape(-1, w_PM.shape[1]), w_PM.repeat(rewards_PRM.shape[1], axis=0), task.objectives)
+            scores_PR = torch.from_numpy(scores_N.reshape(rewards_PRM.shape[:2])).to(all_of.p_PR)
             utility = ((all_of.p_PR * scores_PR).sum(1) - task.beta * kl_P).mean()
         optimizer.zero_grad(set_to_none=True)
         if jacobian is not None:
             jacobian.descend(parameters, weights_PM[0])
         else:
-            climbed = aggregated(all_of, spec, weights_PM, beta=task.beta) if spec.aggregation["name"] != "learner" else utility
-            (-climbed).backward()
+            (-(aggregated(all_of, combine, weights_PM, task) if combine.aggregates else utility)).backward()
         optimizer.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
-
-
-def _check(spec: TrainSpec) -> None:
-    check_scalarizer(spec.scalarizer)
-    check_combination(spec)
-    if weighting_of(spec).registered_name != "fixed" and spec.scalarizer["name"] != "linear":
-        raise ConfigError(
-            "the exact learner weighs a scalarizer other than linear with the preference itself",
-            found=f"scalarizer {spec.scalarizer['name']} with the weighting {spec.weighting['name']}",
-            remedy='use the weighting "fixed", or the scalarizer "linear"',
-        )
-
-
-def _scores(task: ExactTask, scalarizer: Mapping[str, Any], w_PM: np.ndarray) -> np.ndarray:
-    """(P, R) what every response to every training prompt is worth to a scalarizer."""
-    rewards_PRM = task.rewards_PRM("train")
-    low_M, high_M = np.array(task.objectives.low), np.array(task.objectives.high)
-    w_NM = w_PM.repeat(rewards_PRM.shape[1], axis=0)
-    return scalarize(rewards_PRM.reshape(len(w_NM), -1), w_NM, scalarizer, low_M=low_M, high_M=high_M).reshape(rewards_PRM.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -209,8 +161,8 @@ class Enumerated:
     @property
     def covariance_MM(self) -> np.ndarray:
         p_PR, mean_PM = self.p_PR.detach(), self.rewards_PM.detach()
-        centred_PRM = self.rewards_PRM - mean_PM[:, None]
-        return (torch.einsum("pr,prj,prk->jk", p_PR, centred_PRM, centred_PRM) / len(p_PR)).cpu().numpy()
+        centered_PRM = self.rewards_PRM - mean_PM[:, None]
+        return (torch.einsum("pr,prj,prk->jk", p_PR, centered_PRM, centered_PRM) / len(p_PR)).cpu().numpy()
 
 
 def enumerated(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> Enumerated:
@@ -231,13 +183,13 @@ def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, 
     return found.rewards_PM, found.kl_P, found.covariance_MM
 
 
-def aggregated(found: Enumerated, spec: TrainSpec, weights_PM: np.ndarray, *, beta: float) -> Tensor:
+def aggregated(found: Enumerated, combine: Combine, weights_PM: np.ndarray, task: ExactTask) -> Tensor:
     """A number whose gradient is the expected policy gradient under the training's aggregation, for groups without end."""
     with torch.no_grad():
-        returns_PRM = found.rewards_PRM - beta * (found.logp_PR - found.reference_PR)[:, :, None]
+        returns_PRM = found.rewards_PRM - task.beta * (found.logp_PR - found.reference_PR)[:, :, None]
     p, r, m = returns_PRM.shape
-    weights_NM = np.repeat(weights_PM, r, axis=0)
+    returns_NM, weights_NM = returns_PRM.reshape(-1, m).cpu().numpy(), np.repeat(weights_PM, r, axis=0)
     mass_N = found.p_PR.detach().reshape(-1).cpu().numpy()
-    advantage_N = aggregate_advantages(spec.aggregation, returns_PRM.reshape(-1, m).cpu().numpy(), weights_NM, group=r, mass_N=mass_N)
+    advantage_N = combine.advantages(returns_NM, weights_NM, np.zeros(p * r), task.objectives, group=r, mass_N=mass_N)
     advantage_PR = torch.from_numpy(advantage_N.reshape(p, r)).to(found.logp_PR)
     return (found.p_PR.detach() * advantage_PR * found.logp_PR).sum(1).mean()

@@ -1,29 +1,51 @@
-"""Learners: how adapters are trained for one objective of training. The loops themselves: `policy_gradient` and `exact_learner`."""
+"""Base classes of learners: `Learner` for all, `SampledLearner` with the settings of those that learn from sampled responses.
+
+The loops are elsewhere: `embedded` (one process, no other library), `exact` (enumeration), `trl` (TRL's trainers).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from paretune.errors import ConfigError, TrainingError
+from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
-from paretune.registry import RULES
+from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
-from paretune.training.checkpoint import Progress, clear_checkpoint
-from paretune.training.cost import Cost, write_cost
+from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
+from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.weightings.base import State
 
-__all__ = ["Learner", "converged", "gates_of", "memory_explained"]
+__all__ = [
+    "Learner",
+    "Run",
+    "SampledLearner",
+    "converged",
+    "gates_of",
+    "log_record",
+    "memory_explained",
+    "not_finite",
+    "run_loop",
+    "watch_unscored",
+]
+
+WATCHED = 256  # completions over which `max_unscored` is judged, at least
+CHECKPOINT_SECONDS = 300.0  # long steps: a checkpoint at least this often, whatever `checkpoint_every`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +61,7 @@ class Learner(ABC):
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
 
-    def scaled(self, effort: float) -> Learner:
+    def scaled(self, effort: float) -> Self:
         """The same learner with `effort` times the budget: samples, or steps where nothing is sampled."""
         if effort != 1:
             raise ConfigError(
@@ -54,13 +76,7 @@ class Learner(ABC):
 
     @abstractmethod
     def train(
-        self,
-        spec: TrainSpec,
-        task: Task,
-        work: Path,
-        *,
-        parents: Mapping[str, Artifact] | None = None,
-        progress: Progress | None = None,
+        self, spec: TrainSpec, task: Task, work: Path, *, parents: Mapping[str, Artifact] | None = None, progress: Progress | None = None
     ) -> Cost:
         """Train what `spec` says into the directory `work`, resuming where it holds a checkpoint; returns what it cost.
 
@@ -87,7 +103,7 @@ class Learner(ABC):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
             alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
-        rule = None if spec.rule is None else RULES.build(spec.rule)
+        rule = None if spec.rule is None else GATE_RULES.build(spec.rule)
         policy = build_mixing("parameter" if rule is None else rule.mixing, bank, tokenizer)
         assert isinstance(policy, ParameterMix), "a training runs at the parameter level, with a router or without"
         if not policy.parameters():
@@ -115,6 +131,171 @@ class Learner(ABC):
         return cost
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampledLearner(Learner):
+    """Settings of a loop on sampled responses: how many, with which optimizer and schedule, and in what pieces."""
+
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {}  # fields of other learners: name -> the rule, the way out
+    keeps: ClassVar[Mapping[str, Any]] = {}  # fields that `like` does not take over
+
+    samples: int = 40_000
+    batch: int = 64
+    group: int = 8
+    optimizer: Literal["muon", "adam"] = "muon"
+    lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
+    momentum: float = 0.9  # of "muon"
+    betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
+    clip_norm: float | None = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: int = 0  # steps of linear warm-up
+    epochs: int = 1  # updates on each batch
+    micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
+    checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
+    temperature: float = 1.0  # the policy that is trained is the tempered one
+    max_unscored: float = 0.10
+    log_every: int = 10
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        for rule, kept in self.rules().items():
+            if not kept:
+                words = rule.replace(",", " ").replace(":", " ").split()
+                shown = [f.name for f in dataclasses.fields(self) if f.name in words]
+                found = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+                raise ConfigError(
+                    rule, found=found, remedy=f"change one of them; `paretune show {self.registered_name}` prints the defaults"
+                )
+
+    def rules(self) -> dict[str, bool]:
+        """What the fields must keep, in words that name them, and whether they do."""
+        return {
+            "batch is a multiple of group": self.batch % self.group == 0 and self.batch > 0,
+            "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
+            "samples are at least one batch": self.samples >= self.batch,
+            "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
+            "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
+            "micro_batch is at least 1": (self.micro_batch or 1) >= 1,
+            "max_unscored lies between 0 and 1": 0 <= self.max_unscored <= 1,
+        }
+
+    @classmethod
+    def like(cls, learner: Any, **fields: Any) -> Self:
+        """With the shape, budget and optimizer of another learner; an exact one counts as a batch of samples per step."""
+        same = {f.name: getattr(learner, f.name) for f in dataclasses.fields(cls) if hasattr(learner, f.name)}
+        if not isinstance(learner, SampledLearner):
+            default = cls()
+            same |= {"samples": default.batch * learner.steps, "lr": default.lr, "momentum": default.momentum}
+        return cls(**{**same, **cls.keeps, **fields})
+
+    @property
+    def steps(self) -> int:
+        """Batches drawn at most: whole ones only, so that `samples` is never exceeded."""
+        return self.samples // self.batch
+
+    def scaled(self, effort: float) -> Self:
+        return dataclasses.replace(self, samples=max(self.batch, round(self.samples * effort)))
+
+    def new_optimizer(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Muon (Jordan et al. 2024) orthogonalizes each factor's update; both optimizers have no weight decay."""
+        if self.optimizer == "muon":
+            return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
+        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
+
+    def pace(self, step: int) -> float:
+        """The learning rate at `step`, as a share of `lr`."""
+        left = 1.0 - step / self.steps
+        shape = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[self.schedule]
+        return shape * min(1.0, (step + 1) / max(self.warmup, 1))
+
+
+@dataclass
+class Run:
+    """What a checkpoint must know beside tensors."""
+
+    key: str
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    updates: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    evaluations: int = 0
+    validation_samples: int = 0
+    log_length: int = 0
+    validations: list[float] = field(default_factory=list)
+    weighting: State | None = None
+    unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
+
+
+def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
+    """A training with log and checkpoints; the learner says what a step is.
+
+    Its methods: `advance(policy, optimizer, task, spec, run)` takes a step, charges it to the run and returns what the log needs of it;
+    `record(task, run, window)` makes a line of the log from what steps returned; `finished(run)`; `new_optimizer(weights)`.
+    """
+    if is_finished(work):  # by a process that was killed before it could publish
+        return read_cost(work)
+    began = time.monotonic()
+    learner.accept(spec)
+    policy = learner.start(spec, task, parents or {})
+    weights = policy.parameters()
+    optimizer = learner.new_optimizer(weights)
+    run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
+    saved = time.monotonic()
+    with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
+        window: list[dict[str, Any]] = []
+        while not learner.finished(run):
+            window.append(learner.advance(policy, optimizer, task, spec, run))
+            last = learner.finished(run)
+            if last or run.step % learner.log_every == 0:
+                log.write(learner.record(task, run, window), steps=learner.steps)
+                window = []
+            if last or run.step % learner.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                run.seconds, run.log_length, saved = log.seconds, log.length, time.monotonic()
+                save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
+    counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
+    return learner.finish(spec, policy, work, Cost(steps=run.updates, **counted))
+
+
+def log_record(
+    names: Sequence[str], window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
+) -> dict[str, Any]:
+    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name."""
+    rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
+    unscored_M = np.isnan(rewards_NM).sum(0)
+    means_M = np.nansum(rewards_NM, axis=0) / np.maximum(len(rewards_NM) - unscored_M, 1)
+    known_M = unscored_M < len(rewards_NM)
+    record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
+    record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known_M, strict=True)}
+    record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
+    record |= {name: float(np.mean([row[name] for row in window])) for name in window[0] if name != "rewards_NM"}
+    return record | {"lr": lr}
+
+
+def watch_unscored(
+    recent: list[list[int]], rewards_NM: np.ndarray, names: Sequence[str], *, limit: float, last: bool = False
+) -> list[list[int]]:
+    """The recent batches with this one: completions, then unscored ones per objective. RewardError where these are too many.
+
+    Judged as soon as `WATCHED` completions are seen, and at the `last` batch.
+    """
+    n = len(rewards_NM)
+    recent = [*recent, [n, *np.isnan(rewards_NM).sum(0).tolist()]][-max(1, math.ceil(WATCHED / max(n, 1))) :]
+    seen, *unscored_M = np.sum(recent, axis=0).tolist()
+    if seen >= WATCHED or last:
+        refuse_unscored(names, unscored_M, seen, limit=limit)
+    return recent
+
+
+def not_finite(found: str, step: int, lr: float) -> TrainingError:
+    """The error of a training whose numbers are none."""
+    return TrainingError(
+        "loss and gradient of a training are finite",
+        found=f"{found}, at step {step}",
+        remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
+    )
+
+
 @contextlib.contextmanager
 def memory_explained(remedy: str) -> Iterator[None]:
     """Running out of memory, on a GPU or a CPU, as a TrainingError with the remedy."""
@@ -133,7 +314,7 @@ def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
     if spec.rule is None:
         gates_NK = np.ones((len(w_NM), 1)) if spec.preference is not None else np.asarray(w_NM, dtype=np.float64)
     else:
-        gates_NK = RULES.build(spec.rule).gates(w_NM)
+        gates_NK = GATE_RULES.build(spec.rule).gates(w_NM)
     if gates_NK.shape[1] != count:
         raise ConfigError(
             "the rule of a training gives one gate per adapter",

@@ -6,9 +6,9 @@ is a reward model of its objective number 1, and is fitted as one, on comparison
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from paretune.policy.base import Policy
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw
-from paretune.training.policy_gradient import Batch, PolicyGradient
+from paretune.training.batch import Responses, draw_step
+from paretune.training.combine import Combine
+from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 
-__all__ = ["Modpo", "modpo_loss"]
+__all__ = ["LACKS", "Modpo", "Pairs", "check_labeled", "compared", "modpo_loss"]
 
 
 def modpo_loss(ratio: Tensor, margin: Tensor, weight: Tensor, wins: Tensor, *, beta: float) -> Tensor:
@@ -42,6 +43,57 @@ def modpo_loss(ratio: Tensor, margin: Tensor, weight: Tensor, wins: Tensor, *, b
     return -(wins * functional.logsigmoid(reward) + (1 - wins) * functional.logsigmoid(-reward))
 
 
+Labels = Literal["expected", "drawn", "hard"]
+
+
+def check_labeled(labeled: int | None, spec: TrainSpec, names: Sequence[str]) -> None:
+    """ConfigError where pairs cannot be compared by the objective number `labeled`."""
+    if labeled is None:
+        return
+    if not 0 <= labeled < len(names):
+        raise ConfigError(
+            "the labeled objective is one of the task's, counted from 0",
+            found=f"labeled={labeled} of {len(names)}",
+            remedy="leave it out: the largest weight's is taken",
+        )
+    if spec.preference is None or spec.preference[labeled] == 0:
+        raise ConfigError(
+            "modpo divides by the weight of the labeled objective, which must be above 0",
+            found=f"{names[labeled]} with {'sampled preferences' if spec.preference is None else 'weight 0'}",
+            remedy="leave `labeled` out: the largest weight's is taken",
+        )
+
+
+def compared(
+    made: Responses, spec: TrainSpec, step: int, *, group: int, labeled: int | None, labels: Labels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Margin, weight, wins and known of all pairs, (P, pairs of a group) each; see `Pairs`."""
+    w_PM = made.w_NM[::group]
+    first, second = np.triu_indices(group, 1)
+    rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)
+    apart = rewards_PGM[:, first] - rewards_PGM[:, second]
+    known = ~np.isnan(apart).any(-1)
+    apart = np.where(known[..., None], apart, 0.0)
+    is_largest_PM = w_PM > w_PM.max(1, keepdims=True) - 1e-9
+    k_P = np.where(is_largest_PM, (apart**2).sum(1), -1.0).argmax(1)  # at a tie not the first: objectives have no order
+    if labeled is not None:
+        k_P = np.full(len(w_PM), labeled)
+    is_k_PM = np.eye(w_PM.shape[1])[k_P]
+    label, margin = (apart * is_k_PM[:, None]).sum(-1), (apart * (w_PM * (1 - is_k_PM))[:, None]).sum(-1)
+    wins = expit(label)
+    if labels == "drawn":
+        wins = (generator(spec.seed, "labels", step).random(wins.shape) < wins).astype(float)
+    elif labels == "hard":
+        wins = (np.sign(label) + 1) / 2  # a tie is half a win
+    weight = np.broadcast_to((w_PM * is_k_PM).sum(1)[:, None], wins.shape)
+    return margin, weight, wins, known
+
+
+_PLAIN = "modpo has no KL in a loss of its own, no advantages to normalize, whole responses and no validation"
+_LEAVE = "leave these fields out: it trains as kl_in='reward', normalize='none', length='sum' and no stop_cv say"
+LACKS = dict.fromkeys(("kl_in", "kl_estimator", "normalize", "length", "stop_cv"), (_PLAIN, _LEAVE))
+
+
 @dataclass(frozen=True)
 class Pairs(Batch):
     """Responses of the reference, all pairs within a group compared: tensors (P, pairs of a group), see `modpo_loss`."""
@@ -52,12 +104,13 @@ class Pairs(Batch):
     known: Tensor  # 1 where both responses were scored, else 0
 
 
-@LEARNERS.register("modpo")
+@LEARNERS.register("modpo", version=2)
 @dataclass(frozen=True, kw_only=True)
-class Modpo(PolicyGradient):
+class Modpo(EmbeddedLearner):
     """MODPO on pairs that are built from the task: `samples` responses of the reference, `group` to a prompt, all pairs of a group.
 
-    labeled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M.
+    labeled: the objective by which pairs are compared; None is the one with the largest weight, so that w_1 is at least 1 / M, and of
+        several such the one whose rewards differ most between a prompt's responses.
     labels: the first of two responses wins with the chance sigmoid(r_1 - r_1'), as the Bradley-Terry model of the loss has it.
     "expected" puts that chance into the loss, "drawn" draws the winner, "hard" takes the one with the larger reward.
 
@@ -68,110 +121,41 @@ class Modpo(PolicyGradient):
         reward wins however close the two are: the optimum is then not that of J_w, and without an early end KL grows.
     """
 
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = LACKS
+
     labeled: int | None = None
-    labels: Literal["expected", "drawn", "hard"] = "expected"
+    labels: Labels = "expected"
 
-    def __post_init__(self):
-        super().__post_init__()
-        plain = (self.kl_in, self.normalize, self.length, self.stop_cv)
-        if plain != ("reward", "none", "sum", None):
-            raise ConfigError(
-                "modpo has no KL in a loss of its own, no advantages to normalize, whole responses and no validation",
-                found="kl_in={!r}, normalize={!r}, length={!r}, stop_cv={}".format(*plain),
-                remedy="leave these fields out",
-            )
-
-    @classmethod
-    def like(cls, learner: Any, **fields: Any) -> Modpo:
-        """With the shape, budget and optimizer of another learner; an exact one counts as a batch of samples per step."""
-        same = {f.name: getattr(learner, f.name) for f in dataclasses.fields(cls) if hasattr(learner, f.name)}
-        same |= {"kl_in": "reward", "kl_estimator": "k1", "normalize": "none", "length": "sum", "stop_cv": None}
-        if not isinstance(learner, PolicyGradient):
-            default = cls()
-            same |= {"samples": default.batch * learner.steps, "lr": default.lr, "momentum": default.momentum}
-        return cls(**{**same, **fields})
+    def accept(self, spec: TrainSpec) -> None:
+        Combine.of(spec).check(sampled=spec.preference is None, offline="modpo")
 
     def train(self, spec, task, work, *, parents=None, progress=None):
-        self._check_compared(spec, task)
+        check_labeled(self.labeled, spec, task.objectives.names)
         return super().train(spec, task, work, parents=parents, progress=progress)
-
-    def _check_compared(self, spec: TrainSpec, task: Task) -> None:
-        given = (spec.scalarizer["name"], spec.aggregation["name"], spec.weighting["name"])
-        if given != ("linear", "learner", "fixed"):
-            raise ConfigError(
-                "modpo weighs the objectives with the preference itself",
-                found="scalarizer {}, aggregation {}, weighting {}".format(*given),
-                remedy='leave these fields out, or use learner "pg"',
-            )
-        if self.labeled is not None:
-            names, w_M = task.objectives.names, spec.preference
-            if not 0 <= self.labeled < len(names):
-                raise ConfigError(
-                    "the labeled objective is one of the task's, counted from 0",
-                    found=f"labeled={self.labeled} of {len(names)}",
-                    remedy="leave it out: the largest weight's is taken",
-                )
-            if w_M is None or w_M[self.labeled] == 0:
-                raise ConfigError(
-                    "modpo divides by the weight of the labeled objective, which must be above 0",
-                    found=f"{names[self.labeled]} with {'sampled preferences' if w_M is None else 'weight 0'}",
-                    remedy="leave `labeled` out: the largest weight's is taken",
-                )
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Pairs:
         """Pairs of the reference's responses; `kl_N` has the mean KL(reference || policy), the direction that can be seen offline."""
-        made = self.drawn(policy, task, spec, step)
+        made = draw_step(self, policy, task, spec, step, reference=True)
         with torch.no_grad():
-            logp_NT = self._logp(policy, made, slice(0, self.batch), gates_NK=made.gates_NK)
+            logp_NT = self.logp(policy, made, slice(0, self.batch), gates_NK=made.gates_NK)
         reference_NT = made.logp_NT.float()
         kl_N = ((reference_NT - logp_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-        sides = (torch.from_numpy(np.array(x)).float().to(policy.device) for x in self.compared(made, spec, step))
-        return Pairs(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, *sides)
+        sides = compared(made, spec, step, group=self.group, labeled=self.labeled, labels=self.labels)
+        tensors = (torch.from_numpy(np.array(x)).float().to(policy.device) for x in sides)
+        return Pairs(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, *tensors)
 
-    def drawn(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
-        """The reference's responses of one step, scored; they do not depend on the policy."""
-        count = self.batch // self.group
-        return draw(
-            policy, task, spec, step=step, first=step * count, prompts=count, group=self.group, temperature=self.temperature, reference=True
-        )
+    def passes(self, made: Responses) -> list[slice]:
+        """Whole groups, so that no pair is torn."""
+        return made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=self.group, whole=True)
 
-    def compared(self, made: Responses, spec: TrainSpec, step: int) -> tuple[np.ndarray, ...]:
-        """Margin, weight, wins and known of all pairs, (P, pairs of a group) each; see `Pairs`."""
-        group = self.group
-        w_PM = made.w_NM[::group]
-        k_P = w_PM.argmax(1) if self.labeled is None else np.full(len(w_PM), self.labeled)
-        is_k_PM = np.eye(w_PM.shape[1])[k_P]
-        first, second = np.triu_indices(group, 1)
-        rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)
-        apart = rewards_PGM[:, first] - rewards_PGM[:, second]
-        known = ~np.isnan(apart).any(-1)
-        apart = np.where(known[..., None], apart, 0.0)
-        label, margin = (apart * is_k_PM[:, None]).sum(-1), (apart * (w_PM * (1 - is_k_PM))[:, None]).sum(-1)
-        wins = expit(label)
-        if self.labels == "drawn":
-            wins = (generator(spec.seed, "labels", step).random(wins.shape) < wins).astype(float)
-        elif self.labels == "hard":
-            wins = (np.sign(label) + 1) / 2  # a tie is half a win
-        weight = np.broadcast_to((w_PM * is_k_PM).sum(1)[:, None], wins.shape)
-        return margin, weight, wins, known
-
-    def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
-        """Add the gradient of the mean loss of the pairs, group by group; returns the loss."""
+    def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:
+        """The mean over all known pairs of the batch of `modpo_loss`, the part of these rows."""
         assert isinstance(batch, Pairs)
-        made, group, n = batch.responses, self.group, len(batch.kl_N)
+        made, group = batch.responses, self.group
         first, second = torch.triu_indices(group, group, 1)
-        size = max(group, (self.micro_batch or n) // group * group)
-        total = 0.0
-        for start in range(0, n, size):
-            rows = slice(start, min(n, start + size))
-            logp_NT = self._logp(policy, made, rows, gates_NK=made.gates_NK[rows])
-            change_N = ((logp_NT - batch.reference_logp_NT[rows]) * made.mask_NT[rows]).sum(1)
-            ratio_PG = change_N.view(-1, group)
-            prompts = slice(rows.start // group, rows.stop // group)
-            loss = modpo_loss(
-                ratio_PG[:, first] - ratio_PG[:, second], batch.margin[prompts], batch.weight[prompts], batch.wins[prompts], beta=beta
-            )
-            mean = (loss * batch.known[prompts]).sum() / batch.known.sum().clamp(min=1)
-            mean.backward()
-            total += float(mean.detach())
-        return total
+        logp_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows])
+        ratio_PG = ((logp_NT - batch.reference_logp_NT[rows]) * made.mask_NT[rows]).sum(1).view(-1, group)
+        prompts = slice(rows.start // group, rows.stop // group)
+        apart = ratio_PG[:, first] - ratio_PG[:, second]
+        loss = modpo_loss(apart, batch.margin[prompts], batch.weight[prompts], batch.wins[prompts], beta=beta)
+        return (loss * batch.known[prompts]).sum() / batch.known.sum().clamp(min=1)

@@ -1,6 +1,7 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of hidden states: the experts run apart up to a layer, their states are summed with the gates, and the rest runs once.
 
-Hidden-state mixing at any layer: experts apart below it, one soup above.
+`hidden` mixes after the final norm, under the model's own head. `hidden-layer` mixes below a layer of one's choice, with the soup of the
+adapters above it.
 """
 
 from __future__ import annotations
@@ -12,22 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ConfigError
-from paretune.policy.base import MIXINGS
+from paretune.policy.base import MIXINGS, Weights
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.mixing.parameter import _claim_cache
-from paretune.policy.mixing.predictions import _Stacked, _weighted
+from paretune.policy.mixing.parameter import claim_cache
+from paretune.policy.mixing.predictions import Stacked, weighted
 
 __all__ = ["HiddenLayerMix", "HiddenMix"]
 
 
 @MIXINGS.register("hidden")
-class HiddenMix(_Stacked):
+class HiddenMix(Stacked):
     """The last hidden states of the experts, mixed, under the model's own head (bias, scale and soft cap included).
 
     Source: EMORL (2505.02579).
     Differs: a cache, and any decoding; the source decodes greedily without a cache.
     Hides: with a shared, frozen, bias-free linear head this IS logit mixing. A head with adapters runs under their soup.
     """
+
+    has_composition_limit = True
+    attribution = "product"
+    why_many = "it mixes the experts' hidden states, which no single set of weights computes"
 
     def __init__(self, bank: Any, tokenizer: Any):
         super().__init__(bank, tokenizer)
@@ -36,7 +41,7 @@ class HiddenMix(_Stacked):
             raise ConfigError(
                 "hidden-state mixing needs a model made of a decoder and a head",
                 found=type(self.model).__name__,
-                remedy="load it as a causal LM, or mix at the logit level",
+                remedy='load it as a causal LM, or use mixing "logit"',
             )
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
@@ -48,22 +53,24 @@ class HiddenMix(_Stacked):
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
         """The causal LM's own head on the mixed states."""
         with self.bank.gates(gates_NK):
-            return run_head(self.model, _weighted(parts, gates_NK).to(parts.dtype))
+            return run_head(self.model, weighted(parts, gates_NK).to(parts.dtype))
 
 
 @MIXINGS.register("hidden-layer")
 class HiddenLayerMix(HiddenMix):
     """Up to `layer` each expert runs alone; their hidden states are mixed with the gates; the layers above run once, under the soup.
 
-    Layer 0 is the parameter level (nothing has been computed apart). The number of layers L is the hidden level: mixed after the final
+    Layer 0 is mixing "parameter" (nothing has been computed apart). The number of layers L is mixing "hidden": mixed after the final
     norm. In between, the states that enter decoder layer `layer` are summed. Forwards per token: (layer K + L - layer) / L.
     Source: EMORL (2505.02579) mixes the last states; layers below are our extension.
     Differs: a layer of one's choice, with a cache: K * N rows for the layers below, N rows above.
     Hides: gates that do not sum to 1 scale the residual stream, except at layer 0. Above the layer the keys and values belong to the
-        gates, so that, as at the parameter level, nothing is shared over preferences.
+        gates, so that, as with a soup, nothing is shared over preferences.
     """
 
     parts_need_gates = True
+    has_composition_limit = False
+    attribution = "shapley"
 
     def __init__(self, bank: Any, tokenizer: Any, *, layer: int):
         super().__init__(bank, tokenizer)
@@ -73,7 +80,7 @@ class HiddenLayerMix(HiddenMix):
             raise ConfigError(
                 "hidden-state mixing below the last layer needs a decoder with one list of layers",
                 found=f"no list of {count} modules in {type(self.decoder).__name__}",
-                remedy='mix at level "hidden" or "logit"',
+                remedy='use mixing "hidden" or "logit"',
             )
         if isinstance(layer, bool) or not 0 <= layer <= count:
             raise ConfigError(
@@ -87,6 +94,9 @@ class HiddenLayerMix(HiddenMix):
     def settings(self) -> dict[str, Any]:
         return {"layer": self.layer}
 
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return super().single_weights(gates_K) if self.layer else Weights("delta", gates_K)
+
     @property
     def copies(self) -> int:
         """Rows of the input per row; the layers above the mixing see one row per row."""
@@ -99,7 +109,7 @@ class HiddenLayerMix(HiddenMix):
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(N, T, V) logits."""
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         if self.layer == len(self.layers):
             states = super().parts(input_ids_NT, attention_mask, position_ids, cache, gates_NK, last_only)
             kept = gates_NK[:, -int(last_only) :] if last_only and gates_NK.dim() == 3 else gates_NK
@@ -125,7 +135,7 @@ class HiddenLayerMix(HiddenMix):
         def mix(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             apart.close()
             states = args[0] if args else kwargs["hidden_states"]
-            mixed = _weighted(states.unflatten(0, (self.K, -1)), gates_NK).to(states.dtype)
+            mixed = weighted(states.unflatten(0, (self.K, -1)), gates_NK).to(states.dtype)
             args, kwargs = narrow(module, args, kwargs)
             return ((mixed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mixed})
 

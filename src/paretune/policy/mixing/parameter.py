@@ -1,10 +1,8 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of parameters: adapters become one change of the weights, and the model runs once.
 
-Soups that are more than weighted sums: TIES and DARE, on what the adapters add.
-
-The parameter level with a learned router at every decoder layer: gates per token, from the hidden state and the preference.
-
-The parameter level in training, with adapters that share both factors and differ in a small core: bilinear low-rank adaptation.
+`parameter` is the exact weighted sum of what the adapters add, with gates for every row. `factor` averages their factors instead, and
+`merged` prunes what they add before it sums (TIES, DARE); both make one set of weights for a whole batch. `routed` lets a small network
+at every decoder layer correct the gates, token by token. `tied` is for trainings: its adapters share both factors and differ in a core.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from paretune.errors import ConfigError
-from paretune.policy.base import MIXINGS, Policy
+from paretune.policy.base import MIXINGS, Policy, Weights, one_alone
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.decoder import routed
 from paretune.policy.lora.layers import FusedLayer
@@ -36,6 +34,7 @@ __all__ = [
     "ReferencePolicy",
     "RoutedMix",
     "TiedMix",
+    "claim_cache",
     "dare",
     "ties",
     "trim",
@@ -53,10 +52,15 @@ class ParameterMix(Policy):
 
     parts_need_gates = True
     one_forward = True
+    zero_is_reference = True
+    attribution = "path"
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return Weights("delta", gates_K)
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         with self.bank.gates(gates_NK):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
@@ -67,6 +71,11 @@ class ParameterMix(Policy):
 @MIXINGS.register("reference")
 class ReferencePolicy(ParameterMix):
     """The base model without adapters, whatever the gates."""
+
+    vertices_are_experts = False
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return Weights("base", gates_K)
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         return super().parts(input_ids_NT, attention_mask, position_ids, cache, None, last_only)
@@ -81,21 +90,22 @@ class FactorMix(ParameterMix):
     Hides: cross terms g_j g_k B_j A_k; it equals the soup of the products only at g = e_k or where all A_k (or all B_k) are equal.
     """
 
+    mixes_per_row = False
+    attribution = "shapley"
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return Weights("factor", gates_K)
+
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
-        if gates_NK is None or gates_NK.dim() != 2 or not bool((gates_NK == gates_NK[:1]).all()):
-            raise ConfigError(
-                "factor averaging has one gate vector for the whole batch",
-                found="rows with different gates" if gates_NK is not None else "no gates",
-                remedy="sample one preference at a time, or use the parameter level, which mixes per row",
-            )
+        _check_one_gate_vector("factor averaging", gates_NK)
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         with self.bank.factor(gates_NK[0]):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
 
-def _claim_cache(cache: Any, gates: Tensor | None) -> None:
-    """Keys and values at the parameter level were computed under gates: refuse others (a router's per-token gates may change)."""
+def claim_cache(cache: Any, gates: Tensor | None) -> None:
+    """Keys and values of a soup were computed under gates: refuse others (a router's per-token gates may change)."""
     if gates is not None and gates.dim() == 3:
         return
     if cache.get_seq_length() == 0:
@@ -105,9 +115,18 @@ def _claim_cache(cache: Any, gates: Tensor | None) -> None:
     same = torch.equal(known, gates) if known is not None and gates is not None else known is gates
     if not same:
         raise ConfigError(
-            "at the parameter level a cache belongs to the gates that filled it",
+            "in a soup a cache belongs to the gates that filled it",
             found="other gates than those of the cached tokens",
-            remedy="make a new cache for every preference; parts are shared over preferences at the logit and hidden levels only",
+            remedy="make a new cache for every preference; parts are shared over preferences at the logit and hidden mixings only",
+        )
+
+
+def _check_one_gate_vector(what: str, gates_NK: Tensor | None) -> None:
+    if gates_NK is None or gates_NK.dim() != 2 or not bool((gates_NK == gates_NK[:1]).all()):
+        raise ConfigError(
+            f"{what} has one gate vector for the whole batch",
+            found="rows with different gates" if gates_NK is not None else "no gates",
+            remedy='sample one preference at a time, or use mixing "parameter", which mixes per row',
         )
 
 
@@ -132,15 +151,19 @@ class MergedMix(ParameterMix):
         for every preference, at the memory of one model.
     """
 
+    mixes_per_row = False
+    attribution = "shapley"
+
     def __init__(self, bank: Any, tokenizer: Any, *, how: str = "ties", density: float = 0.5, normalize: bool = True, seed: int = 0):
         super().__init__(bank, tokenizer)
         if how not in RECIPES or not 0 < density <= 1:
             raise ConfigError(
                 f"a merge is one of {', '.join(RECIPES)}, and keeps a share of entries above 0 and at most 1",
                 found=f"how={how!r}, density={density:g}",
-                remedy='density is the share that is kept; use level "parameter" for the plain soup',
+                remedy='density is the share that is kept; use mixing "parameter" for the plain soup',
             )
         self.how, self.density, self.normalize, self.seed = how, density, normalize, seed
+        self.vertices_are_experts, self.symmetric = density == 1, how == "ties"
         self._known: tuple[Any, dict[str, Tensor]] | None = None
 
     @property
@@ -148,14 +171,9 @@ class MergedMix(ParameterMix):
         return {"how": self.how, "density": self.density, "normalize": self.normalize, "seed": self.seed}
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
-        if gates_NK is None or gates_NK.dim() != 2 or not bool((gates_NK == gates_NK[:1]).all()):
-            raise ConfigError(
-                "a merged soup has one gate vector for the whole batch",
-                found="rows with different gates" if gates_NK is not None else "no gates",
-                remedy="sample one preference at a time, or use the parameter level, which mixes per row",
-            )
+        _check_one_gate_vector("a merged soup", gates_NK)
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         inputs = {**self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), "logits_to_keep": int(last_only)}
         with self.bank.gates(None):
             return functional_call(self.model, self.weights(gates_NK[0]), kwargs=inputs).logits
@@ -171,17 +189,19 @@ class MergedMix(ParameterMix):
 
     def _merge(self, gates_K: Tensor) -> Iterator[tuple[str, Tensor]]:
         for layer in self.bank.layers:
-            yield f"{layer.name}.base_layer.weight", self.merged_weight(layer, gates_K).to(layer.base.weight.dtype)
+            yield f"{layer.name}.base_layer.weight", self.merged_weight(layer, Weights("merge", gates_K)).to(layer.base.weight.dtype)
 
-    def merged_weight(self, layer: FusedLayer, gates_K: Tensor) -> Tensor:
-        """The merged weight of one layer, in float32 or wider."""
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return Weights("merge", gates_K)
+
+    def merged_weight(self, layer: FusedLayer, weights: Weights) -> Tensor:
         weight = layer.base.weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
         deltas = weight.new_zeros((self.K, layer.b[0].shape[0], layer.a[0].shape[1]), dtype=wide)
         for k, a_rI, b_Or, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
             deltas[k] = b_Or.detach().to(wide) @ a_rI.detach().to(wide) * scale
         kept = self._sparse(deltas, layer.name)
-        gates = gates_K.to(wide)
+        gates = weights.gates_K.to(wide)
         merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalize=self.normalize)
         return weight.to(wide) + (merged.t() if layer.module.fan_in_fan_out else merged)
 
@@ -248,6 +268,15 @@ class RoutedMix(ParameterMix):
     Hides: the router of the first layer sees a token's embedding only; adapters outside the decoder's layers are refused.
     """
 
+    symmetric = False  # the first `experts` adapters have weights, the others have not
+    zero_is_reference = False
+    attribution = "shapley"
+    why_many = "its router sets the gates anew for every token"
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        """At a vertex the router is silent, whatever the gates of the adapters beside the experts."""
+        return Weights("delta", gates_K) if one_alone(gates_K[: self._given["experts"]]) else self.why_many
+
     def __init__(self, bank: LoraBank, tokenizer: Any, *, experts: int, width: int = 32, seed: int = 0):
         super().__init__(bank, tokenizer)
         if not 2 <= experts <= bank.count or width < 1:
@@ -257,6 +286,7 @@ class RoutedMix(ParameterMix):
                 remedy="name the number of objectives as experts",
             )
         self._given = {"experts": experts, "width": width, "seed": seed}
+        self.vertices_are_experts = experts == bank.count
         inputs = self.model.config.get_text_config().hidden_size + bank.count + 1
         self._layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(len(bank.stack)):
@@ -295,7 +325,7 @@ class RoutedMix(ParameterMix):
                 remedy="give the gates of each row's preference, (rows, adapters)",
             )
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         routers = {layer: partial(self._gates, layer) for layer in range(len(self._layers))}
         with routed(self.bank, routers, gates_NK):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
@@ -318,12 +348,20 @@ class TiedMix(ParameterMix):
     """The soup of adapters of which all but the first `own` share A and B: adapter k adds B C_k A, with a core C_k of its own.
 
     What is trained are A, B and the cores; `commit` writes each adapter as the plain LoRA with the factors B C_k and A. So a family is
-    used at the parameter level, and nothing but a training needs this one. `seed` names the start of the cores.
+    used at mixing "parameter", and nothing but a training needs this one. `seed` names the start of the cores.
 
     Source: PBLoRA (PARM, 2505.06274), in whose code B C(w) A with C(w) = sum_k w_k C_k stands beside a low-rank part that ignores w.
     Differs: nothing in the formula; cores start uniform within 1 / rank, as there.
     Hides: all preferences move within the one column space of B and the one row space of A.
     """
+
+    symmetric = False  # the first `own` adapters are plain ones
+    trains_only = True
+    attribution = "shapley"
+    why_many = "its adapters are written when a training ends, and are mixed as plain ones then"
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return self.why_many
 
     def __init__(self, bank: LoraBank, tokenizer: Any, *, own: int = 1, seed: int = 0):
         super().__init__(bank, tokenizer)

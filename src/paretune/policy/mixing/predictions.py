@@ -1,6 +1,7 @@
-"""The plain mixing levels: soups, logits, and the last hidden states. The table of all levels stands in `paretune.policy.mixing`.
+"""Mixings of predictions: every expert gives a next-token distribution, and the policy is a mean of them, token by token.
 
-Mixing predictions otherwise than by their product: MOD's other divergences, and decoding against the worst-case weights.
+All experts run in one stacked batch (`Stacked`). `logit` is their weighted product, `divergence` holds the means that belong to other
+divergences than the reverse KL, and `robust` is the product at the worst weights near the preference.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from paretune.errors import ConfigError
 from paretune.policy.base import MIXINGS, Policy
 from paretune.policy.lora.decoder import branch_point, branched, stacked_share
 
-__all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "worst_weights"]
+__all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "Stacked", "weighted", "worst_weights"]
 
 
-class _Stacked(Policy):
+class Stacked(Policy):
     """All K experts in one forward: the batch repeated K times, block k under adapter k, one cache of K * N rows.
 
-    Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `trunk.py`.
+    Where adapters begin above the first decoder layer, the layers below are run once, on N rows: see `lora.decoder`.
     """
 
     @property
@@ -44,7 +45,7 @@ class _Stacked(Policy):
 
 
 @MIXINGS.register("logit")
-class LogitMix(_Stacked):
+class LogitMix(Stacked):
     """A product of the experts, token by token: log pi(y_t) = sum_k g_k log pi_k(y_t) + constant.
 
     Source: MOD (2406.18853), the reverse-KL case.
@@ -54,6 +55,10 @@ class LogitMix(_Stacked):
         layers with adapters and those above).
     """
 
+    has_composition_limit = True
+    attribution = "product"
+    why_many = "it mixes the experts' predictions token by token, which no single set of weights computes"
+
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(K, N, T, V) logits of the experts, in the model's dtype."""
         with self._stacked(self.bank.blocks(), input_ids_NT, attention_mask, position_ids, cache) as inputs:
@@ -61,10 +66,10 @@ class LogitMix(_Stacked):
         return logits.unflatten(0, (self.K, -1))
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
-        return _weighted(parts, gates_NK)
+        return weighted(parts, gates_NK)
 
 
-def _weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
+def weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
     """sum_k g_k parts_k in float32 (or wider): parts (K, N, T, X), gates (N, K) or (N, T, K) -> (N, T, X)."""
     assert gates is not None
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -94,13 +99,16 @@ class DivergenceMix(LogitMix):
     Hides: it is the answer to training under that divergence. Experts trained under the reverse KL, as here, are mixed for another game.
     """
 
+    has_composition_limit = False
+    attribution = "shapley"
+
     def __init__(self, bank: Any, tokenizer: Any, *, divergence: str = "forward-kl", alpha: float = 0.5):
         super().__init__(bank, tokenizer)
         if divergence not in DIVERGENCES or not 0 < alpha <= 1:
             raise ConfigError(
                 f"a divergence is one of {', '.join(DIVERGENCES)}, and 0 < alpha <= 1",
                 found=f"divergence={divergence!r}, alpha={alpha:g}",
-                remedy='use level "logit" for the reverse KL; alpha matters to "alpha" only',
+                remedy='use mixing "logit" for the reverse KL; alpha matters to "alpha" only',
             )
         self.divergence, self.alpha = divergence, alpha
 
@@ -149,13 +157,17 @@ class RobustMix(LogitMix):
         some forty times per token, which a small vocabulary does not notice and a large one does.
     """
 
+    has_composition_limit = False
+    attribution = "shapley"
+    why_many = "it chooses the worst weights near the preference anew for every token"
+
     def __init__(self, bank: Any, tokenizer: Any, *, radius: float = 1.0):
         super().__init__(bank, tokenizer)
         if not 0 <= radius <= 1:
             raise ConfigError(
                 "the radius of the worst case lies between 0 and 1", found=f"radius={radius:g}", remedy="1 is the source's game"
             )
-        self.radius = radius
+        self.radius, self.vertices_are_experts = radius, radius == 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -215,9 +227,9 @@ def _columns(gates: Tensor | None, logp: Tensor) -> Tensor:
     assert gates is not None
     if bool((gates < 0).any()) or not bool((gates.sum(-1) > 0).all()):
         raise ConfigError(
-            "the gates of this level are weights: none negative, and not all 0",
+            "the gates of this mixing are weights: none negative, and not all 0",
             found=f"a smallest gate of {gates.min().item():g}, a smallest sum of {gates.sum(-1).min().item():g}",
-            remedy='use a rule that gives weights, or level "logit", which extrapolates',
+            remedy='use a rule that gives weights, or mixing "logit", which extrapolates',
         )
     gates = (gates if gates.dim() == 3 else gates[:, None]).to(logp.dtype)
     return gates.movedim(-1, 0)[..., None]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
-from paretune.policy.base import MIXINGS
-from paretune.policy.mixing.parameter import ParameterMix, _claim_cache
+from paretune.policy.base import MIXINGS, Weights
+from paretune.policy.mixing.parameter import ParameterMix, claim_cache
 
 __all__ = ["PromptedMix", "digit_ids"]
 
@@ -44,6 +44,15 @@ class PromptedMix(ParameterMix):
     Hides: the untrained policy is not the reference, which has never seen such a beginning; preferences between two steps of the last
         digit are one; a prompt may itself begin with digits.
     """
+
+    vertices_are_experts = False
+    symmetric = False
+    stepwise = True
+    zero_is_reference = False
+    attribution = "shapley"
+
+    def single_weights(self, gates_K: Tensor) -> Weights | str:
+        return Weights("delta", self._on, tuple(self.prefix(gates_K[None])[0].tolist()))
 
     def __init__(self, bank: Any, tokenizer: Any, *, objectives: int, digits: int = 2):
         super().__init__(bank, tokenizer)
@@ -92,7 +101,7 @@ class PromptedMix(ParameterMix):
             )
         opens = cache is None or cache.get_seq_length() == 0  # else the digits are in the cache already
         if cache is not None:
-            _claim_cache(cache, gates_NK)
+            claim_cache(cache, gates_NK)
         keep = int(last_only) or input_ids_NT.shape[1]
         if opens:
             input_ids_NT = torch.cat([self.prefix(gates_NK), input_ids_NT], 1)

@@ -10,7 +10,7 @@ text and ends every response with EOS, which is wrong for one that the length li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,57 +19,49 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from paretune.errors import ConfigError
-from paretune.objectives.base import refuse_unscored
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses
-from paretune.training.learner import memory_explained
-from paretune.training.modpo import Modpo
-from paretune.training.policy_gradient import WATCHED
+from paretune.training.batch import Responses, draw_step
+from paretune.training.combine import Combine
+from paretune.training.learner import memory_explained, watch_unscored
+from paretune.training.modpo import LACKS, Labels, check_labeled, compared
 from paretune.training.spec import TrainSpec
-from paretune.training.trl.learner import SMALLER, Trl
+from paretune.training.trl.learner import SMALLER, TrlLearner
 
 __all__ = ["TrlModpo"]
 
 UNUSED = {"prompt": "", "chosen": "", "rejected": ""}  # DPOTrainer wants texts and tokenizes them; the collator has tokens instead
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What one step drew."""
-
-    rewards_NM: np.ndarray
-    tokens: int
-    positions: int  # that went through the model, padding included
-
-
+@dataclass
 class _Drawn:
     """What the whole training learns from, drawn before it begins, and how much of it has been seen."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.steps: list[_Step] = []
-        self.seen = 0  # steps
-        self.recent: list[list[int]] = []  # per recent step: completions, then unscored ones per objective
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rewards: list[np.ndarray] = field(default_factory=list)  # (N, M) per step, as the next two
+    generated: list[int] = field(default_factory=list)  # tokens
+    positions: list[int] = field(default_factory=list)  # that went through the model, padding included
+    seen: int = 0  # steps
+    recent: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
 
     @property
     def samples(self) -> int:
-        return sum(len(step.rewards_NM) for step in self.steps[: self.seen])
+        return sum(map(len, self.rewards[: self.seen]))
 
     @property
     def tokens(self) -> int:
-        return sum(step.tokens for step in self.steps[: self.seen])
+        return sum(self.generated[: self.seen])
 
     @property
     def rewards_NM(self) -> np.ndarray:
         """Of the newest step seen."""
-        return self.steps[self.seen - 1].rewards_NM
+        return self.rewards[self.seen - 1]
 
 
 @LEARNERS.register("trl-modpo")
 @dataclass(frozen=True, kw_only=True)
-class TrlModpo(Modpo, Trl):
+class TrlModpo(TrlLearner):
     """MODPO by TRL's DPOTrainer: on the responses, pairs and labels that `modpo` has at the same seed. Fields as of `modpo` and `trl`.
 
     labels: "drawn" or "hard". `settings` are more arguments of DPOConfig. `micro_batch`: at most so many responses per backward, two to
@@ -83,10 +75,13 @@ class TrlModpo(Modpo, Trl):
         training goes on.
     """
 
-    trainer: Literal["rloo", "grpo", "dpo"] = "dpo"
-    labels: Literal["expected", "drawn", "hard"] = "drawn"
-
     trainers: ClassVar[tuple[str, ...]] = ("dpo",)
+    keeps: ClassVar[Mapping[str, Any]] = {"trainer": "dpo", "labels": "drawn"}
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {**TrlLearner.lacks, **LACKS}
+
+    trainer: Literal["rloo", "grpo", "dpo"] = "dpo"
+    labeled: int | None = None
+    labels: Labels = "drawn"
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,14 +99,15 @@ class TrlModpo(Modpo, Trl):
                 remedy='leave both at 1, or use learner "modpo", the embedded loop',
             )
 
-    @classmethod
-    def like(cls, learner: Any, **fields: Any) -> TrlModpo:
-        same = {"trainer": "dpo", "ratio": "sequence", "baseline": "leave_one_out", "micro_tokens": None, "labels": "drawn"}
-        made = super().like(learner, **{**same, **fields})
-        assert isinstance(made, TrlModpo)
-        return made
+    def accept(self, spec: TrainSpec) -> None:
+        super().accept(spec)
+        Combine.of(spec).check(sampled=False, offline="modpo")
 
-    def _reward(self, spec: TrainSpec, task: Task) -> Any:
+    def train(self, spec, task, work, *, parents=None, progress=None):
+        check_labeled(self.labeled, spec, task.objectives.names)
+        return super().train(spec, task, work, parents=parents, progress=progress)
+
+    def _source(self, spec: TrainSpec, task: Task) -> _Drawn:
         return _Drawn()
 
     def _pairs(self) -> tuple[int, int]:
@@ -147,14 +143,14 @@ class TrlModpo(Modpo, Trl):
         }
         return self._configured(trl.DPOConfig, own, {})
 
-    def _trainer(self, spec: TrainSpec, task: Task, args: Any, reward: Any) -> Any:
+    def _trainer(self, spec: TrainSpec, task: Task, args: Any, source: Any) -> Any:
         import trl
         from datasets import Dataset
 
-        self._draw(spec, task, reward)
-        rows = Dataset.from_list([{**UNUSED, **row} for row in reward.rows])
+        self._draw(spec, task, source)
+        rows = Dataset.from_list([{**UNUSED, **row} for row in source.rows])
         trainer = self._built(trl.DPOTrainer, spec, task, args=args, train_dataset=rows, data_collator=_collate)
-        trainer.add_callback(_counter(reward))  # before the recorder, which reads the count
+        trainer.add_callback(_counter(source))  # before the recorder, which reads the count
         return trainer
 
     @memory_explained(SMALLER)
@@ -162,18 +158,17 @@ class TrlModpo(Modpo, Trl):
         """All responses and pairs of the training; stops where too many could not be scored."""
         policy = self.start(spec, task, {})
         for step in range(self.steps):
-            made = self.drawn(policy, task, spec, step)
-            n, positions = len(made.tokens_NT), made.prompt_ids_PT.numel() + made.tokens_NT.numel()
-            drawn.steps.append(_Step(rewards_NM=made.rewards_NM, tokens=int(made.mask_NT.sum()), positions=positions))
-            drawn.recent = [*drawn.recent, [n, *np.isnan(made.rewards_NM).sum(0).tolist()]][-max(1, -(-WATCHED // n)) :]
-            seen, *unscored_M = np.sum(drawn.recent, axis=0).tolist()
-            if seen >= WATCHED or step + 1 == self.steps:
-                refuse_unscored(task.objectives.names, unscored_M, seen, limit=self.max_unscored)
+            made = draw_step(self, policy, task, spec, step, reference=True)
+            drawn.rewards.append(made.rewards_NM)
+            drawn.generated.append(int(made.mask_NT.sum()))
+            drawn.positions.append(made.prompt_ids_PT.numel() + made.tokens_NT.numel())
+            last, names = step + 1 == self.steps, task.objectives.names
+            drawn.recent = watch_unscored(drawn.recent, made.rewards_NM, names, limit=self.max_unscored, last=last)
             drawn.rows += self._rows(made, spec, task, step)
 
     def _rows(self, made: Responses, spec: TrainSpec, task: Task, step: int) -> list[dict[str, Any]]:
         """One for each pair of the step, in the order of `Pairs`: tokens, and the shift of the better response's reference."""
-        margin, _, wins, known = self.compared(made, spec, step)
+        margin, _, wins, known = compared(made, spec, step, group=self.group, labeled=self.labeled, labels=self.labels)
         coin = generator(spec.seed, "ties", step).random(wins.shape) < 0.5
         wins = np.where(wins == 0.5, coin, wins)
         first, second = np.triu_indices(self.group, 1)
@@ -194,9 +189,9 @@ class TrlModpo(Modpo, Trl):
         sides = float(logs["rewards/chosen"]) + float(logs["rewards/rejected"])
         return -sides / (2 * self._beta(spec, task))
 
-    def _flops(self, count: int, tokens: int, reward: Any) -> float:
+    def _flops(self, count: int, tokens: int, source: Any) -> float:
         """The responses, then the pairs: once by the reference, forward and backward by the policy."""
-        return 2.0 * count * sum(step.positions for step in reward.steps) + 6.0 * count * tokens
+        return 2.0 * count * sum(source.positions) + 6.0 * count * tokens
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:

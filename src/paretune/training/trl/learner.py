@@ -1,14 +1,13 @@
-"""The learner `trl`: what a `TrainSpec` asks for, trained by TRL's RLOOTrainer or GRPOTrainer through their public interface.
+"""Learners that TRL's trainers run: `TrlLearner`, what all of them share, and `trl`, which trains by RLOOTrainer or GRPOTrainer.
 
-Prompts in the embedded learner's order, its fresh adapter, its optimizer and schedule; the objectives are combined by the drop-in. What TRL
-does itself is the loop: generation (its own, or vLLM's), log-probabilities, baseline, loss, checkpoints, and many processes.
+What a `TrainSpec` asks for is handed to TRL through its public interface: prompts in the embedded learner's order, its fresh adapter, its
+optimizer and schedule; the objectives are combined by the drop-in reward. TRL does the loop: generation (its own, or vLLM's),
+log-probabilities, baseline, loss, checkpoints, and many processes.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml -m paretune.runs.launch ROOT/logs/jobs/train-KEY.json
 
-Every process calls `train`; the first one writes. While a training runs its checkpoints are TRL's own, with a `paretune.json` written last:
-one without it was cut short and is not resumed from.
-
-What a training by TRL leaves behind while it runs: the lines of train.jsonl, and which of its checkpoints are whole.
+Every process calls `train`; the first one writes the same files as the embedded learner. While a training runs its checkpoints are TRL's
+own, with a `paretune.json` written last: a checkpoint without it was cut short and is not resumed from.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import math
 import os
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,44 +39,40 @@ from paretune.seeds import forked_torch, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
-from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished
+from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished, refuse_other
+from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
-from paretune.training.learner import memory_explained
-from paretune.training.policy_gradient import CHECKPOINT_SECONDS, PolicyGradient, _not_finite
+from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, log_record, memory_explained, not_finite
+from paretune.training.policy_gradient import PolicySettings
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
 
-__all__ = ["Trl", "newest", "recorder"]
+__all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 
 FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True}
-
-
+MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
 SMALLER = (
     "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
-    'lower batch, or load the base smaller (dtype "bfloat16", quantise "4bit"); the last checkpoint is kept'
+    'lower batch, or load the base smaller (dtype "bfloat16", quantize "4bit"); the last checkpoint is kept'
 )
 
 
-@LEARNERS.register("trl")
 @dataclass(frozen=True, kw_only=True)
-class Trl(PolicyGradient):
-    """TRL trains: "rloo" climbs J_w as `pg` does; "grpo" has the KL in its loss, per token. Fields mean what they mean for `pg`.
+class TrlLearner(SampledLearner):
+    """Base of the learners whose loop is TRL's: one fresh adapter at a fixed preference, trained by the trainer that a subclass makes."""
 
-    One fresh adapter at a fixed preference. `settings` are more arguments of RLOOConfig or GRPOConfig, such as `use_vllm` and
-    `vllm_mode`. `quantise` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
-
-    Source: TRL's RLOOTrainer (RLOO, 2402.14740) and GRPOTrainer (2402.03300).
-    Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalization
-        other than "none" (and "batch" under "rloo"), the KL is not inside of what is normalized; weightings see the mean KL of the
-        batch before instead of each response's.
-    Hides: as `pg`; "grpo" climbs something other than J_w (k3 per token in the loss), which its fields must say.
-    """
+    trainers: ClassVar[tuple[str, ...]]
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "micro_tokens": ("TRL splits a batch by rows", "use micro_batch, rows per process and backward"),
+        **dict.fromkeys(
+            ("stop_cv", "stop_window", "validate_every", "validation_samples"),
+            ("TRL trains a fixed number of steps", "leave the fields of the stopping rule out"),
+        ),
+    }
 
     trainer: Literal["rloo", "grpo", "dpo"] = "rloo"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    quantise: Literal["4bit"] | None = None
-
-    trainers: ClassVar[tuple[str, ...]] = ("rloo", "grpo")
+    settings: Mapping[str, Any] = field(default_factory=dict)  # more arguments of TRL's configuration
+    quantize: Literal["4bit"] | None = None  # loads the base in NF4 (QLoRA)
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,32 +82,36 @@ class Trl(PolicyGradient):
                 found=f"learner {self.registered_name}, trainer={self.trainer!r}",
                 remedy="choose the other learner, or leave trainer out; with learner trl, method modpo trains with trl-modpo",
             )
-        wanted = {"kl_in": "reward", "ratio": "sequence", "length": "sum", "baseline": "leave_one_out"}
-        if self.trainer == "grpo":
-            wanted = {"kl_in": "loss", "kl_estimator": "k3"} | ({"ratio": "token"} if self.length == "sum" else {})
-        wrong = {name: value for name, value in wanted.items() if getattr(self, name) != value}
-        if wrong:
+        if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(
-                f"the fields of learner trl say what TRL's {self.trainer} trainer does",
-                found=", ".join(f"{name}={getattr(self, name)!r}" for name in wrong),
-                remedy="use " + ", ".join(f"{name}={value!r}" for name, value in wrong.items()) + ', or learner "pg"',
+                "TRL trains on the device that accelerate chooses",
+                found=f"device={self.device!r}",
+                remedy='device is "auto", "cpu" or "cuda" (CUDA_VISIBLE_DEVICES says which)',
             )
-        if self.micro_tokens is not None:
-            raise ConfigError(
-                "TRL splits a batch by rows",
-                found=f"micro_tokens={self.micro_tokens}",
-                remedy="use micro_batch, rows per process and backward",
-            )
-        if self.stop_cv is not None or self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(
-                "TRL trains a fixed number of steps, on the device that accelerate chooses",
-                found=f"stop_cv={self.stop_cv}, device={self.device!r}",
-                remedy='leave stop_cv out; device is "auto", "cpu" or "cuda" (CUDA_VISIBLE_DEVICES says which)',
-            )
-        for name, wants in (("vllm", self.settings.get("use_vllm")), ("bitsandbytes", self.quantise)):
+        for name, wants in (("vllm", self.settings.get("use_vllm")), ("bitsandbytes", self.quantize)):
             if wants and importlib.util.find_spec(name) is None:
-                asked, extra = ("use_vllm", "vllm") if name == "vllm" else ("quantise", "quantization")
+                asked, extra = ("use_vllm", "vllm") if name == "vllm" else ("quantize", "quantization")
                 raise ConfigError(f"{asked} needs the package {name}", found="not installed", remedy=f"pip install 'trl[{extra}]'")
+
+    @abstractmethod
+    def _source(self, spec: TrainSpec, task: Task) -> Any:
+        """What the trainer learns from, and what counts it: samples, tokens, rewards_NM of the newest step, recent unscored ones."""
+
+    @abstractmethod
+    def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
+        """The configuration of TRL's trainer in `world` processes."""
+
+    @abstractmethod
+    def _trainer(self, spec: TrainSpec, task: Task, args: Any, source: Any) -> Any:
+        """TRL's trainer, made by `_built`."""
+
+    @abstractmethod
+    def _flops(self, count: int, tokens: int, source: Any) -> float:
+        """Of a base with `count` parameters, whose trainer saw `tokens`, padding included."""
+
+    @abstractmethod
+    def logged_kl(self, logs: Mapping[str, Any], spec: TrainSpec, task: Task) -> float | None:
+        """Nats per response in a line of TRL's logs; None where it has no KL."""
 
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         if is_finished(work):  # by a process that was killed before it could publish
@@ -119,11 +119,11 @@ class Trl(PolicyGradient):
         self.accept(spec)
         self._sharded()
         world = int(os.environ.get("WORLD_SIZE", 1))
-        reward = self._reward(spec, task)
+        source = self._source(spec, task)
         with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
             args = self._arguments(spec, task, work, world)
-            record = recorder(self, spec, task, work, reward, progress, world)
-            trainer = self._trainer(spec, task, args, reward)
+            record = recorder(self, spec, task, work, source, progress, world)
+            trainer = self._trainer(spec, task, args, source)
             sizes = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             trainer.add_callback(record)
             resume = newest(work, spec.key)
@@ -131,8 +131,9 @@ class Trl(PolicyGradient):
                 trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             finally:
                 record.close()
-            refuse_unscored(task.objectives.names, *_unscored(reward), limit=self.max_unscored)
-            return self._finish(trainer, sizes, work, reward, record.seconds)
+            seen, *unscored_M = np.sum(source.recent, axis=0).tolist()
+            refuse_unscored(task.objectives.names, unscored_M, seen, limit=self.max_unscored)
+            return self._finish(trainer, sizes, work, source, record.seconds)
 
     def accept(self, spec: TrainSpec) -> None:
         plain = spec.preference is not None and not spec.parents and spec.fresh is None and spec.rule is None
@@ -145,72 +146,6 @@ class Trl(PolicyGradient):
             )
         if importlib.util.find_spec("trl") is None:
             raise ConfigError("learner trl needs the package trl", found="not installed", remedy="pip install 'paretune[trl]'")
-
-    def _reward(self, spec: TrainSpec, task: Task) -> MultiObjectiveReward:
-        known = task.prompts("train")
-
-        def scorer(given: Mapping[str, Any], step: int, first: int) -> np.ndarray:
-            texts = [c if isinstance(c, str) else c[-1]["content"] for c in given["completions"]]
-            streams = [seed_for(spec.seed, "reward noise", "trl", step, first + n) for n in range(len(texts))]
-            return task.observe([known[place] for place in given["place"]], texts, streams=streams)
-
-        normalize = "none" if self._in_trainer(spec) else self.normalize
-        assert spec.preference is not None
-        return MultiObjectiveReward(
-            task.objectives,
-            spec.preference,
-            group=self.group,
-            trainer="rloo" if self.trainer == "rloo" else "grpo",
-            scalarizer=spec.scalarizer,
-            scalarize_at=spec.scalarize_at,
-            aggregation=spec.aggregation,
-            weighting=spec.weighting,
-            baseline=self.baseline,
-            normalize=normalize,
-            beta=task.beta,
-            landmarks=landmarks(task) if task.is_exact else None,
-            max_unscored=self.max_unscored,
-            seed=spec.seed,
-            scorer=scorer,
-        )
-
-    def _in_trainer(self, spec: TrainSpec) -> bool:
-        """Whether TRL itself divides by the batch's spread, with the KL inside, as `pg` does."""
-        plain = spec.scalarize_at == "reward" and spec.aggregation["name"] == "learner"
-        return self.trainer == "rloo" and self.normalize == "batch" and plain
-
-    def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
-        """The configuration of TRL's trainer."""
-        if self.batch % world or (self.batch // world) % min(self.micro_batch or self.batch, self.batch // world):
-            raise ConfigError(
-                "a batch divides into processes, and a process's share into micro-batches",
-                found=f"batch={self.batch}, {world} processes, micro_batch={self.micro_batch}",
-                remedy="choose a batch that is a multiple of processes x micro_batch",
-            )
-        share = self.batch // world
-        rows = min(self.micro_batch or share, share)
-        own = {
-            **self._loop(spec, work, rows, share // rows),
-            "max_completion_length": task.max_new_tokens,
-            "num_iterations": self.epochs,
-            "epsilon": self.clip_eps,
-            "beta": task.beta,
-            "temperature": self.temperature,
-            "mask_truncated_completions": False,  # a response at the length limit is a response
-            "shuffle_dataset": False,  # the rows are in the order that the learner wants
-            **MultiObjectiveReward.settings_of(self.trainer, self.group),
-        }
-        if own["use_cpu"] and world > 1:
-            own["ddp_backend"] = "gloo"
-        if self.trainer == "rloo":
-            own["normalize_advantages"] = self._in_trainer(spec)
-        else:  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
-            own["loss_type"] = "grpo" if self.length == "token_mean" else "dr_grpo"
-            own["importance_sampling_level"] = self.ratio
-            own["max_grad_norm"] /= 1 if self.length == "token_mean" else task.max_new_tokens
-        import trl
-
-        return self._configured(trl.RLOOConfig if self.trainer == "rloo" else trl.GRPOConfig, own, {"top_p": 1.0, "top_k": 0})
 
     def _loop(self, spec: TrainSpec, work: Path, rows: int, parts: int) -> dict[str, Any]:
         """What all of TRL's trainers are told: steps of `parts` times `rows`, the optimizer, logs and checkpoints."""
@@ -252,17 +187,6 @@ class Trl(PolicyGradient):
         precision = {"bf16": self.dtype == "bfloat16", "fp16": self.dtype == "float16"}
         return made(**{**FREE, **precision, **free, **own, **self.settings})
 
-    def _trainer(self, spec: TrainSpec, task: Task, args: Any, reward: MultiObjectiveReward) -> Any:
-        """TRL's trainer with the embedded learner's prompts."""
-        import trl
-        from datasets import Dataset
-
-        known = task.prompts("train")
-        order = prompt_order(spec.seed, 0, self.steps * (self.batch // self.group), len(known))
-        rows = Dataset.from_list([{"prompt": prompt.raw, "place": place} for place, prompt in enumerate(known)]).select(order)
-        made = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
-        return self._built(made, spec, task, reward_funcs=[reward], args=args, train_dataset=rows)
-
     def _built(self, made: Any, spec: TrainSpec, task: Task, **given: Any) -> Any:
         """The trainer `made` with the embedded learner's first adapter, optimizer and schedule."""
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -299,16 +223,16 @@ class Trl(PolicyGradient):
 
     def _load(self, task: Task) -> tuple[Any, Any]:
         model, tokenizer = task.load()
-        if self.quantise is None:
+        if self.quantize is None:
             return (model if self.dtype is None else model.to(getattr(torch, self.dtype))), tokenizer
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         base = task.base()
         if "model" not in base:
             raise ConfigError(
-                "quantise needs a base that is a model on disk or on the hub",
+                "quantize needs a base that is a model on disk or on the hub",
                 found=f"task {task.registered_name}",
-                remedy="leave quantise out: the model is small",
+                remedy="leave quantize out: the model is small",
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
@@ -316,17 +240,7 @@ class Trl(PolicyGradient):
         loaded.generation_config = ends
         return loaded, tokenizer
 
-    def logged_kl(self, logs: Mapping[str, Any], spec: TrainSpec, task: Task) -> float | None:
-        """Nats per response, where TRL has logged it: its own number is per token, and comes with a batch's first update only."""
-        if "kl" not in logs or "completions/mean_length" not in logs:
-            return None
-        return float(logs["kl"]) * float(logs["completions/mean_length"])
-
-    def _flops(self, count: int, tokens: int, reward: Any) -> float:
-        """Of a base with `count` parameters that saw `tokens`, padding included: one forward more than `pg`."""
-        return (6.0 + 4.0 * self.epochs) * count * tokens
-
-    def _finish(self, trainer: Any, sizes: tuple[int, int], work: Path, reward: MultiObjectiveReward, seconds: float) -> Cost:
+    def _finish(self, trainer: Any, sizes: tuple[int, int], work: Path, source: Any, seconds: float) -> Cost:
         """The first process writes adapter and ledger, then drops the checkpoints; a kill in between loses nothing."""
         from safetensors.torch import load_file
 
@@ -334,10 +248,10 @@ class Trl(PolicyGradient):
         trainer.save_model(str(final))  # every process: with FSDP they all have a part
         count, trainable = sizes  # before anything split them
         cost = Cost(
-            samples=reward.samples,
-            tokens=reward.tokens,
+            samples=source.samples,
+            tokens=source.tokens,
             steps=trainer.state.global_step,
-            flops=self._flops(count, trainer.state.num_input_tokens_seen, reward),
+            flops=self._flops(count, trainer.state.num_input_tokens_seen, source),
             seconds=seconds,
             memory_bytes=4 * count + 12 * trainable,
             storage_bytes=4 * trainable,
@@ -348,11 +262,6 @@ class Trl(PolicyGradient):
             clear_checkpoint(work)
         trainer.accelerator.wait_for_everyone()
         return cost
-
-
-def _unscored(reward: MultiObjectiveReward) -> tuple[list[int], int]:
-    seen, *unscored_M = np.sum(reward.recent, axis=0).tolist()
-    return unscored_M, seen
 
 
 @contextmanager
@@ -372,20 +281,7 @@ def _explained(lr: float) -> Iterator[None]:
         ) from error
 
 
-MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
-
-
-@dataclass
-class _Done:
-    """What a line of the log says of the training so far; see `PolicyGradient._record`."""
-
-    step: int
-    samples: int
-    tokens: int
-    validations: tuple[float, ...] = ()
-
-
-def recorder(learner: Any, spec: TrainSpec, task: Task, work: Path, reward: MultiObjectiveReward, progress: Any, world: int) -> Any:
+def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, source: Any, progress: Any, world: int) -> Any:
     """A callback that writes train.jsonl as the embedded learner does, and says when a checkpoint is whole."""
     from transformers import TrainerCallback
 
@@ -405,27 +301,28 @@ def recorder(learner: Any, spec: TrainSpec, task: Task, work: Path, reward: Mult
             if state.global_step:
                 kept = json.loads((work / FOLDER / f"checkpoint-{state.global_step}" / MARK).read_text())
                 if STATE in state.stateful_callbacks:
-                    reward.load_state_dict(state.stateful_callbacks[STATE])
+                    source.load_state_dict(state.stateful_callbacks[STATE])
             self.began -= kept["seconds"]
             if state.is_world_process_zero:
                 length, path = int(kept["log_length"]), work / "train.jsonl"
-                self.log = TrainLog(path, length=length, began=self.began, tokens=reward.tokens, progress=progress)
+                self.log = TrainLog(path, length=length, began=self.began, tokens=source.tokens, progress=progress)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not logs or "grad_norm" not in logs:
                 return
             loss, norm, step = float(logs["loss"]), float(logs["grad_norm"]), state.global_step // learner.epochs
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(f"loss {loss:g}, gradient norm {norm:g}", state.global_step, learner.lr)
+                raise not_finite(f"loss {loss:g}, gradient norm {norm:g}", state.global_step, learner.lr)
             kl = learner.logged_kl(logs, spec, task)
             self.kl = self.kl if kl is None else kl
             if state.global_step % learner.epochs:
                 return
-            self.window.append({"rewards_NM": reward.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})
+            self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})
             if step == learner.steps or step % learner.log_every == 0:
-                done: Any = _Done(step, reward.samples, reward.tokens)
                 if self.log is not None:
-                    self.log.write(learner._record(task, done, self.window), steps=learner.steps)
+                    names, lr = task.objectives.names, learner.lr * learner.pace(step - 1)
+                    record = log_record(names, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
+                    self.log.write(record, steps=learner.steps)
                 self.window = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -451,11 +348,123 @@ def newest(work: Path, key: str) -> Path | None:
     found = sorted((work / FOLDER).glob(f"checkpoint-*/{MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
     if not found:
         return None
-    other = json.loads(found[-1].read_text())["key"]
-    if other != key:
-        raise TrainingError(
-            "a training resumes from its own checkpoint",
-            found=f"{found[-1].parent} belongs to {other}, not to {key}",
-            remedy=f"delete {work / FOLDER}, or train in another directory",
-        )
+    refuse_other(found[-1].parent, json.loads(found[-1].read_text())["key"], key)
     return found[-1].parent
+
+
+@LEARNERS.register("trl")
+@dataclass(frozen=True, kw_only=True)
+class Trl(PolicySettings, TrlLearner):
+    """TRL trains: "rloo" climbs J_w as `pg` does; "grpo" has the KL in its loss, per token. Fields mean what they mean for `pg`.
+
+    One fresh adapter at a fixed preference. `settings` are more arguments of RLOOConfig or GRPOConfig, such as `use_vllm` and
+    `vllm_mode`. `quantize` "4bit" loads the base in NF4 (QLoRA). `micro_batch` is rows per process and backward.
+
+    Source: TRL's RLOOTrainer (RLOO, 2402.14740) and GRPOTrainer (2402.03300).
+    Differs: responses come from TRL's own sampler, so one seed gives other samples than `pg`; with an aggregation, or a normalization
+        other than "none" (and "batch" under "rloo"), the KL is not inside of what is normalized; weightings see the mean KL of the
+        batch before instead of each response's.
+    Hides: as `pg`; "grpo" climbs something other than J_w (k3 per token in the loss), which its fields must say.
+    """
+
+    trainers: ClassVar[tuple[str, ...]] = ("rloo", "grpo")
+
+    def __post_init__(self):
+        super().__post_init__()
+        wanted = {"kl_in": "reward", "ratio": "sequence", "length": "sum", "baseline": "leave_one_out"}
+        if self.trainer == "grpo":
+            wanted = {"kl_in": "loss", "kl_estimator": "k3"} | ({"ratio": "token"} if self.length == "sum" else {})
+        wrong = {name: value for name, value in wanted.items() if getattr(self, name) != value}
+        if wrong:
+            raise ConfigError(
+                f"the fields of learner trl say what TRL's {self.trainer} trainer does",
+                found=", ".join(f"{name}={getattr(self, name)!r}" for name in wrong),
+                remedy="use " + ", ".join(f"{name}={value!r}" for name, value in wrong.items()) + ', or learner "pg"',
+            )
+
+    def accept(self, spec: TrainSpec) -> None:
+        super().accept(spec)
+        self.combine(spec).check(sampled=False, through_rewards=True)
+
+    def _source(self, spec: TrainSpec, task: Task) -> MultiObjectiveReward:
+        known = task.prompts("train")
+
+        def scorer(given: Mapping[str, Any], step: int, first: int) -> np.ndarray:
+            texts = [c if isinstance(c, str) else c[-1]["content"] for c in given["completions"]]
+            streams = [seed_for(spec.seed, "reward noise", "trl", step, first + n) for n in range(len(texts))]
+            return task.observe([known[place] for place in given["place"]], texts, streams=streams)
+
+        combine = self.combine(spec)
+        if self._in_trainer(combine):
+            combine = dataclasses.replace(combine, normalize="none")
+        assert spec.preference is not None
+        return MultiObjectiveReward(
+            task.objectives,
+            spec.preference,
+            group=self.group,
+            trainer="rloo" if self.trainer == "rloo" else "grpo",
+            **vars(combine),
+            beta=task.beta,
+            landmarks=landmarks(task) if task.is_exact else None,
+            max_unscored=self.max_unscored,
+            seed=spec.seed,
+            scorer=scorer,
+        )
+
+    def _in_trainer(self, combine: Combine) -> bool:
+        """Whether TRL itself divides by the batch's spread, with the KL inside, as `pg` does."""
+        plain = combine.scalarize_at == "reward" and not combine.aggregates
+        return self.trainer == "rloo" and self.normalize == "batch" and plain
+
+    def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
+        if self.batch % world or (self.batch // world) % min(self.micro_batch or self.batch, self.batch // world):
+            raise ConfigError(
+                "a batch divides into processes, and a process's share into micro-batches",
+                found=f"batch={self.batch}, {world} processes, micro_batch={self.micro_batch}",
+                remedy="choose a batch that is a multiple of processes x micro_batch",
+            )
+        share = self.batch // world
+        rows = min(self.micro_batch or share, share)
+        own = {
+            **self._loop(spec, work, rows, share // rows),
+            "max_completion_length": task.max_new_tokens,
+            "num_iterations": self.epochs,
+            "epsilon": self.clip_eps,
+            "beta": task.beta,
+            "temperature": self.temperature,
+            "mask_truncated_completions": False,  # a response at the length limit is a response
+            "shuffle_dataset": False,  # the rows are in the order that the learner wants
+            **MultiObjectiveReward.settings_of(self.trainer, self.group),
+        }
+        if own["use_cpu"] and world > 1:
+            own["ddp_backend"] = "gloo"
+        if self.trainer == "rloo":
+            own["normalize_advantages"] = self._in_trainer(self.combine(spec))
+        else:  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
+            own["loss_type"] = "grpo" if self.length == "token_mean" else "dr_grpo"
+            own["importance_sampling_level"] = self.ratio
+            own["max_grad_norm"] /= 1 if self.length == "token_mean" else task.max_new_tokens
+        import trl
+
+        return self._configured(trl.RLOOConfig if self.trainer == "rloo" else trl.GRPOConfig, own, {"top_p": 1.0, "top_k": 0})
+
+    def _trainer(self, spec: TrainSpec, task: Task, args: Any, source: Any) -> Any:
+        """TRL's trainer with the embedded learner's prompts."""
+        import trl
+        from datasets import Dataset
+
+        known = task.prompts("train")
+        order = prompt_order(spec.seed, 0, self.steps * (self.batch // self.group), len(known))
+        rows = Dataset.from_list([{"prompt": prompt.raw, "place": place} for place, prompt in enumerate(known)]).select(order)
+        made = trl.RLOOTrainer if self.trainer == "rloo" else trl.GRPOTrainer
+        return self._built(made, spec, task, reward_funcs=[source], args=args, train_dataset=rows)
+
+    def logged_kl(self, logs: Mapping[str, Any], spec: TrainSpec, task: Task) -> float | None:
+        """Nats per response, where TRL has logged it: its own number is per token, and comes with a batch's first update only."""
+        if "kl" not in logs or "completions/mean_length" not in logs:
+            return None
+        return float(logs["kl"]) * float(logs["completions/mean_length"])
+
+    def _flops(self, count: int, tokens: int, source: Any) -> float:
+        """Of a base with `count` parameters that saw `tokens`, padding included: one forward more than `pg`."""
+        return (6.0 + 4.0 * self.epochs) * count * tokens

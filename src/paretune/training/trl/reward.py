@@ -15,19 +15,18 @@ multiply it. Weightings that look at returns see rewards minus `beta` times the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError
-from paretune.objectives.base import check_callable, refuse_unscored, score_given
-from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
+from paretune.objectives.base import check_callable, score_given
+from paretune.objectives.utilities import Landmarks
 from paretune.training.advantages import group_covariance
-from paretune.training.policy_gradient import WATCHED, PolicyGradient
-from paretune.training.spec import TrainSpec
-from paretune.training.weightings.base import State, StepContext, check_combination, weighting_of
+from paretune.training.combine import Combine
+from paretune.training.learner import watch_unscored
+from paretune.training.weightings.base import State
 from paretune.types import Objectives, Preference, Prompt
 
 __all__ = ["MultiObjectiveReward"]
@@ -36,7 +35,6 @@ Scorer = Callable[[Mapping[str, Any], int, int], np.ndarray]
 """(what TRL gives, number of the batch, place of the first row in the whole batch) -> (N, M) rewards, NaN = unscored."""
 
 STATE = "paretune"  # where a weighting's memory lies in the trainer's state
-CENTERED = ("learner", "grpo", "mo_grpo", "gdpo", "dvao")  # aggregations whose advantages have mean 0 in every group
 TRL_BASELINE = {"grpo": "group_mean", "rloo": "leave_one_out"}
 
 
@@ -73,15 +71,27 @@ class MultiObjectiveReward:
     ):
         if trainer not in TRL_BASELINE:
             raise ConfigError("a drop-in serves one of TRL's two online trainers", found=f"trainer={trainer!r}", remedy='"grpo" or "rloo"')
+        if group < 2:
+            raise ConfigError(
+                "group is at least 2: a response is compared with the others to its prompt",
+                found=f"group={group}",
+                remedy="give the drop-in the group that the trainer has as num_generations",
+            )
         self.__name__ = name  # what TRL prints beside the number
-        self.trainer, self.beta, self.landmarks, self.max_unscored = trainer, beta, landmarks, max_unscored
+        self.trainer, self.group, self.seed = trainer, group, seed
+        self.beta, self.landmarks, self.max_unscored = beta, landmarks, max_unscored
         self.objectives, self.scorer = _scored_by(objectives, scorer, low, high)
-        w_M = Preference.of(self.objectives.names, preference).weights
+        self.w_M = np.asarray(Preference.of(self.objectives.names, preference).weights, dtype=np.float64)
         described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalarizer, aggregation, weighting)]
-        self.spec = TrainSpec({}, {}, w_M, seed, described[0], scalarize_at, described[1], described[2])
-        chosen: Any = baseline or TRL_BASELINE[trainer]
-        self.rule = PolicyGradient(batch=group, samples=group, group=group, baseline=chosen, normalize=normalize)
-        _check(self.spec)
+        self.combine = Combine(
+            scalarizer=described[0],
+            scalarize_at=scalarize_at,
+            aggregation=described[1],
+            weighting=described[2],
+            baseline=baseline or TRL_BASELINE[trainer],
+            normalize=normalize,
+        )
+        self.combine.check(sampled=False, through_rewards=True)
         self.restart()
 
     def restart(self) -> None:
@@ -104,7 +114,7 @@ class MultiObjectiveReward:
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments for GRPOConfig or RLOOConfig under which the number becomes the advantage that was asked for."""
-        return self.settings_of(self.trainer, self.rule.group)
+        return self.settings_of(self.trainer, self.group)
 
     @staticmethod
     def settings_of(trainer: str, group: int) -> dict[str, Any]:
@@ -173,7 +183,7 @@ class MultiObjectiveReward:
         return slice(rank * n, (rank + 1) * n), all_of
 
     def _check_groups(self, prompts: Sequence[Any]) -> None:
-        group, n = self.rule.group, len(prompts)
+        group, n = self.group, len(prompts)
         if n % group:
             raise ConfigError(
                 "a batch of all processes consists of whole groups",
@@ -190,50 +200,39 @@ class MultiObjectiveReward:
 
     def _count(self, rewards_NM: np.ndarray, tokens: int) -> None:
         """Charge the batch; stop where too much of the recent ones could not be scored."""
-        n = len(rewards_NM)
-        self.samples, self.tokens = self.samples + n, self.tokens + tokens
-        self.recent = [*self.recent, [n, *np.isnan(rewards_NM).sum(0).tolist()]][-max(1, math.ceil(WATCHED / max(n, 1))) :]
-        seen, *unscored_M = np.sum(self.recent, axis=0).tolist()
-        if seen >= WATCHED:
-            refuse_unscored(self.objectives.names, unscored_M, seen, limit=self.max_unscored)
+        self.samples, self.tokens = self.samples + len(rewards_NM), self.tokens + tokens
+        self.recent = watch_unscored(self.recent, rewards_NM, self.objectives.names, limit=self.max_unscored)
 
     def _weights(self, rewards_NM: np.ndarray, prompts: Sequence[Any], state: Any) -> np.ndarray:
         """(N, M) the weights of this batch; the weighting's memory moves on."""
-        weighting = weighting_of(self.spec)
-        seen = StepContext(
+        weights_NM, self.weights_state = self.combine.weights(
+            self.weights_state,
+            self.objectives,
             step=self.step,
             steps=int(getattr(state, "max_steps", 0) or 0),
-            w_NM=np.tile(np.asarray(self.spec.preference, dtype=np.float64), (len(rewards_NM), 1)),
+            w_NM=np.tile(self.w_M, (len(rewards_NM), 1)),
             returns_NM=rewards_NM - (self.beta * _last_kl(state) if self.beta else 0.0),
-            covariance_MM=group_covariance(rewards_NM, group=self.rule.group),
+            covariance_MM=group_covariance(rewards_NM, group=self.group),
             prompts=[Prompt(text=p) if isinstance(p, str) else Prompt(messages=tuple(p)) for p in prompts],
-            low_M=np.array(self.objectives.low),
-            high_M=np.array(self.objectives.high),
             landmarks=self.landmarks,
-            seed=self.spec.seed,
+            seed=self.seed,
         )
-        before = weighting.start(self.objectives.count) if self.weights_state is None else self.weights_state
-        weights_NM, self.weights_state = weighting.weights(before, seen)
         return weights_NM
 
     def _numbers(self, rewards_NM: np.ndarray, weights_NM: np.ndarray) -> np.ndarray:
         """(N,) what TRL's baseline turns into the advantages; the scalarized reward itself where nothing is normalized."""
-        group = self.rule.group
-        advantage_N = self.rule.advantages(self.spec, cast(Any, self), rewards_NM, weights_NM, np.zeros(len(rewards_NM)))
-        single_NM, known_N = weights_NM * rewards_NM, ~np.isnan(rewards_NM).all(1)
-        if self.spec.scalarizer["name"] != "linear":
-            low_M, high_M = np.array(self.objectives.low), np.array(self.objectives.high)
-            single_NM = scalarize(rewards_NM, weights_NM, self.spec.scalarizer, low_M=low_M, high_M=high_M)[:, None]
-            known_N = ~np.isnan(single_NM[:, 0])
-        known_PG = known_N.reshape(-1, group)
-        number_PG = np.where(known_PG, advantage_N.reshape(-1, group), np.nan)
+        free_N = np.zeros(len(rewards_NM))  # the price of KL is the trainer's
+        advantage_N = self.combine.advantages(rewards_NM, weights_NM, free_N, self.objectives, group=self.group)
+        values_NX, weights_NX = self.combine.compared(rewards_NM, weights_NM, self.objectives)
+        known_PG = ~np.isnan(values_NX).all(1).reshape(-1, self.group)
+        number_PG = np.where(known_PG, advantage_N.reshape(-1, self.group), np.nan)
         if self.trainer == "rloo":  # what is subtracted is the mean of the others: it stretches by n / (n - 1)
             n_P1 = known_PG.sum(1, keepdims=True)
             number_PG = number_PG * (np.maximum(n_P1 - 1, 0) / np.maximum(n_P1, 1))
-        if self.rule.normalize == "none" and self.spec.aggregation["name"] == "learner":  # a level that people can read in the logs
-            single_PGM = single_NM.reshape(len(number_PG), group, -1)
-            scored_PM = (~np.isnan(single_PGM)).sum(1)
-            number_PG = number_PG + (np.nansum(single_PGM, axis=1) / np.maximum(scored_PM, 1)).sum(1, keepdims=True)
+        if self.combine.normalize == "none" and not self.combine.aggregates:  # a level that people can read in the logs
+            each_PGX = (weights_NX * values_NX).reshape(len(number_PG), self.group, -1)
+            scored_PX = (~np.isnan(each_PGX)).sum(1)
+            number_PG = number_PG + (np.nansum(each_PGX, axis=1) / np.maximum(scored_PX, 1)).sum(1, keepdims=True)
         return number_PG.reshape(-1)
 
     def _log(self, given: Mapping[str, Any], rewards_NM: np.ndarray, weights_NM: np.ndarray, mine: slice) -> None:
@@ -271,29 +270,6 @@ def _scored_by(objectives: Any, scorer: Scorer | None, low: Any, high: Any) -> t
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__name__", None) or type(function).__name__)
-
-
-def _check(spec: TrainSpec) -> None:
-    """ConfigError for what a reward function cannot do, or cannot be."""
-    check_scalarizer(spec.scalarizer)
-    if spec.scalarize_at not in ("reward", "advantage"):
-        raise ConfigError(
-            "objectives are scalarized at the reward or at the advantage", found=repr(spec.scalarize_at), remedy='"reward" or "advantage"'
-        )
-    weighting = weighting_of(spec)
-    if weighting.needs_gramian:
-        raise ConfigError(
-            f"weighting {weighting.registered_name} needs the objectives' gradients, which a reward function does not see",
-            found="TRL as the trainer",
-            remedy='use learner "pg", the embedded learner, for it; or a weighting of returns, such as climb, multipliers or ctwa',
-        )
-    check_combination(spec)
-    if spec.aggregation["name"] not in CENTERED:
-        raise ConfigError(
-            "TRL subtracts a group's mean from what a reward function returns, so the advantages must have mean 0 in each group",
-            found=f"aggregation {spec.aggregation['name']}",
-            remedy=f'use one of {", ".join(CENTERED[1:])}; or learner "pg", the embedded learner, for it',
-        )
 
 
 def _last_kl(state: Any) -> float:

@@ -1,4 +1,4 @@
-"""Weightings: how the weights of one training step follow from the preference and from what the training has context.
+"""Weightings: how the weights of one training step follow from the preference and from what the training has seen.
 
 A learner asks its weighting before every step, with the batch that the step will use, and then climbs sum_k weights_k * J_k. The answer
 is constant during the step, so whatever depends on expected returns (Tchebycheff, worst case, constraints), on how the
@@ -8,11 +8,9 @@ checkpoint, so that a resumed training goes on with the same weights.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,14 +18,11 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.objectives.utilities import Landmarks
 from paretune.registry import Registry
-from paretune.training.advantages import check_aggregation
-from paretune.training.spec import TrainSpec
-from paretune.types import Prompt, canonical_json
+from paretune.types import Prompt
 
-__all__ = ["Balanced", "Fixed", "StepContext", "State", "WEIGHTINGS", "Weighting", "check_combination", "weighting_of"]
+__all__ = ["Balanced", "Fixed", "StepContext", "State", "WEIGHTINGS", "Weighting"]
 
 WEIGHTINGS = Registry("weighting", "paretune.training.weightings")
-
 
 State = dict[str, Any]
 """What a weighting carries from step to step: JSON."""
@@ -121,33 +116,3 @@ class Balanced(Weighting):
         typical = np.trace(mean_MM) / len(mean_MM)
         scale_N = (typical / np.maximum(gain_N, 1e-2 * typical)) ** self.power if typical > 0 else np.ones(len(gain_N))
         return context.w_NM * scale_N[:, None], {"covariance": sum_MM.tolist(), "steps": steps}
-
-
-def weighting_of(spec: TrainSpec) -> Weighting:
-    """The weighting that a training names; ConfigError where it does not fit the training's preferences."""
-    weighting = _built(canonical_json(spec.weighting))
-    weighting.check()
-    if spec.preference is None and not weighting.takes_sampled_preferences:
-        raise ConfigError(
-            f"weighting {weighting.registered_name} follows one preference through a training",
-            found="a training whose preferences are sampled",
-            remedy='give the training a preference, or use the weighting "fixed" or "balanced"',
-        )
-    return weighting
-
-
-@lru_cache(maxsize=64)
-def _built(description: str) -> Weighting:
-    """Every step asks for its weighting, and building one takes milliseconds."""
-    return WEIGHTINGS.build(json.loads(description))
-
-
-def check_combination(spec: TrainSpec) -> None:
-    """ConfigError where a training's weighting, aggregation and scalarizer cannot go together, or one of them cannot be."""
-    weighting, own = weighting_of(spec), check_aggregation(spec)
-    if weighting.needs_gramian and (own or spec.scalarizer["name"] != "linear" or spec.scalarize_at != "reward"):
-        raise ConfigError(
-            f"weighting {weighting.registered_name} combines the gradients of the returns J_k",
-            found=f"aggregation {spec.aggregation['name']}, scalarizer {spec.scalarizer['name']}, scalarize_at={spec.scalarize_at!r}",
-            remedy="leave these three at their defaults, or choose a weighting that needs no gradients",
-        )

@@ -104,7 +104,7 @@ class Multipliers(_OfReturns):
     Source: dual ascent; Safe-RLHF (2310.12773) for A = (A_r - sum l A_c) / (1 + sum l), which for preferences that sum to 1 is what
     dividing by the sum of weights gives; the damping is that of PID Lagrangians (2007.03964). Differs: see there: both of Safe-RLHF's
     forms, divided and additive, differ by the length of a step alone. Hides: where thresholds cannot all be met the prices grow without
-    end and the preference is forgotten; exact tasks refuse such thresholds beforehand, elsewhere the violation is reported.
+    end and the preference loses its influence; exact tasks refuse such thresholds beforehand, elsewhere the violation is reported.
     """
 
     rate: float = 1.0

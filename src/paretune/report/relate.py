@@ -1,0 +1,143 @@
+"""What `paretune relate` found, as tables, as heat maps (plotly descriptions and small SVG files), and as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paretune.evaluation.metrics import plain
+from paretune.report.figures import PALETTE, axis, frame, template
+from paretune.report.tables import Column, Table, minus
+
+if TYPE_CHECKING:  # they load torch
+    from paretune.evaluation.advice import Advice
+    from paretune.evaluation.probe import Probe
+    from paretune.evaluation.relations import Relations
+
+__all__ = ["gradient_table", "heat_map", "heat_maps", "heat_svg", "objective_table", "pair_table", "to_json", "write_relations"]
+
+CONFLICT, NEUTRAL, AGREE, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 178), "#d5d9de"
+RATES = (Column("rate_second", "second per\nfirst"), Column("rate_first", "first per\nsecond"))
+
+
+def objective_table(found: Relations) -> Table:
+    """One row per objective: what there is to gain from it, and how often it says anything."""
+    columns = (
+        *(Column("name", "objective", "text"), Column("mean", "mean"), Column("low", "lowest"), Column("high", "highest")),
+        *(Column("spread", "spread"), Column("paid", "not its most\ncommon score", "share")),
+        *(Column("flat", "groups of 8\nall alike", "share"), Column("noise", "noise / spread", "share")),
+        Column("unscored", "unscored", "count"),
+    )
+    return Table("objectives", columns, plain(found.objectives))
+
+
+def pair_table(found: Relations) -> Table:
+    """One row per pair of objectives, by what the reference's responses score."""
+    columns = (
+        *(Column("name", "pair", "text"), Column("within", "correlation\nwithin prompts", "share"), Column("between", "95 %", "text")),
+        *(Column("overall", "overall", "share"), Column("spearman", "Spearman", "share")),
+        *(Column("conflict", "prompts in\nconflict", "share"), Column("sure", "sure of it", "share")),
+        *(Column("known_prompts", "of prompts", "count"), *RATES),
+    )
+    rows = []
+    for (j, k), pair in zip(combinations(range(len(found.names)), 2), plain(found.pairs), strict=True):
+        row = {name: pair[name]["value"] for name in ("within", "overall", "spearman")} | _rates(found.rate_MM, j, k)
+        row |= {"name": " & ".join(pair["objectives"]), "conflict": pair["conflict"], "known_prompts": pair["known_prompts"]}
+        if not found.exact:
+            row |= {"between": _between(pair["within"]["low"], pair["within"]["high"]), "sure": pair["surely_conflict"]}
+        rows.append(row)
+    return Table("pairs", columns, rows)
+
+
+def gradient_table(probe: Probe) -> Table:
+    """One row per pair of objectives, by their gradients."""
+    columns = (
+        *(Column("name", "pair", "text"), Column("cosine", "cosine", "share"), Column("between", "95 %", "text")),
+        *(*RATES, Column("norms", "ratio of\nlengths")),
+    )
+    rows = []
+    for j, k in combinations(range(len(probe.names)), 2):
+        row = {"name": f"{probe.names[j]} & {probe.names[k]}", **_rates(probe.rate_MM, j, k)}
+        row |= {"cosine": plain(probe.cosine_MM[j, k]), "norms": plain(probe.norm_M[j] / probe.norm_M[k])}
+        rows.append(row if probe.exact else row | {"between": _between(plain(probe.low_MM[j, k]), plain(probe.high_MM[j, k]))})
+    return Table("gradients", columns, rows)
+
+
+def _rates(rate_MM: np.ndarray, j: int, k: int) -> dict[str, Any]:
+    return {"rate_second": plain(rate_MM[k, j]), "rate_first": plain(rate_MM[j, k])}
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "unknown" if low is None or high is None else f"{minus(f'{low:.2f}')} to {minus(f'{high:.2f}')}"
+
+
+# Heat maps
+
+
+def heat_map(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
+    """A plotly description of values in [-1, 1]: conflict is orange, agreement blue, unknown gray."""
+    shown = plain(np.asarray(values, dtype=np.float64).round(4))
+    text = [["–" if v is None else minus(f"{v:.2f}") for v in row] for row in shown]
+    trace = {"type": "heatmap", "z": shown, "x": list(columns), "y": list(rows), "zmin": -1, "zmax": 1}
+    trace |= {"colorscale": [[(end + 1) / 2, _color(end)] for end in (-1.0, 0.0, 1.0)], "text": text, "texttemplate": "%{text}"}
+    trace |= {"hovertemplate": "%{y}<br>%{x}: %{z:.3f}<extra></extra>", "hoverongaps": False}
+    return {"data": [trace], "layout": {**frame(), "plot_bgcolor": UNKNOWN, "xaxis": axis(""), "yaxis": axis("", autorange="reversed")}}
+
+
+def heat_maps(found: Relations, probe: Probe | None = None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """File name -> (title, description)."""
+    names = found.names
+    j, k = np.triu_indices(len(names), 1)
+    pairs = [f"{names[a]} & {names[b]}" for a, b in zip(j, k, strict=True)]
+    # Short names of prompts; a number in front keeps equal beginnings apart.
+    prompts = [f"{n + 1}. {text if len(text) <= 40 else text[:39] + '…'}" for n, text in enumerate(found.prompts)]
+    maps = {
+        "correlation": ("Correlation among the responses to one prompt", heat_map(found.within_MM, rows=names, columns=names)),
+        "spearman": ("Spearman's correlation over all responses", heat_map(found.spearman_MM, rows=names, columns=names)),
+        "by_prompt": ("Correlation prompt by prompt", heat_map(found.within_PMM[:, j, k], rows=prompts, columns=pairs)),
+    }
+    if probe is not None:
+        after = f"after {probe.steps} steps" if probe.steps else "at initialization"
+        maps["cosine"] = (f"Cosine of the objectives' gradients {after}", heat_map(probe.cosine_MM, rows=names, columns=names))
+    return maps
+
+
+def heat_svg(view: Mapping[str, Any], *, title: str) -> str:
+    """The description of `heat_map` as an SVG text."""
+    return template("heat.svg.j2", color=_color).render(trace=view["data"][0], title=title, **PALETTE) + "\n"
+
+
+def _color(value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    end, share = (AGREE if value > 0 else CONFLICT), min(abs(value), 1.0)
+    return "#" + "".join(f"{round(n + (e - n) * share):02x}" for n, e in zip(NEUTRAL, end, strict=True))
+
+
+# Files
+
+
+def to_json(found: Relations, probe: Probe | None, advice: Sequence[Advice]) -> dict[str, Any]:
+    """Everything, as strict JSON."""
+    looked = None if probe is None else probe.to_json()
+    return {**found.to_json(), "probe": looked, "advice": [sentence.to_json() for sentence in advice]}
+
+
+def write_relations(folder: Path, found: Relations, probe: Probe | None, advice: Sequence[Advice]) -> list[Path]:
+    """relations.json (with a plotly description of every heat map), figures/*.svg and tables/*.csv; returns their paths."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "tables").mkdir(exist_ok=True)
+    maps = heat_maps(found, probe)
+    written = [folder / "relations.json"]
+    whole = {**to_json(found, probe, advice), "figures": {name: {"title": title, **view} for name, (title, view) in maps.items()}}
+    written[0].write_text(json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, (title, view) in maps.items():
+        written.append(folder / "figures" / f"{name}.svg")
+        written[-1].write_text(heat_svg(view, title=title), encoding="utf-8")
+    tables = [objective_table(found), pair_table(found), *([gradient_table(probe)] if probe is not None else [])]
+    return written + [table.write_csv(folder / "tables") for table in tables]
