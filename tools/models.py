@@ -118,8 +118,8 @@ def main() -> int:
     lines = [
         "# Models that were tried",
         "",
-        f"Made by `python tools/models.py` with transformers {transformers.__version__}: a tiny random model of every causal LM class, with two",
-        f'adapters on "all-linear", through the self-test (bound: {BOUNDS[torch.float32]:g} nats per token in float32).',
+        f"Made by `python tools/models.py` with transformers {transformers.__version__}: a tiny random model of every causal LM class,",
+        f'with two adapters on "all-linear", through the self-test (bound: {BOUNDS[torch.float32]:g} nats per token in float32).',
         "",
         f"- right: {counts['right']}",
         f"- refused before anything is trained: {counts['refused']}",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, ParetuneError
 from paretune.policy import rollout
 from paretune.policy.base import Policy
 from paretune.seeds import generator
@@ -22,7 +22,7 @@ from paretune.seeds import generator
 __all__ = ["BOUNDS", "check_model", "paths"]
 
 BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding of the dtype
-LENGTHS, NEW, GROUP = (3, 7), 5, 2  # tokens of the prompts and of the responses, and responses to a prompt
+LONGEST, NEW, GROUP = 7, 5, 2  # tokens of the longer prompt and of the responses, where they fit, and responses to a prompt
 
 _passed: set[str] = set()
 
@@ -33,28 +33,39 @@ def check_model(policy: Policy) -> None:
     if name in _passed:
         return
     bound = BOUNDS.get(policy.model.dtype, BOUNDS[torch.bfloat16])
-    for path, off in paths(policy):
-        if not off <= bound:
-            raise ConfigError(
-                "a model says the same however it is run: padded, from a cache, in groups, with its head apart",
-                found=f"{type(policy.model).__name__} ({policy.model.config.model_type}) {path}: {off:.3g} nats per token from its plain "
-                f"forward, more than {bound:g}",
-                remedy="choose another architecture (docs/models.md lists what was tried); trained like this, its numbers would be wrong",
-            )
+    try:
+        wrong = ""
+        for path, off in paths(policy):
+            if not off <= bound:
+                wrong = f"{path}: {off:.3g} nats per token from its plain forward, more than {bound:g}"
+                break
+    except ParetuneError:
+        raise
+    except Exception as error:  # of the model's own code
+        wrong = f"stops: {type(error).__name__}: {error}"
+    if wrong:
+        raise ConfigError(
+            "a model says the same however it is run: padded, from a cache, in groups, with its head apart",
+            found=f"{type(policy.model).__name__} ({policy.model.config.model_type}) {wrong}",
+            remedy="choose another architecture (docs/models.md lists what was tried); trained like this, its numbers would be wrong",
+        )
     _passed.add(name)
 
 
 def paths(policy: Policy) -> Iterator[tuple[str, float]]:
     """Each path, and the largest difference of a log-probability from the plain forward, in nats."""
     model, rng = policy.model, generator(0, "self-test")
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 64) - policy.extra_positions
+    new = max(1, min(NEW, room // 3))
+    longest = max(2, min(LONGEST, room - new))
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     usable = [i for i in range(min(vocabulary, 5000)) if i not in policy.eos_ids and i != policy.pad_id]
-    prompts = [[usable[int(i)] for i in rng.integers(0, len(usable), n)] for n in LENGTHS]
-    width, device = max(LENGTHS), policy.device
+    prompts = [[usable[int(i)] for i in rng.integers(0, len(usable), n)] for n in (longest // 2, longest)]
+    width, device = longest, policy.device
     ids_PT = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     mask_PT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     tokens_NT = torch.tensor(
-        [[usable[int(i)] for i in rng.integers(0, len(usable), NEW)] for _ in range(len(prompts) * GROUP)], device=device
+        [[usable[int(i)] for i in rng.integers(0, len(usable), new)] for _ in range(len(prompts) * GROUP)], device=device
     )
     with torch.no_grad(), policy.bank.unchanged():
         truth_NT = torch.cat([_plain(policy, prompts[n // GROUP], tokens_T) for n, tokens_T in enumerate(tokens_NT)])
@@ -70,8 +81,8 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
                 yield "with its head in pieces", _gap(rollout.token_logp(policy, *rows, gates_NK=None), truth_NT)
             finally:
                 rollout.LOGITS_AT_ONCE = whole
-        uniforms_NT = rng.random((len(tokens_NT), NEW))
-        made = rollout.decode(policy, ids_PT, mask_PT, gates_NK=None, max_new_tokens=NEW, uniforms_NT=uniforms_NT, group=GROUP)
+        uniforms_NT = rng.random((len(tokens_NT), new))
+        made = rollout.decode(policy, ids_PT, mask_PT, gates_NK=None, max_new_tokens=new, uniforms_NT=uniforms_NT, group=GROUP)
         drawn = [
             _plain(policy, prompts[n // GROUP], tokens_T[mask_T])[0] - logp_T[mask_T]
             for n, (tokens_T, mask_T, logp_T) in enumerate(zip(made.tokens_NT, made.mask_NT, made.logp_NT, strict=True))

@@ -24,6 +24,7 @@ from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
+from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
 from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
@@ -113,6 +114,7 @@ class Learner(ABC):
                 remedy="ask for fresh ones, or start from some",
             )
         gates_of(spec, np.eye(task.objectives.count)[:1], policy.K)  # a rule for other adapters fails here
+        check_model(policy)
         return policy
 
     def finish(self, spec: TrainSpec, policy: ParameterMix, work: Path, cost: Cost) -> Cost:

@@ -158,11 +158,18 @@ class LoraBank:
 
         check_config(name, config, self.names)
         label = _label(self.count)
-        with forked_torch(seed):
-            if self.model is self.base:
-                self.model = get_peft_model(self.base, config, adapter_name=label, low_cpu_mem_usage=empty)
-            else:
-                self.model.add_adapter(label, config, low_cpu_mem_usage=empty)
+        try:
+            with forked_torch(seed):
+                if self.model is self.base:
+                    self.model = get_peft_model(self.base, config, adapter_name=label, low_cpu_mem_usage=empty)
+                else:
+                    self.model.add_adapter(label, config, low_cpu_mem_usage=empty)
+        except ValueError as error:
+            raise ConfigError(
+                "PEFT can put the adapter on the model's layers",
+                found=f"{type(self.base).__name__}: {error}",
+                remedy="name other targets, or choose another architecture (docs/models.md lists what was tried)",
+            ) from error
         self.names = (*self.names, name)
         if trainable:
             self._trainable.add(name)
