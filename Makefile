@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # What rounds differently: the instruction set (native: the best that the processor has) and the number of threads.
 CPUS := default/1 default/2 avx2/1 avx2/2 native/1 native/2
-PARETUNE_TEST_CPU ?= native/1
+PARETUNE_TEST_CPU := $(or $(PARETUNE_TEST_CPU),native/1)
+$(if $(filter $(CPUS),$(PARETUNE_TEST_CPU)),,$(error PARETUNE_TEST_CPU is one of $(CPUS); found: $(PARETUNE_TEST_CPU)))
 on = env $(if $(filter native/%,$1),-u ATEN_CPU_CAPABILITY,ATEN_CPU_CAPABILITY=$(firstword $(subst /, ,$1))) OMP_NUM_THREADS=$(notdir $1)
 pytest = $(call on,$1) $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -26,7 +27,6 @@ demo: $(VENV)/.ready
 	$(BIN)/paretune demo --root $(ROOT)
 
 test: lint types
-	$(if $(filter $(PARETUNE_TEST_CPU),$(CPUS)),,$(error PARETUNE_TEST_CPU is one of $(CPUS); found: $(PARETUNE_TEST_CPU)))
 	$(call pytest,$(PARETUNE_TEST_CPU))
 
 test-all: lint types

@@ -13,6 +13,7 @@ from paretune.ledger import read_cost
 from paretune.policy_gradient import PolicyGradient
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("when", "optimiser"), [(3, "muon"), (4, "adam"), (7, "muon")])
 def test_a_killed_training_resumes_bitwise(tmp_path, when, optimiser):
     """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""

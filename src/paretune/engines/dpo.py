@@ -67,7 +67,7 @@ class _Drawn:
         return self.steps[self.seen - 1].rewards_NM
 
 
-@LEARNERS.register("trl-modpo")
+@LEARNERS.register("trl-modpo", version=2)
 @dataclass(frozen=True, kw_only=True)
 class TrlModpo(Modpo, Trl):
     """MODPO by TRL's DPOTrainer: on the responses, pairs and labels that `modpo` has at the same seed. Fields as of `modpo` and `trl`.
