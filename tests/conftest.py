@@ -10,7 +10,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads in each of tw
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # `make test-all` has two as well
+THREADS = int(os.environ["OMP_NUM_THREADS"])  # `make test-all` has two as well
+torch.set_num_threads(THREADS)
+if hasattr(os, "register_at_fork"):  # OpenMP's threads stay in the parent: a forked child that asks for more than one waits for ever
+    os.register_at_fork(before=lambda: torch.set_num_threads(1))
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A test that forks leaves one thread; the next one has its own number again."""
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests that compare bits of a forked process with bits of this one: sums in the same order in both."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

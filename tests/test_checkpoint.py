@@ -12,6 +12,7 @@ from paretune.training.cost import read_cost
 from paretune.training.policy_gradient import PolicyGradient
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("when", "optimizer"), [(3, "muon"), (4, "adam"), (7, "muon")])
 def test_a_killed_training_resumes_bitwise(tmp_path, when, optimizer):
     """SIGKILL before the checkpoint of its step is written (3, 4) and between two checkpoints (7)."""

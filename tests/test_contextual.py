@@ -272,8 +272,8 @@ def test_contextual_beats_the_best_static_gates_on_prompts_that_it_saw(trained, 
     family, blind = (METHODS.build({**told, **f}).policy(task, learner, done, 0) for f in ({}, {"features": "none"}))
     ours, theirs, without = (evaluate(task, f, splits=["train"]) for f in (family, static, blind))
     one, two, three = (e.metrics["splits"]["train"]["attainment"]["mean"] for e in (ours, theirs, without))
-    assert one > two + 0.02  # seen: .048 to .066 over instruction sets, threads and roundings
-    assert three < two + 0.005  # the gain is the prompt's: without features, the same bandit is no better than the grid
+    assert one > two + 0.02  # seen: .045 to .066 over instruction sets, threads and roundings
+    assert three < two + 0.005  # the gain is the prompt's: without features, the same bandit loses .03 to .08
     assert ours.cost.evaluations == 60
     assert ours.cost.validation_samples == 0
     family.save(tmp_path / "family")

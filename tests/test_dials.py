@@ -223,9 +223,9 @@ def test_an_odd_prompt_leaves_no_context_empty():
 def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(tmp_path):
     """What a router is for: gates of a soup chosen per context, on training prompts, beat the best common gates on both splits.
 
-    Where objectives all but agree (correlation .95) or oppose each other (-.95), they gain .010 on training and .009 on test prompts (.0002
-    more or less with another rounding of the training): twice the bound. With .8 they gain .006 and, by rounding, -.002 to .005. This is
-    one seed: what 8 prompts teach about 8 others varies; on seeds 1 to 3 they gain .008 to .010 on training, .000 to .010 on test prompts.
+    Where objectives all but agree (correlation .95) or oppose each other (-.95), they gain .010 on training and .008 to .009 on test
+    prompts, over roundings, instruction sets and threads. With .8 they gain .006 and, by rounding, -.002 to .005. This is one seed: what
+    8 prompts teach about 8 others varies; on seeds 1 to 3 they gain .008 to .010 on training and .000 to .010 on test prompts.
     """
     import paretune as pt
     from paretune.policy.returns import ExactReturns

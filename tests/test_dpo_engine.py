@@ -131,6 +131,7 @@ def _killed(learner, folder):
     learner.train(spec_of(learner), TASK, folder, progress=progress)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_goes_on_and_ends_the_same(tmp_path):
     learner, whole, torn = TrlModpo(**{**EVERY, **ADAM, "micro_batch": 16}), tmp_path / "whole", tmp_path / "torn"
     cost = learner.train(spec_of(learner), TASK, whole)

@@ -16,7 +16,10 @@ from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.runs.suite import run_suite
 from paretune.seeds import generator
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that has loaded torch")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that has loaded torch"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 SUITE = {
     "name": "killed",

@@ -176,6 +176,7 @@ def _killed(learner, folder, at):
     learner.train(spec_of(learner), TASK, folder, progress=progress)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "fields", [{}, {"micro_batch": 8, "epochs": 2, "checkpointing": True, "clip_norm": None}], ids=["plain", "in-parts-twice"]
 )
@@ -310,7 +311,8 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 
 def test_quantizing_needs_a_base_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: name)
+    found = engine.importlib.util.find_spec  # for this package alone: what is imported here for the first time looks for others
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: name if name == "bitsandbytes" else found(name))
     learner = Trl(**TINY, quantize="4bit")
     with pytest.raises(ConfigError, match="a model on disk or on the hub"):
         learner.train(spec_of(learner), TASK, tmp_path)

@@ -98,6 +98,7 @@ def test_it_finds_a_learning_rate_that_learns(tmp_path):
     assert json.loads((found.folder / "tuning.json").read_text())["best"]["value"] == best.value
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that has loaded torch")
 def test_killed_with_kill_9_it_ends_with_the_same_trials_and_trains_nothing_twice(tmp_path, monkeypatch):
     plan = plan_of(tmp_path, seeds=[0, 1], tune={"learner.lr": [1e-4, 3e-2, "log"], "learner.rank": [1, 2]})

@@ -36,9 +36,9 @@ def test_trainings_climb_their_own_utility(tmp_path, name):
     """Each comes nearer to its own optimum than the weighted sum does at the same cost.
 
     On this task even the exact optimum of the weighted sum falls .09 (log-sum), .45 (tchebycheff) and .27 (product) short of theirs. Each
-    bound is about half of the margin seen, which other roundings of the trainings (instruction sets, threads) move by 3% at most: log-sum
-    .057, tchebycheff .248, product .226, max-min 17.1, lagrangian .92. (On seed 2, log-sum could gain .036 at best, and rounding alone
-    moves its margin from -.005 to .02.)
+    bound is about half of the margin seen, which other roundings of the trainings (instruction sets, threads) hardly move: log-sum .055
+    to .061, tchebycheff .248, product .217 to .230, max-min 17.1, lagrangian .92. (On seed 2, log-sum could gain .036 at best, and
+    rounding alone moves its margin from -.005 to .02.)
     """
     task, w = small_task(rho=-0.8, seed=0), (0.25, 0.75)
     method = METHODS.build({"name": name, "at": (w,)})

@@ -59,7 +59,7 @@ class _Drawn:
         return self.rewards[self.seen - 1]
 
 
-@LEARNERS.register("trl-modpo")
+@LEARNERS.register("trl-modpo", version=2)
 @dataclass(frozen=True, kw_only=True)
 class TrlModpo(TrlLearner):
     """MODPO by TRL's DPOTrainer: on the responses, pairs and labels that `modpo` has at the same seed. Fields as of `modpo` and `trl`.
