@@ -22,6 +22,7 @@ from paretune.types import Cost
 
 SHIPPED = [
     ("reference", 0),
+    ("reference", 2),
     ("parameter", 3),
     ("factor", 3),
     ("logit", 3),

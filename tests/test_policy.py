@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
 from paretune.policy.rules import Constant, Identity, Nearest, Table
-from paretune.types import Objectives, Preference, Prompt
+from paretune.types import Cost, Objectives, Preference, Prompt
 from tiny_models import llama, write_adapters
 
 OBJECTIVES = Objectives(("short", "kind"), (0.0, 0.0), (1.0, 1.0))
@@ -78,6 +79,21 @@ def test_a_saved_family_is_the_same_family(home, tmp_path, level):
             assert (tmp_path / "family" / "adapters" / name / file).read_bytes() == (path / file).read_bytes()
     kinds = {p.suffix for p in (tmp_path / "family").rglob("*") if p.is_file()}
     assert kinds == {".json", ".safetensors"}
+
+
+def test_what_a_family_says_of_itself_is_saved_under_its_own_name(home, tmp_path):
+    said = {"experts": (1, 0), "utility": {"name": "log-sum"}, "max_new_tokens": 7}
+    made = dataclasses.replace(family(home), **said, search_cost=Cost(evaluations=3))
+    made.save(tmp_path / "family")
+    again = Family.load(tmp_path / "family")
+    assert {name: getattr(again, name) for name in said} == said
+    assert again.search_cost == Cost(), "what is loaded costs no search"
+    file = tmp_path / "family" / "family.json"
+    card = json.loads(file.read_text())
+    card["meta"] |= {name: card.pop(name) for name in said}  # where they were before
+    file.write_text(json.dumps(card))
+    again = Family.load(tmp_path / "family")
+    assert {name: getattr(again, name) for name in said} == said
 
 
 def test_adapters_in_memory_are_written_whatever_their_names(home, tmp_path):

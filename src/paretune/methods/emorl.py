@@ -53,13 +53,38 @@ def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: in
     return lambda gates_K, w_M: returns.expected(gates_K, lambda rewards: value(rewards, w_M), price)
 
 
-class _Emorl(OnExperts):
-    score: str
-    search: str
-    levels: int
-    cache: bool
-    samples: int
+_DIFFERS = (
+    "any number of objectives and any score; one search per preference (the source reports one point); sampling at temperature 1 with "
+    "a KV cache (the source decodes greedily without one); the score is J_w with its KL, or the source's product of rewards; "
+    "on exact tasks the score is exact"
+)
+_HIDES = (
+    "with one shared linear head this is logit mixing; the weights need not sum to 1, so their scale is a temperature; "
+    "the search sees training prompts only and is paid again at every preference; 3^M evaluations per level"
+)
 
+
+@METHODS.register("emorl-shared")
+@dataclass(frozen=True)
+class EmorlShared(OnExperts):
+    """EMORL's outer level on the experts that the other methods use: compare this one."""
+
+    score: Literal["linear", "product"] = "linear"
+    search: Literal["box", "simplex"] = "box"
+    levels: int = 5
+    cache: bool = False
+    samples: int = 64
+
+    card: ClassVar[Card] = Card(
+        category="meta-policy",
+        summary="EMORL's search and aggregation on the experts shared with the other methods",
+        source="EMORL (2505.02579), paper and the authors' code",
+        differs="the experts are the shared ones, without the published stopping rule; " + _DIFFERS,
+        hides=_HIDES,
+        trainings="M",
+        forwards_per_token="M",
+        zero_shot=False,
+    )
     symmetric: ClassVar[bool] = True
 
     def _learner(self, learner: Learner) -> Learner:
@@ -84,30 +109,14 @@ class _Emorl(OnExperts):
         return self.family(task, policy, Searched(search, task.judged()), adapters, seed)
 
 
-_DIFFERS = (
-    "any number of objectives and any score; one search per preference (the source reports one point); sampling at temperature 1 with "
-    "a KV cache (the source decodes greedily without one); the score is J_w with its KL, or the source's product of rewards; "
-    "on exact tasks the score is exact"
-)
-_HIDES = (
-    "with one shared linear head this is logit mixing; the weights need not sum to 1, so their scale is a temperature; "
-    "the search sees training prompts only and is paid again at every preference; 3^M evaluations per level"
-)
-
-
 @METHODS.register("emorl")
 @dataclass(frozen=True)
-class Emorl(_Emorl):
+class Emorl(EmorlShared):
     """As published, with its own experts: each stops when its last 20 validation means vary by less than `stop_cv`.
 
     Learners without a stopping rule (the exact one) train as they always do.
     """
 
-    score: Literal["linear", "product"] = "linear"
-    search: Literal["box", "simplex"] = "box"
-    levels: int = 5
-    cache: bool = False
-    samples: int = 64
     stop_cv: float = 0.015
 
     card: ClassVar[Card] = Card(
@@ -124,26 +133,3 @@ class Emorl(_Emorl):
     def _learner(self, learner: Learner) -> Learner:
         stops = any(field.name == "stop_cv" for field in dataclasses.fields(learner))
         return dataclasses.replace(learner, stop_cv=self.stop_cv) if stops else learner  # type: ignore[call-arg]
-
-
-@METHODS.register("emorl-shared")
-@dataclass(frozen=True)
-class EmorlShared(_Emorl):
-    """The same outer level on the experts that the other methods use: compare this one."""
-
-    score: Literal["linear", "product"] = "linear"
-    search: Literal["box", "simplex"] = "box"
-    levels: int = 5
-    cache: bool = False
-    samples: int = 64
-
-    card: ClassVar[Card] = Card(
-        category="meta-policy",
-        summary="EMORL's search and aggregation on the experts shared with the other methods",
-        source="EMORL (2505.02579), paper and the authors' code",
-        differs="the experts are the shared ones, without the published stopping rule; " + _DIFFERS,
-        hides=_HIDES,
-        trainings="M",
-        forwards_per_token="M",
-        zero_shot=False,
-    )

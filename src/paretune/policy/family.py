@@ -177,8 +177,8 @@ class Family:
         policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
         policy.load_extra(path)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
-        experts = None if card["experts"] is None else tuple(card["experts"])
-        said = {"experts": experts, "utility": card["utility"], "max_new_tokens": card["max_new_tokens"]}
+        said = {name: card.get(name, card["meta"].get(name)) for name in ("experts", "utility", "max_new_tokens")}  # once in meta
+        said["experts"] = None if said["experts"] is None else tuple(said["experts"])
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
 
 

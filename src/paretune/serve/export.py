@@ -64,7 +64,11 @@ def export(
     asked = Preference.of(family.objectives.names, preference)
     weights = single_weights(family, asked.w_M)
     if kind == "adapter" and weights.how in ("base", "merge"):
-        found = "the reference alone" if weights.how == "base" else 'mixing "merged", whose changes are dense: they have no low rank'
+        found = (
+            "the reference alone"
+            if weights.how == "base"
+            else f"mixing {family.policy.mixing!r}, whose changes are dense: they have no low rank"
+        )
         raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
     aside = out.resolve().with_name(f".wip-{out.resolve().name}")
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
