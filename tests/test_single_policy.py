@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paretune.errors import ConfigError
-from paretune.methods import gradient as gradient_module
+from paretune.methods.sweep import Gradient
 from paretune.registry import METHODS
 from paretune.testing.methods import check_method, quick_learner, quick_task
 from paretune.training.gradients import AGGREGATORS
@@ -61,6 +61,6 @@ def test_a_missing_library_is_said_when_the_trainings_are_planned(monkeypatch):
         raise ConfigError("needs TorchJD", found="nothing", remedy='pip install "paretune[gradient]"')
 
     monkeypatch.setattr(GradientLevel, "check", missing)
-    assert gradient_module.Gradient().points == 6, "listing methods needs no library"
+    assert Gradient().points == 6, "listing methods needs no library"
     with pytest.raises(ConfigError, match="needs TorchJD"):
         specs({"name": "gradient"})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import json
 import re
 import sys
@@ -279,13 +280,19 @@ def commands() -> str:
     callbacks = {info.name or info.callback.__name__.replace("_", "-"): info.callback for info in app.registered_commands if info.callback}
     parts = []
     for name, command in group.commands.items():  # type: ignore[attr-defined]
-        hints = typing.get_type_hints(callbacks[name])
+        given = inspect.signature(callbacks[name], eval_str=True).parameters.values()  # the options of Ray included
+        hints = {p.name: _bare(p.annotation) for p in given}
         arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
         parts += [f"## `{' '.join(['paretune', name, *arguments, '[OPTIONS]'])}`\n", f"{' '.join((command.help or '').split())}\n"]
         parts += ["| argument or option | value | default | |", "|---|---|---|---|"]
         parts += [_parameter(p, hints[p.name]) for p in command.params if p.name in hints]
         parts.append("")
     return "\n".join(parts)
+
+
+def _bare(hint: Any) -> Any:
+    """The type without what typer is told beside it."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
 def _argument(p: Any) -> str:

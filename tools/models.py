@@ -53,7 +53,7 @@ def tiny(name: str) -> Any:
         if isinstance(getattr(text, key, None), (int, float)) or (hasattr(text, key) and key.endswith("token_id")):
             try:
                 setattr(text, key, value)
-            except (AttributeError, NotImplementedError, ValueError):
+            except (AttributeError, RuntimeError, ValueError):
                 continue
     for key in ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"):
         kinds = getattr(text, key, None)

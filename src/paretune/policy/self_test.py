@@ -88,7 +88,7 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
             for n, (tokens_T, mask_T, logp_T) in enumerate(zip(made.tokens_NT, made.mask_NT, made.logp_NT, strict=True))
         ]
         yield "decoded from its cache", max(float(gap_T.abs().max()) for gap_T in drawn)
-        if policy.one_forward and policy.K:
+        if policy.zero_is_reference and policy.one_forward and policy.K and not policy.extra_positions:
             gates_NK = torch.zeros(len(tokens_NT), policy.K, device=device)
             yield "under gates of 0", _gap(rollout.token_logp(policy, *rows, gates_NK=gates_NK), truth_NT)
 
