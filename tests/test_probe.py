@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError
-from paretune.evaluation.probe import _across, _jackknife, _read, _spec, probe
+from paretune.evaluation.relations import _across, _cosines, _jackknife, _spec, probe
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.exact import ExactGradient, enumerated_returns
@@ -85,7 +85,7 @@ def test_shared_noise_is_not_taken_for_agreement():
     mean_MD = gradients_BMD.mean(0)
     naive = mean_MD[0] @ mean_MD[1] / np.linalg.norm(mean_MD[0]) / np.linalg.norm(mean_MD[1])
     inner = np.einsum("bmd,cnd->bcmn", gradients_BMD, gradients_BMD)
-    cosine_MM, _, norm_M = _read(_across(inner))
+    cosine_MM, _, norm_M = _cosines(_across(inner))
     low_MM, high_MM = _jackknife(inner, cosine_MM)
     assert naive > 0.25
     assert abs(cosine_MM[0, 1]) < 0.12
@@ -94,7 +94,7 @@ def test_shared_noise_is_not_taken_for_agreement():
 
 
 def test_a_gradient_below_its_noise_is_unknown():
-    cosine_MM, rate_MM, norm_M = _read(np.array([[1.0, 0.2], [0.2, -0.1]]))
+    cosine_MM, rate_MM, norm_M = _cosines(np.array([[1.0, 0.2], [0.2, -0.1]]))
     assert cosine_MM[0, 0] == 1
     assert np.isnan(cosine_MM[0, 1])
     assert np.isnan(rate_MM[0, 1])

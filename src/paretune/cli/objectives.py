@@ -40,15 +40,14 @@ def relate(
     as_json: Json = False,
 ) -> None:
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
-    from paretune.evaluation import probe as probing
-    from paretune.evaluation.relations import relate as measure
+    from paretune.evaluation import relations
     from paretune.report.relate import gradient_table, objective_table, pair_table, to_json, write_relations
 
     plug(plugin)
     task, learner = _target(target, overrides or [])
     rows = _rows(results)
-    found = measure(task, prompts=prompts, group=group, seed=seed)
-    looked = probing.probe(task, steps=probe_steps, learner=learner, seed=seed) if probe or probe_steps else None
+    found = relations.relate(task, prompts=prompts, group=group, seed=seed)
+    looked = relations.probe(task, steps=probe_steps, learner=learner, seed=seed) if probe or probe_steps else None
     advice = _advice(task, found, rows, budget, source=results)
     written = write_relations(out, found, looked, advice) if out is not None else []
     if as_json:

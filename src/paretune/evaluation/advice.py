@@ -1,18 +1,18 @@
-"""Which families of methods fit a relationship: read from committed results, never from opinion.
+"""Advice on which methods fit a relationship of objectives, read from measured results.
 
-The results are one JSON file that ships with the package, `src/paretune/results/relations.json`. Its key "rows" holds one flat row per
-method and setting, a setting being dials of `exact-v1` (one left out has its default):
+The results are one JSON file that ships with the package, `src/paretune/results/relations.json`; `paretune report ROOT --rows FILE` writes
+another. Its key "rows" holds one flat row per method and setting, a setting being dials of `exact-v1` (one left out has its default):
 
     {"objective_count": 2, "rho": -0.8, "scale": 1.0, "sparse": 0.0, "noise": 0.0, "context": 0.0,
      "method": "experts logit",        as the leaderboard names it
-     "category": "meta-policy",          from the method's card
+     "category": "meta-policy",        from the method's card
      "learner": "pg",
-     "attainment_worst_train": 0.45, "attainment_mean_train": 0.71, "attainment_worst_test": 0.23,
+     "attainment_worst_train": 0.45, "attainment_worst_test": 0.23,
      "n_seeds": 10,                    task seeds behind the row
-     "samples": 80000,                 responses drawn, in total; 0 for the exact learner
-     "cost": {...}}                    anything more, not read here
+     "samples": 80000}                 responses drawn, in total; 0 for the exact learner
 
-Null is unknown. Every sentence names the rows and the figure that it is read from. Where no setting is near, it says so and nothing else.
+More keys may stand there and are not read. Null is unknown. Every sentence names the rows and the figure that it is read from. Where no
+setting is near, the advice says so and nothing else.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from paretune.report.tables import Column, Table, minus
 
 if TYPE_CHECKING:  # they load torch
     from paretune.evaluation.advice import Advice
-    from paretune.evaluation.probe import Probe
-    from paretune.evaluation.relations import Relations
+    from paretune.evaluation.relations import Probe, Relations
 
 __all__ = ["gradient_table", "heat_map", "heat_maps", "heat_svg", "objective_table", "pair_table", "to_json", "write_relations"]
 
