@@ -12,7 +12,6 @@ import plotly.graph_objects as go
 import pytest
 
 from paretune.errors import ConfigError, StoreError
-from paretune.report import write_report
 from paretune.report.data import load
 from paretune.report.figures import (
     COLORS,
@@ -25,7 +24,7 @@ from paretune.report.figures import (
     place,
 )
 from paretune.report.findings import findings
-from paretune.report.page import tint
+from paretune.report.page import tint, write_page
 from paretune.report.tables import (
     CEILING,
     LEADERBOARD,
@@ -42,6 +41,10 @@ from paretune.report.tables import (
 from paretune.report.terminal import print_leaderboard
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, measured, optimum, publish, record, run_directory
+
+
+def write_report(root, *, out=None):
+    return write_page(load(root), out or root / "report")
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +309,26 @@ def test_the_page_needs_no_network_and_no_mouse(root, tmp_path):
     assert re.search(r"<td[^>]*>\u22120\.2\d</td>", ours)  # the soup's worst attainment stands in a table, not only in a figure
     views = re.search(r'<script type="application/json" id="views">(.*?)</script>', text, re.S)
     assert set(json.loads(views[1])) == {re.sub('"', "", i) for i in re.findall(r'class="plot" id=("[^"]+")', text)}
+
+
+def test_points_below_the_range_are_arrows_and_say_where_they_lie(tmp_path):
+    """Worst attainments of -2.3 and -1.2 are both drawn at the edge: neither the label nor the hover text may take them for equal."""
+    for label, share in (("expert 0", -2.3), ("expert 1", -1.2), ("linear", 0.9)):
+        data = record(label, rho=0.0, task_seed=100)
+        data["metrics"]["splits"]["train"] = measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)
+        publish(tmp_path, data)
+    results = load(tmp_path)
+    for view in (attainment_figures(results)[0].views["train"], cost_figures(results)[0].views["train"]):
+        go.Figure(view)
+        low, high = view["layout"]["yaxis"]["range"]
+        below = {trace["name"]: trace for trace in view["data"] if "arrow-down" in trace["marker"]["symbol"]}
+        assert set(below) == {"expert objective 0", "expert objective 1"}
+        for (_, trace), value in zip(sorted(below.items()), ("\u22122.30", "\u22121.20"), strict=True):
+            assert set(trace["y"]) == {round(low, 6)}
+            assert all(f"at {value}" in text for text in trace["text"])
+            (note,) = [note for note in view["layout"]["annotations"] if note.get("name") == trace["name"]]
+            assert note["text"].endswith(f"{trace['name']} {value}")
+    assert high == 1.13
 
 
 def test_names_from_outside_cannot_break_the_page(tmp_path):

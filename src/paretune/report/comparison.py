@@ -46,8 +46,7 @@ BASELINES = ("linear", "uniform")  # what a method has to beat: a sweep of singl
 BOOTSTRAP = 0  # the seed of every interval, so that the same results give the same report
 TAUS = 61  # thresholds of a profile
 
-Scores = Mapping[tuple[str, str], float]
-"""(label of the setting, task seed) -> score."""
+Scores = Mapping[tuple[str, str], float]  # (label of the setting, task seed) -> score
 
 
 @lru_cache(maxsize=2)

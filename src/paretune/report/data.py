@@ -127,8 +127,7 @@ class Setting:
     @cached_property
     def labels(self) -> list[str]:
         """The methods measured here; of several settings, in each of them."""
-        found = dict.fromkeys(cell.label for cell in self.cells)
-        return [label for label in found if all(label in part.labels for part in self.parts)]
+        return [label for label in self._of if all(label in part.labels for part in self.parts)]
 
     @cached_property
     def shared_seeds(self) -> list[Any]:
@@ -143,7 +142,14 @@ class Setting:
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
-        return [cell for cell in self.cells if cell.label == label]
+        return self._of.get(label, [])
+
+    @cached_property
+    def _of(self) -> dict[str, list[Cell]]:
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.label, []).append(cell)
+        return found
 
     def drawn(self, split: str) -> list[str]:
         """The methods that were measured on the split at all shared seeds."""

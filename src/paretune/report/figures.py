@@ -402,8 +402,7 @@ def _profiles(results: Results, group: Setting, split: str) -> dict[str, Any] | 
         if all(row["share_low"] is not None for row in mine):
             edge = [(row["tau"], row["share_high"]) for row in mine] + [(row["tau"], row["share_low"]) for row in mine[::-1]]
             band = {"mode": "lines", "fill": "toself", "fillcolor": known[label].pale(0.1), "line": {"width": 0, "color": "white"}}
-            plot.trace(label, np.array(edge), band | {"hoverinfo": "skip"}, [])
-            plot.data[-1]["hovertemplate"] = None
+            plot.trace(label, np.array(edge), band | {"hoverinfo": "skip", "hovertemplate": None}, [])
     for label, mine in rows.items():
         points = np.array([[row["tau"], row["share"]] for row in mine])
         spots = [int(np.abs(points[:, 1] - share).argmin()) for share in (0.5, 0.3, 0.7, 0.15, 0.85)]

@@ -51,10 +51,7 @@ def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[
     filters = {"tint": tint, "signed": signed, "groups": _groups, "whole": lambda text: text.replace(" = ", "\u00a0=\u00a0")}
     return template("page.html.j2", **filters).render(
         results=results,
-        exact=any(setting.exact for setting in results.settings),
-        judged=" or ".join(str(n) for n in sorted({len(cell.w_WM) for cell in results.cells})),
         sampled=any(cell.measured("test", "returns_error") for cell in results.cells),
-        seeds=max((len(setting.shared_seeds) for setting in results.settings), default=0),
         findings=findings(results),
         tables=tables,
         boards=boards,
@@ -80,8 +77,7 @@ def _boards(results: Results, whole: Table) -> list[tuple[str, Table]]:
     found = []
     for setting in results.settings:
         rows = [row for row in whole.rows if row["setting"] == setting.label]
-        on = PROMPTS[setting.headline]
-        columns = tuple(replace(c, group=c.group.format(prompts=on)) for c in whole.shown if c.key not in left_out)
+        columns = tuple(replace(c, group=c.group.format(prompts=PROMPTS[setting.headline])) for c in whole.shown if c.key not in left_out)
         found.append((setting.label, Table(f"leaderboard-{setting.slug}", columns, rows)))
     return found
 

@@ -45,8 +45,7 @@ class Column:
             return " ".join(text for text in (self.show(value.value), self.interval(value)) if text)
         if value is None or (isinstance(value, float) and not np.isfinite(value)):
             return "–"
-        how = SHOWN.get(self.kind)
-        return str(value) if how is None else how(value)
+        return SHOWN.get(self.kind, str)(value)
 
     def interval(self, value: Any) -> str:
         """[low, high] of an estimate; "" where it has none."""
@@ -74,9 +73,9 @@ class Table:
         """One line per row, numbers in full, an unknown value empty."""
         path = folder / f"{self.name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [c.key for c in self.columns])
+            writer = csv.DictWriter(file, [c.key for c in self.columns], extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in self.to_json())
+            writer.writerows(self.rows)
         return path
 
 

@@ -32,10 +32,9 @@ SHOWN = (
 )
 
 
-def console(*, stderr: bool = False) -> Console:
+def console() -> Console:
     """A console for tables: as wide as the terminal, or wide enough where there is none."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else WIDE, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
 
 
 def print_table(table: Table, to: Console, *, title: str = "") -> None:
