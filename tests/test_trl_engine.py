@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -311,8 +312,10 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 
 def test_quantizing_needs_a_base_on_disk(tmp_path, monkeypatch):
-    found = engine.importlib.util.find_spec  # for this package alone: what is imported here for the first time looks for others
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: name if name == "bitsandbytes" else found(name))
+    for name in ("trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"):  # what is imported under the fake would believe it
+        importlib.import_module(name)
+    found = engine.importlib.util.find_spec
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name, *rest: name if name == "bitsandbytes" else found(name, *rest))
     learner = Trl(**TINY, quantize="4bit")
     with pytest.raises(ConfigError, match="a model on disk or on the hub"):
         learner.train(spec_of(learner), TASK, tmp_path)
