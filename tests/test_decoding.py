@@ -140,6 +140,12 @@ def test_a_preference_before_the_prompt_joins_rows_of_its_length_only(tmp_path):
         said = [decoding.step()[0] for _ in range(3)]
         with pytest.raises(ConfigError, match="beside rows of their length"):
             decoding.join(*padded([[1, 2, 3]]), gates_NK=gates_1K, uniforms_NT=noise(2))
+    with Decoding(policy, suppress_eos=True) as decoding:  # a batch without padding, and one with: its mask does not count the preference
+        decoding.join(*padded([[1, 2]]), gates_NK=gates_1K, uniforms_NT=noise(0))
+        decoding.join(*padded([[3], [3, 4]]), gates_NK=gates_1K.repeat(2, 1), uniforms_NT=np.concatenate([noise(2), noise(1)]))
+        mixed = [decoding.step()[0] for _ in range(3)]
+    assert [int(tokens[0]) for tokens in mixed] == [int(tokens[0]) for tokens in said]
+    assert [int(tokens[2]) for tokens in mixed] == [int(tokens[1]) for tokens in said]
     for row, prompt in ((0, [1, 2]), (1, [3, 4])):
         own = decode(policy, *padded([prompt]), gates_NK=gates_1K, max_new_tokens=3, uniforms_NT=noise(row)[:, :3], suppress_eos=True)
         assert [int(tokens[row]) for tokens in said] == own.tokens_NT[0].tolist()

@@ -85,7 +85,6 @@ def test_models_that_look_ahead_or_read_padding_are_refused():
 def test_a_path_that_is_wrong_is_named(monkeypatch):
     """Every path is looked at: one that is off, or that stops, is refused by its name."""
     policy = policy_of(llama(rope_theta=9.0))
-    monkeypatch.setattr(rollout, "_repeatable", lambda cache: True)
     original = rollout._read
     monkeypatch.setattr(rollout, "_read", lambda *given: (original(*given)[0] + torch.arange(17.0), *original(*given)[1:]))
     with pytest.raises(ConfigError, match="with a prompt read once"):

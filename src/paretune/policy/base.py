@@ -11,6 +11,7 @@ computation of them serves many preferences. A softmax over V of the result is t
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -172,6 +173,13 @@ class Policy(ABC):
         if last_only and gates_NK.dim() == 3:
             gates_NK = gates_NK[:, -int(last_only) :]
         return self.combine(parts, gates_NK)
+
+    @functools.cached_property
+    def has_plain_cache(self) -> bool:
+        """Whether the cache is that of plain attention: keys and values that can be repeated, joined, cut and differentiated through."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in getattr(self.new_cache(1), "layers", [None]))
 
     def new_cache(self, n_rows: int) -> Any:
         """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""

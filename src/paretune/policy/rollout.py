@@ -112,6 +112,7 @@ class Decoding:
         self._gates_NK: Tensor | None = None
         self._mask_NT: Tensor | None = None  # of prompts and tokens; None where nothing is padded: attention is faster without one
         self._logits_NV = self._draws_NT = self._heat_N1 = torch.zeros(0, 0)
+        self._common: float | Tensor = 1.0  # the temperature, one number where all rows have the same
         self._pending_N1: Tensor | None = None  # tokens that were drawn, and that the model has not seen yet
         self._count_N = torch.zeros(0, dtype=torch.long, device=self._where)  # tokens drawn by each row
 
@@ -155,7 +156,7 @@ class Decoding:
         if self.rows:
             self._advance()
             self._check_beside(cache, gates_NK)
-            mask_NT = _joint_mask(self._mask_NT, mask_NT, (self.rows, n), (self._cache.get_seq_length(), cache.get_seq_length()))
+            mask_NT = self._joint_mask(mask_NT, n, self._cache.get_seq_length(), cache.get_seq_length())
             cache = _joint_cache(self._cache, cache, self.rows, n)
             gates_NK = None if gates_NK is None or self._gates_NK is None else torch.cat([self._gates_NK, gates_NK])
             width = max(self._draws_NT.shape[1], draws_NT.shape[1])
@@ -164,6 +165,7 @@ class Decoding:
             count_N = torch.cat([self._count_N, count_N])
         self._cache, self._mask_NT, self._logits_NV, self._count_N = cache, mask_NT, logits_NV, count_N
         self._gates_NK, self._draws_NT, self._heat_N1 = gates_NK, draws_NT, heat_N1
+        self._common = _common(heat_N1)
         _claim(cache, gates_NK)
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,7 @@ class Decoding:
         logits_NV = self._logits_NV.to(self._where, torch.float64)
         if self.suppress_eos:
             logits_NV[:, self.policy.eos_ids] = -torch.inf
-        token_N1, logp_N1 = _draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._heat_N1)
+        token_N1, logp_N1 = _draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._common)
         self._count_N = self._count_N + 1
         self._pending_N1 = token_N1
         return token_N1, logp_N1
@@ -181,7 +183,7 @@ class Decoding:
         """Drop the rows where `gone_N` is true, and the columns that only they had filled."""
         kept_N = (~gone_N.to(self._where)).nonzero()[:, 0]
         if len(kept_N) < self.rows and len(kept_N):
-            _refuse_other_caches(self._cache)
+            _refuse_other_caches(self.policy, self._cache)
             here_N = kept_N.to(self.policy.device)
             empty = 0
             if self._mask_NT is not None:
@@ -198,6 +200,7 @@ class Decoding:
         elif not len(kept_N):
             self._cache = self._pending_N1 = None
         self._draws_NT, self._heat_N1, self._count_N = self._draws_NT[kept_N], self._heat_N1[kept_N], self._count_N[kept_N]
+        self._common = _common(self._heat_N1)
 
     def _advance(self) -> None:
         """Give the model the tokens that were drawn last, for the logits of the next ones."""
@@ -208,9 +211,21 @@ class Decoding:
         logits_N1V = self.policy.forward(ids_N1, gates_NK=self._gates_NK, attention_mask=self._mask_NT, cache=self._cache, last_only=True)
         self._logits_NV = logits_N1V[:, -1]
 
+    def _joint_mask(self, mask_NT: Tensor | None, n: int, mine: int, theirs: int) -> Tensor | None:
+        """The mask of these rows with `n` others below, whose caches have so many columns; None where nothing is padded."""
+        if self._mask_NT is None and mask_NT is None and mine == theirs:
+            return None
+        # The tokens of a prompted preference stand in the cache, but in no mask.
+        own = 0 if self._gates_NK is None else self.policy.extra_positions
+        device = self.policy.device
+        masks = [
+            torch.ones(count, length - own, dtype=torch.long, device=device) if mask is None else mask
+            for mask, count, length in ((self._mask_NT, self.rows, mine), (mask_NT, n, theirs))
+        ]
+        return torch.cat([functional.pad(mask, (max(mine, theirs) - own - mask.shape[1], 0)) for mask in masks])
+
     def _check_beside(self, cache: Any, gates_NK: Tensor | None) -> None:
-        for one in (self._cache, cache):
-            _refuse_other_caches(one)
+        _refuse_other_caches(self.policy, cache)
         if (gates_NK is None) != (self._gates_NK is None):
             raise ConfigError(
                 "rows that are decoded together all have gates, or are all the reference",
@@ -340,19 +355,6 @@ def _for_rows(gates: np.ndarray | Tensor | None, count: int) -> Tensor | None:
     return gates.repeat(count, 1) if gates.dim() == 1 else gates
 
 
-def _joint_mask(one: Tensor | None, two: Tensor | None, rows: tuple[int, int], lengths: tuple[int, int]) -> Tensor | None:
-    """The masks of two batches below each other, padded on the left; None where nothing is padded."""
-    if one is None and two is None and lengths[0] == lengths[1]:
-        return None
-    device = next(mask.device for mask in (one, two) if mask is not None) if (one is not None or two is not None) else None
-    masks = [
-        torch.ones(n, length, dtype=torch.long, device=device) if mask is None else mask
-        for mask, n, length in zip((one, two), rows, lengths, strict=True)
-    ]
-    width = max(mask.shape[1] for mask in masks)
-    return torch.cat([functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
-
-
 def _joint_cache(one: Any, two: Any, n_one: int, n_two: int) -> Any:
     """The second batch's rows behind the first's in one cache, keys and values padded on the left to the longer length."""
     width = max(one.get_seq_length(), two.get_seq_length())
@@ -375,8 +377,8 @@ def _claim(cache: Any, gates_NK: Tensor | None) -> None:
         cache.paretune_gates = gates_NK
 
 
-def _refuse_other_caches(cache: Any) -> None:
-    if not _repeatable(cache):
+def _refuse_other_caches(policy: Policy, cache: Any) -> None:
+    if not policy.has_plain_cache:
         raise ConfigError(
             "rows join and leave a batch whose cache is that of plain attention",
             found=", ".join(sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])})) or type(cache).__name__,
@@ -388,7 +390,7 @@ def _read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | No
     """Logits (N, V) after the prompts, the rows' mask, and a cache with a row per response; each prompt is read once if it can be."""
     cache = policy.new_cache(len(ids_PT))
     mask = _needed(mask_PT)
-    if group > 1 and not _repeatable(cache):
+    if group > 1 and not policy.has_plain_cache:
         ids_PT, mask, group = ids_PT.repeat_interleave(group, 0), None if mask is None else mask.repeat_interleave(group, 0), 1
     gates_PK = gates_NK if gates_NK is None or group == 1 else gates_NK[::group].contiguous()
     logits_PV = policy.forward(ids_PT, gates_NK=gates_PK, attention_mask=mask, cache=cache, last_only=True)[:, -1]
@@ -400,28 +402,29 @@ def _read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | No
     return logits_PV.repeat_interleave(group, 0), None if mask is None else mask.repeat_interleave(group, 0), cache
 
 
-def _repeatable(cache: Any) -> bool:
-    """Plain attention keeps keys and values that can be repeated, and differentiated through; other caches are filled row by row."""
-    from transformers.cache_utils import DynamicLayer
+def _common(heat_N1: Tensor) -> float | Tensor:
+    """Temperatures as one number where all rows have the same: asked when rows come and go, not at every token."""
+    first = float(heat_N1[0]) if len(heat_N1) else 1.0
+    return first if bool((heat_N1 == first).all()) else heat_N1
 
-    return all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
 
+def _draw(logits_NV: Tensor, uniform_N1: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (N, 1) by inversion of the cumulative distribution, and their log-probabilities (N, 1); float64 throughout.
 
-def _draw(logits_NV: Tensor, uniform_N1: Tensor, heat_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (N, 1) by inversion of the cumulative distribution, and their log-probabilities (N, 1); float64 throughout."""
-    greedy_N1 = heat_N1 == 0
-    if bool(greedy_N1.all()):
+    `temperature` is a number, or (N, 1); 0 takes the most likely token.
+    """
+    if isinstance(temperature, Tensor):
+        greedy_N1 = temperature == 0
+        token_N1, logp_N1 = _draw(logits_NV / temperature.masked_fill(greedy_N1, 1.0), uniform_N1, 1.0)
+        return torch.where(greedy_N1, logits_NV.argmax(1, keepdim=True), token_N1), logp_N1.masked_fill(greedy_N1, 0.0)
+    if temperature == 0:
         return logits_NV.argmax(1, keepdim=True), torch.zeros_like(uniform_N1)
-    plain = bool((heat_N1 == 1).all())
-    logp_NV = (logits_NV if plain else logits_NV / heat_N1.masked_fill(greedy_N1, 1.0)).log_softmax(1)
+    logp_NV = (logits_NV if temperature == 1 else logits_NV / temperature).log_softmax(1)
     cumulative_NV = logp_NV.exp().cumsum_(1)
     # The first token whose cumulative mass exceeds the aim: never one of mass 0, because the aim stays below the total.
     token_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
     token_N1.clamp_(max=logp_NV.shape[1] - 1)  # logits that are no numbers: their log-probability will say so
-    logp_N1 = logp_NV.gather(1, token_N1)
-    if not bool(greedy_N1.any()):
-        return token_N1, logp_N1
-    return torch.where(greedy_N1, logits_NV.argmax(1, keepdim=True), token_N1), logp_N1.masked_fill(greedy_N1, 0.0)
+    return token_N1, logp_NV.gather(1, token_N1)
 
 
 def token_logp(
@@ -433,6 +436,7 @@ def token_logp(
     gates_NK: Tensor | None,
     group: int = 1,
     temperature: float = 1.0,
+    at_once: int | None = None,
 ) -> Tensor:
     """(N, T) float32 log-probabilities of given responses, `group` to each prompt, with gradient where enabled.
 
@@ -440,7 +444,7 @@ def token_logp(
     read, and differentiated, once. Padding on the right needs no mask: nothing looks ahead.
     """
     length, gates_NK = tokens_NT.shape[1], _gates(policy, gates_NK)
-    if group > 1 and not _repeatable(policy.new_cache(len(prompt_ids_PT))):  # such a cache takes one token at a time: read all of it anew
+    if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
         prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:
         first_NV, mask_NT, cache = _read(policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
@@ -448,20 +452,21 @@ def token_logp(
         if length > 1:
             mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
             forward = partial(policy.forward, tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=mask_NT, cache=cache)
-            known.append(_scored(policy, forward, tokens_NT[:, 1:], temperature))
+            known.append(_scored(policy, forward, tokens_NT[:, 1:], temperature, at_once))
         return torch.cat(known, 1)
     mask_NT = _needed(prompt_mask_PT)
     mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
     ids_NT = torch.cat([prompt_ids_PT, tokens_NT[:, :-1]], 1)
     forward = partial(policy.forward, ids_NT, gates_NK=gates_NK, attention_mask=mask_NT, last_only=length)
-    return _scored(policy, forward, tokens_NT, temperature)
+    return _scored(policy, forward, tokens_NT, temperature, at_once)
 
 
-def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, temperature: float) -> Tensor:
-    """(N, T) log-probabilities of the tokens; of many logits only `LOGITS_AT_ONCE` exist at a time, in the backward too."""
+def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, temperature: float, at_once: int | None) -> Tensor:
+    """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
     n, length = tokens_NT.shape
+    at_once = at_once or LOGITS_AT_ONCE
     vocabulary = policy.model.config.get_text_config().vocab_size
-    if n * length * vocabulary <= LOGITS_AT_ONCE or not policy.splits_head:
+    if n * length * vocabulary <= at_once or not policy.splits_head:
         return _chosen(forward(), tokens_NT, temperature)
     with policy.headless():
         h_NTH = forward()
@@ -470,7 +475,7 @@ def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, te
         with policy.bank.gates(None):
             return _chosen(run_head(policy.model, h), tokens, temperature)
 
-    step = max(1, LOGITS_AT_ONCE // (n * vocabulary))
+    step = max(1, at_once // (n * vocabulary))
     pieces = zip(h_NTH.split(step, 1), tokens_NT.split(step, 1), strict=True)
     return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
 

@@ -76,11 +76,7 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
         grouped = rollout.token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=None, group=GROUP)
         yield "with a prompt read once for several responses", _gap(grouped, truth_NT)
         if policy.splits_head:
-            whole, rollout.LOGITS_AT_ONCE = rollout.LOGITS_AT_ONCE, 1
-            try:
-                yield "with its head in pieces", _gap(rollout.token_logp(policy, *rows, gates_NK=None), truth_NT)
-            finally:
-                rollout.LOGITS_AT_ONCE = whole
+            yield "with its head in pieces", _gap(rollout.token_logp(policy, *rows, gates_NK=None, at_once=1), truth_NT)
         uniforms_NT = rng.random((len(tokens_NT), new))
         made = rollout.decode(policy, ids_PT, mask_PT, gates_NK=None, max_new_tokens=new, uniforms_NT=uniforms_NT, group=GROUP)
         drawn = [

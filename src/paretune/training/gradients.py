@@ -37,7 +37,7 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.layers import FusedLayer, Gated
-from paretune.policy.rollout import _chosen, _needed, _repeatable
+from paretune.policy.rollout import _chosen, _needed
 from paretune.seeds import forked_torch
 from paretune.training.batch import Responses
 
@@ -129,8 +129,7 @@ def _read(policy: Policy, made: Responses, rows: slice, credit: Tensor, *, group
     """(rows, T) log-probabilities of the responses; marks the calls that read prompts once per objective."""
     tokens_NT, gates_NK, m = made.tokens_NT[rows], made.gates_NK[rows], credit.shape[1]
     ids, mask, length = made.prompt_ids_PT, made.prompt_mask_PT, made.tokens_NT.shape[1]
-    cache = policy.new_cache(1)
-    if m >= group or rows.start % group or len(credit) % group or not _repeatable(cache):
+    if m >= group or rows.start % group or len(credit) % group or not policy.has_plain_cache:
         ids, mask = (x.repeat_interleave(group, 0)[rows] for x in (ids, mask))
         known = _needed(mask)
         known = None if known is None else functional.pad(known, (0, length - 1), value=1)

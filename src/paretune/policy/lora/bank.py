@@ -26,7 +26,7 @@ from paretune.policy.lora.files import check_config, check_trainable, read_adapt
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.seeds import forked_torch, seed_for
 
-__all__ = ["LoraBank", "decoder_layers", "default_targets", "soup_factors", "soup_state", "soup_weight"]
+__all__ = ["LoraBank", "decoder_layers", "default_targets", "lora_config", "soup_factors", "soup_state", "soup_weight"]
 
 EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "wi", "wo"})
 Gates = Tensor | np.ndarray | Sequence[Any]
@@ -111,10 +111,7 @@ class LoraBank:
         trainable: bool = True,
     ) -> None:
         """One more fresh adapter, at the end of axis K."""
-        from peft import LoraConfig
-
-        chosen = default_targets(self.base) if targets == "all-linear" else targets if isinstance(targets, str) else list(targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+        config = lora_config(self.base, rank=rank, alpha=alpha, targets=targets)
         self._install(name, config, seed_for(seed, "lora", name), trainable)
 
     def add_from(self, name: str, path: str | Path, *, trainable: bool = False) -> None:
@@ -371,6 +368,14 @@ class LoraBank:
         leaves = {name.rpartition(".")[2] for name in names}
         meant = {name for name, _ in self.base.named_modules() if name.rpartition(".")[2] in leaves}
         return sorted(leaves if meant == names else names)
+
+
+def lora_config(model: Any, *, rank: int, alpha: int, targets: str | Sequence[str]) -> Any:
+    """PEFT's configuration of a fresh adapter of `model`: without dropout and bias. `targets` "all-linear" is that of `default_targets`."""
+    from peft import LoraConfig
+
+    chosen = default_targets(model) if targets == "all-linear" else targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
 
 
 def default_targets(model: Any) -> str | list[str]:

@@ -33,6 +33,7 @@ from paretune.errors import ConfigError, TrainingError, nearest
 from paretune.files import write_json
 from paretune.hub import local_or_hub
 from paretune.objectives.base import refuse_unscored
+from paretune.policy.lora.bank import lora_config
 from paretune.policy.lora.files import WEIGHTS_FILE, write_adapter
 from paretune.registry import LEARNERS
 from paretune.seeds import forked_torch, seed_for
@@ -189,14 +190,11 @@ class TrlLearner(SampledLearner):
 
     def _built(self, made: Any, spec: TrainSpec, task: Task, **given: Any) -> Any:
         """The trainer `made` with the embedded learner's first adapter, optimizer and schedule."""
-        from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
         from transformers import PrinterCallback
 
         model, tokenizer = self._load(task)
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        config = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
-        )
+        config = lora_config(model, rank=self.rank, alpha=self.alpha, targets=self.targets)
         with forked_torch(seed_for(spec.seed, "lora", "policy")):  # as LoraBank.add
             wrapped = get_peft_model(model, config)
         first = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
