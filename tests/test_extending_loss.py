@@ -79,14 +79,18 @@ def test_the_example_is_short_and_keeps_what_a_loss_must_keep(awr):
 
 
 def test_it_trains_through_the_front_door_and_learns(awr, tmp_path):
-    """`paretune.fit` with the learner's name: its policies gain on the reference, by the exact returns."""
+    """`paretune.fit` with the learner's name: its policies gain on the reference, by the exact returns.
+
+    Small steps, so that rounding is not amplified: .403 to .429 over three instruction sets, one and two threads, and two seeds. (1,280
+    samples with a learning rate of .01 gave .09 to .24 on the same.) An update of the wrong sign falls below 0.
+    """
     task = quick_task()
-    learner = {"name": "awr", "samples": 1280, "batch": 64, "rank": 4, "lr": 1e-2}
+    learner = {"name": "awr", "samples": 5120, "batch": 64, "rank": 4, "lr": 1e-3, "temper": 0.25}
     family = paretune.fit(task, {"name": "linear", "points": 2}, learner=learner, root=tmp_path / "runs", progress=False)
     (spec, *_) = (json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("artifacts/*/spec.json")))
     assert spec["learner"]["name"] == "awr"
     found = paretune.evaluate(task, family, splits=["train"]).metrics["splits"]["train"]["attainment"]
-    assert found["mean"] > 0.2, found["mean"]
+    assert found["mean"] > 0.3, found["mean"]
 
 
 @pytest.mark.parametrize(

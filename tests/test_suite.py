@@ -7,6 +7,7 @@ import socket
 
 import numpy as np
 import pytest
+import torch
 
 from bench_fixture import Bench, fakes_loaded, results, suite_of
 from paretune.errors import BusyError, ConfigError, RewardError, StoreError, TrainingError
@@ -204,7 +205,7 @@ def test_what_a_cell_holds(bench):
     for env in bench.root.glob("*/*/env.json"):
         found = json.loads(env.read_text())
         assert found["packages"]["numpy"] == np.__version__
-        assert found["threads"] == 1
+        assert found["threads"] == torch.get_num_threads()
         assert socket.gethostname() not in env.read_text()
         assert str(bench.root) not in env.read_text()
         assert os.path.expanduser("~/") not in env.read_text()
