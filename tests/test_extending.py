@@ -16,7 +16,7 @@ from paretune.policy.rules import Identity
 from paretune.registry import GATE_RULES, load_plugin
 from paretune.serve.export import export, single_weights
 from paretune.testing import check_gate_rule, check_mixing, quick_task
-from paretune.testing.families import random_adapters
+from paretune.testing.mixings import random_adapters
 
 MIXING = '''\
 """The arithmetic mean of the experts' next-token probabilities: one expert is drawn for each token."""

@@ -183,7 +183,7 @@ SEARCHES = [search.__name__ for search in SEARCHERS.values()]
             pytest.param(("paretune.evaluation.metrics", name), id=name)
             for name in ("attainment", "regret", "utility_losses", "controllability")
         ),
-        *(pytest.param(("paretune.evaluation.pareto", name), id=name) for name in ("hypervolume", "igd_plus")),
+        *(pytest.param(("paretune.evaluation.metrics", name), id=name) for name in ("hypervolume", "igd_plus")),
         *(pytest.param((MIXINGS[name].__module__, MIXINGS[name].__qualname__), id=name) for name in MIXINGS if name != "reference"),
         *(pytest.param(("paretune.policy.mixing.parameter", name), id=name) for name in ("trim", "dare", "ties")),
         *(pytest.param(("paretune.methods.search", name), id=name) for name in SEARCHES),

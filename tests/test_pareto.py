@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paretune.errors import ParetuneError
-from paretune.evaluation import pareto
+from paretune.evaluation import metrics
 from paretune.seeds import generator
 
 
@@ -34,7 +34,7 @@ def brute_nondominated(points_KM):
 def test_hypervolume_of_unit_vectors_and_center(count):
     """A box of side 1/M at the center, nothing from the vertices: they do not lie above 0 in every objective."""
     points = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
-    assert pareto.hypervolume(points, np.zeros(count)) == pytest.approx((1 / count) ** count, rel=1e-12)
+    assert metrics.hypervolume(points, np.zeros(count)) == pytest.approx((1 / count) ** count, rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -42,7 +42,7 @@ def test_hypervolume_of_a_simplex(count):
     """A lattice of n steps on the simplex dominates C(n, M) cells of side 1/n, which goes to 1/M! (the simplex's volume)."""
     n = 40
     rows = [c for c in itertools.product(range(n + 1), repeat=count) if sum(c) == n]
-    share = pareto.hypervolume(np.array(rows) / n, np.zeros(count))
+    share = metrics.hypervolume(np.array(rows) / n, np.zeros(count))
     assert share == pytest.approx(math.comb(n, count) / n**count, rel=1e-12)
     assert share == pytest.approx(1 / math.factorial(count), rel=0.1)
 
@@ -54,51 +54,51 @@ def test_against_brute_force(count):
         points, front = rng.normal(size=(6, count)), rng.normal(size=(5, count))
         points[3] = points[2]  # a duplicate
         reference = rng.normal(size=count) - 1
-        assert pareto.hypervolume(points, reference) == pytest.approx(brute_hypervolume(points, reference), abs=1e-10)
-        assert pareto.igd_plus(points, front) == pytest.approx(brute_igd_plus(points, front), abs=1e-12)
-        assert (pareto.nondominated(points) == brute_nondominated(points)).all()
+        assert metrics.hypervolume(points, reference) == pytest.approx(brute_hypervolume(points, reference), abs=1e-10)
+        assert metrics.igd_plus(points, front) == pytest.approx(brute_igd_plus(points, front), abs=1e-12)
+        assert (metrics.nondominated(points) == brute_nondominated(points)).all()
 
 
 def test_directions():
     """Every objective is maximized: better points make hypervolume grow and the distances shrink."""
     front = np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])
     worse, reference = front - 0.5, np.array([-2.0, -2.0])
-    assert pareto.hypervolume(front, reference) > pareto.hypervolume(worse, reference)
-    assert pareto.igd_plus(front, front) == 0
-    assert pareto.igd_plus(worse, front) == pytest.approx(math.sqrt(0.5))
-    assert pareto.igd_plus(front + 1, front) == 0, "beyond the front is no distance"
+    assert metrics.hypervolume(front, reference) > metrics.hypervolume(worse, reference)
+    assert metrics.igd_plus(front, front) == 0
+    assert metrics.igd_plus(worse, front) == pytest.approx(math.sqrt(0.5))
+    assert metrics.igd_plus(front + 1, front) == 0, "beyond the front is no distance"
 
 
 def test_measures_do_not_depend_on_order_or_memory_layout():
     rng = generator(0, "test pareto order")
     points, front, reference = rng.random((7, 3)), rng.random((9, 3)), np.zeros(3)
     swapped = np.asfortranarray(points[::-1][:, [2, 0, 1]])
-    assert pareto.hypervolume(swapped, reference) == pytest.approx(pareto.hypervolume(points, reference), rel=1e-12)
-    assert pareto.igd_plus(swapped, front[:, [2, 0, 1]]) == pytest.approx(pareto.igd_plus(points, front), rel=1e-12)
+    assert metrics.hypervolume(swapped, reference) == pytest.approx(metrics.hypervolume(points, reference), rel=1e-12)
+    assert metrics.igd_plus(swapped, front[:, [2, 0, 1]]) == pytest.approx(metrics.igd_plus(points, front), rel=1e-12)
 
 
 def test_a_real_zero_is_zero():
-    assert pareto.hypervolume(np.array([[-1.0, 5.0]]), np.zeros(2)) == 0.0
+    assert metrics.hypervolume(np.array([[-1.0, 5.0]]), np.zeros(2)) == 0.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_unknown_is_never_a_number(bad):
     points = np.array([[1.0, 2.0], [2.0, bad]])
     good = np.array([[1.0, 1.0]])
-    assert math.isnan(pareto.hypervolume(points, np.zeros(2)))
-    assert math.isnan(pareto.igd_plus(points, good))
-    assert math.isnan(pareto.igd_plus(good, points))
+    assert math.isnan(metrics.hypervolume(points, np.zeros(2)))
+    assert math.isnan(metrics.igd_plus(points, good))
+    assert math.isnan(metrics.igd_plus(good, points))
     with pytest.raises(ParetuneError, match="1 of 2 points with NaN or infinity"):
-        pareto.nondominated(points)
+        metrics.nondominated(points)
     with pytest.raises(ParetuneError, match="one finite reference value per objective"):
-        pareto.hypervolume(good, np.array([0.0, bad]))
+        metrics.hypervolume(good, np.array([0.0, bad]))
 
 
 def test_questions_without_meaning_are_refused():
     for empty in (np.empty((0, 2)), np.empty((2, 0)), np.zeros(3)):
         with pytest.raises(ParetuneError, match=r"\(K, M\) array with at least one row"):
-            pareto.hypervolume(empty, np.zeros(2))
+            metrics.hypervolume(empty, np.zeros(2))
     with pytest.raises(ParetuneError, match="2 and 3 of them"):
-        pareto.igd_plus(np.zeros((1, 2)), np.zeros((1, 3)))
+        metrics.igd_plus(np.zeros((1, 2)), np.zeros((1, 3)))
     with pytest.raises(ParetuneError, match="for 2 objectives"):
-        pareto.hypervolume(np.zeros((1, 2)), np.zeros(3))
+        metrics.hypervolume(np.zeros((1, 2)), np.zeros(3))

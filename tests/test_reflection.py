@@ -16,8 +16,7 @@ from paretune.report.data import load
 from paretune.report.page import write_page
 from paretune.runs.suite import fit, run_suite
 from paretune.seeds import generator
-from paretune.tasks.reflection.language import EVENTS, NOUNS, SPLITS, listed, situations, statements
-from paretune.tasks.reflection.model import answer, dialogues, prompt_of
+from paretune.tasks.reflection.language import EVENTS, NOUNS, SPLITS, answer, dialogues, listed, prompt_of, situations, statements
 from paretune.tasks.reflection.objectives import FEELINGS, STOP, SYNONYMS, Brevity, Empathy, Reflection, content_of, feelings_in, meanings
 from paretune.tasks.reflection.task import MODEL, ReflectionTask
 from paretune.testing import check_method, check_objective, check_task

@@ -17,8 +17,8 @@ from paretune.tasks.exact.optimum import landmarks, optimum
 from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient
 from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.weightings.adaptive import Climb, Multipliers
 from paretune.training.weightings.base import StepContext
-from paretune.training.weightings.utility import Climb, Multipliers
 
 
 def seen(returns_NM, w_M, *, exact=False, marks=None, step=0):

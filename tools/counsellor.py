@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from paretune.seeds import forked_torch, generator, seed_for
-from paretune.tasks.reflection.model import dialogues
+from paretune.tasks.reflection.language import dialogues
 from paretune.tasks.reflection.task import MODEL
 
 if TYPE_CHECKING:

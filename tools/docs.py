@@ -27,7 +27,7 @@ from typing import Any
 import typer
 
 from paretune.cli import app
-from paretune.report.catalog import describe_name, taxonomy
+from paretune.cli.catalog import describe_name, taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
 from paretune.report.figures import attainment_figures, front_figures, to_svg
 from paretune.report.tables import Table, glance_table, minus

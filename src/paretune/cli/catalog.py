@@ -1,14 +1,25 @@
-"""`paretune ls` and `paretune show`: what there is."""
+"""`paretune ls` and `paretune show`: what there is, and the taxonomy of methods."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from paretune.cli.common import Json, Plugins, app, plug, print_json, show_table
+from paretune.errors import ConfigError, nearest
+from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
+from paretune.report.tables import Column, Table
+from paretune.runs.config import load
 
-__all__ = ["list_", "show"]
+__all__ = ["KINDS", "catalog", "describe_name", "list_", "show", "suite_path", "taxonomy"]
 
 
 @app.command("ls")
@@ -18,8 +29,6 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what there is: methods (the taxonomy), tasks, objectives, learners, suites."""
-    from paretune.report.catalog import KINDS, catalog
-
     plug(plugin)
     tables = {name: catalog(name) for name in ([kind] if kind else KINDS)}
     if as_json:
@@ -32,8 +41,6 @@ def list_(
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="As `paretune ls` prints it.")], plugin: Plugins = None, as_json: Json = False) -> None:
     """Show one method, task, objective, learner or suite: its card, its fields and their defaults."""
-    from paretune.report.catalog import describe_name
-
     plug(plugin)
     found = describe_name(name)
     if as_json:
@@ -44,8 +51,6 @@ def show(name: Annotated[str, typer.Argument(help="As `paretune ls` prints it.")
 
 
 def _print_description(thing: dict[str, Any]) -> None:
-    from paretune.report.tables import Column, Table
-
     typer.echo(f"{thing['kind']} {thing['name']}" + (f" (version {thing['version']})" if "version" in thing else ""))
     typer.echo(f"\n{thing['about']}\n")
     if "text" in thing:
@@ -55,3 +60,94 @@ def _print_description(thing: dict[str, Any]) -> None:
     if thing.get("fields"):
         keys = ("name", "type", "default", "about")
         show_table(Table("fields", tuple(Column(key, key, "text") for key in keys), thing["fields"]), title="fields")
+
+
+REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectives": OBJECTIVES, "learners": LEARNERS}
+KINDS = (*REGISTRIES, "suites")
+COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
+
+
+def catalog(kind: str) -> Table:
+    """One row per name of a kind; methods with what their cards say."""
+    if kind not in KINDS:
+        raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, KINDS))
+    if kind == "methods":
+        return taxonomy()
+    said = {name: str(load(path).data.get("about", "")) for name, path in _suites().items()}
+    if kind != "suites":
+        said = {name: _first_sentence(REGISTRIES[kind][name]) for name in REGISTRIES[kind]}
+    columns = (Column("name", "name", "text"), Column("summary", "what it is", "text"))
+    return Table(kind, columns, [{"name": name, "summary": summary} for name, summary in said.items()])
+
+
+def taxonomy() -> Table:
+    """The methods by family, from their cards."""
+    columns = (
+        Column("name", "method", "text"),
+        Column("category", "category", "text"),
+        Column("summary", "what it does", "text"),
+        Column("trainings", "trainings", "text"),
+        Column("forwards_per_token", "forwards per token", "text"),
+        Column("zero_shot", "a new preference is free", "yes"),
+        Column("source", "source", "text"),
+    )
+    cards = {name: METHODS[name].card for name in METHODS}  # type: ignore[attr-defined]
+    order = {family: place for place, family in enumerate(("single-policy", "multi-policy", "meta-policy", "baseline"))}
+    names = sorted(cards, key=lambda name: (order.get(cards[name].category, len(order)), name))
+    return Table("methods", columns, [{"name": name, **{c.key: getattr(cards[name], c.key) for c in columns[1:]}} for name in names])
+
+
+def describe_name(name: str) -> list[dict[str, Any]]:
+    """Everything called `name`: {"kind", "name", "version", "about", "card", "fields": [{"name", "type", "default", "about"}]}."""
+    found: list[dict[str, Any]] = []
+    for kind, registry in REGISTRIES.items():
+        if name in list(registry):
+            cls = registry[name]
+            card = dataclasses.asdict(cls.card) if hasattr(cls, "card") else None
+            about = inspect.cleandoc(cls.__doc__ or "")
+            version = cls.version  # type: ignore[attr-defined]
+            found.append({"kind": kind[:-1], "name": name, "version": version, "about": about, "card": card, "fields": list(_fields(cls))})
+    suites = _suites()
+    if name in suites:
+        text = suites[name].read_text(encoding="utf-8")
+        found.append({"kind": "suite", "name": name, "about": load(suites[name]).data.get("about", ""), "text": text})
+    if not found:
+        known = {n for registry in REGISTRIES.values() for n in registry} | set(suites)
+        raise ConfigError("`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known))
+    return found
+
+
+def suite_path(given: str) -> Path:
+    """A suite's file: the one that is there, or the one of that name that ships with Paretune."""
+    path = Path(given)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    shipped = _suites()
+    if given not in shipped:
+        rule = "a suite is a YAML file, or the name of one that ships with Paretune"
+        raise ConfigError(rule, found=given, remedy=nearest(given, shipped))
+    return shipped[given]
+
+
+def _suites() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))}
+
+
+def _first_sentence(cls: type) -> str:
+    text = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.;:])\s", text)[0].rstrip(".;:")
+
+
+def _fields(cls: type) -> Iterator[dict[str, Any]]:
+    """The hyperparameters; what is said of each is the comment beside it in the source."""
+    said: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(owner) or "__annotations__" in vars(owner):
+            with suppress(OSError, TypeError):  # a class without source
+                said |= {match[1]: match[2].strip() for line in inspect.getsource(owner).splitlines() if (match := COMMENT.match(line))}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.init:
+            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            made = repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
+            default = made if field.default is dataclasses.MISSING else repr(field.default)
+            yield {"name": field.name, "type": kind, "default": default, "about": said.get(field.name, "")}

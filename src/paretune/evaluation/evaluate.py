@@ -25,8 +25,7 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.evaluation import metrics
-from paretune.evaluation.metrics import plain, summary
-from paretune.evaluation.pareto import hypervolume, igd_plus
+from paretune.evaluation.metrics import hypervolume, igd_plus, plain, summary
 from paretune.evaluation.stats import MIN_UNITS, estimate
 from paretune.evaluation.utility import exact_own_utility, sampled_own_utility
 from paretune.policy.family import Family

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.evaluation.pareto import nondominated
+from paretune.evaluation.metrics import nondominated
 from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_trainings
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice

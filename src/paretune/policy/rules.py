@@ -42,7 +42,7 @@ class GateRule(ABC):
     """Preferences -> gates. Registered in GATE_RULES; a frozen dataclass of numbers, so that a family can be written as JSON.
 
     `gates` is all that a rule must have. A rule whose gates depend on the prompt, too, overrides `prompt_gates`; then `gates` is what it
-    does without one. `paretune.testing.rules.check_gate_rule` is the contract as a test.
+    does without one. `paretune.testing.mixings.check_gate_rule` is the contract as a test.
     """
 
     registered_name: ClassVar[str]

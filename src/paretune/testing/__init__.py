@@ -1,11 +1,9 @@
 """Conformance suites for plug-in authors: each proves that a class of one file works with everything else."""
 
-from paretune.testing.families import quick_task
 from paretune.testing.losses import check_loss
 from paretune.testing.methods import check_method, quick_learner, train_plan
-from paretune.testing.mixings import check_mixing
+from paretune.testing.mixings import check_gate_rule, check_mixing, quick_task
 from paretune.testing.objectives import ConformanceError, check_objective
-from paretune.testing.rules import check_gate_rule
 from paretune.testing.tasks import check_task
 
 __all__ = [

@@ -21,8 +21,7 @@ from paretune.objectives.models import Fluency
 from paretune.registry import TASKS
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import load_pretrained
-from paretune.tasks.reflection.language import SPLITS, statements
-from paretune.tasks.reflection.model import prompt_of
+from paretune.tasks.reflection.language import SPLITS, prompt_of, statements
 from paretune.tasks.reflection.objectives import Brevity, Empathy, Reflection
 from paretune.types import Objectives, Prompt
 
