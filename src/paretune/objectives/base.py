@@ -8,12 +8,16 @@ arrives by name as a list with one item per completion, and so do the completion
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import itertools
 import math
+import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +31,7 @@ RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
 LOGGERS = ("log_extra", "log_metric")  # TRL's hooks for extra columns of its logs; here they lead nowhere
+ENVIRONMENTS = "environments"  # TRL's live objects, one per completion: handed on as they are
 
 
 EXAMPLE = "def score(prompts, completions, **columns): return [float(len(text)) for text in completions]"
@@ -106,7 +111,8 @@ def score_all(
 def score_given(objectives: Sequence[tuple[str, Score]], given: Mapping[str, Any]) -> np.ndarray:
     """(N, M) as `score_all`, from the arguments that a trainer gives to a reward function: "completions", columns, and more by name."""
     count = len(given["completions"])
-    return np.stack([_scores(name, _call(name, function, given), count) for name, function in objectives], axis=1)
+    returned = _awaited([name for name, _ in objectives], [_call(name, function, given) for name, function in objectives])
+    return np.stack([_scores(name, scores, count) for (name, _), scores in zip(objectives, returned, strict=True)], axis=1)
 
 
 def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray, count: int, *, limit: float = 0.1) -> None:
@@ -172,16 +178,52 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
             found=f"it needs {', '.join(map(repr, missing))}; it was offered {', '.join(given)}",
             remedy="add the column to every prompt, or give the parameter a default",
         )
-    own = {key: copy.deepcopy(list(value)) if isinstance(value, list | tuple) else value for key, value in given.items()}
+    copied = {key for key, value in given.items() if isinstance(value, list | tuple) and key != ENVIRONMENTS}
+    own = {key: copy.deepcopy(list(value)) if key in copied else value for key, value in given.items()}
     positional, named = _accepted(function, own)
     try:
         return function(*positional, **named)
     except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"objective {name!r} scores every completion without an exception",
-            found=f"{type(error).__name__}: {error}",
-            remedy="return None for a completion that cannot be scored; the traceback above shows the line",
-        ) from error
+        raise _raised(name, error) from error
+
+
+def _raised(name: str, error: BaseException) -> RewardError:
+    return RewardError(
+        f"objective {name!r} scores every completion without an exception",
+        found=f"{type(error).__name__}: {error}",
+        remedy="return None for a completion that cannot be scored; the traceback above shows the line",
+    )
+
+
+def _awaited(names: Sequence[str], returned: Sequence[Any]) -> list[Any]:
+    """`returned`, with what async functions promised in its place: all of them are awaited together."""
+    later = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
+    if not later:
+        return list(returned)
+
+    async def one(name: str, promise: Awaitable[Any]) -> Any:
+        try:
+            return await promise
+        except (Exception, SystemExit) as error:  # returned: the others come to an end first
+            return _raised(name, error).with_traceback(error.__traceback__)
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(one(names[place], promise) for place, promise in later.items()))
+
+    found = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid())).result()
+    for error in found:
+        if isinstance(error, RewardError):
+            raise error
+    kept = dict(zip(later, found, strict=True))
+    return [kept.get(place, value) for place, value in enumerate(returned)]
+
+
+@lru_cache(maxsize=1)
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process, in a thread of its own: clients that live from batch to batch belong to one loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="paretune-objectives", daemon=True).start()
+    return loop
 
 
 def _accepted(function: Score, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -40,7 +40,7 @@ class PolicySettings:
     """Settings of the policy-gradient loss, whichever loop runs it."""
 
     baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
-    normalize: Literal["none", "batch", "group"] = "none"
+    normalize: Literal["none", "batch", "group", "batch_returns"] = "none"
     kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     length: Literal["sum", "token_mean"] = "sum"
