@@ -239,7 +239,8 @@ class MultiObjectiveReward:
                 raise ConfigError(
                     "a group holds the completions of one prompt",
                     found=f"different prompts among the completions {start} to {start + group - 1}, group={group}",
-                    remedy="give the drop-in the group that the trainer has as num_generations",
+                    remedy="give the drop-in the group that the trainer has as num_generations; a wrapper hands log_metric on, by which an "
+                    "evaluation is known",
                 )
 
     def _count(self, rewards_NM: np.ndarray, tokens: int) -> None:
