@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
 from paretune.errors import ConfigError, RewardError, TrainingError
-from paretune.policy import rollout
+from paretune.policy import scoring
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS, describe
@@ -111,7 +111,7 @@ def test_what_saves_memory_changes_no_gradient(frugal, monkeypatch):
     gradients, losses = [], []
     for learner in (whole, other):
         if learner is other and pieces:
-            monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 1)
+            monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
         policy.model.zero_grad()
         losses.append(learner.gradient(policy, batch, beta=TASK.beta))
         gradients.append(flat(policy))

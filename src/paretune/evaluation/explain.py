@@ -37,7 +37,8 @@ from paretune.evaluation.metrics import plain
 from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rollout import encode, generate, token_logp
+from paretune.policy.rollout import encode, generate
+from paretune.policy.scoring import token_logp
 from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
 

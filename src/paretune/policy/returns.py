@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from paretune.policy.base import Policy
-from paretune.policy.rollout import Rollout, generate, token_logp
+from paretune.policy.rollout import Rollout, generate
+from paretune.policy.scoring import token_logp
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
@@ -220,7 +221,15 @@ class SampledReturns(Returns):
     def _kl_N(self, drawn: Rollout) -> np.ndarray:
         tokens_NT, mask_NT = drawn.responses.tokens_NT, drawn.responses.mask_NT
         with torch.no_grad():
-            reference_NT = token_logp(self.policy, drawn.prompt_ids_PT, drawn.prompt_mask_PT, tokens_NT, gates_NK=None)
+            reference_NT = token_logp(
+                self.policy,
+                drawn.prompt_ids_PT,
+                drawn.prompt_mask_PT,
+                tokens_NT,
+                gates_NK=None,
+                group=drawn.group,
+                mask_NT=drawn.responses.mask_NT,
+            )
         return ((drawn.responses.logp_NT - reference_NT.double()) * mask_NT).sum(1).cpu().numpy()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional
 from paretune.errors import ConfigError, nearest
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
+from paretune.policy.lora.linear import frozen_linear
 from paretune.seeds import forked_torch, seed_for
 
 __all__ = ["LoraBank", "decoder_layers", "default_targets", "lora_config", "soup_factors", "soup_state", "soup_weight"]
@@ -47,6 +49,7 @@ class LoraBank:
         self._trainable: set[str] = set()
         self._switch = Switch()
         self._layers: list[FusedLayer] = []
+        self._others: list[Any] = []  # linear layers without adapters
         self.prefix, self.stack = decoder_layers(base)  # the decoder's layers, where it is clear which they are
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
@@ -199,6 +202,12 @@ class LoraBank:
                 layer = FusedLayer(self._switch, labels, name, module, self._depth(name, module))
                 module.__dict__["forward"] = layer.forward
                 self._layers.append(layer)
+        adapted = {id(layer.base) for layer in self._layers}
+        for name, module in self.base.named_modules():
+            plain = type(module) is torch.nn.Linear and ".lora_" not in name and id(module) not in adapted
+            if plain and "forward" not in module.__dict__:
+                module.__dict__["forward"] = partial(_run_frozen, module)
+                self._others.append(module)
         join_siblings(self._layers)
         self._tensors = [p for k in range(self.count) for p in self.parameters_of(k)]
 
@@ -213,6 +222,9 @@ class LoraBank:
         """Give every layer PEFT's own forward back; the bank can no longer be used."""
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
+        for module in self._others:
+            module.__dict__.pop("forward", None)
+        self._others = []
         self._layers, self._last, self._tensors, self._stamp = [], None, [], []
 
     def parameters(self) -> list[Tensor]:
@@ -392,6 +404,10 @@ def default_targets(model: Any) -> str | list[str]:
     head = model.get_output_embeddings()
     plain = {name: module for name, module in named.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
     return [name for name in plain if not {"experts", "router"} & set(name.split(".")) and name.rpartition(".")[2] not in EXPERT_NAMES]
+
+
+def _run_frozen(module: Any, x: Tensor) -> Tensor:
+    return frozen_linear(x, module.weight, module.bias)
 
 
 def _label(k: int) -> str:
