@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 from oracles import TablePolicy, constant_of, experts_of, optimum_of, small_task
 from paretune.errors import ConfigError
@@ -227,6 +228,27 @@ def test_shared_noise_narrows_the_difference_to_the_reference(task, noisy_bank):
     m = evaluate(task, family, w_WM=np.array([[0.9, 0.1]]), samples=200, exact=False).metrics["splits"]["train"]
     width = {name: m[name]["per_preference"][0]["high"] - m[name]["per_preference"][0]["low"] for name in ("utility", "gain")}
     assert width["gain"] < 0.6 * width["utility"]
+
+
+def test_every_sampled_interval_is_over_prompts(task, noisy_bank):
+    """Utility, gain, returns and comparisons: prompts differ far more than 50 responses to one do, so rows as units would be too narrow."""
+    near, far = (family_of(task, ParameterMix(*noisy_bank), Constant(gates_K=(g, 0.0))) for g in (0.1, 0.6))
+    one, two = (evaluate(task, f, w_WM=np.array([[0.9, 0.1]]), samples=200, exact=False, splits=["train"]) for f in (near, far))
+    m, curve = two.metrics["splits"]["train"], two.curves["train"]
+
+    def half(value_S):
+        return t.ppf(0.975, 3) * value_S.reshape(50, 4).mean(0).std(ddof=1) / 2
+
+    utility_S = curve.returns_WSM[0] @ [0.9, 0.1]
+    start_S = SampledReturns(task, far.policy, "train", samples=200, seed=0).at([None]).returns_WSM[0] @ [0.9, 0.1]
+    gap_S = utility_S - one.curves["train"].returns_WSM[0] @ [0.9, 0.1]
+    assert half(utility_S) > 1.5 * 1.96 * utility_S.std() / np.sqrt(200), "or the test sees nothing"
+    compared = compare(two, one, split="train")
+    for shown, value_S in ((m["utility"], utility_S), (m["gain"], utility_S - start_S), (compared, gap_S)):
+        for found in (shown["mean"], shown["per_preference"][0]):
+            assert found["high"] - found["value"] == pytest.approx(half(value_S))
+            assert found["value"] - found["low"] == pytest.approx(half(value_S))
+    assert m["returns_error"][0] == pytest.approx([half(curve.returns_WSM[0, :, k]) for k in range(2)])
 
 
 def test_few_samples_have_no_interval(task, noisy_bank):
