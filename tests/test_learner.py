@@ -11,7 +11,7 @@ from scipy.stats import norm
 from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
 from paretune.errors import ConfigError, RewardError, TrainingError
 from paretune.policy import rollout
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.bank import LoraBank, lora_config
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS, describe
 from paretune.seeds import forked_torch, generator
@@ -214,6 +214,21 @@ def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
     folders = Artifact(both.key, tmp_path / "both", both).adapters
     assert [folder.name for folder in folders] == ["adapter-0", "adapter-1"]
     assert LoraBank.load(TASK.load()[0], {folder.name: folder for folder in folders}).count == 2
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if LEARNERS[name].__module__.startswith("paretune.")])
+def test_alpha_follows_rank_unless_it_is_given(name):
+    """One scale at every rank, in what is trained and in the key; a rank alone never has the key of an alpha that did not follow."""
+    default = LEARNERS.build(name)
+    assert describe(default)["alpha"] == 32
+    assert describe(dataclasses.replace(default, rank=2)) == describe(dataclasses.replace(default, rank=2, alpha=4))
+    assert describe(LEARNERS.build({"name": name, "rank": 2, "alpha": 32}))["alpha"] == 32
+    for rank, alpha, scale in ((1, None, 2), (2, None, 2), (24, None, 2), (2, 32, 16)):
+        learner = LEARNERS.build({"name": name, "rank": rank, "alpha": alpha, "device": "cpu"})
+        policy = learner.start(spec_of(learner, None, fresh=(rank, 3), rule={"name": "identity"}), TASK, {})
+        assert {tuple(layer.scalings) for layer in policy.bank.layers} == {(scale, scale)}
+        assert lora_config(TASK.load()[0], rank=rank, alpha=alpha, targets="all-linear").lora_alpha == scale * rank  # what trl takes
+        assert describe(LEARNERS.build(describe(learner))) == describe(learner)
 
 
 def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_training(tmp_path):

@@ -22,7 +22,7 @@ from torch import Tensor
 from paretune.errors import ConfigError, TrainingError
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
@@ -57,10 +57,14 @@ class Learner(ABC):
     version: ClassVar[int]
 
     rank: int = 16
-    alpha: int = 32
+    alpha: int | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
     targets: str | tuple[str, ...] = "all-linear"
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
+
+    def resolved(self) -> dict[str, Any]:
+        """What `describe` says instead of a field that follows from others: a key names the alpha that is trained with."""
+        return {"alpha": SCALE * self.rank if self.alpha is None else self.alpha}
 
     def scaled(self, effort: float) -> Self:
         """The same learner with `effort` times the budget: samples, or steps where nothing is sampled."""
@@ -102,7 +106,7 @@ class Learner(ABC):
         bank = LoraBank.load(model, paths, trainable=trained)
         for i, rank in enumerate(fresh):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
-            alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
+            alpha = None if self.alpha is None else max(1, round(self.alpha * rank / self.rank))  # the learner's scale at every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         rule = None if spec.rule is None else GATE_RULES.build(spec.rule)
         policy = build_mixing("parameter" if rule is None else rule.mixing, bank, tokenizer)
@@ -175,7 +179,7 @@ class SampledLearner(Learner):
             "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
             "samples are at least one batch": self.samples >= self.batch,
             "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
-            "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
+            "lr, alpha and temperature are positive": min(self.lr, self.resolved()["alpha"], self.temperature) > 0,
             "micro_batch is at least 1": (self.micro_batch or 1) >= 1,
             "max_unscored lies between 0 and 1": 0 <= self.max_unscored <= 1,
         }
