@@ -34,7 +34,7 @@ def task():
 def noisy_bank(task):
     """Two random adapters: no expert, but a real policy at every gate."""
     model, tokenizer = task.load()
-    bank = LoraBank.attach(model, names=["a", "b"], seed=0, rank=4)
+    bank = LoraBank.attach(model, names=["a", "b"], seed=0, rank=4, alpha=32)
     rng = generator(0, "test adapters")
     with torch.no_grad():
         for parameter in bank.parameters():

@@ -201,7 +201,7 @@ class Cost:
     """Counts, all non-negative. The default is "nothing"."""
 
     samples: int = 0  # responses drawn for training
-    tokens: int = 0  # generated for training, and enumerated by the exact learner
+    tokens: int = 0  # generated in training, validation and search; enumerated where responses are
     steps: int = 0  # optimizer steps
     flops: float = 0.0  # floating-point operations, estimated
     seconds: float = 0.0  # wall clock on the machine that ran it

@@ -7,7 +7,6 @@ that a comparison shows the outer level alone.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_t
 from paretune.methods.search import hierarchical_grid, hierarchical_simplex
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import Searched
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -100,11 +99,9 @@ class EmorlShared(OnExperts):
         searcher = hierarchical_grid if self.search == "box" else hierarchical_simplex
 
         def search(w_M: np.ndarray) -> tuple[np.ndarray, Cost]:
-            start = time.perf_counter()
-            result = searcher(lambda gates_K: score(gates_K, w_M), policy.K, levels=self.levels, cache=self.cache)
-            drawn = 0 if task.is_exact else result.evaluations * self.samples
-            spent = Cost(evaluations=result.evaluations, validation_samples=drawn, seconds=time.perf_counter() - start)
-            return result.best_K, spent
+            with metered() as meter:
+                result = searcher(lambda gates_K: score(gates_K, w_M), policy.K, levels=self.levels, cache=self.cache)
+            return result.best_K, meter.cost
 
         return self.family(task, policy, Searched(search, task.judged()), adapters, seed)
 

@@ -162,5 +162,6 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
         made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
         run.validation_samples += len(made.w_NM)
+        run.tokens += int(made.mask_NT.sum())
         run.evaluations += 1
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
