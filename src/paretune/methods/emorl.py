@@ -106,12 +106,13 @@ class EmorlShared(OnExperts):
         return self.family(task, policy, Searched(search, task.judged()), adapters, seed)
 
 
-@METHODS.register("emorl")
+@METHODS.register("emorl", version=2)
 @dataclass(frozen=True)
 class Emorl(EmorlShared):
-    """As published, with its own experts: each stops when its last 20 validation means vary by less than `stop_cv`.
+    """As published, with its own experts: each stops when the coefficient of variation of its last 20 validations is below `stop_cv`.
 
-    Learners without a stopping rule (the exact one) train as they always do.
+    Sampled and exact learners have the same rule, on estimates and on expectations: see the learners' field `stop_cv`. A learner that has
+    no such field (TRL's) trains as it always does.
     """
 
     stop_cv: float = 0.015
@@ -120,7 +121,7 @@ class Emorl(EmorlShared):
         category="meta-policy",
         summary="experts with the published stopping rule; hidden states summed with weights searched anew for each preference",
         source="EMORL (2505.02579), paper and the authors' code",
-        differs=_DIFFERS,
+        differs=_DIFFERS + "; in the stopping rule rewards count as shares of their declared ranges",
         hides=_HIDES,
         trainings="M",
         forwards_per_token="M",

@@ -28,6 +28,7 @@ from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
 from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
+from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
@@ -36,6 +37,7 @@ __all__ = [
     "Learner",
     "Run",
     "SampledLearner",
+    "StoppingRule",
     "converged",
     "gates_of",
     "log_record",
@@ -214,6 +216,33 @@ class SampledLearner(Learner):
         return shape * min(1.0, (step + 1) / max(self.warmup, 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoppingRule(ABC):
+    """EMORL's stopping rule, for learners that sample and for those that enumerate: they differ in how they `validate`.
+
+    The values are mean scalarized rewards on training prompts, KL left out, as shares of the way from the declared lows to the highs: the
+    coefficient of variation depends on where 0 is, and EMORL's rewards lie in [0, 1].
+    """
+
+    stop_cv: float | None = None  # stop when std / mean of the last `stop_window` validations is below
+    stop_window: int = 20
+    validate_every: int = 10  # steps
+
+    @abstractmethod
+    def validate(self, policy: Any, task: Any, spec: TrainSpec, run: Run) -> float:
+        """The mean scalarized reward of the present policy on training prompts; what it costs is charged to the run."""
+
+    def watch(self, policy: Any, task: Task, spec: TrainSpec, run: Run) -> None:
+        """Validate where it is time to, after a step, and note in the run whether the training has converged."""
+        if self.stop_cv is None or run.step % self.validate_every:
+            return
+        run.validations.append(self.validate(policy, task, spec, run))
+        m = task.objectives.count
+        w_2M, ends_2M = np.tile(spec.preference or (1 / m,) * m, (2, 1)), np.array([task.objectives.low, task.objectives.high])
+        low, high = Combine.of(spec).scores(ends_2M, w_2M, task.objectives)
+        run.converged = converged((np.array(run.validations) - low) / (high - low), self.stop_window, self.stop_cv)
+
+
 @dataclass
 class Run:
     """What a checkpoint must know beside tensors."""
@@ -229,6 +258,7 @@ class Run:
     validation_samples: int = 0
     log_length: int = 0
     validations: list[float] = field(default_factory=list)
+    converged: bool = False  # by a `StoppingRule`
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
 
@@ -334,7 +364,7 @@ def _adapter_name(kind: str, i: int, count: int) -> str:
     return kind if count == 1 else f"{kind}-{i}"
 
 
-def converged(values: Sequence[float], window: int, below: float | None) -> bool:
+def converged(values: Sequence[float] | np.ndarray, window: int, below: float | None) -> bool:
     """EMORL's stopping rule: the coefficient of variation of the last `window` values is below `below` (None: never)."""
     if below is None or len(values) < window:
         return False
