@@ -284,6 +284,25 @@ def test_unscored_is_left_out_and_counted(task, noisy_bank):
     json.dumps(got.metrics, allow_nan=False)
 
 
+def test_rewards_outside_of_their_range_are_counted_in_the_cell(task, noisy_bank):
+    class Half(ExactTask):
+        registered_name = "half"
+
+        @property
+        def objectives(self):
+            there = super().objectives
+            return type(there)(there.names, there.low, (0.5, there.high[1]))
+
+    half = Half(**{f: getattr(task, f) for f in ("alphabet", "length", "prompt_count", "width", "layers", "rho")})
+    family = family_of(half, ParameterMix(*noisy_bank))
+    got = evaluate(half, family, w_WM=np.array([[1.0, 0.0], [0.5, 0.5]]), samples=40, exact=False, splits=["train"])
+    rewards_N = got.curves["train"].rewards_WSM[:, :, 0].ravel()
+    expected = {"count": int((rewards_N > 0.5).sum()), "lowest": rewards_N.min(), "highest": rewards_N.max()}
+    assert got.metrics["splits"]["train"]["outside"] == {"objective_1": pytest.approx(expected)}
+    assert 0 < expected["count"] < 80
+    json.dumps(got.metrics, allow_nan=False)
+
+
 def test_nothing_scored_is_unknown(task, noisy_bank):
     class Silent(ExactTask):
         registered_name = "silent"

@@ -279,6 +279,30 @@ def test_pace():
     assert PolicyGradient(**SMALL, schedule="constant").pace(3) == 1
 
 
+# Rewards outside of their range
+
+
+def test_rewards_outside_of_their_range_are_counted_in_the_log(tmp_path):
+    class Shifted(ExactTask):
+        registered_name = "shifted"
+
+        def score(self, prompts, completions):
+            return super().score(prompts, completions) * [1.0, -2.0]
+
+    task = Shifted(**{f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)})
+    learner = PolicyGradient(**SMALL)
+    learner.train(spec_of(learner), task, tmp_path / "out")
+    lines = log_of(tmp_path / "out")
+    assert len(lines) == 2
+    for line in lines:
+        assert set(line["outside"]) == {"objective_2"}
+        found = line["outside"]["objective_2"]
+        assert 16 < found["count"] <= 32, "those of a step of 16 and of the one before; a score of 0 is in the range"
+        assert -2 <= found["lowest"] < line["rewards"]["objective_2"] < found["highest"] <= 0
+    learner.train(spec_of(learner), TASK, tmp_path / "in")
+    assert not any("outside" in line for line in log_of(tmp_path / "in"))
+
+
 # What it refuses
 
 

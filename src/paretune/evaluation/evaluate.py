@@ -207,6 +207,7 @@ def _sampled(
         },
         **nothing,
         "returns_error": over_prompts(curve.returns_WSM.swapaxes(0, 1), curve.prompt_S).half,
+        "outside": task.objectives.outside(curve.rewards_WSM),
         "own_utility": sampled_own_utility(task, family, curve, start),
         "generations": _generations(task, split, w_WM, drawn, base),
     }

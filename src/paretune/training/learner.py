@@ -32,6 +32,7 @@ from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Objectives
 
 __all__ = [
     "Learner",
@@ -294,9 +295,13 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
 
 
 def log_record(
-    names: Sequence[str], window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
+    objectives: Objectives, window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
 ) -> dict[str, Any]:
-    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name."""
+    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name.
+
+    `outside` is there only where rewards left their declared ranges: see `Objectives.outside`.
+    """
+    names = objectives.names
     rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
     unscored_M = np.isnan(rewards_NM).sum(0)
     means_M = np.nansum(rewards_NM, axis=0) / np.maximum(len(rewards_NM) - unscored_M, 1)
@@ -304,6 +309,7 @@ def log_record(
     record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
     record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known_M, strict=True)}
     record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
+    record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
     record |= {name: float(np.mean([row[name] for row in window])) for name in window[0] if name != "rewards_NM"}
     return record | {"lr": lr}
 
