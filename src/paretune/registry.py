@@ -113,8 +113,12 @@ METHODS = Registry("method", "paretune.methods")
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any."""
+    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any.
+
+    Fields that are None where they follow from others have the number that follows, by the method `resolved`.
+    """
     fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init}
+    fields |= thing.resolved() if hasattr(thing, "resolved") else {}
     content = thing.content() if hasattr(thing, "content") else {}
     described = {"name": thing.registered_name, "version": thing.version, **fields}
     return {**described, "content": content} if content else described

@@ -60,6 +60,18 @@ class Objectives:
                 remedy="give one of each per objective",
             )
 
+    def outside(self, rewards_NM: np.ndarray) -> dict[str, dict[str, float]]:
+        """Name -> how many rewards (..., M) lie outside of the declared range, the lowest and the highest; without objectives that keep it.
+
+        A millionth of the range is rounding.
+        """
+        found = {}
+        for name, low, high, rewards_N in zip(self.names, self.low, self.high, rewards_NM.reshape(-1, self.count).T, strict=True):
+            slack, known_N = 1e-6 * (high - low), rewards_N[np.isfinite(rewards_N)]
+            if count := int(((known_N < low - slack) | (known_N > high + slack)).sum()):
+                found[name] = {"count": count, "lowest": float(known_N.min()), "highest": float(known_N.max())}
+        return found
+
     @property
     def count(self) -> int:
         return len(self.names)
@@ -201,7 +213,7 @@ class Cost:
     """Counts, all non-negative. The default is "nothing"."""
 
     samples: int = 0  # responses drawn for training
-    tokens: int = 0  # generated for training, and enumerated by the exact learner
+    tokens: int = 0  # generated in training, validation and search; enumerated where responses are
     steps: int = 0  # optimizer steps
     flops: float = 0.0  # floating-point operations, estimated
     seconds: float = 0.0  # wall clock on the machine that ran it

@@ -181,7 +181,7 @@ class Setting:
         return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
-        """(W, M) half the width of the 95 % intervals of `mean_points` over samples; None where nothing was sampled."""
+        """(W, M) half the width of the 95 % intervals of `mean_points` over prompts; None where nothing was sampled."""
         errors = self._shared(label, split, "returns_error")
         if not errors or any(error is None for error in errors):
             return None

@@ -47,7 +47,7 @@ __all__ = [
 
 TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
-EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
+EVALUATION = 2  # raise when evaluating the same family would give other numbers: it is part of every cell's key
 PACKAGES = (
     *("paretune", "numpy", "scipy", "torch", "transformers", "peft", "safetensors", "tokenizers"),
     *("moocore", "datasets", "accelerate", "trl"),
