@@ -255,7 +255,7 @@ class _Plot:
         marks = "".join(f'<span style="color:{look.color}">{look.mark}</span>' for look in known)
         x = self.x[0] + label.anchor[0] / PLOT[0] * (self.x[1] - self.x[0])
         y = self.y[1] - label.anchor[1] / PLOT[1] * (self.y[1] - self.y[0])
-        text = f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>"
+        text = f"{marks} {escape(label.name)}" if marks else f"<b>{escape(label.name)}</b>"
         note = {"x": x, "y": y, "ax": label.x - label.anchor[0], "ay": label.y - label.anchor[1], "text": text, "name": name}
         note |= {"showarrow": True, "arrowhead": 0, "arrowwidth": 0.8, "arrowcolor": known[0].color if known else INK, "standoff": 5}
         return note | {"font": {"size": 12, "color": INK}, "bgcolor": "rgba(255,255,255,0.7)", "borderpad": 1}
@@ -488,10 +488,11 @@ FIGURES = dict(zip(("fronts", "attainment", "profiles", "cost", "loss"), MAKERS,
 
 
 def template(name: str, **filters: Any) -> Any:
-    """A template of this folder."""
+    """A template of this folder. Values are escaped where they are shown, and JSON for a script by `tojson`."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": True}
     environment.filters |= {"minus": minus, "prompts": PROMPTS.__getitem__, **filters}
     return environment.get_template(name)
 
