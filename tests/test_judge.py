@@ -387,6 +387,20 @@ def test_what_is_no_key_is_accepted(fields):
     judge("http://127.0.0.1:1/v1", **fields)
 
 
+@pytest.mark.parametrize("key", ["a b", "a\nb", "a\x1bb", "kl\u00fcssel"])
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="an API key is one word of plain characters") as error:
+        judge("http://127.0.0.1:1/v1", key_env="JUDGE_KEY").check()
+    assert key not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://h:x/v1", "http:///v1", "https://", "http://[::1/v1", "http://h/v1\n"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(ConfigError, match="url begins with http:// or https://, and names a host"):
+        judge(url)
+
+
 # ---- the cache and the cost
 
 

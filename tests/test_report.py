@@ -359,6 +359,11 @@ def test_json_in_the_page_holds_no_character_that_html_knows(tmp_path, name):
     block = text.partition('<script type="application/json" id="views">')[2].partition("</script>")[0]
     assert not set(block) & set("<>&\u2028\u2029")
     views = json.loads(block)
+    for figure in views.values():
+        for view in figure.values():
+            titles = [view["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+            notes = [note["text"] for note in view["layout"].get("annotations", ())]
+            assert not re.findall(r"<(?!/?b>|span style|/span>)", " ".join([*titles, *notes])), "plotly takes tags in texts for its own"
     assert {name} <= {trace["name"] for figure in views.values() for view in figure.values() for trace in view["data"]}
     assert set(views) == set(re.findall(r'class="plot" id="([^"]+)"', text))
     pictures = list((page.parent / "figures").glob("*.svg"))

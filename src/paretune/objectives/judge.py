@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from paretune.errors import KEY, ConfigError, RewardError, printable, redacted
 from paretune.objectives.base import Objective, text_of
@@ -92,7 +93,7 @@ class Judge(Objective):
         self.check_range()
         self._check_secrets()
         rules = {
-            "url begins with http:// or https://": self.url.startswith(("http://", "https://")),
+            "url begins with http:// or https://, and names a host": _is_address(self.url),
             "the rubric says what a good answer is": bool(self.rubric.strip()),
             "the scale goes up": all(map(math.isfinite, self.scale)) and self.scale[0] < self.scale[1],
             "concurrency and max_tokens are at least 1": self.concurrency >= 1 and self.max_tokens >= 1,
@@ -228,6 +229,12 @@ class Judge(Objective):
                 found=f"{self.key_env} is {'empty' if self.key_env in os.environ else 'not set'}",
                 remedy=f"export {self.key_env}=... before the run; key_env is the name of the variable, not the key",
             )
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(
+                "objective judge: an API key is one word of plain characters",
+                found=f"{self.key_env} has a space, a line end, a control character or one beyond ASCII in it",
+                remedy=f"export {self.key_env} again, with the key alone",
+            )
         return {"Authorization": f"Bearer {key}"}
 
     def _ask(self, post: _Post, key: str, body: Mapping[str, Any]) -> _Reply:
@@ -242,7 +249,7 @@ class Judge(Objective):
                 response = post(self.url.rstrip("/") + "/chat/completions", body)
             except TimeoutError:
                 reply.failure = f"no answer within {self.timeout:g} s"
-            except httpx2.HTTPError as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 reply.failure = type(error).__name__
             else:
                 if response.status in REFUSED:
@@ -390,11 +397,11 @@ def _posting(timeout: float, headers: Mapping[str, str]) -> Iterator[_Post]:
             wait = _seconds(response.headers.get("retry-after"))
             return _Response(response.status_code, wait, _unpacked(packed, response.headers.get("content-encoding", "")))
 
+    given = {**headers, "Accept-Encoding": "gzip"}
+    client = httpx2.AsyncClient(timeout=None, headers=given, follow_redirects=False, limits=httpx2.Limits(max_connections=None))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="judge", daemon=True)
     thread.start()
-    given = {**headers, "Accept-Encoding": "gzip"}
-    client = httpx2.AsyncClient(timeout=None, headers=given, follow_redirects=False, limits=httpx2.Limits(max_connections=None))
     try:
         yield lambda url, body: asyncio.run_coroutine_threadsafe(post(url, body), loop).result()
     finally:
@@ -416,6 +423,14 @@ def _count(usage: Any, name: str) -> int:
     """A count of tokens; 0 where the server says none, or nonsense."""
     value = usage.get(name) if isinstance(usage, Mapping) else None
     return int(value) if isinstance(value, int | float) and 0 <= value <= MOST_TOKENS else 0
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
 
 
 def _without_fence(text: str) -> str:

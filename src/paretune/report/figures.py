@@ -158,7 +158,7 @@ def frame() -> dict[str, Any]:
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """What all axes share."""
     lines = {"gridcolor": GRID, "zeroline": False, "linecolor": EDGE, "showline": True, "ticks": "outside", "tickcolor": EDGE, "ticklen": 4}
-    named = {"text": title, "font": {"size": 13, "color": INK}, "standoff": 8}
+    named = {"text": escape(title), "font": {"size": 13, "color": INK}, "standoff": 8}
     return {"title": named, **lines, "tickfont": {"size": 12, "color": MUTED}, **more}
 
 
@@ -463,7 +463,7 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     enough = 0.13 * (span[1] - span[0])  # a narrower bar has no room for its number
     data = []
     for part in LOSS_PARTS:
-        names, values = [row["method"] for row, _ in rows], [row[part] for row, _ in rows]
+        names, values = [escape(row["method"]) for row, _ in rows], [row[part] for row, _ in rows]
         if any(v is not None for v in values):
             text = [minus(f"{v:.2f}") if v is not None and abs(v) >= enough else "" for v in values]
             bar: dict[str, Any] = {"type": "bar", "orientation": "h", "name": part, "y": names, "x": values, "text": text}
@@ -476,7 +476,9 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     shape["yaxis"] = axis("", automargin=True, showgrid=False, ticks="", tickfont={"size": 12, "color": INK})
     whole = {"xanchor": "left", "xshift": 4, "showarrow": False, "font": {"size": 12, "color": INK}}  # at the end of its bar
     losses = [f"<b>{minus(format(row['loss'], '.2f'))}</b>" for row, _ in rows]
-    shape["annotations"] = [{"x": end, "y": row["method"], "text": text, **whole} for (row, end), text in zip(rows, losses, strict=True)]
+    shape["annotations"] = [
+        {"x": end, "y": escape(row["method"]), "text": text, **whole} for (row, end), text in zip(rows, losses, strict=True)
+    ]
     return {"data": data, "layout": shape}
 
 
