@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from judge_server import JudgeServer, verdict
 from paretune.cli import app
 from paretune.cli.common import say, show_table
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, redacted
 from paretune.policy.base import build_mixing
 from paretune.policy.family import Family, load_base
 from paretune.policy.lora.bank import LoraBank
@@ -370,6 +371,14 @@ def test_a_failure_is_written_down_without_keys():
     record = failure(error, label="x")
     assert SECRET not in json.dumps(record)
     assert "cannot reach https://***@host/v1?api_key=***" in record["message"]
+
+
+@pytest.mark.parametrize("text", ["a-", "sk-", "-eyJ", "?a-", "api_key"])
+def test_masking_takes_time_in_proportion_to_the_text(text):
+    """0.1 s here; a pattern that looks ahead without a bound takes minutes."""
+    start = time.process_time()
+    redacted(text * 20_000)
+    assert time.process_time() - start < 3
 
 
 # ---- what is printed

@@ -81,17 +81,17 @@ def _rebuild(kind: type[ParetuneError], rule: str, found: str, remedy: str) -> P
 # What a terminal or a reader's eye would obey instead of showing it: controls but tab and line end, bidi marks, half surrogates.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# How keys look, and what they are called where one stands beside its name.
+# How keys look, and what they are called where one stands beside its name. Every repetition is bounded: texts may be long, and hostile.
 KEY = re.compile(
-    r"\b((sk|pk|rk)[-_](?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{16,}|(hf|gsk|ghp|gho|ghs|glpat|xox[a-z]|nvapi|r8|pplx)[-_](?=[\w-]*\d)[\w-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{16,}\.[\w-]{8,}[\w.-]*)|(?<=Bearer )[\w.~+/-]{8,}=*"
+    r"\b((sk|pk|rk)[-_](?=[\w-]{0,60}\d)(?=[\w-]{0,60}[a-z])|(hf|gsk|ghp|gho|ghs|glpat|xox[a-z]|nvapi|r8|pplx)[-_](?=[\w-]{0,60}\d))[\w-]{16,}"
+    r"|\b(AKIA[0-9A-Z]{16}|AIza[\w-]{30}|eyJ[\w-]{16,200}\.[\w-]{8,}[\w.-]*)|(?<=Bearer )[\w.~+/-]{8,}=*"
 )
 SECRET = r"(?:(?:api|access|secret|private|auth|subscription|signing)[-_ ]?key|(?:access|auth|api|bearer|refresh|session)[-_ ]?token"
 SECRET += r"|passw(?:or)?d|passphrase|pwd|secret|authorization|credentials?|cookie)"
 IN_URL = re.compile(
-    rf"(:/{{1,2}})[^/\s@?#'\"]+(?=@)|(?<=[?&])((?:[\w-]{{0,40}}{SECRET}|key|token|auth|sig|signature)=)[^&\s'\"#]+", re.IGNORECASE
+    rf"(:/{{1,2}})[^/\s@?#'\"]{{1,300}}(?=@)|((?:{SECRET}|(?<=[?&])(?:key|token|auth|sig|signature))=)[^&\s'\"#]+", re.IGNORECASE
 )
-NAMED = re.compile(rf"(\b[\w-]{{0,40}}{SECRET}\\?['\"]?\s*[=:]\s*\\?['\"]?)(?!\*)[^\s'\",}}\\]+", re.IGNORECASE)
+NAMED = re.compile(rf"({SECRET}\\?['\"]?\s{{0,9}}[=:]\s{{0,9}}\\?['\"]?)(?!\*)[^\s'\",}}\\]+", re.IGNORECASE)
 
 
 def printable(text: str) -> str:
