@@ -17,15 +17,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest
 
-__all__ = ["Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt", "canonical_json", "key_of"]
+__all__ = [
+    *("Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt"),
+    *("canonical_json", "check_name", "key_of", "refuse_secrets"),
+]
 
 
 def canonical_json(value: Any) -> str:
@@ -38,6 +42,45 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]
 
 
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters that show nothing
+
+
+def check_name(kind: str, name: Any) -> None:
+    """ConfigError unless `name` is a text that a reader sees as it is: no controls, line ends, bidi marks or characters without a width."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or any(c in BLANK for c in name):
+        raise ConfigError(
+            f"the name of {kind} is made of characters that can be seen",
+            found=ascii(name),
+            remedy="rename it: no control characters, line ends, direction marks or zero-width characters",
+        )
+
+
+def refuse_secrets(what: str, given: Any, *, names: re.Pattern[str] | None = None) -> None:
+    """ConfigError where something that is written down holds a key: in a URL, by its look, or in an entry whose name `names` matches."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if names is not None and names.fullmatch(str(name)) and value not in (None, ""):
+                raise _secret(what, f"a value for {str(name)!r}")
+            refuse_secrets(what, value, names=names)
+    elif isinstance(given, list | tuple):
+        for value in given:
+            refuse_secrets(what, value, names=names)
+    elif isinstance(given, str) and (("://" in given and IN_URL.search(given)) or KEY.search(given)):
+        raise _secret(what, "a URL with one in it" if "://" in given else f"a text of {len(given)} characters that looks like one")
+
+
+SECRET_NAMES = re.compile(rf"[\w -]{{0,40}}{SECRET}", re.IGNORECASE)  # of a field
+IN_REQUEST = re.compile(rf"[\w -]{{0,40}}{SECRET}|key|token|auth|bearer|sig|signature", re.IGNORECASE)  # of what is sent to a service
+
+
+def _secret(what: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"{what}: keys and passwords are not written down, because descriptions go into spec.json, job files and logs",
+        found=found,
+        remedy="put the key into an environment variable, and name that: `key_env: MY_KEY` for a judge, HF_TOKEN for the hub",
+    )
+
+
 @dataclass(frozen=True)
 class Objectives:
     """The ordered meaning of axis M. `low` and `high` are the (M,) range; `low` is also the hypervolume reference point."""
@@ -47,6 +90,8 @@ class Objectives:
     high: tuple[float, ...]
 
     def __post_init__(self):
+        for name in self.names:
+            check_name("an objective", name)
         if len(set(self.names)) != len(self.names) or not self.names:
             raise ConfigError(
                 "objective names are distinct and there is at least one",

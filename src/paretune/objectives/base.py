@@ -73,6 +73,10 @@ class Objective(ABC):
     def check(self) -> None:  # noqa: B027
         """Raise ConfigError for what can be found wrong before anything runs and without loading a model."""
 
+    def trusts(self) -> tuple[str, ...]:
+        """What it runs, or sends texts to, on the word of whoever described it: code files, a model's own code, services."""
+        return ()
+
     def squashed(self, fraction: float) -> float:
         """From [0, 1] to [low, high]."""
         return self.low + (self.high - self.low) * fraction
