@@ -6,6 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import bad_inputs
 from paretune.cli import app
 from paretune.errors import ConfigError, RewardError, nearest
 from paretune.objectives.functions import load_function
@@ -180,3 +181,35 @@ def shout(completions, **kwargs):
     assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2
     calls = sys.modules[load_function(f"{tmp_path / 'rewards.py'}:shout").function.__module__].CALLS
     assert len(calls) == 2 * 6 + 1  # six steps each, and the one that failed
+
+
+# ---- the generated ones: tests/bad_inputs.py runs them all
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    return bad_inputs.ground(tmp_path_factory.mktemp("ground"))
+
+
+def test_a_share_of_the_generated_inputs(ground):
+    chosen = bad_inputs.share(100)
+    went = [(case.kind, case.name, bad_inputs.verdict(case, ground)) for case in chosen]
+    assert [(kind, name, how) for kind, name, (how, _) in went if how != bad_inputs.GOOD] == []
+    assert len(bad_inputs.cases()) >= 700
+    assert len({case.kind for case in chosen}) == len({case.kind for case in bad_inputs.cases()})
+
+
+def test_the_judge_of_generated_inputs_sees_what_goes_wrong(ground):
+    """A judge that says ok to everything would pass everything."""
+
+    def end(act):
+        return bad_inputs.verdict(bad_inputs.Case("x", "x", lambda *_: act()), ground)[0]
+
+    def refuse(**parts):
+        raise ConfigError("a rule", **parts)
+
+    assert end(lambda: refuse(found="this", remedy="that")) == "ok"
+    assert end(lambda: refuse(found="this", remedy="")) == "unclear"
+    assert end(lambda: 1 / 0) == "traceback"
+    assert end(lambda: 3) == "accepted"
+    assert end(lambda: bad_inputs._alarm()) == "hang"

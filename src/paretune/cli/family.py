@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from paretune.cli.common import Json, Overrides, Plugins, Preference, app, check_writable, on_ray, plug, print_json, say, show_table
 from paretune.errors import ConfigError
+from paretune.policy.card import read_card
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
@@ -32,12 +34,13 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.policy.family import Family
     from paretune.runs.recipe import load_recipe
-    from paretune.runs.suite import fit as fit_family
 
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
+    from paretune.policy.family import Family
+    from paretune.runs.suite import fit as fit_family
+
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
@@ -55,7 +58,7 @@ def fit(
     if rows:
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
     example = _even_weights(family.objectives.names)
-    typer.echo(f'{folder}\ntry it: paretune sample {folder} --preference {example} "your prompt"')
+    typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
 
 
 @app.command()
@@ -70,6 +73,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
+    read_card(family)
     from paretune.policy.family import Family
 
     loaded = Family.load(family)
@@ -92,6 +96,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
+    read_card(family)
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
@@ -122,6 +127,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
+    read_card(family)
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family

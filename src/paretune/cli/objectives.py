@@ -40,11 +40,11 @@ def relate(
     as_json: Json = False,
 ) -> None:
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
+    plug(plugin)
+    task, learner = _target(target, overrides or [])
     from paretune.evaluation import relations
     from paretune.report.relate import gradient_table, objective_table, pair_table, to_json, write_relations
 
-    plug(plugin)
-    task, learner = _target(target, overrides or [])
     rows = _rows(results)
     found = relations.relate(task, prompts=prompts, group=group, seed=seed)
     looked = relations.probe(task, steps=probe_steps, learner=learner, seed=seed) if probe or probe_steps else None
@@ -110,11 +110,12 @@ def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
     from paretune.registry import TASKS
     from paretune.runs.config import Document
     from paretune.runs.recipe import load_recipe
-    from paretune.training.policy_gradient import PolicyGradient
 
     name, *more = target.split() or [""]
     if Path(target).suffix.lower() in (".yaml", ".yml") or Path(target).is_file():
         recipe = load_recipe(target, overrides)
+        from paretune.training.policy_gradient import PolicyGradient
+
         return recipe.task, recipe.learner if isinstance(recipe.learner, PolicyGradient) else None
     if name == "recipe":
         raise ConfigError("a recipe is given by its file", found="the task 'recipe'", remedy="paretune relate RECIPE.yaml")

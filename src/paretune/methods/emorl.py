@@ -25,7 +25,7 @@ from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
-from paretune.types import Cost
+from paretune.types import Amount, Cost, Count
 
 __all__ = ["Emorl", "EmorlShared", "outer_score"]
 
@@ -71,9 +71,9 @@ class EmorlShared(OnExperts):
 
     score: Literal["linear", "product"] = "linear"
     search: Literal["box", "simplex"] = "box"
-    levels: int = 5
+    levels: Count = 5
     cache: bool = False
-    samples: int = 64
+    samples: Count = 64
 
     card: ClassVar[Card] = Card(
         category="meta-policy",
@@ -117,7 +117,7 @@ class Emorl(EmorlShared):
     Learners without a stopping rule (the exact one) train as they always do.
     """
 
-    stop_cv: float = 0.015
+    stop_cv: Amount = 0.015
 
     card: ClassVar[Card] = Card(
         category="meta-policy",

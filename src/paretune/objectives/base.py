@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from paretune.errors import ConfigError, RewardError
+from paretune.errors import ConfigError, RewardError, own_code, shown
 from paretune.types import Prompt
 
 __all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "score_given", "text_of"]
@@ -105,8 +105,12 @@ def score_all(
 
 def score_given(objectives: Sequence[tuple[str, Score]], given: Mapping[str, Any]) -> np.ndarray:
     """(N, M) as `score_all`, from the arguments that a trainer gives to a reward function: "completions", columns, and more by name."""
-    count = len(given["completions"])
-    return np.stack([_scores(name, _call(name, function, given), count) for name, function in objectives], axis=1)
+    count, remedy = len(given["completions"]), "return None for a completion that cannot be scored, and mend the line that is named"
+    scores: list[np.ndarray] = []
+    for name, function in objectives:
+        with own_code(RewardError, f"objective {name!r} scores every completion without an exception", remedy):
+            scores.append(_scores(name, _call(name, function, given), count))
+    return np.stack(scores, axis=1)
 
 
 def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray, count: int, *, limit: float = 0.1) -> None:
@@ -174,14 +178,7 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
         )
     own = {key: copy.deepcopy(list(value)) if isinstance(value, list | tuple) else value for key, value in given.items()}
     positional, named = _accepted(function, own)
-    try:
-        return function(*positional, **named)
-    except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"objective {name!r} scores every completion without an exception",
-            found=f"{type(error).__name__}: {error}",
-            remedy="return None for a completion that cannot be scored; the traceback above shows the line",
-        ) from error
+    return function(*positional, **named)
 
 
 def _accepted(function: Score, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -238,5 +235,4 @@ def _not_scores(name: str, count: int, found: str) -> RewardError:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"

@@ -54,6 +54,9 @@ class Task(ABC):
         """(N, M) what a learner sees of `score`: the same, unless the task's rewards are noisy. `streams` names one seed per row."""
         return self.score(prompts, completions)
 
+    def check(self) -> None:  # noqa: B027
+        """Raise ConfigError for what can be found wrong before a model is loaded; suites and `fit` ask before anything is trained."""
+
     def base(self) -> Mapping[str, Any]:
         """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
         from paretune.registry import describe

@@ -105,7 +105,11 @@ class RecipeTask(Task):
         }
 
     def check(self) -> None:
-        """Everything that can be found wrong before a model is loaded; raises ConfigError."""
+        """Everything that can be found wrong before a model is loaded; raises ConfigError. Asked again, it costs nothing."""
+        assert self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
         check_pretrained(self.model)
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
@@ -118,6 +122,7 @@ class RecipeTask(Task):
                 remedy="give plain texts, for example with template:, or save a chat template with the tokenizer",
             )
         self._check_lengths()
+        return True
 
     def _check_lengths(self) -> None:
         room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)

@@ -28,6 +28,7 @@ from paretune.training.gradients import autograd_jacobian
 from paretune.training.learner import Learner, Run, converged, gates_of, run_loop
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Amount, Fraction
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
@@ -44,8 +45,8 @@ class ExactGradient(Learner):
 
     steps: int = 200
     lr: float = 2e-2
-    momentum: float = 0.8
-    stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` values of J_w is below
+    momentum: Fraction = 0.8
+    stop_cv: Amount | None = None  # stop when std / |mean| of the last `stop_window` values of J_w is below
     stop_window: int = 20
     log_every: int = 10
     checkpoint_every: int = 50

@@ -31,6 +31,7 @@ from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, i
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Count, Fraction, Natural, Positive
 
 __all__ = [
     "Learner",
@@ -56,8 +57,8 @@ class Learner(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
 
-    rank: int = 16
-    alpha: int = 32
+    rank: Count = 16
+    alpha: Count = 32
     targets: str | tuple[str, ...] = "all-linear"
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
@@ -145,13 +146,13 @@ class SampledLearner(Learner):
     group: int = 8
     optimizer: Literal["muon", "adam"] = "muon"
     lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
-    momentum: float = 0.9  # of "muon"
+    momentum: Fraction = 0.9  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: int = 0  # steps of linear warm-up
+    warmup: Natural = 0  # steps of linear warm-up
     epochs: int = 1  # updates on each batch
-    micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
+    micro_batch: Count | None = None  # rows per forward and backward; None is the whole batch at once
     checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
     temperature: float = 1.0  # the policy that is trained is the tempered one
     max_unscored: float = 0.10

@@ -31,6 +31,7 @@ from paretune.training.learner import Run, converged, memory_explained, not_fini
 from paretune.training.loss import kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Amount, Count, Positive
 
 __all__ = ["PolicyBatch", "PolicyGradient", "PolicySettings"]
 
@@ -45,7 +46,7 @@ class PolicySettings:
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     length: Literal["sum", "token_mean"] = "sum"
     ratio: Literal["sequence", "token"] = "sequence"
-    clip_eps: float = 0.2  # of the ratio, from the second of several epochs on
+    clip_eps: Positive = 0.2  # of the ratio, from the second of several epochs on
 
     def rules(self) -> dict[str, bool]:
         unbiased = "kl_in reward takes kl_estimator k1, which alone is unbiased there; kl_in loss takes k2 or k3"
@@ -75,10 +76,10 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
 
-    stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` validation means is below
+    stop_cv: Amount | None = None  # stop when std / |mean| of the last `stop_window` validation means is below
     stop_window: int = 20
     validate_every: int = 10
-    validation_samples: int = 64
+    validation_samples: Count = 64
 
     def rules(self) -> dict[str, bool]:
         return {**super().rules(), "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1}
