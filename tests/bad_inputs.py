@@ -317,7 +317,7 @@ TEXTS = {
 NUMBERS = {"a number", "a year", "zero", "minus one", "a fraction"}
 WHOLE = {"a number", "a year"}
 EMPTY = {"nothing"}
-PLAIN = {"a date", "anchor"}  # text
+PLAIN = {"a date", "anchor", "!!timestamp"}  # text
 RECIPE = {
     "model": set(),
     "prompts": set(),
@@ -556,8 +556,9 @@ TRUE_OF = {  # option or argument -> values with a meaning
     ("sample", "prompts"): {"*"},
     ("explain", "prompt"): {"*"},
     ("explain", "response"): {"*"},
+    ("explain", "recipe"): {"*"},  # not read where nothing is measured
     ("relate", "results"): set(),
-    **{(name, "seed"): {"zero", "billion", "negative"} for name in NO_WORK},
+    **{(name, "seed"): {"zero", "billion", "negative", "thirty digits"} for name in NO_WORK},
     ("demo", "root"): {*TEXT, "folder", "long name.yaml"},
     ("sample", "temperature"): {"zero", "billion"},
     ("sample", "n"): set(),
@@ -577,7 +578,11 @@ def options() -> Iterator[Case]:
             for label, value in ARGV.items():
                 passes = TRUE_OF.get((name, parameter.name), {"billion", "zero"} if number else TEXT)
                 flag = parameter.opts[0] if parameter.opts[0].startswith("-") else ""
-                fine = ("*" in passes or label in passes) and label != "surrogate" and not (number and label in NEVER_ARGV)
+                fine = (
+                    ("*" in passes or label in passes)
+                    and label != "surrogate"
+                    and not (number and label in NEVER_ARGV and parameter.name != "seed")
+                )
                 yield Case(
                     "options", f"{name} {parameter.name} {label}", functools.partial(_option, name, parameter.name, flag, value), fine
                 )

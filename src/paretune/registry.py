@@ -111,10 +111,9 @@ class Registry:
         except Exception as error:  # arithmetic on fields, before a class has looked at them
             found = f"{', '.join(f'{name}={shown(value)}' for name, value in params.items())}: {type(error).__name__}: {error}"
             raise ConfigError(f"{label} can be made of its fields", found=found, remedy=see) from error
-        for name, value in params.items():
-            if not _same_kind(value, getattr(built, name)):
-                rule = f"{label}: {name} is what it is declared as; a truth value is no number"
-                raise _at(name, ConfigError(rule, found=shown(value), remedy=see))
+        if changed := _changed(params, built):
+            rule = f"{label}: {'.'.join(map(str, changed[:-1]))} is what it is declared as; a truth value is no number"
+            raise _at(*changed[:-1], ConfigError(rule, found=shown(changed[-1]), remedy=see))
         return built
 
     def _load(self) -> None:
@@ -138,7 +137,7 @@ def checked(what: str, kind: Any, value: Any) -> Any:
     wrong = None if kind is Any else not_plain(value)
     try:
         built = value if wrong else TypeAdapter(kind).validate_python(value)
-        wrong = wrong or (None if _same_kind(value, built) else "is what it is declared as; a truth value is no number")
+        wrong = wrong or ("is what it is declared as; a truth value is no number" if _changed(value, built) else None)
     except ValidationError as error:
         wrong = f"is as declared: {error.errors()[0]['msg']}"
     except RecursionError:
@@ -181,15 +180,16 @@ def not_plain(value: Any, depth: int = 0) -> str | None:
     return next((wrong for item in items if (wrong := not_plain(item, depth + 1))), None)
 
 
-def _same_kind(given: Any, built: Any) -> bool:
-    """False where a truth value became a number, or a number a truth value."""
-    if isinstance(given, Mapping) and isinstance(built, Mapping):
-        return all(_same_kind(item, built.get(key)) for key, item in given.items())
-    if isinstance(given, list | tuple) and isinstance(built, list | tuple):
-        return all(map(_same_kind, given, built))
-    if isinstance(given, Mapping):  # of a dataclass
-        return all(_same_kind(item, getattr(built, str(key), item)) for key, item in given.items())
-    return not isinstance(given, bool | int | float) or isinstance(given, bool) == isinstance(built, bool)
+def _changed(given: Any, built: Any) -> tuple[Any, ...] | None:
+    """Where a truth value became a number, or a number a truth value: (place..., value); None where nothing did."""
+    if isinstance(given, Mapping):
+        inner = built if isinstance(built, Mapping) else getattr(built, "__dict__", {})
+        pairs = [(key, item, inner.get(key, item)) for key, item in given.items()]
+    elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
+        pairs = [(place, *both) for place, both in enumerate(zip(given, built, strict=False))]
+    else:
+        return (given,) if isinstance(given, bool | int | float) and isinstance(given, bool) != isinstance(built, bool) else None
+    return next(((key, *below) for key, item, made in pairs if (below := _changed(item, made))), None)
 
 
 TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")

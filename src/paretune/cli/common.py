@@ -63,7 +63,7 @@ def _readable() -> Iterator[None]:
     except UnicodeError as error:
         remedy = "write it again, in UTF-8"
         raise ConfigError("text can be written as UTF-8", found=shown(str(error)), remedy=remedy) from error
-    except (RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError, OverflowError) as error:
         found, remedy = raised_by(error), "ask for less at once, or give the machine more memory"
         raise ParetuneError("what a command reads and makes fits into memory", found=found, remedy=remedy) from error
 

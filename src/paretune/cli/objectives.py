@@ -28,7 +28,7 @@ def relate(
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also compare the objectives' gradients.")] = False,
     probe_steps: Annotated[
-        int, typer.Option(min=0, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
+        int, typer.Option(min=0, max=10_000, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
     ] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts to sample, where responses cannot be enumerated.")] = 16,
     group: Annotated[int, typer.Option(min=2, help="Responses per prompt there; below 10 there are no intervals.")] = 16,

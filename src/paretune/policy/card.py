@@ -21,15 +21,27 @@ class _Objectives(BaseModel):
     high: list[float]
 
 
+class _Named(BaseModel):
+    name: str
+
+
+class _OfTask(BaseModel):
+    task: _Named
+
+
+class _OfModel(BaseModel):
+    model: str
+
+
 class _Card(BaseModel):
     format: StrictInt
-    mixing: str | dict[str, Any]
-    rule: dict[str, Any]
+    mixing: str | _Named
+    rule: _Named
     objectives: _Objectives
-    base: dict[str, Any]
+    base: _OfTask | _OfModel
     adapters: dict[str, str]
-    experts: list[StrictInt] | None = None
-    utility: dict[str, Any] | None = None
+    experts: Annotated[list[StrictInt], Field(min_length=1)] | None = None
+    utility: _Named | None = None
     max_new_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     meta: dict[str, Any]
 

@@ -131,7 +131,8 @@ def _build_task(document: config.Document) -> RecipeTask:
         task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
     except ConfigError as error:
         rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
-        named = rule.partition(":")[0].partition(",")[0].split(".")
+        keys = {field: key for key, field in TASK_KEYS.items()}
+        named = [keys.get(str(step), step) for step in error.place] or rule.partition(":")[0].partition(",")[0].split(".")
         where = f" ({document.where(*named)})" if named[0] in given else ""
         raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
     with document.at("model"):

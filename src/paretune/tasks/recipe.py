@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeTask"]
 
+CHARACTERS = 64  # of one token, at most: far more than those of texts, so that what is longer is no matter of the tokenizer
+
 
 @TASKS.register("recipe")
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,13 @@ class RecipeTask(Task):
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
         else:
             texts = [str(p.text) for p in prompts]
+        longest = max(map(len, texts))
+        if room is not None and longest > CHARACTERS * room:  # a tokenizer would take minutes for what cannot fit
+            raise ConfigError(
+                "prompt and answer fit into the model's context",
+                found=f"a prompt of {longest} characters for a context of {room} tokens",
+                remedy="shorten the prompts, or leave them out with longest:",
+            )
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
         if min(lengths) == 0:
             raise ConfigError(

@@ -172,8 +172,8 @@ class SampledLearner(Learner):
     def rules(self) -> dict[str, bool]:
         """What the fields must keep, in words that name them, and whether they do."""
         return {
-            "batch is a multiple of group": self.batch % self.group == 0 and self.batch > 0,
             "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
+            "batch is a multiple of group": self.group > 0 and self.batch % self.group == 0 and self.batch > 0,
             "samples are at least one batch": self.samples >= self.batch,
             "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
             "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
