@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ def content_of(model: str, revision: str | None, *, what: str = "the reference m
 
 def how_to_get(name: str, *, key: str, revision: str | None = None, data: bool = False) -> str:
     """What to download on a machine that has a network, and where to put it."""
-    extra = (" --repo-type dataset" if data else "") + (f" --revision {revision}" if revision else "")
+    extra = (" --repo-type dataset" if data else "") + (f" --revision {shlex.quote(revision)}" if revision else "")
     folder = name.rpartition("/")[2]
     return (
-        f"check the name; without a network, run `hf download {name}{extra} --local-dir {folder}` on a machine that has one, "
+        f"check the name; without a network, run `hf download {shlex.quote(name)}{extra} --local-dir {shlex.quote(folder)}` "
+        "on a machine that has one, "
         f"copy the folder here, and write {key}: with its path"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,11 +84,13 @@ def _bench(
     suite: str, overrides: list[str], root: Path | None, executor: str, workers: int | None, *, dry_run: bool, as_json: bool
 ) -> None:
     from paretune.cli.catalog import suite_path
-    from paretune.runs.suite import run_suite
 
     path = suite_path(suite)
+    from paretune.runs.suite import run_suite
+
     folder = root or Path("paretune-runs") / path.stem
-    summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
+    with contextlib.redirect_stdout(sys.stderr):  # a reward, or a plugin, may print
+        summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
     if dry_run:
         print_json(summary.to_json()) if as_json else tell(summary.text())
         return
@@ -137,14 +141,16 @@ def tune(
 ) -> None:
     """Search a learner's and a method's settings; stopped or killed, the same command goes on."""
     from paretune.cli.catalog import suite_path
-    from paretune.runs.tune import read_plan
-    from paretune.runs.tune import tune as search
 
     plug(plugin)
     check_writable(write, "--write")
-    path = Path(target) if target.endswith((".yaml", ".yml")) else suite_path(target)
+    path = suite_path(target)
+    from paretune.runs.tune import read_plan
+    from paretune.runs.tune import tune as search
+
     plan = read_plan(path, overrides or [], method=method, repeats=repeats, samples=samples)
-    found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(sys.stderr):
+        found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
     best = found.yaml()
     if write is not None:
         write.write_text(best, encoding="utf-8")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, printable
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
+from paretune.files import is_disk_full
+from paretune.registry import not_plain
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
@@ -31,7 +35,11 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _readable(), refuse_exit():
+                for text in (*ctx._protected_args, *ctx.args):
+                    if wrong := not_plain(text):
+                        raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
+                return super().invoke(ctx)
         except ParetuneError as error:
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
@@ -39,6 +47,25 @@ class _Group(TyperGroup):
             if not str(stop):  # with a message, whoever stopped the work has shown it
                 say("stopped; finished work and checkpoints are kept: the same command goes on from there")
             raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Errors of the system for which no command has words of its own: paths and texts that it refuses, nesting, memory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        found = f"{'' if error.filename is None else shown(str(error.filename)) + ': '}{error.strerror or error}"
+        kind, rule = StoreError if is_disk_full(error) else ConfigError, "files that a command names can be read and written"
+        raise kind(rule, found=found, remedy="check the path, its permissions and its disk") from error
+    except UnicodeError as error:
+        remedy = "write it again, in UTF-8"
+        raise ConfigError("text can be written as UTF-8", found=shown(str(error)), remedy=remedy) from error
+    except (RecursionError, MemoryError, OverflowError) as error:
+        found, remedy = raised_by(error), "ask for less at once, or give the machine more memory"
+        raise ParetuneError("what a command reads and makes fits into memory", found=found, remedy=remedy) from error
 
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.errors import ConfigError
+from paretune.policy.card import read_card
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
@@ -46,12 +48,13 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.policy.family import Family
     from paretune.runs.recipe import load_recipe
-    from paretune.runs.suite import fit as fit_family
 
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
+    from paretune.policy.family import Family
+    from paretune.runs.suite import fit as fit_family
+
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
@@ -69,7 +72,7 @@ def fit(
     if rows:
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
     example = _even_weights(family.objectives.names)
-    typer.echo(f'{folder}\ntry it: paretune sample {folder} --preference {example} "your prompt"')
+    typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
 
 
 @app.command()
@@ -77,7 +80,7 @@ def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
     preference: Preference,
-    n: Annotated[int, typer.Option("--n", min=1, help="Responses per prompt.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Responses per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
@@ -85,6 +88,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
+    read_card(family)
     from paretune.policy.family import Family
 
     loaded = Family.load(family, trust=trust)
@@ -108,6 +112,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
+    read_card(family)
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
@@ -126,7 +131,7 @@ def explain(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     prompt: Annotated[str, typer.Argument(help="One prompt.")],
     preference: Preference,
-    n: Annotated[int, typer.Option("--n", min=1, help="Sampled responses to explain.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Sampled responses to explain.")] = 1,
     response: Annotated[str | None, typer.Option(help="Explain this response instead of a sampled one.")] = None,
     seed: Annotated[int, typer.Option(help="As for `paretune sample`: the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
@@ -139,6 +144,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
+    read_card(family)
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family

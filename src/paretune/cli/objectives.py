@@ -28,7 +28,7 @@ def relate(
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also compare the objectives' gradients.")] = False,
     probe_steps: Annotated[
-        int, typer.Option(min=0, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
+        int, typer.Option(min=0, max=10_000, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
     ] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts to sample, where responses cannot be enumerated.")] = 16,
     group: Annotated[int, typer.Option(min=2, help="Responses per prompt there; below 10 there are no intervals.")] = 16,
@@ -40,11 +40,11 @@ def relate(
     as_json: Json = False,
 ) -> None:
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
+    plug(plugin)
+    task, learner = _target(target, overrides or [])
     from paretune.evaluation import relations
     from paretune.report.relate import gradient_table, objective_table, pair_table, to_json, write_relations
 
-    plug(plugin)
-    task, learner = _target(target, overrides or [])
     rows = _rows(results)
     found = relations.relate(task, prompts=prompts, group=group, seed=seed)
     looked = relations.probe(task, steps=probe_steps, learner=learner, seed=seed) if probe or probe_steps else None
@@ -110,11 +110,12 @@ def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
     from paretune.registry import TASKS
     from paretune.runs.config import Document
     from paretune.runs.recipe import load_recipe
-    from paretune.training.policy_gradient import PolicyGradient
 
     name, *more = target.split() or [""]
     if Path(target).suffix.lower() in (".yaml", ".yml") or Path(target).is_file():
         recipe = load_recipe(target, overrides)
+        from paretune.training.policy_gradient import PolicyGradient
+
         return recipe.task, recipe.learner if isinstance(recipe.learner, PolicyGradient) else None
     if name == "recipe":
         raise ConfigError("a recipe is given by its file", found="the task 'recipe'", remedy="paretune relate RECIPE.yaml")

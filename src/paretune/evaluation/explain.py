@@ -38,7 +38,7 @@ from paretune.evaluation.stats import over_prompts
 from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rollout import encode, generate
+from paretune.policy.rollout import _check_length, encode, generate
 from paretune.policy.scoring import token_logp
 from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
@@ -131,6 +131,7 @@ def explain(
         rows = [tokens[mask][None] for tokens, mask in zip(made.responses.tokens_NT, made.responses.mask_NT, strict=True)]
     else:
         inner = family.policy.tokenizer(response, add_special_tokens=False)["input_ids"]
+        _check_length(family.policy, family.policy.extra_positions + ids_1T.shape[1] + len(inner) + 1, 1.0)
         rows = [torch.tensor([[*inner, family.policy.eos_ids[0]]], device=family.policy.device)]
     explained = []
     for tokens_1T in rows:

@@ -13,20 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, shown
 from paretune.policy.base import Policy, build_mixing
+from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
-from paretune.registry import GATE_RULES, TASKS, describe
+from paretune.registry import GATE_RULES, TASKS, checked, describe
 from paretune.tasks.base import Task
-from paretune.types import Cost, Objectives, Preference, Prompt
+from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt
 
 __all__ = ["Family"]
-
-FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
-
 
 SAMPLE_ROWS = 64  # rows sampled in one batch
 
@@ -107,7 +105,11 @@ class Family:
 
         Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
-        limit = self.longest(max_new_tokens)
+        n, seed = checked("n", Count, n), checked("seed", int, seed)
+        limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
+        temperature = checked("temperature", Amount, temperature)
+        if isinstance(prompts, str) or not all(isinstance(p, str | Prompt | Sequence) for p in checked("prompts", Sequence[Any], prompts)):
+            raise ConfigError("prompts are a list of texts", found=shown(prompts), remedy='for example family.sample(["hello"], ...)')
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
@@ -160,20 +162,7 @@ class Family:
         `scoring`.
         """
         path = Path(path)
-        try:
-            card = json.loads((path / FAMILY_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"a family is a directory with {FAMILY_FILE}", found=str(path), remedy="name a directory that `paretune fit` wrote"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(f"{FAMILY_FILE} is JSON", found=f"{path}: {error}", remedy="fit the family again") from error
-        if card.get("format") != FAMILY_FORMAT:
-            raise ConfigError(
-                f"this version reads families of format {FAMILY_FORMAT}",
-                found=repr(card.get("format")),
-                remedy="load it with the version that wrote it, or fit it anew",
-            )
+        card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
         model, tokenizer = load_base(card["base"], trust=trust, scoring=scoring)
         if device is not None:

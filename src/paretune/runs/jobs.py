@@ -29,7 +29,7 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
@@ -160,6 +160,7 @@ def read_job(path: Path) -> dict[str, Any]:
     return job
 
 
+@refuse_exit()
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
     """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
     store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()

@@ -21,7 +21,7 @@ from typing import Any
 
 from paretune.errors import ConfigError, nearest
 from paretune.objectives.base import check_callable
-from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
+from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, checked
 from paretune.runs import config
 from paretune.tasks.pretrained import check_pretrained
 from paretune.tasks.prompts import PromptSource
@@ -61,6 +61,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
     _check_shape(document)
     _anchor(document, path.resolve().parent)
+    for key, kind in (("output", str), ("tune", dict[str, Any] | None)):
+        with document.at(key):
+            checked(f"{key}:", kind, given.get(key))
     task = _build_task(document)
     with document.at("method"):
         method = METHODS.build(_named(given.get("method"), "experts"))
@@ -129,7 +132,8 @@ def _build_task(document: config.Document) -> RecipeTask:
         task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
     except ConfigError as error:
         rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
-        named = rule.partition(":")[0].partition(",")[0].split(".")
+        keys = {field: key for key, field in TASK_KEYS.items()}
+        named = [keys.get(str(step), step) for step in error.place] or rule.partition(":")[0].partition(",")[0].split(".")
         where = f" ({document.where(*named)})" if named[0] in given else ""
         raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
     with document.at("model"):

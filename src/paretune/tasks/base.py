@@ -58,6 +58,9 @@ class Task(ABC):
         """What it runs, or sends texts to, on the word of whoever described it: to load its model, and with `scoring` to score."""
         return ()
 
+    def check(self) -> None:  # noqa: B027
+        """Raise ConfigError for what can be found wrong before a model is loaded; suites and `fit` ask before anything is trained."""
+
     def base(self) -> Mapping[str, Any]:
         """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
         from paretune.registry import describe

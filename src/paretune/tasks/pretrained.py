@@ -38,6 +38,10 @@ def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any
 
 def check_config(model: str, config: Any) -> None:
     """ConfigError, before weights are read, for models that are no causal LM of one stack."""
+    sizes = {name: getattr(config.get_text_config(), name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    for name, size in sizes.items():
+        if isinstance(size, int | float) and not 0 < size < 2**31:
+            raise ConfigError("the sizes of a model are counts", found=f"{model}: {name}={size:g}", remedy="mend its config.json")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             "the reference model is a decoder: a causal LM of one stack",

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,6 +202,7 @@ class PromptSource:
         return ((f"{self.dataset}, split {split}, row {place}", dict(row)) for place, row in enumerate(rows))
 
     def _prompt(self, where: str, row: dict[str, Any]) -> Prompt:
+        _check_characters(where, json.dumps(row, ensure_ascii=False, default=str))
         value = self._value(where, row)
         columns = {name: item for name, item in row.items() if name not in RESERVED}
         if self.transcript is not None:
@@ -245,7 +247,6 @@ def _messages_in(where: str, value: Any) -> Any:
     """The value; of a text that spells a list of messages (as a cell of a CSV file must), that list."""
     if not isinstance(value, str):
         return value
-    _check_characters(where, value)
     if not re.match(r"\s*\[\s*\{", value) or not re.search(r"['\"]role['\"]", value):
         return value
     try:
@@ -438,7 +439,7 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
 
 def _json(text: str) -> Any:
     """JSON in which no key stands twice and every number is one."""
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -446,6 +447,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"the key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands twice")
     return found
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_constant(text)
 
 
 def _no_constant(constant: str) -> float:

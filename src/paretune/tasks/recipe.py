@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeTask"]
 
+CHARACTERS = 64  # of one token, at most: far more than those of texts, so that what is longer is no matter of the tokenizer
+
 
 @TASKS.register("recipe")
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,11 @@ class RecipeTask(Task):
         }
 
     def check(self) -> None:
-        """Everything that can be found wrong before a model is loaded; raises ConfigError."""
+        """Everything that can be found wrong before a model is loaded; raises ConfigError. Asked again, it costs nothing."""
+        assert self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
         check_pretrained(self.model)
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
@@ -122,6 +128,7 @@ class RecipeTask(Task):
                 remedy="give plain texts, for example with template:, or save a chat template with the tokenizer",
             )
         self._check_lengths()
+        return True
 
     def _check_lengths(self) -> None:
         room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
@@ -130,6 +137,13 @@ class RecipeTask(Task):
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
         else:
             texts = [str(p.text) for p in prompts]
+        longest = max(map(len, texts))
+        if room is not None and longest > CHARACTERS * room:  # a tokenizer would take minutes for what cannot fit
+            raise ConfigError(
+                "prompt and answer fit into the model's context",
+                found=f"a prompt of {longest} characters for a context of {room} tokens",
+                remedy="shorten the prompts, or leave them out with longest:",
+            )
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
         if min(lengths) == 0:
             raise ConfigError(

@@ -27,6 +27,7 @@ from paretune.training.cost import Cost
 from paretune.training.learner import Run, SampledLearner, log_record, memory_explained, not_finite, run_loop, watch_unscored
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Count
 
 __all__ = ["Batch", "EmbeddedLearner"]
 
@@ -49,7 +50,7 @@ class Batch:
 class EmbeddedLearner(SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts."""
 
-    micro_tokens: int | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
     def rules(self) -> dict[str, bool]:
         return {

@@ -32,7 +32,7 @@ from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
-from paretune.types import Objectives
+from paretune.types import Amount, Count, Fraction, Natural, Objectives, Positive
 
 __all__ = [
     "Learner",
@@ -59,8 +59,8 @@ class Learner(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
 
-    rank: int = 16
-    alpha: int | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
+    rank: Count = 16
+    alpha: Count | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
     targets: str | tuple[str, ...] = "all-linear"
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
@@ -152,13 +152,13 @@ class SampledLearner(Learner):
     group: int = 8
     optimizer: Literal["muon", "adam"] = "muon"
     lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
-    momentum: float = 0.9  # of "muon"
+    momentum: Fraction = 0.9  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: int = 0  # steps of linear warm-up
+    warmup: Natural = 0  # steps of linear warm-up
     epochs: int = 1  # updates on each batch
-    micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
+    micro_batch: Count | None = None  # rows per forward and backward; None is the whole batch at once
     checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
     temperature: float = 1.0  # the policy that is trained is the tempered one
     max_unscored: float = 0.10
@@ -178,8 +178,8 @@ class SampledLearner(Learner):
     def rules(self) -> dict[str, bool]:
         """What the fields must keep, in words that name them, and whether they do."""
         return {
-            "batch is a multiple of group": self.batch % self.group == 0 and self.batch > 0,
             "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
+            "batch is a multiple of group": self.group > 0 and self.batch % self.group == 0 and self.batch > 0,
             "samples are at least one batch": self.samples >= self.batch,
             "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
             "lr, alpha and temperature are positive": min(self.lr, self.resolved()["alpha"], self.temperature) > 0,
@@ -225,7 +225,7 @@ class StoppingRule(ABC):
     coefficient of variation depends on where 0 is, and EMORL's rewards lie in [0, 1].
     """
 
-    stop_cv: float | None = None  # stop when std / mean of the last `stop_window` validations is below
+    stop_cv: Amount | None = None  # stop when std / mean of the last `stop_window` validations is below
     stop_window: int = 20
     validate_every: int = 10  # steps
 

@@ -43,7 +43,7 @@ class LoraBank:
             raise ConfigError(
                 "a bank wraps a model without adapters",
                 found=f"{type(base).__name__} with {', '.join(base.peft_config)}",
-                remedy="load the base model afresh and its adapters with LoraBank.load",
+                remedy="give the base model alone, without an adapter in it",
             )
         self.base, self.model = base, base
         self.names: tuple[str, ...] = ()
