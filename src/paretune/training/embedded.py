@@ -31,6 +31,7 @@ from paretune.training.weightings.base import State
 __all__ = ["Batch", "EmbeddedLearner"]
 
 LOOK_ROWS, LOOK_EVERY = 16, 5  # responses whose change is measured, and how often where updates are far from the bound
+ATTEMPTS = 6  # at shortening one update
 
 SMALLER = 'set micro_tokens or micro_batch, checkpointing: true, dtype: "bfloat16", or a smaller batch; the last checkpoint is kept'
 
@@ -102,9 +103,9 @@ class EmbeddedLearner(SampledLearner):
         """A trust region around one update: what moves the policy by more than `step_kl` is shortened, and the next steps with it.
 
         Moved is what the update does to the log-probabilities of some of the batch's responses: KL = mean of (log pi_new - log pi_old)^2
-        / 2 over whole responses, nats. Log-probabilities change in proportion to short updates, so that a factor is enough. The learning
-        rate then falls by the same factor, and comes back by a quarter a step where there is room. Near the bound every update is looked
-        at, elsewhere one of LOOK_EVERY.
+        / 2 over whole responses, nats. Log-probabilities change in proportion to short updates; long ones are shortened again. The
+        learning rate then falls by the same factor, and comes back by a quarter a step where there is room. Near the bound every update
+        is looked at, elsewhere one of LOOK_EVERY.
 
         Source: the second-order KL of trust regions (Schulman et al. 2015); a learning rate that follows the measured KL as in rl_games.
         Differs: an update beyond the bound is shortened before it is kept. Hides: half a batch can move where the other half stays.
@@ -125,15 +126,21 @@ class EmbeddedLearner(SampledLearner):
 
         old_N, before = logp_N(), [weight.detach().clone() for weight in weights]
         yield
-        run.step_kl = float(((logp_N() - old_N) ** 2).mean()) / 2
-        if not math.isfinite(run.step_kl):
-            raise not_finite("log-probabilities that are no numbers after an update", run.step, self.lr * run.lr_share)
-        room = math.sqrt(bound / max(run.step_kl, 1e-12))
-        if room < 1:
+        kept = 1.0  # of the update
+        for attempt in range(ATTEMPTS):
+            kl = float(((logp_N() - old_N) ** 2).mean()) / 2
+            if not math.isfinite(kl):
+                raise not_finite("log-probabilities that are no numbers after an update", run.step, self.lr * run.lr_share)
+            if attempt == 0:
+                run.step_kl = kl
+            if kl <= (bound if attempt == 0 else 1.5 * bound):
+                break
+            kept *= math.sqrt(bound / kl)
             with torch.no_grad():
                 for weight, start in zip(weights, before, strict=True):
-                    weight.copy_(start + room * (weight - start))
-        run.lr_share = min(1.0, run.lr_share * (max(room, 0.1) if room < 1 else min(room, 1.25)))
+                    weight.copy_(start + math.sqrt(bound / kl) * (weight - start))
+        room = math.sqrt(bound / max(run.step_kl or 0.0, 1e-12))
+        run.lr_share = min(1.0, run.lr_share * (max(kept, 0.1) if kept < 1 else min(room, 1.25)))
 
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lr = self.lr * self.pace(run.step - 1) * run.lr_share
