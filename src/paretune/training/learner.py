@@ -262,6 +262,8 @@ class Run:
     converged: bool = False  # by a `StoppingRule`
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
+    lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
+    step_kl: float | None = None  # of the last update that was looked at, before it was shortened
 
 
 def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
