@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.hub import is_local
+from paretune.hub import is_gguf, is_local
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
@@ -159,6 +159,8 @@ def _number(value: float | None) -> str:
 def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
     here, base = f"./{made.path.name}", facts["base"]
     model = f'"{"./" if base["local"] else ""}{base["model"]}"' if "model" in base else None
+    if model is not None and is_gguf(base["model"]):
+        model = f'".", gguf_file="{base["model"]}"'
     lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if made.kind == "merged":
         lines += [
