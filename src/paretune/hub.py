@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "local_or_hub",
     "located",
+    "refuse_kernels",
     "unloadable",
 ]
 
@@ -122,6 +123,17 @@ def check_pretrained(model: str) -> None:
         )
 
 
+def refuse_kernels(what: str, model: str, config: Any) -> None:
+    """ConfigError where a configuration names an attention kernel of the hub, which transformers would download and run."""
+    named = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in named:
+        raise ConfigError(
+            f"{what} runs no code of its own unless you trust it",
+            found=f"attn_implementation {named!r} in the configuration of {model}: a kernel on the hub",
+            remedy="take attn_implementation out of its config.json, or read the kernel and set trust_remote_code: true",
+        )
+
+
 def content_of(model: str, revision: str | None, *, what: str = "the reference model") -> dict[str, str]:
     """File -> hash of a local model; {"commit": hash} of one on the hub, so that a moved branch is another model."""
     if is_local(model):
@@ -154,7 +166,7 @@ def unloadable(what: str, model: str, revision: str | None, error: Exception, *,
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     remedy = how_to_get(model, key="model", revision=revision)
     if "trust_remote_code" in str(error):
-        remedy = "read that code first; then set trust_remote_code: true in the recipe"
+        remedy = "read that code first; then set trust_remote_code: true in the recipe, or for a family give --trust"
     elif is_gguf(model):
         remedy = "transformers reads the commoner architectures of GGUF; name a folder with the model's safetensors weights instead"
     elif is_local(model):

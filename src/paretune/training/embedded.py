@@ -93,7 +93,7 @@ class EmbeddedLearner(SampledLearner):
 
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lr = self.lr * self.pace(run.step - 1)
-        record = log_record(task.objectives.names, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
+        record = log_record(task.objectives, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
         return record | ({"validation": run.validations[-1]} if run.validations else {})
 
     @memory_explained(SMALLER)

@@ -30,6 +30,7 @@ from paretune.seeds import forked_torch, seed_for
 
 __all__ = ["LoraBank", "decoder_layers", "default_targets", "lora_config", "soup_factors", "soup_state", "soup_weight"]
 
+SCALE = 2  # alpha / rank, where no alpha is given
 EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "wi", "wo"})
 Gates = Tensor | np.ndarray | Sequence[Any]
 
@@ -65,12 +66,13 @@ class LoraBank:
         names: Sequence[str],
         seed: int,
         rank: int = 16,
-        alpha: int = 32,
+        alpha: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         trainable: Sequence[str] | None = None,
     ) -> LoraBank:
         """Fresh adapters (B = 0) on the HF causal LM `model`; each is initialized from its own stream of `seed`, named by its name.
 
+        Their scale is alpha / rank; see `lora_config` for an `alpha` that is left out.
         `targets` is "all-linear" (see `default_targets`) or names of modules. `names` may be empty: the reference alone.
         """
         check_trainable(names, trainable)
@@ -109,7 +111,7 @@ class LoraBank:
         *,
         seed: int,
         rank: int = 16,
-        alpha: int = 32,
+        alpha: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         trainable: bool = True,
     ) -> None:
@@ -382,10 +384,14 @@ class LoraBank:
         return sorted(leaves if meant == names else names)
 
 
-def lora_config(model: Any, *, rank: int, alpha: int, targets: str | Sequence[str]) -> Any:
-    """PEFT's configuration of a fresh adapter of `model`: without dropout and bias. `targets` "all-linear" is that of `default_targets`."""
+def lora_config(model: Any, *, rank: int, alpha: int | None, targets: str | Sequence[str]) -> Any:
+    """PEFT's configuration of a fresh adapter of `model`: without dropout and bias. `targets` "all-linear" is that of `default_targets`.
+
+    An `alpha` that is left out is SCALE times the rank, so that adapters of every rank have the same scale.
+    """
     from peft import LoraConfig
 
+    alpha = SCALE * rank if alpha is None else alpha
     chosen = default_targets(model) if targets == "all-linear" else targets if isinstance(targets, str) else list(targets)
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
 

@@ -346,8 +346,8 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})
             if step == learner.steps or step % learner.log_every == 0:
                 if self.log is not None:
-                    names, lr = task.objectives.names, learner.lr * learner.pace(step - 1)
-                    record = log_record(names, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
+                    lr = learner.lr * learner.pace(step - 1)
+                    record = log_record(task.objectives, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
                     self.log.write(record, steps=learner.steps)
                 self.window = []
 
