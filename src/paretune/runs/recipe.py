@@ -1,6 +1,6 @@
 """Recipes: a YAML file that fits one method to your model, prompts and objectives.
 
-    model: ./my-model        # or a name on the hub; revision, beta, max_new_tokens, dtype and trust_remote_code stand beside it
+    model: ./my-model        # or a GGUF file, or a hub name; revision, beta, max_new_tokens, dtype and trust_remote_code stand beside it
     prompts: prompts.jsonl   # or {path, ...}, {dataset, ...}
     objectives:
       - {name: brief, use: length}
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import is_gguf
 from paretune.objectives.base import check_callable
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, checked
 from paretune.runs import config
@@ -149,14 +150,17 @@ def _build_task(document: config.Document) -> RecipeTask:
 
 
 def _anchor(document: config.Document, folder: Path) -> None:
-    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one."""
+    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one.
+
+    Objectives that read the reference model get its name.
+    """
 
     def absolute(text: Any, *place: str | int, always: bool = True) -> Any:
         if not isinstance(text, str):
             return text
         typed = any(place[:depth] in document.overridden for depth in range(1, len(place) + 1))
         path = Path(os.path.normpath((Path.cwd() if typed else folder) / Path(text).expanduser()))
-        return str(path) if always or text.startswith((".", "/", "~")) or path.exists() else text
+        return str(path) if always or text.startswith((".", "/", "~")) or is_gguf(text) or path.exists() else text
 
     given, prompts = document.data, document.data["prompts"]
     given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
@@ -174,3 +178,5 @@ def _anchor(document: config.Document, folder: Path) -> None:
         for key, kind in getattr(OBJECTIVES[spec["use"]], "places", {}).items() if known else ():
             if key in spec:
                 spec[key] = absolute(spec[key], "objectives", place, key, always=kind == "path")
+        if known and "model" not in spec and getattr(OBJECTIVES[spec["use"]], "of_reference", False):
+            spec.update({key: given[key] for key in ("model", "revision", "dtype", "trust_remote_code") if key in given})

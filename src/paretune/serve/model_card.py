@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.hub import is_local
+from paretune.hub import is_gguf, is_local
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
@@ -168,11 +168,12 @@ def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
         ]
     elif model is not None:
         lines[1:1] = ["from peft import PeftModel"]
-        revision = f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
+        where = f'".", gguf_file={json.dumps(base["model"])}' if is_gguf(base["model"]) else model
+        where += f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained({model}{revision}, dtype="auto")',
+            f'base = AutoModelForCausalLM.from_pretrained({where}, dtype="auto")',
             f'model = PeftModel.from_pretrained(base, "{here}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({model}{revision})",
+            f"tokenizer = AutoTokenizer.from_pretrained({where})",
         ]
     else:
         lines = ["import torch", "from peft import PeftModel", "from paretune.policy.family import load_base", ""]

@@ -1,4 +1,4 @@
-"""A reference model of one's own: found, checked before it is loaded, loaded from safetensors, and known by its content.
+"""A reference model of one's own: found, checked before it is loaded, loaded from safetensors or GGUF, and known by its content.
 
 `load_pretrained` makes every model look alike to the rest of the project: evaluation mode, left padding, a padding token (EOS
 where the tokenizer has none), and all its EOS ids in `model.generation_config.eos_token_id`.
@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, is_gguf, is_local, local_or_hub, located, refuse_kernels, unloadable
+from paretune.hub import load_tokenizer as read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +31,10 @@ def context_length(model: str, *, revision: str | None = None, trust_remote_code
 def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    if is_gguf(model):
+        check_pretrained(model)
     try:
-        return AutoConfig.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(**located(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
 
@@ -52,11 +55,9 @@ def check_config(model: str, config: Any) -> None:
 
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; `load_pretrained` gives it a padding token."""
-    from transformers import AutoTokenizer
-
     check_pretrained(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     tokenizer.padding_side = "left"
@@ -66,7 +67,7 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
 def load_pretrained(
     model: str, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fresh copy of a causal LM in evaluation mode, and its tokenizer. Safetensors only; no code from the model unless trusted."""
+    """A fresh copy of a causal LM in evaluation mode, and its tokenizer. Safetensors or GGUF; no code from the model unless trusted."""
     from transformers import AutoModelForCausalLM
 
     config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -76,7 +77,7 @@ def load_pretrained(
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            local_or_hub(model),
+            **located(model, weights=True),
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -86,6 +87,7 @@ def load_pretrained(
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     loaded, info = found
+    loaded.config.name_or_path = loaded.name_or_path = local_or_hub(model)
     _check_weights(model, loaded, info)
     rows = int(loaded.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if max(tokenizer.get_vocab().values(), default=0) >= rows:

@@ -35,7 +35,7 @@ class RecipeTask(Task):
     Hides: scores are raw, so an objective with a wide range outweighs one with a narrow range at equal weights.
     """
 
-    model: str  # a directory, or a name on the hub
+    model: str  # a directory, a GGUF file, or a name on the hub
     prompt_source: PromptSource
     objective_specs: tuple[dict[str, Any], ...]
     revision: str | None = None

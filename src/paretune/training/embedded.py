@@ -53,9 +53,7 @@ class Batch:
 class EmbeddedLearner(SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts."""
 
-    step_kl: Positive | None = (
-        0.05  # nats per response: an update that moves the policy further is shortened, and lr with it; None: no bound
-    )
+    step_kl: Positive | None = 0.05  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
     def rules(self) -> dict[str, bool]:

@@ -32,7 +32,7 @@ import torch
 
 from paretune.errors import ConfigError, TrainingError
 from paretune.files import write_json
-from paretune.hub import local_or_hub
+from paretune.hub import is_gguf, local_or_hub
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
 from paretune.policy.lora.files import WEIGHTS_FILE, write_adapter
@@ -243,11 +243,11 @@ class TrlLearner(SampledLearner):
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         base = task.base()
-        if "model" not in base:
+        if "model" not in base or is_gguf(base["model"]):
             raise ConfigError(
-                "quantize needs a base that is a model on disk or on the hub",
-                found=f"task {task.registered_name}",
-                remedy="leave quantize out: the model is small",
+                "quantize needs a base that is a model with safetensors weights, on disk or on the hub",
+                found=base.get("model", f"task {task.registered_name}"),
+                remedy="leave quantize out, or name a model with safetensors weights",
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
