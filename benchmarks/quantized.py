@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +36,21 @@ def main() -> None:
     given = parser.parse_args()
     given.root.mkdir(parents=True, exist_ok=True)
     learner = {"name": "pg", "samples": given.training, "batch": 64, "group": 8}
-    utility, reference, seconds = {}, {}, {}
+    utility, reference = {}, {}
     for bits in (None, *given.bits):
         task = TASKS.build(_task(given.root, bits))
-        start = time.perf_counter()
         family = fit(task, "bridge", learner=learner, root=given.root, progress=False)
-        seconds[str(bits)] = round(time.perf_counter() - start, 1)
         untrained = fit(task, "reference", learner=learner, root=given.root, progress=False)
         for found, whose in ((utility, family), (reference, untrained)):
             measured = evaluate(task, whose, w_WM=AT, splits=("test",), samples=given.samples).metrics["splits"]["test"]
             found[bits] = float((np.array(measured["returns"]) * AT).sum(1).mean())
-        print(bits or "float", f"utility {utility[bits]:.4f}, untrained {reference[bits]:.4f}, fit in {seconds[str(bits)]} s", flush=True)
+        print(bits or "float", f"utility {utility[bits]:.4f}, untrained {reference[bits]:.4f}", flush=True)
     figures = {}
     for bits in given.bits:
         figures[f"quantized_utility_{bits}"] = utility[bits] / utility[None]
         figures[f"quantized_gain_{bits}"] = (utility[bits] - reference[bits]) / (utility[None] - reference[None])
     said = {str(bits): {"utility": utility[bits], "untrained": reference[bits]} for bits in utility}
-    emit(figures, out=given.out, learner=learner, samples=given.samples, preferences=AT.tolist(), measured=said, seconds=seconds)
+    emit(figures, out=given.out, learner=learner, samples=given.samples, preferences=AT.tolist(), measured=said)
 
 
 def _task(root: Path, bits: str | None) -> dict[str, object]:
