@@ -205,7 +205,7 @@ class Policy(ABC):
                 alone = torch.cat([self._logits(self._inputs(1, ids, None, None, None), 0)[0].float() for ids in (one, two)])
             except Exception:  # of the model's own code, which reads masks in another way
                 return False
-        return bool((both - alone).abs().max() < 1e-3 * (1.0 + alone.abs().max()) * (1 if self.model.dtype == torch.float32 else 50))
+        return bool((both - alone).abs().max() < 1e-3 * (1.0 + alone.abs().max()) * (1 if self.bank.rounding == torch.float32 else 50))
 
     def new_cache(self, n_rows: int) -> Any:
         """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""

@@ -34,8 +34,8 @@ class Family:
     """A policy for every preference: what training leaves, and what is served.
 
     `rule` turns preferences into gates. `base` says where the reference model is: {"task": description} or {"model": path or hub id,
-    "revision": ..., "dtype": ...}. `adapters` are the directories that the bank's adapters were read from, by name; adapters without one
-    are written from memory. `meta` is any JSON, for information only (the method's description and card).
+    "revision": ..., "dtype": ..., "quantize": ...}. `adapters` are the directories that the bank's adapters were read from, by name; those
+    without one are written from memory. `meta` is any JSON, for information only (the method's description and card).
     """
 
     policy: Policy
@@ -183,7 +183,7 @@ def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = T
         return task.load()
     from paretune.tasks.pretrained import load_pretrained
 
-    settings = {key: base[key] for key in ("revision", "dtype") if base.get(key) is not None}
+    settings = {key: base[key] for key in ("revision", "dtype", "quantize") if base.get(key) is not None}
     return load_pretrained(base["model"], trust_remote_code=trust, **settings)
 
 

@@ -21,7 +21,7 @@ from paretune.seeds import generator
 
 __all__ = ["BOUNDS", "check_model", "paths"]
 
-BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding of the dtype
+BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding
 LONGEST, NEW, GROUP = 7, 5, 2  # tokens of the longer prompt and of the responses, where they fit, and responses to a prompt
 
 _passed: set[str] = set()
@@ -32,7 +32,7 @@ def check_model(policy: Policy) -> None:
     name = _name_of(policy)
     if name in _passed:
         return
-    bound = BOUNDS.get(policy.model.dtype, BOUNDS[torch.bfloat16])
+    bound = BOUNDS.get(policy.bank.rounding, BOUNDS[torch.bfloat16])
     try:
         wrong = ""
         for path, off in paths(policy):

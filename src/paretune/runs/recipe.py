@@ -1,6 +1,6 @@
 """Recipes: a YAML file that fits one method to your model, prompts and objectives.
 
-    model: ./my-model        # or a GGUF file, or a hub name; revision, beta, max_new_tokens, dtype and trust_remote_code stand beside it
+    model: ./my-model        # or a GGUF file, or a hub name; revision, beta, max_new_tokens, dtype, quantize, trust_remote_code beside
     prompts: prompts.jsonl   # or {path, ...}, {dataset, ...}
     objectives:
       - {name: brief, use: length}
@@ -32,7 +32,7 @@ from paretune.types import Preference, check_name
 __all__ = ["Recipe", "load_recipe"]
 
 TASK_KEYS = {
-    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "trust_remote_code")},
+    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
     "prompts": "prompt_source",
     "objectives": "objective_specs",
 }

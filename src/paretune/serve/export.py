@@ -10,6 +10,7 @@ README.md (a model card) and paretune.json, the same for machines. It appears wh
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -27,6 +28,7 @@ from paretune.files import is_disk_full
 from paretune.hub import is_local
 from paretune.policy.base import Policy, Weights
 from paretune.policy.family import Family
+from paretune.policy.lora.linear import base_weight
 from paretune.serve.model_card import Exported, model_card, record
 from paretune.types import Preference
 
@@ -49,7 +51,8 @@ def export(
 ) -> Exported:
     """Write the family's policy at `preference` into the new folder `out`, as "merged" or "adapter".
 
-    `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case.
+    `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case,
+    and a quantized base is dequantized: a merged export is as large as its model was before.
     `results` is the family's folder or a run directory: measurements of this family found there go onto the card. The family stays
     as it is, and beside it no more than one shard of a checkpoint is in memory (see `_write_model` for the exception).
     """
@@ -160,9 +163,10 @@ class _Merging(dict[str, Tensor]):
 def _write_model(policy: Policy, merged: Mapping[str, Callable[[], Tensor]], folder: Path, dtype: torch.dtype, shard: str) -> None:
     """The model by its own `save_pretrained`, which takes its parameters out of a dict shard by shard.
 
-    It does not where a checkpoint's names differ from the model's: it rebuilds the dict then, so everything is merged before.
+    It does not where a checkpoint's names differ from the model's: it rebuilds the dict then, so everything is merged before. A
+    quantized model would write its own weights: one of its class without any stands for it, and all of them are dequantized before.
     """
-    model, tensors = policy.model, _plain_state(policy)
+    model, tensors = _unquantized(policy.model) if policy.bank.quantized else policy.model, _plain_state(policy)
     state = _Merging(tensors, merged, dtype)
     places: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -197,4 +201,17 @@ def _plain_state(policy: Policy) -> dict[str, Tensor]:
             plain[f"{owner}.{leaf}"] = tensor
         elif name.partition(".lora_")[0] not in layers:
             plain[name] = tensor
+    for owner, layer in policy.bank.quantized.items():
+        stored = [name for name in plain if name.startswith(f"{owner}.") and name != f"{owner}.bias"]
+        plain = {name: tensor for name, tensor in plain.items() if name not in stored} | {f"{owner}.weight": base_weight(layer)}
+    return plain
+
+
+def _unquantized(model: Any) -> Any:
+    """A model of the same class without weights, whose configuration knows of no quantization."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.generation_config = model.generation_config
     return plain

@@ -25,6 +25,13 @@ MEASURED = "measured.json"  # beside family.json: what `paretune fit` measured
 PACKAGES = ("paretune", "torch", "transformers", "peft", "safetensors")
 
 
+QUANTIZED = {
+    "merged": "The family's base is quantized. These weights are its dequantized ones with the change: they compute what the family "
+    "computes, but for the rounding of activations where the base rounds them.\n",
+    "adapter": "The family's base is quantized. On the same base before it was quantized the adapter gives a slightly other policy.\n",
+}
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written: `kind` is "merged" or "adapter", `rank` an adapter's; `prefix` are ids that stand before every prompt."""
@@ -53,7 +60,8 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
     if "model" in base:
         local = is_local(base["model"])
         name = Path(base["model"]).name if local else base["model"]
-        base = {"model": name, "revision": base.get("revision") or commit, "local": local}
+        quantized = {key: base[key] for key in ("quantize", "dtype") if "quantize" in base}
+        base = {"model": name, "revision": base.get("revision") or commit, "local": local, **quantized}
     return {
         "format": 1,
         "kind": made.kind,
@@ -123,6 +131,7 @@ def model_card(family: Family, made: Exported, facts: Mapping[str, Any]) -> str:
         f"One policy of a family that was trained under {len(made.preference)} objectives: the one for **{weights}**. It comes from method "
         f"`{method}`{': ' + card['summary'] if card.get('summary') else ''}.\n",
         *([_measured(facts["measured"], family.objectives.names)] if facts["measured"] else []),
+        *([QUANTIZED[made.kind]] if family.policy.bank.quantized else []),
         _loading(made, facts),
         _provenance(made, facts),
         *([f"What the method hides: {card['hides']}.\n"] if card.get("hides") else []),
@@ -166,7 +175,7 @@ def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
             f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
         ]
-    elif model is not None:
+    elif model is not None and "quantize" not in base:
         lines[1:1] = ["from peft import PeftModel"]
         where = f'".", gguf_file={json.dumps(base["model"])}' if is_gguf(base["model"]) else model
         where += f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
@@ -177,6 +186,9 @@ def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
         ]
     else:
         lines = ["import torch", "from peft import PeftModel", "from paretune.policy.family import load_base", ""]
+        if "model" in base:
+            place = ("./" if base["local"] else "") + base["model"]
+            base = {"model": place, **{key: base[key] for key in ("revision", "dtype", "quantize")}}
         lines += [f"base, tokenizer = load_base({base!r})", f'model = PeftModel.from_pretrained(base, "{here}")']
     ids = 'tokenizer("your prompt")["input_ids"]'
     start = f"{list(made.prefix)} + {ids}" if made.prefix else ids

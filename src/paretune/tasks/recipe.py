@@ -14,7 +14,7 @@ from paretune.errors import ConfigError, nearest
 from paretune.objectives.base import Objective, check_callable, score_all
 from paretune.registry import OBJECTIVES, TASKS, describe
 from paretune.tasks.base import Task
-from paretune.tasks.pretrained import check_pretrained, content_of, context_length, load_pretrained, load_tokenizer
+from paretune.tasks.pretrained import check_pretrained, check_quantize, content_of, context_length, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource, chat_text
 from paretune.types import Objectives, Prompt
 
@@ -42,6 +42,7 @@ class RecipeTask(Task):
     beta: float = 0.1  # units of return per nat of KL from the reference
     max_new_tokens: int = 64
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    quantize: Literal["4bit", "8bit", "torchao-int8"] | None = None  # load the base in so many bits; None: as the checkpoint is
     trust_remote_code: bool = False
 
     def __post_init__(self):
@@ -78,7 +79,8 @@ class RecipeTask(Task):
         return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_pretrained(self.model, revision=self.revision, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        trusted = self.trust_remote_code
+        return load_pretrained(self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, trust_remote_code=trusted)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         if split not in self.prompt_source.splits:
@@ -96,7 +98,8 @@ class RecipeTask(Task):
 
     def base(self) -> Mapping[str, Any]:
         """Without `trust_remote_code`: a family that one was given must not decide to run code."""
-        return {"model": self.model, "revision": self.revision, "dtype": self.dtype}
+        base = {"model": self.model, "revision": self.revision, "dtype": self.dtype}
+        return base if self.quantize is None else base | {"quantize": self.quantize}
 
     def content(self) -> dict[str, Any]:
         """Hashes of the prompts, of the local weights (or the hub's commit), and each objective with the hashes of its files."""
@@ -117,6 +120,7 @@ class RecipeTask(Task):
     @cached_property
     def _checked(self) -> bool:
         check_pretrained(self.model)
+        check_quantize(self.model, self.quantize, revision=self.revision, trust_remote_code=self.trust_remote_code)
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
         for name, objective in self.scorers:

@@ -39,6 +39,7 @@ __all__ = [
     "Run",
     "SampledLearner",
     "StoppingRule",
+    "check_cast",
     "converged",
     "gates_of",
     "log_record",
@@ -97,6 +98,7 @@ class Learner(ABC):
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
         loaded, tokenizer = task.load()
         model: Any = loaded
+        check_cast(model, self.dtype)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
         paths: dict[str, Path] = {}
@@ -138,6 +140,16 @@ class Learner(ABC):
         write_cost(work, cost)
         clear_checkpoint(work)
         return cost
+
+
+def check_cast(model: Any, dtype: str | None) -> None:
+    """ConfigError where a learner's dtype cannot be that of the model."""
+    if dtype is not None and getattr(model, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base keeps the dtypes that it was loaded with",
+            found=f"learner.dtype={dtype}",
+            remedy="leave it out, and set dtype beside quantize in the recipe",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from functools import partial
 
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.layers import Routed
+from paretune.policy.lora.linear import numbers
 
 __all__ = ["Router", "branch_point", "branched", "layer_input", "recomputed", "routed", "run_head", "stacked_share"]
 
@@ -64,8 +65,8 @@ def stacked_share(bank: LoraBank) -> float:
     first = branch_point(bank)
     if first == 0:
         return 1.0
-    sizes = [sum(p.numel() for name, p in layer.named_parameters() if "lora_" not in name) for layer in bank.stack]
-    head = bank.base.get_output_embeddings().weight.numel()
+    sizes = [sum(numbers(p) for name, p in layer.named_parameters() if "lora_" not in name) for layer in bank.stack]
+    head = numbers(bank.base.get_output_embeddings().weight)
     return (sum(sizes[first:]) + head) / (sum(sizes) + head)
 
 

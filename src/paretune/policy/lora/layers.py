@@ -28,7 +28,7 @@ from torch.nn import Linear, functional
 from paretune.errors import ConfigError
 from paretune.policy.lora.linear import frozen_linear
 
-__all__ = ["Blocks", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
+__all__ = ["Blocks", "Dense", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
 
 
 # Layers of one module that transformers calls with one and the same tensor, and that are worth one product for all.
@@ -159,6 +159,17 @@ class Factor:
         return _add_product(y, functional.linear(x.reshape(-1, x.shape[-1]).to(a_rI.dtype), a_rI), b_rO)
 
 
+class Dense:
+    """A change of each layer's weight by one matrix (O, I), for all rows: beside the base's own weight, which may be quantized."""
+
+    def __init__(self, deltas: Mapping[str, Tensor]):
+        self.deltas = deltas
+
+    def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
+        delta_OI = self.deltas[layer.name]
+        return _add_product(y, x.reshape(-1, x.shape[-1]).to(delta_OI.dtype), delta_OI.t())
+
+
 class Routed:
     """Gates that the forward itself makes: those set at decoder layer `starts[i]` hold from there on, up to the next start.
 
@@ -178,7 +189,7 @@ class Routed:
         return self.made[self.starts[i - 1]].apply(layer, x, y) if i else y
 
 
-Mode = Reference | Gated | Routed | Blocks | Factor
+Mode = Reference | Gated | Routed | Blocks | Factor | Dense
 
 
 def _add_product(y: Tensor, h: Tensor, b_RO: Tensor) -> Tensor:
@@ -199,6 +210,7 @@ class FusedLayer:
 
     def __init__(self, switch: Switch, names: Sequence[str], name: str, module: Any, depth: int | None = None):
         self.switch, self.count, self.name, self.module, self.base = switch, len(names), name, module, module.base_layer
+        self.transposed = bool(getattr(module, "fan_in_fan_out", False))  # the base's weight is (I, O)
         self.members = [k for k, adapter in enumerate(names) if adapter in module.lora_A]
         adapters = [names[k] for k in self.members]
         self.a = [module.lora_A[adapter].weight for adapter in adapters]

@@ -43,7 +43,7 @@ from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
 from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished, refuse_other
 from paretune.training.cost import Cost, read_cost, write_cost
-from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, log_record, memory_explained, not_finite
+from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, check_cast, log_record, memory_explained, not_finite
 from paretune.training.policy_gradient import PolicySettings
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
@@ -239,6 +239,7 @@ class TrlLearner(SampledLearner):
     def _load(self, task: Task) -> tuple[Any, Any]:
         model, tokenizer = task.load()
         if self.quantize is None:
+            check_cast(model, self.dtype)
             return (model if self.dtype is None else model.to(getattr(torch, self.dtype))), tokenizer
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
