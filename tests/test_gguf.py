@@ -191,3 +191,10 @@ def test_messages_need_a_template_in_the_file(made, tmp_path):
     write_gguf(tmp_path / "plain.gguf", model, tokenizer, template=False)
     path = write_recipe(tmp_path, "plain.gguf", prompts={"path": "prompts.jsonl", "chat": True})
     message(lambda: load_recipe(path), "chat template", "plain.gguf")
+
+
+def test_a_gguf_file_is_not_quantized_once_more(made):
+    folder = made[2] if isinstance(made, tuple) else made
+    message(
+        lambda: load_pretrained(str(folder / "model.gguf"), quantize="4bit"), "quantized once", "quantized by gguf", "leave quantize out"
+    )

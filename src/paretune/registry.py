@@ -92,8 +92,6 @@ class Registry:
             raise ConfigError(f"{label} is built as the version that is installed", found=f"version {shown(version)}", remedy=remedy)
         if version is not None:
             params.pop("content", None)
-        refuse_secrets(label, list(params.values()))
-        refuse_secrets(label, {name: value for name, value in params.items() if isinstance(value, str)}, names=SECRET_NAMES)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for name, value in params.items():
             if name in getattr(cls, "lacks", {}):  # what a relative of the class has
@@ -104,6 +102,8 @@ class Registry:
                 raise _at(name, error)
             if wrong := not_plain(value):
                 raise _at(name, ConfigError(f"{label}: {name} {wrong}", found=shown(value), remedy=see))
+        refuse_secrets(label, list(params.values()))
+        refuse_secrets(label, {name: value for name, value in params.items() if isinstance(value, str)}, names=SECRET_NAMES)
         try:
             built = _adapter(cls).validate_python(params)
         except ValidationError as error:

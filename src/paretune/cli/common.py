@@ -80,7 +80,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes of one thread each. Default: one per CPU.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
 

@@ -41,9 +41,11 @@ __all__ = ["explain", "export", "fit", "sample"]
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 trains in this one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Worker processes; 0 trains in this one.")] = 0,
     executor: Annotated[str, typer.Option(help="local: as --workers says; ray: a Ray cluster.")] = "local",
-    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure the result with; 0 does not measure.")] = 32,
+    samples: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure the result with; 0 does not measure.")
+    ] = 32,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +140,9 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Write a page with colored tokens to this file.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
     split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
-    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,
+    samples: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure returns with; 0 does not measure.")
+    ] = 256,
     trust: Trust = False,
     plugin: Plugins = None,
     as_json: Json = False,

@@ -30,8 +30,10 @@ def relate(
     probe_steps: Annotated[
         int, typer.Option(min=0, max=10_000, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
     ] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to sample, where responses cannot be enumerated.")] = 16,
-    group: Annotated[int, typer.Option(min=2, help="Responses per prompt there; below 10 there are no intervals.")] = 16,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Training prompts to sample, where responses cannot be enumerated.")
+    ] = 16,
+    group: Annotated[int, typer.Option(min=2, max=100_000, help="Responses per prompt there; below 10 there are no intervals.")] = 16,
     budget: Annotated[int | None, typer.Option(min=1, help="Advice only on methods of at most this many samples.")] = None,
     results: Annotated[Path | None, typer.Option(help="What advice is read from. Default: the results that Paretune ships.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write relations.json, figures/*.svg and tables/*.csv into this folder.")] = None,
@@ -72,8 +74,8 @@ def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],
     overrides: Overrides = None,
     column: Annotated[str | None, typer.Option(help="Score the texts of this column of the prompts, for example reply.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Without --column: responses of the untrained model per prompt.")] = 4,
-    limit: Annotated[int, typer.Option(min=1, help="Use the first training prompts only.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Without --column: responses of the untrained model per prompt.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="Use the first training prompts only.")] = 256,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     plugin: Plugins = None,
     as_json: Json = False,
