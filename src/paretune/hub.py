@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from paretune.errors import ConfigError
 
-__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "unloadable"]
+__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "positions_of", "text_config", "unloadable"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -101,6 +102,30 @@ def unloadable(what: str, model: str, revision: str | None, error: Exception, *,
         found=f"{model}{'' if revision is None else '@' + revision}: {type(error).__name__}: {' '.join(lines[:2])}",
         remedy=remedy,
     )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes its decoder of text; the whole of it, unless the model reads pictures too."""
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find(decoder=True)
+
+
+def positions_of(config: Any) -> tuple[int | None, str]:
+    """How many tokens a sequence may have, and in words where that stands; None where the configuration does not say.
+
+    Under the rope type longrope the frequencies of all rows change where the longest row of a forward passes a threshold. What a row says
+    would then depend on the rows beside it, and keys in a cache would belong to other frequencies. So the threshold is the limit.
+    (The type dynamic does the same beyond max_position_embeddings, which is the limit in any case.)
+    """
+    text = text_config(config)
+    given = getattr(text, "rope_parameters", None) or {}
+    known = {"max_position_embeddings": getattr(text, "max_position_embeddings", None)}
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        if rope.get("rope_type", rope.get("type")) == "longrope":
+            threshold = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            known["original_max_position_embeddings, beyond which longrope changes the frequencies of a whole batch"] = threshold
+    why, limit = min(((why, n) for why, n in known.items() if n is not None), key=lambda one: one[1], default=("", None))
+    return limit, why
 
 
 def _hash(path: Path) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 from paretune.policy.lora.bank import LoraBank, soup_weight
 from paretune.policy.lora.layers import FusedLayer
 from paretune.registry import Registry
@@ -252,7 +253,8 @@ def build_mixing(mixing: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a response: those of the generation settings, then the tokenizer's."""
     found: list[int] = []
-    for given in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    for where in (model.generation_config, model.config, text_config(model.config), tokenizer):
+        given = getattr(where, "eos_token_id", None)
         for number in given if isinstance(given, (list, tuple)) else [given]:
             if number is not None and int(number) not in found:
                 found.append(int(number))

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
+from paretune.hub import positions_of, text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
 from paretune.seeds import uniforms
@@ -444,6 +445,7 @@ def token_logp(
     read, and differentiated, once. Padding on the right needs no mask: nothing looks ahead.
     """
     length, gates_NK = tokens_NT.shape[1], _gates(policy, gates_NK)
+    _check_length(policy, (0 if gates_NK is None else policy.extra_positions) + prompt_ids_PT.shape[1] + length, temperature)
     if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
         prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:
@@ -465,7 +467,7 @@ def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, te
     """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
     n, length = tokens_NT.shape
     at_once = at_once or LOGITS_AT_ONCE
-    vocabulary = policy.model.config.get_text_config().vocab_size
+    vocabulary = text_config(policy.model.config).vocab_size
     if n * length * vocabulary <= at_once or not policy.splits_head:
         return _chosen(forward(), tokens_NT, temperature)
     with policy.headless():
@@ -504,11 +506,11 @@ def _needed(mask_NT: Tensor) -> Tensor | None:
 
 
 def _check_length(policy: Policy, needed: int, temperature: float) -> None:
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    limit, why = positions_of(policy.model.config)
     if limit is not None and needed > limit:
         raise ConfigError(
             "prompt and response fit the positions that the model knows",
-            found=f"{needed} tokens for a model of {limit}",
+            found=f"{needed} tokens for a model of {limit} ({why})",
             remedy="shorten the prompts, or lower max_new_tokens",
         )
     if not temperature >= 0 or temperature == float("inf"):

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, ParetuneError
+from paretune.hub import positions_of, text_config
 from paretune.policy import rollout
 from paretune.policy.base import Policy
 from paretune.seeds import generator
 
 __all__ = ["BOUNDS", "check_model", "paths"]
 
-BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding of the dtype
+BOUNDS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.bfloat16: 0.5, torch.float16: 0.1}  # nats per token: rounding of the dtype,
+# times the spread of the log-probabilities where it is below 1
 LONGEST, NEW, GROUP = 7, 5, 2  # tokens of the longer prompt and of the responses, where they fit, and responses to a prompt
 
 _passed: set[str] = set()
@@ -35,6 +37,7 @@ def check_model(policy: Policy) -> None:
     bound = BOUNDS.get(policy.model.dtype, BOUNDS[torch.bfloat16])
     try:
         wrong = ""
+        bound *= _spread(policy)
         for path, off in paths(policy):
             if not off <= bound:
                 wrong = f"{path}: {off:.3g} nats per token from its plain forward, more than {bound:g}"
@@ -55,14 +58,15 @@ def check_model(policy: Policy) -> None:
 def paths(policy: Policy) -> Iterator[tuple[str, float]]:
     """Each path, and the largest difference of a log-probability from the plain forward, in nats."""
     model, rng = policy.model, generator(0, "self-test")
-    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 64) - policy.extra_positions
+    room = (positions_of(model.config)[0] or 64) - policy.extra_positions
     new = max(1, min(NEW, room // 3))
     longest = max(2, min(LONGEST, room - new))
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    vocabulary = min(int(model.get_input_embeddings().num_embeddings), text_config(model.config).vocab_size)
     usable = [i for i in range(min(vocabulary, 5000)) if i not in policy.eos_ids and i != policy.pad_id]
     prompts = [[usable[int(i)] for i in rng.integers(0, len(usable), n)] for n in (longest // 2, longest)]
     width, device = longest, policy.device
-    ids_PT = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    padding = [policy.pad_id, usable[-1]] * width  # what padding says must not matter: the embedding of a pad token is often 0
+    ids_PT = torch.tensor([padding[: width - len(p)] + p for p in prompts], device=device)
     mask_PT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     tokens_NT = torch.tensor(
         [[usable[int(i)] for i in rng.integers(0, len(usable), new)] for _ in range(len(prompts) * GROUP)], device=device
@@ -87,6 +91,13 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
         if policy.zero_is_reference and policy.one_forward and policy.K and not policy.extra_positions:
             gates_NK = torch.zeros(len(tokens_NT), policy.K, device=device)
             yield "under gates of 0", _gap(rollout.token_logp(policy, *rows, gates_NK=gates_NK), truth_NT)
+
+
+def _spread(policy: Policy) -> float:
+    """The standard deviation of the model's log-probabilities over the vocabulary, at most 1: small random weights say all words alike."""
+    with torch.no_grad(), policy.bank.unchanged(), policy.bank.gates(None):
+        logits_TV = policy.model(input_ids=torch.arange(4, device=policy.device)[None] + 1, use_cache=False).logits[0].float()
+    return min(1.0, max(0.01, float(logits_TV.std(1).mean())))
 
 
 def _plain(policy: Policy, prompt: list[int], tokens_T: Tensor) -> Tensor:

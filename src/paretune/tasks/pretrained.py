@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, unloadable
+from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, positions_of, unloadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,10 +21,9 @@ REFERENCE = "the reference model"
 KINDS = (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for"), ("unexpected_keys", "has, without a place,"))
 
 
-def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a prompt and its answer may have together; None where the configuration does not say."""
-    config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int | None, str]:
+    """How many tokens a prompt and its answer may have together, and why: see `hub.positions_of`."""
+    return positions_of(_config(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -93,11 +92,7 @@ def load_pretrained(
 
 def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Every weight comes from the checkpoint, every tensor of it is used, and all numbers are finite."""
-    for kind, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has other shapes for"),
-        ("unexpected_keys", "has, without a place,"),
-    ):
+    for kind, what in KINDS:
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -120,7 +120,7 @@ class RecipeTask(Task):
         self._check_lengths()
 
     def _check_lengths(self) -> None:
-        room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        room, why = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         prompts = [*self.prompts("train"), *self.prompts("test")]
         if self.prompt_source.conversational:
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
@@ -134,7 +134,7 @@ class RecipeTask(Task):
         if room is not None and max(lengths) + self.max_new_tokens > room:
             raise ConfigError(
                 "prompt and answer fit into the model's context",
-                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room}",
+                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room} ({why})",
                 remedy="shorten the prompts, or lower max_new_tokens",
             )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import text_config
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.seeds import forked_torch, seed_for
@@ -436,7 +437,7 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
 
 def decoder_layers(model: Any) -> tuple[str, Sequence[Any]]:
     """The name of the list of a causal LM's decoder layers, and the layers; ("", ()) where it is not clear which list that is."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = getattr(text_config(model.config), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return (outer[0], tuple(lists[outer[0]])) if len(outer) == 1 else ("", ())

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 
 if TYPE_CHECKING:
     from paretune.policy.lora.bank import LoraBank
@@ -49,7 +50,7 @@ OTHERS = frozenset({"self", "hidden_states", "past_key_values", "layer_past", "u
 def branch_point(bank: LoraBank) -> int:
     """The decoder layer where the experts of `bank` begin to differ; 0 where nothing can be shared."""
     first = min((-1 if layer.depth is None else layer.depth for layer in bank.layers), default=0)
-    if not 0 < first < len(bank.stack) or bank.base.config._attn_implementation not in ("eager", "sdpa"):
+    if not 0 < first < len(bank.stack) or text_config(bank.base.config)._attn_implementation not in ("eager", "sdpa"):
         return 0
     return first if all(_known(type(layer).forward) for layer in bank.stack[first:]) else 0
 
