@@ -124,7 +124,7 @@ def positions_of(config: Any) -> tuple[int | None, str]:
         if rope.get("rope_type", rope.get("type")) == "longrope":
             threshold = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
             known["original_max_position_embeddings, beyond which longrope changes the frequencies of a whole batch"] = threshold
-    why, limit = min(((why, n) for why, n in known.items() if n is not None), key=lambda one: one[1], default=("", None))
+    why, limit = min(((why, n) for why, n in known.items() if n is not None and n > 0), key=lambda one: one[1], default=("", None))
     return limit, why
 
 

@@ -109,18 +109,23 @@ class Sensitivity:
 
 def explain(
     family: Family,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Sequence[Mapping[str, str]],
     preference: Preference | Mapping[str, float] | Sequence[float] | str,
     *,
     n: int = 1,
     response: str | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
 ) -> list[Explanation]:
-    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one given `response`, taken to end with EOS."""
+    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one given `response`, taken to end with EOS.
+
+    `prompt`, `system` and `raw` are as for `Family.sample`: a text, or the messages of one conversation.
+    """
     names = family.objectives.names
     chosen = preference if isinstance(preference, Preference) else Preference.of(names, preference)
-    given = Prompt(text=prompt) if isinstance(prompt, str) else prompt
+    (given,) = family.prompts([prompt], system=system, raw=raw)
     gates_K = torch.from_numpy(family.gates(chosen.w_M[None], [given]).reshape(family.policy.K)).float().to(family.policy.device)
     ids_1T, mask_1T = encode(family.policy.tokenizer, [given], family.policy.device)
     if response is None:

@@ -62,12 +62,6 @@ class Generation:
 def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of one prompt: its chat template, the answer's turn opened, or its text with the tokenizer's usual start."""
     if prompt.messages is not None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                "prompts made of messages need a tokenizer with a chat template",
-                found=f"{type(tokenizer).__name__} without one",
-                remedy="give plain text prompts, or set tokenizer.chat_template",
-            )
         ids = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt.text)["input_ids"]

@@ -92,6 +92,14 @@ class RecipeTask(Task):
         """Without `trust_remote_code`: a family that one was given must not decide to run code."""
         return {"model": self.model, "revision": self.revision, "dtype": self.dtype}
 
+    def prompt_form(self) -> Mapping[str, Any]:
+        """Of conversations, with the system message that all of them begin with, if they do."""
+        if not self.prompt_source.conversational:
+            return {}
+        firsts = [(prompt.messages or ({},))[0] for prompt in self.prompts("train")]
+        systems = {first.get("content") if first.get("role") == "system" else None for first in firsts}
+        return {"chat": True, "system": systems.pop() if len(systems) == 1 else None}
+
     def content(self) -> dict[str, Any]:
         """Hashes of the prompts, of the local weights (or the hub's commit), and each objective with the hashes of its files."""
         return self._content

@@ -24,6 +24,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -112,7 +113,7 @@ def run_head(model: Any, h_NTH: Tensor) -> Tensor:
     own = decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
     decoder.__dict__["forward"] = lambda *_, **__: _States(h_NTH)
     try:
-        return model(inputs_embeds=h_NTH, use_cache=False).logits
+        return model(input_ids=h_NTH.new_zeros(h_NTH.shape[:2], dtype=torch.long), use_cache=False).logits
     finally:
         del decoder.__dict__["forward"]
         if own is not None:
@@ -120,9 +121,9 @@ def run_head(model: Any, h_NTH: Tensor) -> Tensor:
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that a causal LM calls for its states: `get_decoder()` where there is one below the model, else `base_model`."""
+    """The module that a causal LM calls for its states: `get_decoder()` where that is one below it and no head, else `base_model`."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if found is None or found is model else found
+    return model.base_model if found is None or found is model or found is model.get_output_embeddings() else found
 
 
 class _States:
