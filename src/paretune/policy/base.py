@@ -71,6 +71,9 @@ class Policy(ABC):
 
     def __init__(self, bank: LoraBank, tokenizer: Any):
         self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
+        for config in (self.model.config, text_config(self.model.config)):
+            if getattr(config, "output_router_logits", False):  # of an auxiliary loss, which is not trained here and takes no cache
+                config.output_router_logits = False
         self.eos_ids = _eos_ids(self.model, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = int(self.eos_ids[0] if pad is None else pad)
