@@ -221,7 +221,7 @@ class Family:
             check_model(policy)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         said = {name: card.get(name, card["meta"].get(name)) for name in ("experts", "utility", "max_new_tokens")}  # once in meta
-        said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # before version 0.3 nothing was said
+        said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # older files do not say
         said["experts"] = None if said["experts"] is None else tuple(said["experts"])
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
 

@@ -107,7 +107,8 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
 def _spread(policy: Policy) -> float:
     """The standard deviation of the model's log-probabilities over the vocabulary, at most 1: small random weights say all words alike."""
     with torch.no_grad(), policy.bank.unchanged(), policy.bank.gates(None):
-        logits_TV = policy.model(input_ids=torch.arange(4, device=policy.device)[None] + 1, use_cache=False).logits[0].float()
+        ids_1T = torch.arange(4, device=policy.device)[None] % text_config(policy.model.config).vocab_size
+        logits_TV = policy.model(input_ids=ids_1T, use_cache=False).logits[0].float()
     return min(1.0, max(0.01, float(logits_TV.std(1).mean())))
 
 
