@@ -139,7 +139,7 @@ def main() -> int:
         "",
         f"Made by `python tools/models.py` with transformers {transformers.__version__}: a tiny random model of every causal LM class,",
         f'with two adapters on "all-linear", through the self-test (bound: {BOUNDS[torch.float32]:g} nats per token in float32,',
-        "less where a model's log-probabilities differ less than a nat). What is right computes the numbers of its plain forward however it is run.",
+        "less where a model's log-probabilities differ less than a nat). What is right computes what its plain forward does.",
         "",
         f"- right: {counts['right']}",
         f"- refused before anything is trained: {counts['refused']}",
