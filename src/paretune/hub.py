@@ -25,7 +25,9 @@ __all__ = [
     "load_tokenizer",
     "local_or_hub",
     "located",
+    "positions_of",
     "refuse_kernels",
+    "text_config",
     "unloadable",
 ]
 
@@ -239,6 +241,30 @@ def _dequantizes(kind: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes its decoder of text; the whole of it, unless the model reads pictures too."""
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find(decoder=True)
+
+
+def positions_of(config: Any) -> tuple[int | None, str]:
+    """How many tokens a sequence may have, and in words where that stands; None where the configuration does not say.
+
+    Under the rope type longrope the frequencies of all rows change where the longest row of a forward passes a threshold. What a row says
+    would then depend on the rows beside it, and keys in a cache would belong to other frequencies. So the threshold is the limit.
+    (The type dynamic does the same beyond max_position_embeddings, which is the limit in any case.)
+    """
+    text = text_config(config)
+    given = getattr(text, "rope_parameters", None) or {}
+    known = {"max_position_embeddings": getattr(text, "max_position_embeddings", None)}
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        if rope.get("rope_type", rope.get("type")) == "longrope":
+            threshold = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            known["original_max_position_embeddings, beyond which longrope changes the frequencies of a whole batch"] = threshold
+    why, limit = min(((why, n) for why, n in known.items() if n is not None and n > 0), key=lambda one: one[1], default=("", None))
+    return limit, why
 
 
 def _hash(path: Path) -> str:

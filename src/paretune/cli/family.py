@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from paretune.tasks.base import Task
 
 __all__ = ["explain", "export", "fit", "sample"]
+
+System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
 
 
 @app.command()
@@ -80,27 +84,36 @@ def fit(
 @app.command()
 def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
     preference: Preference,
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Responses per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    system: System = None,
+    raw: Raw = False,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
     read_card(family)
     from paretune.policy.family import Family
+    from paretune.tasks.prompts import read_requests
 
+    asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
+    if not asked:
+        raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
     loaded = Family.load(family, trust=trust)
-    made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings: dict[str, Any] = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    made = loaded.sample(asked, preference, system=system, raw=raw, **settings)
     if as_json:
-        print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(prompts, made, strict=True)])
+        print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(asked, made, strict=True)])
         return
-    for prompt, texts in zip(prompts, made, strict=True):
+    for prompt, texts in zip(asked, made, strict=True):
+        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
         for text in texts:
-            tell(text if len(prompts) == 1 else f"{prompt}\n  {text}")
+            tell(text if len(asked) == 1 else f"{shown}\n  {text}")
 
 
 @app.command()
@@ -131,7 +144,7 @@ def export(
 @app.command()
 def explain(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
-    prompt: Annotated[str, typer.Argument(help="One prompt.")],
+    prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
     preference: Preference,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Sampled responses to explain.")] = 1,
     response: Annotated[str | None, typer.Option(help="Explain this response instead of a sampled one.")] = None,
@@ -143,6 +156,8 @@ def explain(
     samples: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure returns with; 0 does not measure.")
     ] = 256,
+    system: System = None,
+    raw: Raw = False,
     trust: Trust = False,
     plugin: Plugins = None,
     as_json: Json = False,
@@ -157,7 +172,8 @@ def explain(
     plug(plugin)
     check_writable(html, "--html")
     loaded = Family.load(family, trust=trust, scoring=recipe is None)
-    found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
+    settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
+    found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
     task = _task(loaded, recipe, trust) if samples else None
     slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
     if html is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, RewardError
-from paretune.hub import check_pretrained, content_of, load_tokenizer, located, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, load_tokenizer, located, positions_of, refuse_kernels, unloadable
 from paretune.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _load_now(objective: ModelObjective) -> Loaded:
         raise unloadable(objective.what, objective.model, objective.revision, error, loader=objective.loader) from error
     objective.check_missing(sorted(info["missing_keys"]))
     tokenizer.truncation_side = "left"
-    limits = [objective.max_tokens, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [objective.max_tokens, tokenizer.model_max_length, positions_of(model.config)[0]]
     known = [limit for limit in limits if limit is not None and limit < UNLIMITED]
     model.requires_grad_(False)
     return Loaded(model.eval().to(device), tokenizer, device, min(known) if known else None)

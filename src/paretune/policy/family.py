@@ -20,8 +20,10 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
+from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, TASKS, checked, describe
 from paretune.tasks.base import Task
+from paretune.tasks.prompts import as_prompt
 from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt
 
 __all__ = ["Family"]
@@ -47,6 +49,8 @@ class Family:
     experts: tuple[int, ...] | None = None  # the adapter that is the expert of each objective, where there are such
     utility: Mapping[str, Any] | None = None  # the description of what was climbed, where it is not w . J: see `evaluation.utility`
     max_new_tokens: int | None = None  # the longest response of `sample`, where a request does not say
+    chat: bool = False  # it was trained on conversations: a text is what a user says in one
+    system: str | None = None  # the system message with which every conversation of the training began
     search_cost: Cost = field(default_factory=Cost)  # of finding the gates once, before anything is asked; not written to disk
 
     def __post_init__(self):
@@ -93,17 +97,20 @@ class Family:
 
     def sample(
         self,
-        prompts: Sequence[str | Prompt],
+        prompts: str | Prompt | Sequence[Any],
         preference: Preference | Mapping[str, float] | Sequence[float] | str,
         *,
         n: int = 1,
         seed: int = 0,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
+        system: str | None = None,
+        raw: bool = False,
     ) -> list[list[str]]:
         """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
 
-        Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
+        Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
+        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
@@ -112,13 +119,45 @@ class Family:
             raise ConfigError("prompts are a list of texts", found=shown(prompts), remedy='for example family.sample(["hello"], ...)')
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
-        asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        asked = self.prompts(prompts, system=system, raw=raw)
         rows = [prompt for prompt in asked for _ in range(n)]
         gates = self.gates(Preference.of(self.objectives.names, preference).w_M[None], asked)[0]  # (K,), or (P, K)
         gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
         drawn = generate(self.policy, rows, gates_NK=gates_NK, max_new_tokens=limit, seed=seed, temperature=temperature, batch=SAMPLE_ROWS)
         answers = [text for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
+
+    def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:
+        """Texts and conversations, or one of them, as the prompts that the family was trained on.
+
+        Where that was `chat`, a text becomes what a user says. A conversation goes through the tokenizer's chat template; one without a
+        system message gets the training's, or `system` ("" is none). `raw` leaves texts as they are. A `Prompt` is used as it is.
+        """
+        if raw and system is not None:
+            raise ConfigError("a raw prompt is used as it is", found="raw, and a system message", remedy="leave one of them out")
+        if isinstance(given, (str, Prompt, Mapping)) or (len(given) > 0 and all(isinstance(part, Mapping) for part in given)):
+            given = [given]
+        return [self._prompt(f"prompt {place}", one, system, raw) for place, one in enumerate(given, start=1)]
+
+    def _prompt(self, where: str, given: Any, system: str | None, raw: bool) -> Prompt:
+        if isinstance(given, Prompt):
+            if system is None:
+                return given
+            given = given.raw
+        if raw:
+            if not isinstance(given, str):
+                raise ConfigError("a raw prompt is a text", found=f"a {type(given).__name__} in {where}", remedy="leave raw out")
+            return Prompt(text=given)
+        plain = as_prompt(where, given, chat=self.chat)
+        if plain.messages is None:
+            if system is not None:
+                found = f"a text in {where}, for a family that was trained on plain texts"
+                remedy = 'give the prompt as messages, [{"role": "user", "content": "..."}], or leave the system message out'
+                raise ConfigError("a system message goes before a conversation", found=found, remedy=remedy)
+            return plain
+        if system is None and plain.messages[0]["role"] != "system":
+            system = self.system
+        return as_prompt(where, plain.messages, chat=self.chat, system=system) if system else plain
 
     def save(self, path: str | Path) -> None:
         """Write family.json and adapters/<name>/ in plain PEFT format into the new directory `path`, which appears whole or not at all."""
@@ -149,14 +188,24 @@ class Family:
             "experts": self.experts,
             "utility": self.utility,
             "max_new_tokens": self.max_new_tokens,
+            "chat": self.chat,
+            "system": self.system,
             "meta": self.meta,
         }
         (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(aside, path)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device | None = None, trust: bool = False, scoring: bool = True) -> Family:
-        """A saved family, with its reference model loaded afresh.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        trust: bool = False,
+        scoring: bool = True,
+        self_test: bool = True,
+    ) -> Family:
+        """A saved family, with its reference model loaded afresh and, unless `self_test` is false, tried out: see `policy.self_test`.
 
         Code that it names is refused unless the caller says `trust`; that of its objectives may stand there where it is not used for
         `scoring`.
@@ -170,8 +219,11 @@ class Family:
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
         policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
         policy.load_extra(path)
+        if self_test:
+            check_model(policy)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         said = {name: card.get(name, card["meta"].get(name)) for name in ("experts", "utility", "max_new_tokens")}  # once in meta
+        said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # older files do not say
         said["experts"] = None if said["experts"] is None else tuple(said["experts"])
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
 

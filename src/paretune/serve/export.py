@@ -29,7 +29,7 @@ from paretune.hub import is_local
 from paretune.policy.base import Policy, Weights
 from paretune.policy.family import Family
 from paretune.policy.lora.linear import base_weight
-from paretune.serve.model_card import Exported, model_card, record
+from paretune.serve.model_card import Exported, model_card, neutral_sampling, record
 from paretune.types import Preference
 
 __all__ = ["KINDS", "export", "single_weights"]
@@ -131,6 +131,7 @@ def _write(
     with torch.inference_mode(False), torch.no_grad():
         _write_model(policy, _merged(policy, weights), folder, dtype or policy.model.dtype, shard)
     policy.tokenizer.save_pretrained(folder)
+    neutral_sampling(policy.model).save_pretrained(folder)  # in place of the base model's, which engines would apply to the policy
     return None
 
 

@@ -67,6 +67,10 @@ class Task(ABC):
 
         return {"task": describe(self)}
 
+    def prompt_form(self) -> Mapping[str, Any]:
+        """How its prompts are made of texts, as fields of `Family`: {} for plain texts, {"chat": True, "system": text or None}."""
+        return {}
+
     def judged(self) -> np.ndarray:
         """(W, M) preferences that results are judged at; never trained on (see `sample_preferences`)."""
         return judged_preferences(self.objectives.count)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_gguf, is_local, local_or_hub, located, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, is_gguf, is_local, local_or_hub, located, positions_of, refuse_kernels, unloadable
 from paretune.hub import load_tokenizer as read_tokenizer
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "torchao-int8": "tor
 KINDS = (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for"), ("unexpected_keys", "has, without a place,"))
 
 
-def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a prompt and its answer may have together; None where the configuration does not say."""
-    config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int | None, str]:
+    """How many tokens a prompt and its answer may have together, and why: see `hub.positions_of`."""
+    return positions_of(_config(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -176,11 +175,7 @@ def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any])
     from torch import Tensor
     from torch.nn import Parameter
 
-    for kind, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has other shapes for"),
-        ("unexpected_keys", "has, without a place,"),
-    ):
+    for kind, what in KINDS:
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -101,6 +101,14 @@ class RecipeTask(Task):
         base = {"model": self.model, "revision": self.revision, "dtype": self.dtype}
         return base if self.quantize is None else base | {"quantize": self.quantize}
 
+    def prompt_form(self) -> Mapping[str, Any]:
+        """Of conversations, with the system message that all of them begin with, if they do."""
+        if not self.prompt_source.conversational:
+            return {}
+        firsts = [(prompt.messages or ({},))[0] for prompt in self.prompts("train")]
+        systems = {first.get("content") if first.get("role") == "system" else None for first in firsts}
+        return {"chat": True, "system": systems.pop() if len(systems) == 1 else None}
+
     def content(self) -> dict[str, Any]:
         """Hashes of the prompts, of the local weights (or the hub's commit), and each objective with the hashes of its files."""
         return self._content
@@ -135,7 +143,7 @@ class RecipeTask(Task):
         return True
 
     def _check_lengths(self) -> None:
-        room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        room, why = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         prompts = [*self.prompts("train"), *self.prompts("test")]
         if self.prompt_source.conversational:
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
@@ -156,7 +164,7 @@ class RecipeTask(Task):
         if room is not None and max(lengths) + self.max_new_tokens > room:
             raise ConfigError(
                 "prompt and answer fit into the model's context",
-                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room}",
+                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room} ({why})",
                 remedy="shorten the prompts, or lower max_new_tokens",
             )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import text_config
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.policy.lora.linear import base_weight, frozen_linear, is_quantized, rounds_inputs
@@ -487,7 +488,7 @@ def _dtype_of(bank: LoraBank, layer: FusedLayer) -> torch.dtype:
 
 def decoder_layers(model: Any) -> tuple[str, Sequence[Any]]:
     """The name of the list of a causal LM's decoder layers, and the layers; ("", ()) where it is not clear which list that is."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = getattr(text_config(model.config), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return (outer[0], tuple(lists[outer[0]])) if len(outer) == 1 else ("", ())

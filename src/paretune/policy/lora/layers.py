@@ -79,6 +79,8 @@ class Gated:
         """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
         if x.dim() == 2 and self.gates.dim() > 1 and self.shape is not None and len(x) == self.shape[0] * self.shape[1]:
             x = x.unflatten(0, self.shape)  # some architectures give their linear layers (rows * tokens, I)
+        elif x.dim() == 4 and x.shape[1] == 1:  # latent attention gives one (rows, 1, tokens so far, I): its cache holds what it reads
+            x = x[:, 0]
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
         x_BI = x.reshape(-1, x.shape[-1])

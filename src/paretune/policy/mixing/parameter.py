@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 from paretune.policy.base import MIXINGS, Policy, Weights, one_alone
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.decoder import routed
@@ -302,7 +303,7 @@ class RoutedMix(ParameterMix):
             )
         self._given = {"experts": experts, "width": width, "seed": seed}
         self.vertices_are_experts = experts == bank.count
-        inputs = self.model.config.get_text_config().hidden_size + bank.count + 1
+        inputs = text_config(self.model.config).hidden_size + bank.count + 1
         self._layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(len(bank.stack)):
             drawn = generator(seed, "router", layer).normal(size=(width, inputs)) / np.sqrt(inputs)
