@@ -28,7 +28,21 @@ from pydantic import Field
 from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest, shown
 
 __all__ = [
-    *("Amount", "Cost", "Count", "Curve", "Estimate", "Fraction", "Front", "Natural", "Objectives", "Positive", "Preference"),
+    *(
+        "Amount",
+        "Cost",
+        "Count",
+        "Curve",
+        "Device",
+        "Estimate",
+        "Fraction",
+        "Front",
+        "Name",
+        "Natural",
+        "Objectives",
+        "Positive",
+        "Preference",
+    ),
     *("Prompt", "Share", "canonical_json", "check_name", "key_of", "refuse_secrets"),
 ]
 
@@ -39,6 +53,8 @@ Positive = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$")]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 def canonical_json(value: Any) -> str:

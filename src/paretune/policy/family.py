@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError, shown
+from paretune.errors import ConfigError
 from paretune.policy.base import Policy, build_mixing
 from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
 from paretune.policy.lora.bank import LoraBank
@@ -115,8 +115,6 @@ class Family:
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
         temperature = checked("temperature", Amount, temperature)
-        if isinstance(prompts, str) or not all(isinstance(p, str | Prompt | Sequence) for p in checked("prompts", Sequence[Any], prompts)):
-            raise ConfigError("prompts are a list of texts", found=shown(prompts), remedy='for example family.sample(["hello"], ...)')
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
         asked = self.prompts(prompts, system=system, raw=raw)
@@ -135,9 +133,11 @@ class Family:
         """
         if raw and system is not None:
             raise ConfigError("a raw prompt is used as it is", found="raw, and a system message", remedy="leave one of them out")
-        if isinstance(given, (str, Prompt, Mapping)) or (len(given) > 0 and all(isinstance(part, Mapping) for part in given)):
-            given = [given]
-        return [self._prompt(f"prompt {place}", one, system, raw) for place, one in enumerate(given, start=1)]
+        several: Any = given
+        alone = not isinstance(given, Sequence) or isinstance(given, str | bytes)
+        if alone or (len(several) > 0 and all(isinstance(part, Mapping) for part in several)):
+            several = [given]
+        return [self._prompt(f"prompt {place}", one, system, raw) for place, one in enumerate(several, start=1)]
 
     def _prompt(self, where: str, given: Any, system: str | None, raw: bool) -> Prompt:
         if isinstance(given, Prompt):

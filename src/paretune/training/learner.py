@@ -32,7 +32,7 @@ from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
-from paretune.types import Amount, Count, Fraction, Natural, Objectives, Positive
+from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Objectives, Positive
 
 __all__ = [
     "Learner",
@@ -62,8 +62,8 @@ class Learner(ABC):
 
     rank: Count = 16
     alpha: Count | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
-    targets: str | tuple[str, ...] = "all-linear"
-    device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
+    targets: Name | tuple[Name, ...] = "all-linear"
+    device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
 
     def resolved(self) -> dict[str, Any]:
@@ -100,7 +100,16 @@ class Learner(ABC):
         model: Any = loaded
         check_cast(model, self.dtype)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
+        try:
+            model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                "a training runs on a device that is here",
+                found=f"device {device!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                remedy='device "auto" takes the first GPU, or the CPU',
+            ) from error
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
