@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "export", "fit", "sample"]
 
+Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
+
 
 @app.command()
 @on_ray
@@ -67,12 +69,13 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
     from paretune.policy.family import Family
 
-    loaded = Family.load(family)
+    loaded = Family.load(family, model=model)
     made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
     if as_json:
         print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(prompts, made, strict=True)])
@@ -89,13 +92,14 @@ def export(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
-    made = write(Family.load(family), out, preference, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family, model=model), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
         print_json(made.to_json())
         return
@@ -118,6 +122,7 @@ def explain(
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
     split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
     samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,
+    model: Base = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -129,7 +134,7 @@ def explain(
 
     plug(plugin)
     check_writable(html, "--html")
-    loaded = Family.load(family)
+    loaded = Family.load(family, model=model)
     found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
     task = _task(loaded, recipe) if samples else None
     slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
@@ -164,11 +169,13 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
 
     They are written into the family's folder too, for the cards of its exports.
     """
+    import json
+
     import numpy as np
 
     from paretune.evaluation.evaluate import evaluate
     from paretune.evaluation.metrics import plain
-    from paretune.files import write_json
+    from paretune.files import disk_errors, sealed, write_json
     from paretune.methods.search import simplex_lattice
     from paretune.report.tables import Column, Table
     from paretune.serve.model_card import MEASURED
@@ -182,7 +189,9 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
         labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
     say(f"measuring {len(w_WM)} preferences, {samples} responses each")
     measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
-    write_json(folder / MEASURED, {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)})
+    with disk_errors(folder, "a family"):
+        about = {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)}
+        write_json(folder / MEASURED, sealed(json.loads(json.dumps(about))))
     columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
     rows: list[dict[str, Any]] = []
     for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):
