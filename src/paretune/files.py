@@ -23,7 +23,7 @@ from paretune.errors import ParetuneError, StoreError
 from paretune.types import canonical_json
 
 __all__ = [
-    *("ASIDE", "card_problems", "changed", "digest", "disk_errors", "force", "hashes_of", "is_disk_full", "is_sealed"),
+    *("ASIDE", "card_problems", "changed", "digest", "disk_errors", "force", "force_names", "hashes_of", "is_disk_full", "is_sealed"),
     *("manifest", "new_file", "new_folder", "no_room", "note", "read_json", "read_manifest", "remove", "sealed", "write_json"),
     "write_text",
 ]
@@ -89,7 +89,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 place = path / file.relative_to(aside)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)
-            force(path, names_only=True)  # their content was forced before
+                _sync(place.parent)
         else:
             os.replace(aside, path)
             _sync(path.parent)
@@ -97,12 +97,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def force(folder: Path, *, names_only: bool = False) -> None:
+def force(folder: Path) -> None:
     """Force everything in a folder to the disk, and its name."""
     for place, _, files in os.walk(folder, topdown=False):
-        for name in () if names_only else files:
+        for name in files:
             _sync(Path(place, name))
         _sync(Path(place))
+    _sync(folder.parent)
+
+
+def force_names(folder: Path) -> None:
+    """Force the list of what is in a folder, and its name."""
+    _sync(folder)
     _sync(folder.parent)
 
 

@@ -33,7 +33,9 @@ from paretune.files import (
     changed,
     disk_errors,
     force,
+    force_names,
     hashes_of,
+    is_sealed,
     manifest,
     note,
     read_json,
@@ -113,9 +115,12 @@ class Store:
         found, problems = {}, []
         for path in sorted((self.root / "suites").glob("*.json")):
             try:
-                found[path.stem] = set(read_json(path, rule="a suite lists its cells", remedy="run it again")["cells"])
+                listed = read_json(path, rule="a suite lists its cells", remedy="run it again")
+                if "sha256" in listed and not is_sealed(listed):
+                    raise KeyError
+                found[path.stem] = set(listed["cells"])
             except (StoreError, KeyError, TypeError) as error:
-                why = error.found.partition(": ")[2] if isinstance(error, StoreError) else "no list of cells"
+                why = error.found.partition(": ")[2] if isinstance(error, StoreError) else "the content is not what was written"
                 problems.append(f"suites/{path.name}: {why}")
         return found, problems
 
@@ -184,6 +189,7 @@ class Store:
             )
         with disk_errors(self.root):
             wip.mkdir(parents=True, exist_ok=True)
+            force_names(wip.parent)
             (wip / FAILED).unlink(missing_ok=True)
         return wip
 
@@ -230,7 +236,7 @@ class Store:
         shutil.rmtree(wip / FOLDER, ignore_errors=True)
         (wip / FINISHED).unlink(missing_ok=True)
         os.replace(wip, final)
-        force(final, names_only=True)
+        force_names(final)
         return final
 
     def has_workers(self) -> bool:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from paretune.errors import ConfigError, nearest
-from paretune.files import disk_errors, write_json
+from paretune.files import disk_errors, sealed, write_json
 from paretune.methods.base import Method
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
 from paretune.runs.config import Document, load
@@ -292,7 +292,8 @@ def run_suite(
         with disk_errors(store.root):
             (store.root / "suites").mkdir(exist_ok=True)
             labels = {member.key: member.label for member in members}
-            write_json(store.root / "suites" / f"{checked.name}.json", {"format": 1, "suite": checked.model_dump(), "cells": labels})
+            listed = sealed({"format": 1, "suite": checked.model_dump(mode="json"), "cells": labels})
+            write_json(store.root / "suites" / f"{checked.name}.json", listed)
         return _run(checked, store, members, began, who=who, workers=workers, progress=progress)
 
 

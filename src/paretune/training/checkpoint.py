@@ -21,7 +21,20 @@ import torch
 from torch import Tensor
 
 from paretune.errors import TrainingError
-from paretune.files import ASIDE, card_problems, changed, disk_errors, force, hashes_of, manifest, note, read_manifest, remove, write_text
+from paretune.files import (
+    ASIDE,
+    card_problems,
+    changed,
+    disk_errors,
+    force,
+    force_names,
+    hashes_of,
+    manifest,
+    note,
+    read_manifest,
+    remove,
+    write_text,
+)
 from paretune.training.cost import FINISHED, LEDGER, Cost, write_cost
 from paretune.training.spec import FOLDER
 
@@ -55,7 +68,7 @@ def save_checkpoint(
         (aside / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
         seal(aside, DONE)
         aside.replace(final)
-        force(folder, names_only=True)
+        force_names(folder)
         for other in folder.iterdir():
             if other != final:
                 remove(other)
