@@ -37,12 +37,12 @@ COMMANDS = {
     "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {
         *{"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--file"},
-        *{"--system", "--raw", "--trust", "--json"},
+        *{"--system", "--raw", "--trust", "--model", "--json"},
     },
-    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--trust", "--json"},
+    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--trust", "--model", "--json"},
     "explain": {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
-        *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--plugin", "--json"},
+        *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--model", "--plugin", "--json"},
     },
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},

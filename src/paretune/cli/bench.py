@@ -11,6 +11,7 @@ import typer
 
 from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
+from paretune.files import disk_errors, write_text
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
@@ -59,22 +60,30 @@ def report(
 
 
 @app.command()
-def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
-    """Hash everything published again; exit code 1 if anything is not what was published."""
+def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
+    """Hash everything published again, families too; exit code 1 if anything is not what was published."""
     from paretune.runs.store import ARTIFACTS, CELLS, Store
 
     if not root.is_dir():
         raise ConfigError("only a run directory can be checked", found=f"{root} is not a directory", remedy="give the --root of a run")
     store = Store(root)
     counts = {kind: len(store.published(kind)) for kind in (ARTIFACTS, CELLS)}
+    counts["families"] = len(store.families())
     problems = store.check()
+    if not (problems or any(counts.values()) or any((root / kind).is_dir() for kind in (ARTIFACTS, CELLS))):
+        raise ConfigError(
+            "what is checked was made by Paretune: artifacts/, cells/, families/, or a folder with family.json",
+            found=f"none of them in {root}",
+            remedy="give the --root of a run, or a family",
+        )
     if as_json:
         print_json({"root": str(root), "published": counts, "problems": problems})
     else:
         for problem in problems:
             tell(problem)
         number = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        tell(f"{counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed: {number if problems else 'all as published'}")
+        looked = f"{counts['families']} families, {counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed"
+        tell(f"{root}: {looked}: {number if problems else 'all as published'}")
     if problems:
         say("remedy: remove the directories named above; the next run makes them again")
         raise typer.Exit(1)
@@ -111,6 +120,8 @@ def _report(
     from paretune.report.terminal import console, print_leaderboard
 
     results = load(root, suite=suite)
+    for skipped in results.skipped:
+        say(f"left out: {skipped}")
     page = write_page(results, out or root / "reports" / results.name)
     if rows is not None:
         say(f"rows: {write_rows(results, rows)}")
@@ -153,7 +164,8 @@ def tune(
         found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
     best = found.yaml()
     if write is not None:
-        write.write_text(best, encoding="utf-8")
+        with disk_errors(write, "a file of settings"):
+            write_text(write, best)
     if as_json:
         print_json(found.to_json())
         return

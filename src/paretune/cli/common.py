@@ -137,7 +137,10 @@ def plug(plugins: list[Path] | None) -> None:
 
 def check_writable(file: Path | None, option: str) -> None:
     """ConfigError where a file that is written at the end of long work could not be; None is no file."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+    if file is None:
+        return
+    place = file if file.exists() and not file.is_file() else file.parent  # a file is replaced, which needs its folder
+    if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
         found = f"{file} is a directory" if file.is_dir() else f"cannot write {file}"
         remedy = f"give {option} a file in a folder that exists and is yours"
         raise ConfigError("what is written at the end can be written", found=found, remedy=remedy)

@@ -38,6 +38,7 @@ __all__ = ["explain", "export", "fit", "sample"]
 
 System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
 Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
+Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
 
 
 @app.command()
@@ -94,6 +95,7 @@ def sample(
     system: System = None,
     raw: Raw = False,
     trust: Trust = False,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
@@ -104,7 +106,7 @@ def sample(
     asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
     if not asked:
         raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
-    loaded = Family.load(family, trust=trust)
+    loaded = Family.load(family, trust=trust, model=model)
     settings: dict[str, Any] = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature}
     made = loaded.sample(asked, preference, system=system, raw=raw, **settings)
     if as_json:
@@ -124,6 +126,7 @@ def export(
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
     trust: Trust = False,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
@@ -131,7 +134,7 @@ def export(
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
-    made = write(Family.load(family, trust=trust), out, preference, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
         print_json(made.to_json())
         return
@@ -159,6 +162,7 @@ def explain(
     system: System = None,
     raw: Raw = False,
     trust: Trust = False,
+    model: Base = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +175,7 @@ def explain(
 
     plug(plugin)
     check_writable(html, "--html")
-    loaded = Family.load(family, trust=trust, scoring=recipe is None)
+    loaded = Family.load(family, trust=trust, scoring=recipe is None, model=model)
     settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
     found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
     task = _task(loaded, recipe, trust) if samples else None
@@ -207,11 +211,13 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
 
     They are written into the family's folder too, for the cards of its exports.
     """
+    import json
+
     import numpy as np
 
     from paretune.evaluation.evaluate import evaluate
     from paretune.evaluation.metrics import plain
-    from paretune.files import write_json
+    from paretune.files import disk_errors, sealed, write_json
     from paretune.methods.search import simplex_lattice
     from paretune.report.tables import Column, Table
     from paretune.serve.model_card import MEASURED
@@ -225,7 +231,9 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
         labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
     say(f"measuring {len(w_WM)} preferences, {samples} responses each")
     measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
-    write_json(folder / MEASURED, {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)})
+    with disk_errors(folder, "a family"):
+        about = {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)}
+        write_json(folder / MEASURED, sealed(json.loads(json.dumps(about))))
     columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
     rows: list[dict[str, Any]] = []
     for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError
+from paretune.files import card_problems, changed, disk_errors, hashes_of, new_folder, sealed
+from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
 from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
 from paretune.policy.lora.bank import LoraBank
@@ -164,9 +166,10 @@ class Family:
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
-        aside = path.resolve().with_name(f".wip-{path.resolve().name}")
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-        aside.mkdir(parents=True)
+        with disk_errors(path, "a family"), new_folder(path) as aside:
+            self._write(aside, path.resolve())
+
+    def _write(self, aside: Path, path: Path) -> None:
         folders = {}
         for k, name in enumerate(self.policy.bank.names):
             folders[name] = f"adapters/{_folder(k, name)}"
@@ -183,7 +186,7 @@ class Family:
             "mixing": {"name": self.policy.mixing, **self.policy.settings} if self.policy.settings else self.policy.mixing,
             "rule": describe(self.rule.frozen()),
             "objectives": asdict(self.objectives),
-            "base": dict(self.base),
+            "base": _movable(self.base, path),
             "adapters": folders,
             "experts": self.experts,
             "utility": self.utility,
@@ -191,9 +194,10 @@ class Family:
             "chat": self.chat,
             "system": self.system,
             "meta": self.meta,
+            "files": hashes_of(aside, (file for file in aside.rglob("*") if file.is_file())),
         }
-        (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        card = sealed(json.loads(json.dumps(card, allow_nan=False)))
+        (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(
@@ -201,23 +205,26 @@ class Family:
         path: str | Path,
         *,
         device: str | torch.device | None = None,
+        model: str | Path | None = None,
         trust: bool = False,
         scoring: bool = True,
         self_test: bool = True,
     ) -> Family:
         """A saved family, with its reference model loaded afresh and, unless `self_test` is false, tried out: see `policy.self_test`.
 
-        Code that it names is refused unless the caller says `trust`; that of its objectives may stand there where it is not used for
-        `scoring`.
+        `model` says where the reference model is now, if it has moved. Code that the family names is refused unless the caller says
+        `trust`; that of its objectives may stand there where it is not used for `scoring`.
         """
         path = Path(path)
         card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
-        model, tokenizer = load_base(card["base"], trust=trust, scoring=scoring)
+        _refuse(path, changed(path, card.get("files", {})))
+        base = _found(card["base"], path, model)
+        loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
         if device is not None:
-            model = model.to(device)
+            loaded = loaded.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
-        policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
+        policy = build_mixing(card["mixing"], LoraBank.load(loaded, adapters), tokenizer)
         policy.load_extra(path)
         if self_test:
             check_model(policy)
@@ -225,7 +232,45 @@ class Family:
         said = {name: card.get(name, card["meta"].get(name)) for name in ("experts", "utility", "max_new_tokens")}  # once in meta
         said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # older files do not say
         said["experts"] = None if said["experts"] is None else tuple(said["experts"])
-        return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
+        family = cls(policy, rule, objectives, base, adapters, card["meta"], **said)
+        _refuse(path, card_problems(path / FAMILY_FILE))  # last: what can be said more clearly was said
+        return family
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(
+            "a family is read as it was saved",
+            found=f"{path / problems[0]}",
+            remedy=f"copy it again, or remove it and fit it again; what you changed by hand counts once sha256 is out of {FAMILY_FILE}",
+        )
+
+
+def _movable(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """How the family in `path` finds its base: a folder by its place from there, too, so that both can move together."""
+    if "model" not in base or not is_local(base["model"]):
+        return dict(base)
+    model = Path(base["model"]).expanduser().resolve()
+    return {**base, "model": str(model), "beside": os.path.relpath(model, path)}
+
+
+def _found(base: Mapping[str, Any], path: Path, given: str | Path | None) -> dict[str, Any]:
+    """Where the base of the family in `path` is now: `given`, else beside the family as before, else where it was."""
+    plain = {name: value for name, value in base.items() if name != "beside"}
+    if given is not None and "model" not in base:
+        raise ConfigError("a base that moves is a model", found=f"{path}: the base is a task", remedy="leave --model (model=) out")
+    beside = path.resolve() / base.get("beside", base.get("model", ""))
+    if given is not None:
+        plain["model"] = str(given)
+    elif "beside" in base and beside.exists():
+        plain["model"] = os.path.normpath(beside)
+    elif "model" in base and is_local(base["model"]) and not Path(base["model"]).expanduser().exists():
+        raise ConfigError(
+            "a family finds its reference model",
+            found=f"nothing at {base['model']}",
+            remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
+        )
+    return plain
 
 
 def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> tuple[Any, Any]:

@@ -193,6 +193,7 @@ class Results:
 
     def __init__(self, cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]] = (), name: str = "results"):
         self.cells, self.failures, self.name = list(cells), list(failures), name
+        self.skipped: list[str] = []  # files that could not be read, and what is wrong with each
 
     @cached_property
     def families(self) -> dict[str, str]:
@@ -236,7 +237,10 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     store = Store(root)
     if not store.root.is_dir():
         raise ConfigError("a report is made from a run directory", found=f"{root} is not one", remedy="give the --root of `paretune bench`")
-    suites = {path.stem: set(_json(path)["cells"]) for path in sorted((store.root / "suites").glob("*.json"))}
+    suites, skipped = store.suites()
+    for line in skipped:
+        if line.startswith(f"suites/{suite}.json: "):
+            raise StoreError("a suite lists its cells", found=f"{store.root}: {line}", remedy="run it again, or leave --suite out")
     if suite is not None and suite not in suites:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
@@ -246,16 +250,18 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
         remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
         raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
-    records = {key: _json(folder / "cell.json") for key, folder in folders.items()}
+    records = {key: json.loads(store.read(key, "cell.json")) for key in folders}
     for key, record in records.items():
         if record.get("format") != CELL_FORMAT:
             found = f"format {record.get('format')!r} in {folders[key]}"
             remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
             raise ConfigError(f"this version reads cells of format {CELL_FORMAT}", found=found, remedy=remedy)
-    envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
+    envs = {key: json.loads(store.read(key, "env.json")) for key in folders}
     failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, key, record in broken]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
-    return assemble(records, envs, failures=failures, name=name)
+    results = assemble(records, envs, failures=failures, name=name)
+    results.skipped = skipped
+    return results
 
 
 def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str, Any]] = (), name: str = "results") -> Results:
@@ -304,11 +310,3 @@ def _short(value: Any) -> str:
         return f"{value:g}".replace("-", "\u2212")
     text = str(value)
     return text if len(text) <= 40 else "…" + text[-39:]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        remedy = "run `paretune check` on this directory"
-        raise StoreError("a published file can be read", found=f"{path}: {error}", remedy=remedy) from error

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from paretune.errors import ConfigError, nearest, shown
-from paretune.files import disk_errors, write_json
+from paretune.files import disk_errors, sealed, write_json
 from paretune.methods.base import Method
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe
 from paretune.runs.config import Document, load
@@ -304,7 +304,8 @@ def run_suite(
         with disk_errors(store.root):
             (store.root / "suites").mkdir(exist_ok=True)
             labels = {member.key: member.label for member in members}
-            write_json(store.root / "suites" / f"{read.name}.json", {"format": 1, "suite": read.model_dump(), "cells": labels})
+            listed = sealed({"format": 1, "suite": read.model_dump(mode="json"), "cells": labels})
+            write_json(store.root / "suites" / f"{read.name}.json", listed)
         return _run(read, store, members, began, who=who, workers=workers, progress=progress)
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.errors import ConfigError, StoreError, nearest
-from paretune.files import is_disk_full
+from paretune.errors import ConfigError, nearest
+from paretune.files import disk_errors, new_folder
 from paretune.hub import is_local
 from paretune.policy.base import Policy, Weights
 from paretune.policy.family import Family
@@ -73,14 +71,12 @@ def export(
             else f"mixing {family.policy.mixing!r}, whose changes are dense: they have no low rank"
         )
         raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
-    aside = out.resolve().with_name(f".wip-{out.resolve().name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
     try:
-        aside.mkdir(parents=True)
+        out.resolve().with_name(f".wip-{out.resolve().name}").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         found = f"{error.filename}: {error.strerror}"
         raise ConfigError("an export is written where a folder can be made", found=found, remedy="choose another --out") from error
-    try:
+    with disk_errors(out, "an export"), new_folder(out) as aside:
         rank = _write(family.policy, weights, aside, kind, getattr(torch, dtype) if dtype else None, shard, family.base)
         stored = dtype or str(family.policy.model.dtype if kind == "merged" else torch.float32).removeprefix("torch.")
         made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix)
@@ -88,13 +84,6 @@ def export(
         facts = record(family, made, how=weights.how, gates=gates, results=results)
         (aside / "paretune.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(family, made, facts), encoding="utf-8")
-        os.replace(aside, out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if is_disk_full(error):
-            remedy = "free some space and export again; `--as adapter` needs little"
-            raise StoreError("an export has room on its disk", found=f"{out.parent}: {error}", remedy=remedy) from error
-        raise
     return made
 
 

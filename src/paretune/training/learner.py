@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, TrainingError
+from paretune.files import disk_errors
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
@@ -27,9 +28,18 @@ from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
-from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
+from paretune.training.checkpoint import (
+    Progress,
+    TrainLog,
+    is_finished,
+    load_checkpoint,
+    mark_finished,
+    packed,
+    save_checkpoint,
+    unpacked,
+)
 from paretune.training.combine import Combine
-from paretune.training.cost import Cost, read_cost, write_cost
+from paretune.training.cost import Cost, read_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
 from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Objectives, Positive
@@ -139,15 +149,15 @@ class Learner(ABC):
         """Write the adapters and the cost, then drop the checkpoint; in this order, a kill in between loses nothing."""
         policy.commit()
         trained = policy.bank.trainable
-        for i, name in enumerate(trained):
-            policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
-        policy.save_extra(work)
+        with disk_errors(work):
+            for i, name in enumerate(trained):
+                policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
+            policy.save_extra(work)
         size = sum(p.numel() * p.element_size() for p in policy.parameters())
         base = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         # Memory: weights, gradients and the optimizer's two moments; activations are not counted.
         cost = dataclasses.replace(cost, memory_bytes=base + 3 * size, storage_bytes=size)
-        write_cost(work, cost)
-        clear_checkpoint(work)
+        mark_finished(work, cost)
         return cost
 
 
@@ -278,7 +288,8 @@ class Run:
     seconds: float = 0.0
     evaluations: int = 0
     validation_samples: int = 0
-    log_length: int = 0
+    log: dict[str, Any] = field(default_factory=dict)  # how much was written; see `TrainLog.mark`
+    window: list[dict[str, Any]] = field(default_factory=list)  # what steps returned since the last line of the log
     validations: list[float] = field(default_factory=list)
     converged: bool = False  # by a `StoppingRule`
     weighting: State | None = None
@@ -301,18 +312,18 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
     run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
+    run.window = unpacked(run.window)
     saved = time.monotonic()
-    with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
-        window: list[dict[str, Any]] = []
+    with TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
         while not learner.finished(run):
-            window.append(learner.advance(policy, optimizer, task, spec, run))
+            run.window.append(learner.advance(policy, optimizer, task, spec, run))
             last = learner.finished(run)
             if last or run.step % learner.log_every == 0:
-                log.write(learner.record(task, run, window), steps=learner.steps)
-                window = []
+                log.write(learner.record(task, run, run.window), steps=learner.steps)
+                run.window = []
             if last or run.step % learner.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                run.seconds, run.log_length, saved = log.seconds, log.length, time.monotonic()
-                save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
+                run.seconds, run.log, saved = log.seconds, log.mark(), time.monotonic()
+                save_checkpoint(work, run.step, weights, optimizer, {**vars(run), "window": packed(run.window)})
     counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
     return learner.finish(spec, policy, work, Cost(steps=run.updates, **counted))
 
