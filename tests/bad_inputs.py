@@ -847,7 +847,8 @@ def _family(program: str, data: bytes, folder: Path, where: Ground) -> Any:
 
 
 def _entry(key: str, value: Any, folder: Path, where: Ground) -> Any:
-    card = {k: v for k, v in json.loads((where.family / "family.json").read_text()).items() if k != key or value is not ...}
+    card = json.loads((where.family / "family.json").read_text())
+    card = {k: v for k, v in card.items() if k not in ("files", "sha256") and (k != key or value is not ...)}
     return _family("sample", json.dumps(card if value is ... else {**card, key: value}).encode(), folder, where)
 
 

@@ -66,7 +66,7 @@ def test_a_file_is_the_model_and_the_tokenizer_that_it_was_made_from(made, tmp_p
         assert torch.allclose(logits(read, ids), logits(model, ids), atol=1e-5)
     assert all(type(layer.self_attn.q_proj) is torch.nn.Linear for layer in read.model.layers)
     assert "quantization_config" not in read.config.to_dict()
-    assert context_length(str(path)) == 256
+    assert context_length(str(path)) == (256, "max_position_embeddings")
 
 
 def test_what_lies_beside_the_file_is_not_read(made, tmp_path):

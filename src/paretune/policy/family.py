@@ -242,7 +242,7 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
         raise ConfigError(
             "a family is read as it was saved",
             found=f"{path / problems[0]}",
-            remedy=f"copy it again, or remove it and fit it again; what you changed by hand counts once sha256 is out of {FAMILY_FILE}",
+            remedy="copy it again, or fit it again; what you changed by hand counts once files and sha256 are out of family.json",
         )
 
 
