@@ -23,7 +23,7 @@ from paretune.registry import LEARNERS, describe
 from paretune.runs.store import CELLS, Store
 from paretune.runs.suite import run_suite
 
-LEARNER = {"name": "exact", "steps": 60, "rank": 8}
+LEARNER = {"name": "exact", "steps": 60, "rank": 8, "alpha": 32}
 TASK = {"name": "exact-v1", "alphabet": 5, "prompt_count": 4, "width": 64, "rho": [0.8, 0.0, -0.8]}
 DEPTHS = (2, 4)
 SEEDS = [100, 101, 102]

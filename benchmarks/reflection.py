@@ -41,7 +41,7 @@ def main() -> None:
         family = fit(task, method, learner=learner, root=given.root, seed=given.seed, progress=False)
         measured[method] = evaluate(task, family, w_WM=w_WM, splits=("test",), samples=given.samples, seed=given.seed)
         print(method, "measured", flush=True)
-    gaps = compare(measured["bridge"], measured["uniform"], split="test", seed=given.seed)
+    gaps = compare(measured["bridge"], measured["uniform"], split="test")
     each = gaps["per_preference"]
     vertices, judged = each[:count], each[count:]
     worst = min(judged, key=lambda gap: gap["value"])

@@ -51,6 +51,17 @@ def test_nothing_known_is_no_advantage_and_no_error():
         assert (ours(np.ones((8, 2)), normalize=normalize) == 0).all(), "equal responses"
 
 
+def test_the_spread_of_returns_has_that_of_prompts_in_it():
+    scores = SCORES["one missing"]
+    known = np.where(np.isnan(scores), [[0.0, 0.0]] * 3 + [[0.0, 2.0]] + [[1.7 / 3, 0.0]] + [[0.0, 0.0]] * 3, scores)  # at the group's mean
+    wide = np.std(known @ W_M, ddof=1)
+    np.testing.assert_allclose(ours(scores, normalize="batch_returns"), ours(scores) / (wide + 1e-4))
+    each = ours(scores, normalize="batch_returns", at="advantage")
+    unit_M = np.array([spread(scores[:, k], 0).item() for k in (0, 1)]) + 1e-4
+    summed = ours(scores / unit_M)
+    np.testing.assert_allclose(each, (summed - summed.mean()) / (np.std(summed, ddof=1) + 1e-4))
+
+
 def test_spread_is_the_sample_deviation_of_what_is_scored():
     values = np.array([[1.0, NAN, 4.0, 2.0], [NAN, 7.0, NAN, NAN]])
     got = spread(values, 1)
@@ -127,6 +138,8 @@ def trl_advantages(tmp_path_factory):
         ("RLOO", {"normalize_advantages": True}, {"normalize": "batch"}, "full"),
         ("GRPO", {"multi_objective_aggregation": "sum_then_normalize"}, {"baseline": "group_mean", "normalize": "group"}, "full"),
         ("GRPO", {"scale_rewards": "none"}, {"baseline": "group_mean"}, "rows missing"),
+        ("GRPO", {"scale_rewards": "batch"}, {"baseline": "group_mean", "normalize": "batch_returns"}, "full"),
+        ("GRPO", {"scale_rewards": "batch"}, {"baseline": "group_mean", "normalize": "batch_returns"}, "rows missing"),
         (
             "GRPO",
             {"multi_objective_aggregation": "normalize_then_sum"},

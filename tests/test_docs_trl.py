@@ -40,6 +40,10 @@ def test_the_script_trains(tmp_path, monkeypatch, capfd):
     space["reward"].check(space["trainer"].args)
     exec(block("python", "# worst_case.py"), space)
     assert len(space["reward"](["a"] * 8, ["four", "five"] * 4, answer=["four"] * 8)) == 8
+    asked = block("python", "# select.py").replace("**reward", 'use_cpu=True, bf16=False, report_to="none", **reward')
+    exec("from trl import RLOOConfig as GRPOConfig\n" + asked, space)  # worst_case.py made a reward for RLOO
+    space["reward"].check(space["args"])
+    assert space["args"].metric_for_best_model.removeprefix("eval_") in {*line}
 
 
 def test_a_recipe_by_jobs(tmp_path, monkeypatch, capsys):
@@ -67,6 +71,13 @@ def test_the_offline_recipe_trains_with_trl():
     given = yaml.safe_load(block("yaml", "# offline.yaml"))
     (spec, *_) = METHODS.build(given["method"]).plan(quick_task(), LEARNERS.build(given["learner"]), {}, 0)
     assert {**spec.learner, "name": "trl-modpo", "labels": "drawn", "samples": 6400, "micro_batch": 16} == spec.learner
+
+
+def test_the_table_of_normalizations_names_those_that_there_are():
+    from paretune.training.advantages import NORMALIZED_OVER
+
+    table = PAGE[PAGE.index("| plain TRL | drop-in |") : PAGE.index("as `pg` does; plain TRL")]
+    assert set(re.findall(r'normalize="(\w+)"', table)) == set(NORMALIZED_OVER) - {"none"}
 
 
 def test_the_aggregations_and_weightings_that_the_page_names_are_those_that_work():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 from oracles import TablePolicy, constant_of, experts_of, optimum_of, small_task
 from paretune.errors import ConfigError
@@ -33,7 +34,7 @@ def task():
 def noisy_bank(task):
     """Two random adapters: no expert, but a real policy at every gate."""
     model, tokenizer = task.load()
-    bank = LoraBank.attach(model, names=["a", "b"], seed=0, rank=4)
+    bank = LoraBank.attach(model, names=["a", "b"], seed=0, rank=4, alpha=32)
     rng = generator(0, "test adapters")
     with torch.no_grad():
         for parameter in bank.parameters():
@@ -229,6 +230,27 @@ def test_shared_noise_narrows_the_difference_to_the_reference(task, noisy_bank):
     assert width["gain"] < 0.6 * width["utility"]
 
 
+def test_every_sampled_interval_is_over_prompts(task, noisy_bank):
+    """Utility, gain, returns and comparisons: prompts differ far more than 50 responses to one do, so rows as units would be too narrow."""
+    near, far = (family_of(task, ParameterMix(*noisy_bank), Constant(gates_K=(g, 0.0))) for g in (0.1, 0.6))
+    one, two = (evaluate(task, f, w_WM=np.array([[0.9, 0.1]]), samples=200, exact=False, splits=["train"]) for f in (near, far))
+    m, curve = two.metrics["splits"]["train"], two.curves["train"]
+
+    def half(value_S):
+        return t.ppf(0.975, 3) * value_S.reshape(50, 4).mean(0).std(ddof=1) / 2
+
+    utility_S = curve.returns_WSM[0] @ [0.9, 0.1]
+    start_S = SampledReturns(task, far.policy, "train", samples=200, seed=0).at([None]).returns_WSM[0] @ [0.9, 0.1]
+    gap_S = utility_S - one.curves["train"].returns_WSM[0] @ [0.9, 0.1]
+    assert half(utility_S) > 1.5 * 1.96 * utility_S.std() / np.sqrt(200), "or the test sees nothing"
+    compared = compare(two, one, split="train")
+    for shown, value_S in ((m["utility"], utility_S), (m["gain"], utility_S - start_S), (compared, gap_S)):
+        for found in (shown["mean"], shown["per_preference"][0]):
+            assert found["high"] - found["value"] == pytest.approx(half(value_S))
+            assert found["value"] - found["low"] == pytest.approx(half(value_S))
+    assert m["returns_error"][0] == pytest.approx([half(curve.returns_WSM[0, :, k]) for k in range(2)])
+
+
 def test_few_samples_have_no_interval(task, noisy_bank):
     m = evaluate(task, family_of(task, ParameterMix(*noisy_bank)), samples=9, exact=False, splits=["train"]).metrics["splits"]["train"]
     assert m["utility"]["mean"]["low"] is None
@@ -259,6 +281,25 @@ def test_unscored_is_left_out_and_counted(task, noisy_bank):
     assert m["rewards"][0] == pytest.approx(np.nanmean(curve.rewards_WSM[0], axis=0))
     assert m["utility"]["per_preference"][0]["n"] == int((~missing[0, :, 0]).sum()), "an objective without weight may be missing"
     assert m["utility"]["per_preference"][1]["n"] == int((~missing[1].any(1)).sum())
+    json.dumps(got.metrics, allow_nan=False)
+
+
+def test_rewards_outside_of_their_range_are_counted_in_the_cell(task, noisy_bank):
+    class Half(ExactTask):
+        registered_name = "half"
+
+        @property
+        def objectives(self):
+            there = super().objectives
+            return type(there)(there.names, there.low, (0.5, there.high[1]))
+
+    half = Half(**{f: getattr(task, f) for f in ("alphabet", "length", "prompt_count", "width", "layers", "rho")})
+    family = family_of(half, ParameterMix(*noisy_bank))
+    got = evaluate(half, family, w_WM=np.array([[1.0, 0.0], [0.5, 0.5]]), samples=40, exact=False, splits=["train"])
+    rewards_N = got.curves["train"].rewards_WSM[:, :, 0].ravel()
+    expected = {"count": int((rewards_N > 0.5).sum()), "lowest": rewards_N.min(), "highest": rewards_N.max()}
+    assert got.metrics["splits"]["train"]["outside"] == {"objective_1": pytest.approx(expected)}
+    assert 0 < expected["count"] < 80
     json.dumps(got.metrics, allow_nan=False)
 
 

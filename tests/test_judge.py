@@ -1,5 +1,6 @@
 """The judge, against a server of this test's own on 127.0.0.1: what it sends, what it makes of every kind of answer, and what it keeps."""
 
+import gzip
 import json
 import os
 import signal
@@ -7,14 +8,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
+import zlib
 
 import pytest
 
 from judge_server import JudgeServer, says, verdict
 from paretune.errors import ConfigError, RewardError
 from paretune.objectives import judge as module
-from paretune.objectives.judge import read_usage
+from paretune.objectives.judge import Judge, read_usage
 from paretune.registry import OBJECTIVES, describe
 from paretune.testing import check_objective
 
@@ -192,6 +195,210 @@ def test_equal_texts_are_asked_once_and_no_more_than_allowed_at_a_time():
         assert ask(objective, [f"t{n % 9}" for n in range(27)])[0] == [1.0] * 27
         assert len(server.bodies) == 9
         assert 2 <= server.most <= 3
+
+
+# ---- a server that means harm, or is broken: bounds on bytes, time and numbers
+
+GOOD = json.dumps(verdict(10)[1]).encode()
+HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+
+
+def sends(*parts, every=0.0, times=1):
+    """A connection on which these parts come, the last one again and again."""
+
+    def write(to):
+        for n in range(len(parts) - 1 + times):
+            to.write(parts[min(n, len(parts) - 1)])
+            to.flush()
+            time.sleep(every)
+
+    return 200, write
+
+
+def bomb(size):
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join([packer.compress(b"0" * (1 << 20)) for _ in range(size >> 20)] + [packer.flush()])
+
+
+def framed(data, *headers):
+    return HEAD + b"".join(h + b"\r\n" for h in headers) + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def test_an_answer_that_unpacks_to_300_mb_is_not_unpacked():
+    packed = bomb(300 << 20)
+    with JudgeServer(lambda *_: sends(framed(packed, b"Content-Encoding: gzip"))) as server:
+        tracemalloc.start()
+        scores, said = ask(judge(server), ["x"])
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert scores == [None]
+    assert "longer than 4 MiB: 1" in said[0]
+    assert most < 60 << 20
+
+
+@pytest.mark.parametrize("encoding", [b"gzip", b"x-gzip", b"deflate", b"identity"])
+def test_a_packed_answer_is_unpacked(encoding):
+    data = {b"deflate": zlib.compress(GOOD), b"identity": GOOD}.get(encoding, gzip.compress(GOOD))
+    with JudgeServer(lambda *_: sends(framed(data, b"Content-Encoding: " + encoding))) as server:
+        assert ask(judge(server), ["x"])[0] == [1.0]
+        assert server.headers[0]["Accept-Encoding"] == "gzip"
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (sends(framed(gzip.compress(GOOD), b"Content-Encoding: br")), "not JSON"),
+        (sends(framed(b"\x1f\x8bbroken", b"Content-Encoding: gzip")), "not JSON"),
+        (sends(framed(b"[" * 200_000)), "not JSON"),
+        (sends(framed(b"\xff\xfe\x00")), "not JSON"),
+        (says("[" * 200_000), "not JSON"),
+        (says('{"score": 1e999}'), "score out of range"),
+        (says('{"score": ' + "9" * 400 + "}"), "score out of range"),
+        (says('{"score": ' + "9" * 5000 + "}"), "not JSON"),
+        (sends(HEAD + b"\r\n", b" " * (1 << 20), times=40), "longer than 4 MiB"),
+        (sends(HEAD, b"X: " + b"y" * 1000 + b"\r\n", times=2000), "RemoteProtocolError"),
+        (sends(framed(GOOD)[:-5]), "RemoteProtocolError"),
+        (sends(b"SSH-2.0-OpenSSH\r\n"), "RemoteProtocolError"),
+    ],
+)
+def test_an_answer_that_is_none(answer, cause):
+    with JudgeServer(lambda *_: answer) as server:
+        scores, said = ask(judge(server, retries=1), ["x"])
+    assert scores == [None]
+    assert said == [f"judge m: 1 of 1 answers have no score ({cause}: 1)"]
+
+
+@pytest.mark.parametrize(
+    "drip",
+    [
+        (HEAD + b"Content-Length: 10000\r\n\r\n", b" "),  # of the body
+        (HEAD + b"\r\n", b" "),  # without a length
+        (HEAD + b"X: ", b"y"),  # of a header
+        (b"HTTP/1.1 100 Continue\r\n\r\n",),  # never the answer
+    ],
+)
+def test_bytes_that_drip_do_not_keep_an_attempt_alive(drip):
+    with JudgeServer(lambda *_: sends(*drip, every=0.05, times=100)) as server:
+        start = time.monotonic()
+        scores, said = ask(judge(server, timeout=0.3, retries=1), ["x"])
+    assert time.monotonic() - start < 2.5  # 5 s are dripped
+    assert scores == [None]
+    assert "no answer within 0.3 s: 1" in said[0]
+
+
+@pytest.mark.parametrize("count", ["1e999", "-5", "NaN", "1" + "0" * 30, '"many"', "null", "[]", "{}"])
+def test_nonsense_in_the_usage_costs_no_score_and_counts_nothing(tmp_path, count):
+    text = json.dumps(verdict(10)[1]).replace('"prompt_tokens": 10', f'"prompt_tokens": {count}')
+    with JudgeServer(lambda *_: (200, text)) as server:
+        objective = judge(server, cache=str(tmp_path / "c"))
+        assert ask(objective, ["x"]) == ([1.0], [])
+    assert (objective.usage.prompt_tokens, objective.usage.completion_tokens) == (0, 5)
+    assert read_usage(tmp_path / "c").prompt_tokens == 0
+
+
+@pytest.mark.parametrize("usage", ["7", '"x"', "[1]", "1e999"])
+def test_a_usage_that_is_no_mapping(usage):
+    text = json.dumps(verdict(10)[1]).replace('{"prompt_tokens": 10, "completion_tokens": 5}', usage)
+    with JudgeServer(lambda *_: (200, text)) as server:
+        assert ask(judge(server), ["x"]) == ([1.0], [])
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_does_not_get_the_key(monkeypatch, status):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-123")
+    with JudgeServer(lambda *_: verdict(10)) as other:
+        with JudgeServer(lambda *_: (status, "", {"Location": other.url + "/chat/completions"})) as server:
+            scores, said = ask(judge(server, key_env="JUDGE_KEY"), ["x"])
+        assert other.bodies == []
+    assert scores == [None]
+    assert f"HTTP {status}: 1" in said[0]
+
+
+def test_what_a_refusing_server_says_is_cut_and_moves_no_terminal(monkeypatch):
+    """The key is taken out before the text is cut: no part of it is left at the end."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-123")
+    text = "\x1b[2J\u202e" + "x" * 140 + " sk-secret-123 " + "y" * 10_000
+    with JudgeServer(lambda *_: (401, text)) as server, pytest.raises(RewardError) as error:
+        ask(judge(server, key_env="JUDGE_KEY"), ["x"])
+    assert error.value.found.startswith(r"HTTP 401: \x1b[2J\u202exxx")
+    assert "\x1b" not in str(error.value)
+    assert "sk-" not in str(error.value)
+    assert len(error.value.found) < 220
+
+
+# ---- keys: from the environment only
+
+NO_SECRET = "keys and passwords are not written down"
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"url": "http://user:hunter2@127.0.0.1:1/v1"}, NO_SECRET),
+        ({"url": "https://hunter2@127.0.0.1:1/v1"}, NO_SECRET),
+        ({"url": "http://127.0.0.1:1/v1?key=hunter2"}, NO_SECRET),
+        ({"url": "http://127.0.0.1:1/v1?a=b&api_key=hunter2"}, NO_SECRET),
+        ({"url": "http://127.0.0.1:1/v1?token=hunter2"}, NO_SECRET),
+        ({"url": "http://127.0.0.1:1/v1?code=hunter2"}, "without a user, a query or a fragment"),
+        ({"url": "http://127.0.0.1:1/v1#hunter2"}, "without a user, a query or a fragment"),
+        ({"url": "http://127.0.0.1:1/sk-proj-hunter2aaaaaaaaaa/v1"}, NO_SECRET),
+        ({"extra": {"api_key": "hunter2"}}, NO_SECRET),
+        ({"extra": {"API-Key": "hunter2"}}, NO_SECRET),
+        ({"extra": {"x-api-key": "hunter2"}}, NO_SECRET),
+        ({"extra": {"token": "hunter2"}}, NO_SECRET),
+        ({"extra": {"headers": {"Authorization": "Bearer hunter2"}}}, NO_SECRET),
+        ({"extra": {"extra_headers": [{"Cookie": "hunter2"}]}}, NO_SECRET),
+        ({"extra": {"metadata": {"note": "sk-hunter2aaaaaaaaaaaaaaa"}}}, NO_SECRET),
+        ({"extra": {"proxy": "http://user:hunter2@proxy:3128"}}, NO_SECRET),
+        ({"rubric": "Use Bearer sk-hunter2aaaaaaaaaaaaaaa."}, NO_SECRET),
+        ({"key_env": "sk-hunter2"}, "key_env is the name of an environment variable"),
+        ({"key_env": "Bearer hunter2"}, "key_env is the name of an environment variable"),
+        ({"key_env": "hunter2aaaaaaaaaaaaaaaaaaaa"}, "key_env is the name of an environment variable"),
+        ({"key_env": "hf_hunter2aaaaaaaaaaaaaaa"}, NO_SECRET),
+        ({"key_env": "JUDGE_KEY=hunter2"}, "key_env is the name of an environment variable"),
+        ({"key_env": ""}, "key_env is the name of an environment variable"),
+    ],
+)
+def test_a_key_in_the_description_is_refused_and_not_shown(fields, rule):
+    with pytest.raises(ConfigError) as error:
+        judge("http://127.0.0.1:1/v1", **fields)
+    assert rule in error.value.rule
+    assert "key_env" in error.value.remedy
+    assert "hunter2" not in str(error.value)
+    with pytest.raises(ConfigError) as error:  # also where the class is called
+        Judge(**{"url": "http://127.0.0.1:1/v1", "model": "m", "rubric": RUBRIC, **fields})
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"extra": {"max_completion_tokens": 5, "stop_token_ids": [1, 2], "logit_bias": {"17": 1}, "prompt_cache_key": "mine", "top_k": 1}},
+        {"extra": {"seed": None, "api_key": None, "stop": ["</s>"], "chat_template_kwargs": {"enable_thinking": False}}},
+        {"rubric": "Does it keep passwords and API keys out, as https://example.org/@team/rules?lang=en&topic=key says?"},
+        {"url": "https://my-endpoint.example.org:8443/openai/deployments/gpt-4o-2024-08-06/v1/"},
+        {"key_env": "OPENAI_API_KEY"},
+        {"key_env": "_judge2"},
+        {"key_env": "TEAM_EVALUATION_JUDGE_KEY_2026"},
+        {"model": "sk-learn-community/judge-7b"},
+    ],
+)
+def test_what_is_no_key_is_accepted(fields):
+    judge("http://127.0.0.1:1/v1", **fields)
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "a\x1bb", "kl\u00fcssel"])
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match="an API key is one word of plain characters") as error:
+        judge("http://127.0.0.1:1/v1", key_env="JUDGE_KEY").check()
+    assert key not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://h:x/v1", "http:///v1", "https://", "http://[::1/v1", "http://h/v1\n"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(ConfigError, match="url begins with http:// or https://, and names a host"):
+        judge(url)
 
 
 # ---- the cache and the cost

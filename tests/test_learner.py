@@ -10,8 +10,8 @@ from scipy.stats import norm
 
 from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of, weights
 from paretune.errors import ConfigError, RewardError, TrainingError
-from paretune.policy import rollout
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy import scoring
+from paretune.policy.lora.bank import LoraBank, lora_config
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS, describe
 from paretune.seeds import forked_torch, generator
@@ -111,7 +111,7 @@ def test_what_saves_memory_changes_no_gradient(frugal, monkeypatch):
     gradients, losses = [], []
     for learner in (whole, other):
         if learner is other and pieces:
-            monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 1)
+            monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
         policy.model.zero_grad()
         losses.append(learner.gradient(policy, batch, beta=TASK.beta))
         gradients.append(flat(policy))
@@ -216,6 +216,21 @@ def test_a_start_from_another_training_and_adapters_per_objective(tmp_path):
     assert LoraBank.load(TASK.load()[0], {folder.name: folder for folder in folders}).count == 2
 
 
+@pytest.mark.parametrize("name", [name for name in LEARNERS if LEARNERS[name].__module__.startswith("paretune.")])
+def test_alpha_follows_rank_unless_it_is_given(name):
+    """One scale at every rank, in what is trained and in the key; a rank alone never has the key of an alpha that did not follow."""
+    default = LEARNERS.build(name)
+    assert describe(default)["alpha"] == 32
+    assert describe(dataclasses.replace(default, rank=2)) == describe(dataclasses.replace(default, rank=2, alpha=4))
+    assert describe(LEARNERS.build({"name": name, "rank": 2, "alpha": 32}))["alpha"] == 32
+    for rank, alpha, scale in ((1, None, 2), (2, None, 2), (24, None, 2), (2, 32, 16)):
+        learner = LEARNERS.build({"name": name, "rank": rank, "alpha": alpha, "device": "cpu"})
+        policy = learner.start(spec_of(learner, None, fresh=(rank, 3), rule={"name": "identity"}), TASK, {})
+        assert {tuple(layer.scalings) for layer in policy.bank.layers} == {(scale, scale)}
+        assert lora_config(TASK.load()[0], rank=rank, alpha=alpha, targets="all-linear").lora_alpha == scale * rank  # what trl takes
+        assert describe(LEARNERS.build(describe(learner))) == describe(learner)
+
+
 def test_frozen_adapters_stay_and_fresh_ones_learn_under_the_rule_of_the_training(tmp_path):
     """K = two frozen, then one started from another training, then one fresh; only the last two move, and only they are written."""
     learner = PolicyGradient(**SMALL)
@@ -262,6 +277,30 @@ def test_pace():
     assert [learner.pace(s) for s in (0, 1, 5, 9)] == pytest.approx([0.5, 0.9, 0.5, 0.1])
     assert PolicyGradient(**SMALL, schedule="cosine").pace(2) == pytest.approx(0.5)
     assert PolicyGradient(**SMALL, schedule="constant").pace(3) == 1
+
+
+# Rewards outside of their range
+
+
+def test_rewards_outside_of_their_range_are_counted_in_the_log(tmp_path):
+    class Shifted(ExactTask):
+        registered_name = "shifted"
+
+        def score(self, prompts, completions):
+            return super().score(prompts, completions) * [1.0, -2.0]
+
+    task = Shifted(**{f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)})
+    learner = PolicyGradient(**SMALL)
+    learner.train(spec_of(learner), task, tmp_path / "out")
+    lines = log_of(tmp_path / "out")
+    assert len(lines) == 2
+    for line in lines:
+        assert set(line["outside"]) == {"objective_2"}
+        found = line["outside"]["objective_2"]
+        assert 16 < found["count"] <= 32, "those of a step of 16 and of the one before; a score of 0 is in the range"
+        assert -2 <= found["lowest"] < line["rewards"]["objective_2"] < found["highest"] <= 0
+    learner.train(spec_of(learner), TASK, tmp_path / "in")
+    assert not any("outside" in line for line in log_of(tmp_path / "in"))
 
 
 # What it refuses

@@ -8,8 +8,11 @@ import pytest
 from oracles import small_task
 from paretune.errors import StoreError
 from paretune.methods import linear_support
+from paretune.policy import returns
+from paretune.policy.base import build_policy
 from paretune.policy.returns import ExactReturns
 from paretune.registry import LEARNERS, METHODS
+from paretune.tasks.exact.task import ExactTask
 from paretune.testing import quick_learner
 from paretune.training.cost import as_if_alone, beside, read_cost, then, write_cost
 from paretune.training.spec import Artifact
@@ -89,16 +92,26 @@ def test_a_cost_is_a_finite_count(bad):
         Cost(seconds=bad)
 
 
-UNCOUNTED = {"distilled"}  # its teachers are placed by measuring them, which it does not charge yet
+SHIPPED = sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.methods"))
+MEASURING = {"calibrated", "contextual", "distilled", "emorl", "emorl-shared", "ols", "placed", "static-gates"}
+
+
+class Blind(ExactTask):
+    """The same task, for methods that are not told that it can be enumerated."""
+
+    registered_name = "blind"
+    is_exact = False
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(request, tmp_path_factory):
     """(method, done): everything that a method asks for, trained in a step or two; what several ask for is trained once."""
-    task, learner, root, known = small_task(), quick_learner(steps=2), tmp_path_factory.mktemp("trained"), {}
+    task = request.param(**dataclasses.asdict(small_task()))
+    learner, root, known = quick_learner(steps=2), tmp_path_factory.mktemp("trained"), {}
 
     def finish(name):
-        method, own = METHODS.build(name), {}
+        small = {"samples": 8, "rounds": 20}
+        method, own = METHODS.build({"name": name} | {key: small[key] for key in small if hasattr(METHODS[name], key)}), {}
         while wave := [spec for spec in method.plan(task, learner, own, 0) if spec.key not in own]:
             for spec in wave:
                 if spec.key not in known:
@@ -112,18 +125,79 @@ def trained(tmp_path_factory):
     return task, learner, finish
 
 
-@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].__module__.startswith("paretune.methods")))
-def test_who_measures_policies_is_charged_for_it(trained, monkeypatch, name):
-    """Whatever runs the mixed policy on prompts to find gates or trainings is in the family's cost, and nothing else is."""
+@pytest.fixture
+def counted(monkeypatch):
+    """What `Returns` measure, counted from outside: exact ones by calls, sampled ones by what the sampler draws, nothing remembered."""
+    found = {"evaluations": 0, "validation_samples": 0, "tokens": 0}
+
+    def count(**more):
+        for name, number in more.items():
+            found[name] += number
+
+    def enumerating(name, distinct):
+        original = getattr(ExactReturns, name)
+
+        def call(self, *given):
+            count(evaluations=distinct(*given), tokens=distinct(*given) * self.task.inputs(self.split).input_ids_PT.numel())
+            return original(self, *given)
+
+        monkeypatch.setattr(ExactReturns, name, call)
+
+    enumerating("at", lambda gates_W: len({None if gates is None else tuple(np.ravel(gates)) for gates in gates_W}))
+    enumerating("expected", lambda *_: 1)
+    enumerating("once", lambda *_: 1)
+    draw, sample = returns.SampledReturns._responses, returns.generate
+
+    def responses(self, *given, **more):
+        count(evaluations=1)
+        return draw(self, *given, **more)
+
+    def generated(*given, **more):
+        for rollout in sample(*given, **more):
+            count(validation_samples=len(rollout.texts), tokens=int(rollout.responses.mask_NT.sum()))
+            yield rollout
+
+    at = returns.SampledReturns.at
+    monkeypatch.setattr(returns.SampledReturns, "at", lambda self, gates_W: (self._known.clear(), at(self, gates_W))[1])
+    monkeypatch.setattr(returns.SampledReturns, "_responses", responses)
+    monkeypatch.setattr(returns, "generate", generated)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("trained", "name"), [(ExactTask, name) for name in SHIPPED] + [(Blind, name) for name in sorted(MEASURING)], indirect=["trained"]
+)
+def test_who_measures_policies_is_charged_for_it(trained, counted, monkeypatch, name):
+    """Evaluations, samples and tokens of what runs the mixed policy on prompts to find gates or trainings, and nothing else."""
     task, learner, finish = trained
-    measured, original = [], ExactReturns.logp_PR
-    monkeypatch.setattr(ExactReturns, "logp_PR", lambda self, gates: (measured.append(1), original(self, gates))[1])
-    monkeypatch.setattr(linear_support, "_MEASURED", {})
     method, done = finish(name)
+    monkeypatch.setattr(linear_support, "_MEASURED", {})
+    counted.update(dict.fromkeys(counted, 0))  # a plan is asked again after every wave; what it measured is measured again below
     family = method.policy(task, learner, done, 0)
     w_WM = np.array([[0.3, 0.7], [0.6, 0.4]])
     family.gates(w_WM, task.prompts("train"))
     cost = family.cost(w_WM)
-    assert (cost.evaluations > 0) == (bool(measured) and name not in UNCOUNTED)
+    assert {field: getattr(cost, field) for field in counted} == counted
+    assert (cost.evaluations > 0) == (cost.tokens > 0) == (cost.seconds > 0) == (name in MEASURING)
+    assert (cost.validation_samples > 0) == (name in MEASURING and not task.is_exact)
     if not cost.evaluations:
         assert cost == Cost()
+
+
+def test_a_meter_is_charged_in_full_at_gates_that_are_remembered():
+    """A search that asks twice pays twice, whatever is kept in memory; meters within meters are charged too."""
+    task = small_task()
+    for exact in (True, False):
+        known = returns.returns_of(task, build_policy(task, "reference", {}), "train", samples=8, seed=0, exact=exact)
+        with returns.metered() as outer:
+            with returns.metered() as first:
+                known.at([None, None])
+            with returns.metered() as second:
+                known.at([None])
+                known.covariance_MM(None)
+        assert dataclasses.replace(first.cost, seconds=0) == dataclasses.replace(second.cost, seconds=0)
+        assert (first.cost.evaluations, first.cost.validation_samples) == (1, 0 if exact else 8)
+        assert (outer.cost.evaluations, outer.cost.tokens) == (2, 2 * first.cost.tokens)
+        assert outer.cost.seconds >= first.cost.seconds + second.cost.seconds
+        known.at([None])
+        assert outer.cost.evaluations == 2, "a meter is read at the end of its block"

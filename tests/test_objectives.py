@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paretune.errors import ConfigError, RewardError
+from paretune.objectives import base
 from paretune.objectives.base import Objective, check_callable, refuse_unscored, score_all
 from paretune.objectives.functions import content_hashes, load_function
 from paretune.registry import OBJECTIVES, describe
@@ -153,6 +154,80 @@ def test_columns_cannot_replace_the_arguments():
 )
 def test_every_kind_of_number_is_a_score(returned):
     assert scores(lambda **_: returned) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        bytearray(b"12"),
+        memoryview(b"12"),
+        frozenset({1, 2}),
+        {"a": 1, "b": 2},
+        "12",
+        ["1", "2"],
+        [b"1", b"2"],
+        [(1,), (2,)],
+        np.array(["1", "2"]),
+        np.ones((2, 1)),
+        np.array([1 + 0j, 2]),
+        np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[D]"),
+        np.zeros(2, dtype=[("a", float)]),
+        torch.ones(2, 1),
+        torch.tensor([1 + 0j, 2 + 1j]),
+        torch.ones(2, device="meta"),
+        [decimal.Decimal("sNaN"), 1.0],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_number_is_an_error(returned):
+    with pytest.raises(RewardError, match="returns one number or None per completion"):
+        scores(lambda **_: returned)
+
+
+def test_a_generator_that_raises_is_an_error_of_its_objective():
+    with pytest.raises(RewardError, match=r"objective 'mine' scores every completion without an exception(?s:.*)ZeroDivisionError"):
+        scores(lambda completions: (1 / 0 for _ in completions))
+
+
+def test_more_kinds_of_numbers():
+    assert scores(lambda **_: torch.tensor([1.0, 0.5], requires_grad=True)) == [1.0, 0.5]
+    assert scores(lambda **_: torch.tensor([1.0, 0.5], dtype=torch.bfloat16)) == [1.0, 0.5]
+    assert np.isnan(scores(lambda **_: np.ma.masked_array([1.0, 2.0], mask=[False, True]))).tolist() == [False, True]
+
+
+# ---- the declared range
+
+
+class Ranged:
+    """A reward function with a range, as objectives have one."""
+
+    low, high = 0.0, 1.0
+
+    def __init__(self, values):
+        self.values = values
+
+    def __call__(self, completions, **_):
+        return self.values
+
+
+def test_scores_outside_of_the_range_are_warned_of_once_per_objective(monkeypatch, recwarn):
+    monkeypatch.setattr(base, "_WARNED", set())
+    for values in ([1.0, 0.5], [1.5, -3.0], [7.0, 9.0]):
+        found = score_all([("a", Ranged(values)), ("b", Ranged([0.5, 1.1]))], PLAIN, ["x", "y"])
+        assert found[:, 0].tolist() == values, "they count as they are"
+    told = [str(one.message) for one in recwarn]
+    assert len(told) == 2, "one for each objective, not for each batch or row"
+    assert "objective 'b': 1 of 2 scores" in told[0]
+    assert "objective 'a': 2 of 2 scores" in told[1]
+    assert "from -3 to 1.5" in told[1]
+
+
+def test_rounding_and_unscored_are_inside_of_the_range(monkeypatch, recwarn):
+    monkeypatch.setattr(base, "_WARNED", set())
+    scores(Ranged([1 + 1e-9, -1e-9]))
+    scores(Ranged([None, float("nan")]))
+    scores(lambda **_: [5.0, -5.0])  # without a declared range
+    assert not recwarn.list
 
 
 def test_none_and_nan_are_nan():

@@ -13,7 +13,7 @@ from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.policy.base import build_policy
 from paretune.policy.returns import ExactReturns
-from paretune.policy.rollout import token_logp
+from paretune.policy.scoring import token_logp
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.seeds import forked_torch
 from paretune.tasks.exact.task import ExactTask

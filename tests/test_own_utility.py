@@ -113,7 +113,7 @@ def test_the_product_of_responses(task):
 def noisy(task):
     """A random adapter: a policy that can be sampled from, away from the reference."""
     model, tokenizer = task.load()
-    bank = LoraBank.attach(model, names=["a"], seed=0, rank=4)
+    bank = LoraBank.attach(model, names=["a"], seed=0, rank=4, alpha=32)
     rng = generator(0, "test adapters")
     with torch.no_grad():
         for parameter in bank.parameters():

@@ -12,8 +12,9 @@ from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.prompted import PromptedMix, digit_ids
 from paretune.policy.returns import ExactReturns
-from paretune.policy.rollout import decode, encode, token_logp
+from paretune.policy.rollout import decode, encode
 from paretune.policy.rules import PromptedRule
+from paretune.policy.scoring import token_logp
 from paretune.registry import METHODS
 from paretune.seeds import forked_torch, generator
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan

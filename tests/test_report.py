@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from itertools import product
 
 import numpy as np
@@ -12,7 +13,7 @@ import plotly.graph_objects as go
 import pytest
 
 from paretune.errors import ConfigError, StoreError
-from paretune.report.data import load
+from paretune.report.data import assemble, load
 from paretune.report.figures import (
     COLORS,
     Series,
@@ -29,6 +30,7 @@ from paretune.report.tables import (
     CEILING,
     LEADERBOARD,
     Column,
+    Table,
     attainment_table,
     front_table,
     glance_table,
@@ -338,6 +340,81 @@ def test_names_from_outside_cannot_break_the_page(tmp_path):
     text = write_report(tmp_path).read_text()
     assert "</script><b>evil" not in text
     assert "&lt;/script&gt;&lt;b&gt;evil" in text
+
+
+HOSTILE = ["<!--<script>", "</script><script>alert(1)</script>", "]]>&amp;<b>", "a'b\"c<", "${7*7}{{7*7}}", "=cmd|' /C calc'!A0", "@SUM(1)"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_json_in_the_page_holds_no_character_that_html_knows(tmp_path, name):
+    """`<!--<script>` opens a state of the HTML parser in which the script's end is not seen, so that every figure stays empty."""
+    for label in ("linear", "experts logit"):
+        data = record(label, rho=0.0, task_seed=100)
+        data["metrics"]["objectives"] = [name, "other"]
+        if label == "linear":
+            data["method"]["name"] = name
+        publish(tmp_path, data)
+    page = write_report(tmp_path)
+    text = page.read_text()
+    block = text.partition('<script type="application/json" id="views">')[2].partition("</script>")[0]
+    assert not set(block) & set("<>&\u2028\u2029")
+    views = json.loads(block)
+    for figure in views.values():
+        for view in figure.values():
+            titles = [view["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+            notes = [note["text"] for note in view["layout"].get("annotations", ())]
+            assert not re.findall(r"<(?!/?b>|span style|/span>)", " ".join([*titles, *notes])), "plotly takes tags in texts for its own"
+    assert {name} <= {trace["name"] for figure in views.values() for view in figure.values() for trace in view["data"]}
+    assert set(views) == set(re.findall(r'class="plot" id="([^"]+)"', text))
+    pictures = list((page.parent / "figures").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        ElementTree.fromstring(picture.read_text())
+    for file in (page.parent / "tables").glob("*.csv"):
+        cells = [cell for line in csv.reader(file.open(encoding="utf-8", newline="")) for cell in line]
+        assert not [cell for cell in cells if cell.startswith(("=", "@"))]
+
+
+def test_a_spreadsheet_computes_no_text_and_loses_no_number(tmp_path):
+    texts = ["=1+1", "+1+1", "-1+1", "@x", "\t=1", "\r=1", "\n=1", "\uff1d1", "fine", "a=b", "-0.3", "+2", "\u22122.30", ""]
+    numbers = [-0.3, -1, 0.0, -1e-9, None, True, 5, "-inf", 1e300, 3, 2, 1, 0, 0.1]
+    rows = [{"=text": text, "number": number} for text, number in zip(texts, numbers, strict=True)]
+    table = Table("t", (Column("=text", "t", "text"), Column("number", "n")), rows)
+    with table.write_csv(tmp_path).open(encoding="utf-8", newline="") as file:
+        head, *found = csv.reader(file)
+    assert head == ["'=text", "number"]
+    for (text, number), row in zip(found, rows, strict=True):
+        given = row["=text"]
+        assert text == (given if given in ("fine", "a=b", "-0.3", "+2", "\u22122.30", "") else f"'{given}")
+        assert number == ("" if row["number"] is None else str(row["number"]))
+
+
+@pytest.mark.parametrize(
+    "bad", ["\x1b[31mred", "a\nb", "a\u202egpj", "a\u2066b", "a\u200bb", "\ufeffa", "\u3164", "a\x00", " ", "a\x85b", "a\u2028b"]
+)
+@pytest.mark.parametrize("what", ["method", "task", "objective", "suite"])
+def test_names_that_cannot_be_seen_are_refused(tmp_path, bad, what):
+    data = record("linear", rho=0.0, task_seed=100)
+    if what == "objective":
+        data["metrics"]["objectives"] = ["fine", bad]
+    elif what != "suite":
+        data[what]["name"] = bad
+    records = {"0" * 20: data}
+    with pytest.raises(ConfigError, match=f"the name of an? {what} is made of characters that can be seen") as error:
+        assemble(records, {"0" * 20: {}}, name=bad if what == "suite" else "quick")
+    assert error.value.found == ascii(bad)
+
+
+def test_labels_made_of_fields_stay_on_one_line():
+    """A field may be a text of several lines, such as a template; a label shows its escapes."""
+    records = {}
+    for n, text in enumerate(("a\nb\x1b[2J", "c\u202e")):
+        data = record("linear", rho=0.0, task_seed=100)
+        data["method"]["template"] = data["task"]["note"] = text
+        records[str(n)] = data
+    results = assemble(records, {key: {} for key in records})
+    assert [cell.label for cell in results.cells] == [r"linear a\nb\x1b[2J", r"linear c\u202e"]
+    assert all(setting.label.isprintable() for setting in results.settings)
 
 
 def test_the_same_results_give_the_same_page(root, tmp_path):

@@ -12,7 +12,8 @@ from paretune.errors import ConfigError
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.mixing.predictions import LogitMix
-from paretune.policy.rollout import decode, encode, row_uniforms, texts, token_ids, token_logp
+from paretune.policy.rollout import decode, encode, row_uniforms, texts, token_ids
+from paretune.policy.scoring import token_logp
 from paretune.seeds import forked_torch, generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.types import Prompt
@@ -149,6 +150,7 @@ def scripted(logits_TV, eos):
         model=model,
         bank=bank,
         extra_positions=0,
+        has_plain_cache=False,
     )
 
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from paretune.errors import ConfigError
-from paretune.policy import rollout, self_test
+from paretune.policy import scoring, self_test
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.self_test import check_model, paths
@@ -57,9 +57,9 @@ def test_opt_scores_the_same_with_its_head_in_pieces(monkeypatch):
     """OPT calls `model.decoder`, not `model`: a head that ran the decoder a second time gave a KL of 19 nats to an untrained policy."""
     policy = policy_of(opt(), targets=["q_proj", "v_proj"])
     ids_PT, tokens_NT = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8], [9, 10]])
-    whole = rollout.token_logp(policy, ids_PT, torch.ones_like(ids_PT), tokens_NT, gates_NK=None)
-    monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 1)
-    torch.testing.assert_close(rollout.token_logp(policy, ids_PT, torch.ones_like(ids_PT), tokens_NT, gates_NK=None), whole)
+    whole = scoring.token_logp(policy, ids_PT, torch.ones_like(ids_PT), tokens_NT, gates_NK=None)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 1)
+    torch.testing.assert_close(scoring.token_logp(policy, ids_PT, torch.ones_like(ids_PT), tokens_NT, gates_NK=None), whole)
 
 
 def test_experts_get_no_adapters_by_default():
@@ -85,8 +85,8 @@ def test_models_that_look_ahead_or_read_padding_are_refused():
 def test_a_path_that_is_wrong_is_named(monkeypatch):
     """Every path is looked at: one that is off, or that stops, is refused by its name."""
     policy = policy_of(llama(rope_theta=9.0))
-    original = rollout._read
-    monkeypatch.setattr(rollout, "_read", lambda *given: (original(*given)[0] + torch.arange(17.0), *original(*given)[1:]))
+    original = scoring.read
+    monkeypatch.setattr(scoring, "read", lambda *given: (original(*given)[0] + torch.arange(17.0), *original(*given)[1:]))
     with pytest.raises(ConfigError, match="with a prompt read once"):
         check_model(policy)
     monkeypatch.setattr(self_test, "_plain", lambda *_: 1 / 0)

@@ -130,7 +130,7 @@ def test_a_new_default_is_a_new_key(bench):
     """The description spells every field out, so that results do not silently pass from one default to the next."""
     described = members_of(*load_suite(suite_of()))[0].spec
     assert described["learner"] == {"name": "fake", "version": 1, "steps": 4, "pause": 0.0, "rate": 0.1}
-    assert described["evaluation"] == {"version": 1, "splits": ["train", "test"], "samples": 64}
+    assert described["evaluation"] == {"version": 2, "splits": ["train", "test"], "samples": 64}
 
 
 # Running

@@ -293,6 +293,11 @@ def test_what_it_cannot_be(fields, essential, monkeypatch):
         ({}, {"micro_batch": 5}, "a multiple of processes x micro_batch"),
         ({}, {"settings": {"beta": 0.3}}, "learner trl sets beta itself"),
         ({}, {"settings": {"top_kk": 3}}, "did you mean 'top_k'"),
+        ({}, {"settings": {"loss_type": "grpo"}}, "an argument of GRPOConfig and DPOConfig"),
+        ({}, {"settings": {"zzz": 1}}, "TRL's documentation lists the arguments of RLOOConfig"),
+        ({}, {"settings": {"steps_per_generation": 3}}, "learner trl sets steps_per_generation itself"),
+        ({}, {"settings": {"report_to": "nobody"}}, "leave it out of settings (report_to)"),
+        ({}, {"settings": {"eval_strategy": "steps"}}, "leave it out of settings (eval_strategy)"),
         ({}, {"settings": {"fsdp": "full_shard"}}, 'use optimizer="adam"'),
     ],
 )

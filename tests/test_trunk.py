@@ -10,7 +10,8 @@ from paretune.policy.lora.bank import LoraBank, decoder_layers
 from paretune.policy.lora.decoder import branch_point
 from paretune.policy.mixing.hidden import HiddenMix
 from paretune.policy.mixing.predictions import DivergenceMix, LogitMix
-from paretune.policy.rollout import decode, token_logp
+from paretune.policy.rollout import decode
+from paretune.policy.scoring import token_logp
 from paretune.seeds import forked_torch, generator
 from tiny_models import TOKENIZER, VOCAB, gap, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
 

@@ -287,6 +287,7 @@ def test_the_command_prints_a_table_and_lines_to_paste(tmp_path, fake):
         ({"learner.lr": ["a", "b", "log"]}, ("a range is [low, high, log]",)),
         ({"learner.lr": ["log"]}, ("a range is [low, high, log]",)),
         ({"learner.steps": [1.5, 8, "linear"]}, ("learner.steps is a whole number",)),
+        ({"learner.alpha": [1.5, 8, "linear"]}, ("learner.alpha is a whole number",)),
         ({"learner.steps": [0, 8]}, ("at least 1", "steps=0", "tiny.yaml, line")),
         ({"method.mixing": ["logits"]}, ("method experts: mixing", "'logits'")),
         ({}, ("tune: says which fields are searched", "{}")),

@@ -14,6 +14,7 @@ A message always has three parts: the rule, what was found, and the way out.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "TaskError",
     "TrainingError",
     "nearest",
+    "printable",
+    "redacted",
 ]
 
 
@@ -34,6 +37,7 @@ class ParetuneError(Exception):
     exit_code = 1
 
     def __init__(self, rule: str, *, found: str, remedy: str):
+        found, remedy = redacted(found), redacted(remedy)  # a message ends in logs
         super().__init__(rule, found, remedy)
         self.rule, self.found, self.remedy = rule, found, remedy
 
@@ -72,6 +76,33 @@ class BusyError(StoreError):
 
 def _rebuild(kind: type[ParetuneError], rule: str, found: str, remedy: str) -> ParetuneError:
     return kind(rule, found=found, remedy=remedy)
+
+
+# What a terminal or a reader's eye would obey instead of showing it: controls but tab and line end, bidi marks, half surrogates.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# How keys look, and what they are called where one stands beside its name. Every repetition is bounded: texts may be long, and hostile.
+KEY = re.compile(
+    r"\b((sk|pk|rk)[-_](?=[\w-]{0,60}\d)(?=[\w-]{0,60}[a-z])|(hf|gsk|ghp|gho|ghs|glpat|xox[a-z]|nvapi|r8|pplx)[-_](?=[\w-]{0,60}\d))[\w-]{16,}"
+    r"|\b(AKIA[0-9A-Z]{16}|AIza[\w-]{30}|eyJ[\w-]{16,200}\.[\w-]{8,}[\w.-]*)|(?<=Bearer )[\w.~+/-]{8,}=*"
+)
+SECRET = r"(?:(?:api|access|secret|private|auth|subscription|signing)[-_ ]?key|(?:access|auth|api|bearer|refresh|session)[-_ ]?token"
+SECRET += r"|passw(?:or)?d|passphrase|pwd|secret|authorization|credentials?|cookie)"
+IN_URL = re.compile(
+    rf"(:/{{1,2}})[^/\s@?#'\"]{{1,300}}(?=@)|((?:{SECRET}|(?<=[?&])(?:key|token|auth|sig|signature))=)[^&\s'\"#]+", re.IGNORECASE
+)
+NAMED = re.compile(rf"({SECRET}\\?['\"]?\s{{0,9}}[=:]\s{{0,9}}\\?['\"]?)(?!\*)[^\s'\",}}\\]+", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, bidi marks and half surrogates as escapes: it can be printed, and moves nothing on a terminal."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def redacted(text: str) -> str:
+    """The text with *** in place of keys, passwords and what a URL carries of them."""
+    masked = IN_URL.sub(lambda found: f"{found[1] or found[2]}***", str(text))
+    return NAMED.sub(r"\1***", KEY.sub("***", masked))
 
 
 SHOWN = 60  # names in one message

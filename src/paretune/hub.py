@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 from paretune.errors import ConfigError
 
-__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "unloadable"]
+__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "refuse_kernels", "unloadable"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -60,6 +61,17 @@ def check_pretrained(model: str) -> None:
         )
 
 
+def refuse_kernels(what: str, model: str, config: Any) -> None:
+    """ConfigError where a configuration names an attention kernel of the hub, which transformers would download and run."""
+    named = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in named:
+        raise ConfigError(
+            f"{what} runs no code of its own unless you trust it",
+            found=f"attn_implementation {named!r} in the configuration of {model}: a kernel on the hub",
+            remedy="take attn_implementation out of its config.json, or read the kernel and set trust_remote_code: true",
+        )
+
+
 def content_of(model: str, revision: str | None, *, what: str = "the reference model") -> dict[str, str]:
     """File -> hash of a local model; {"commit": hash} of one on the hub, so that a moved branch is another model."""
     if is_local(model):
@@ -91,7 +103,7 @@ def unloadable(what: str, model: str, revision: str | None, error: Exception, *,
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     remedy = how_to_get(model, key="model", revision=revision)
     if "trust_remote_code" in str(error):
-        remedy = "read that code first; then set trust_remote_code: true in the recipe"
+        remedy = "read that code first; then set trust_remote_code: true in the recipe, or for a family give --trust"
     elif is_local(model):
         remedy = f"load it by hand with {loader}.from_pretrained and use_safetensors=True to see the whole message"
     elif "safetensors" in str(error):

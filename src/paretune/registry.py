@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from paretune.errors import ConfigError, nearest
+from paretune.types import SECRET_NAMES, check_name, refuse_secrets
 
 __all__ = [
     "LEARNERS",
@@ -48,6 +49,7 @@ class Registry:
         """Class decorator. Raise `version` whenever the same fields would give other results: it is part of every key."""
 
         def add(cls: type) -> type:
+            check_name(self._one, name)
             known = self._classes.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ConfigError(f"a {self.kind} has one name", found=f"{name!r} is registered twice", remedy="rename yours")
@@ -57,11 +59,14 @@ class Registry:
 
         return add
 
+    @property
+    def _one(self) -> str:
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+
     def __getitem__(self, name: str) -> type:
         self._load()
         if name not in self._classes:
-            article = "an" if self.kind[0] in "aeiou" else "a"
-            raise ConfigError(f"{article} {self.kind} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
+            raise ConfigError(f"{self._one} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -75,6 +80,8 @@ class Registry:
         params.pop("version", None)
         params.pop("content", None)
         label = f"{self.kind} {cls.registered_name}"  # type: ignore[attr-defined]
+        refuse_secrets(label, list(params.values()))
+        refuse_secrets(label, {name: value for name, value in params.items() if isinstance(value, str)}, names=SECRET_NAMES)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in params:
             if name in getattr(cls, "lacks", {}):  # what a relative of the class has
@@ -113,8 +120,12 @@ METHODS = Registry("method", "paretune.methods")
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any."""
+    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any.
+
+    Fields that are None where they follow from others have the number that follows, by the method `resolved`.
+    """
     fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init}
+    fields |= thing.resolved() if hasattr(thing, "resolved") else {}
     content = thing.content() if hasattr(thing, "content") else {}
     described = {"name": thing.registered_name, "version": thing.version, **fields}
     return {**described, "content": content} if content else described

@@ -17,15 +17,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest
 
-__all__ = ["Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt", "canonical_json", "key_of"]
+__all__ = [
+    *("Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt"),
+    *("canonical_json", "check_name", "key_of", "refuse_secrets"),
+]
 
 
 def canonical_json(value: Any) -> str:
@@ -38,6 +42,45 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:20]
 
 
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters that show nothing
+
+
+def check_name(kind: str, name: Any) -> None:
+    """ConfigError unless `name` is a text that a reader sees as it is: no controls, line ends, bidi marks or characters without a width."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or any(c in BLANK for c in name):
+        raise ConfigError(
+            f"the name of {kind} is made of characters that can be seen",
+            found=ascii(name),
+            remedy="rename it: no control characters, line ends, direction marks or zero-width characters",
+        )
+
+
+def refuse_secrets(what: str, given: Any, *, names: re.Pattern[str] | None = None) -> None:
+    """ConfigError where something that is written down holds a key: in a URL, by its look, or in an entry whose name `names` matches."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if names is not None and names.fullmatch(str(name)) and value not in (None, ""):
+                raise _secret(what, f"a value for {str(name)!r}")
+            refuse_secrets(what, value, names=names)
+    elif isinstance(given, list | tuple):
+        for value in given:
+            refuse_secrets(what, value, names=names)
+    elif isinstance(given, str) and (("://" in given and IN_URL.search(given)) or KEY.search(given)):
+        raise _secret(what, "a URL with one in it" if "://" in given else f"a text of {len(given)} characters that looks like one")
+
+
+SECRET_NAMES = re.compile(rf"[\w -]{{0,40}}{SECRET}", re.IGNORECASE)  # of a field
+IN_REQUEST = re.compile(rf"[\w -]{{0,40}}{SECRET}|key|token|auth|bearer|sig|signature", re.IGNORECASE)  # of what is sent to a service
+
+
+def _secret(what: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"{what}: keys and passwords are not written down, because descriptions go into spec.json, job files and logs",
+        found=found,
+        remedy="put the key into an environment variable, and name that: `key_env: MY_KEY` for a judge, HF_TOKEN for the hub",
+    )
+
+
 @dataclass(frozen=True)
 class Objectives:
     """The ordered meaning of axis M. `low` and `high` are the (M,) range; `low` is also the hypervolume reference point."""
@@ -47,6 +90,8 @@ class Objectives:
     high: tuple[float, ...]
 
     def __post_init__(self):
+        for name in self.names:
+            check_name("an objective", name)
         if len(set(self.names)) != len(self.names) or not self.names:
             raise ConfigError(
                 "objective names are distinct and there is at least one",
@@ -59,6 +104,18 @@ class Objectives:
                 found=f"{len(self.names)} names, {len(self.low)} lows, {len(self.high)} highs",
                 remedy="give one of each per objective",
             )
+
+    def outside(self, rewards_NM: np.ndarray) -> dict[str, dict[str, float]]:
+        """Name -> how many rewards (..., M) lie outside of the declared range, the lowest and the highest; without objectives that keep it.
+
+        A millionth of the range is rounding.
+        """
+        found = {}
+        for name, low, high, rewards_N in zip(self.names, self.low, self.high, rewards_NM.reshape(-1, self.count).T, strict=True):
+            slack, known_N = 1e-6 * (high - low), rewards_N[np.isfinite(rewards_N)]
+            if count := int(((known_N < low - slack) | (known_N > high + slack)).sum()):
+                found[name] = {"count": count, "lowest": float(known_N.min()), "highest": float(known_N.max())}
+        return found
 
     @property
     def count(self) -> int:
@@ -201,7 +258,7 @@ class Cost:
     """Counts, all non-negative. The default is "nothing"."""
 
     samples: int = 0  # responses drawn for training
-    tokens: int = 0  # generated for training, and enumerated by the exact learner
+    tokens: int = 0  # generated in training, validation and search; enumerated where responses are
     steps: int = 0  # optimizer steps
     flops: float = 0.0  # floating-point operations, estimated
     seconds: float = 0.0  # wall clock on the machine that ran it

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table
+from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
         print_json({"root": str(root), "published": counts, "problems": problems})
     else:
         for problem in problems:
-            typer.echo(problem)
+            tell(problem)
         number = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        typer.echo(f"{counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed: {number if problems else 'all as published'}")
+        tell(f"{counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed: {number if problems else 'all as published'}")
     if problems:
         say("remedy: remove the directories named above; the next run makes them again")
         raise typer.Exit(1)
@@ -88,7 +88,7 @@ def _bench(
     folder = root or Path("paretune-runs") / path.stem
     summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
     if dry_run:
-        print_json(summary.to_json()) if as_json else typer.echo(summary.text())
+        print_json(summary.to_json()) if as_json else tell(summary.text())
         return
     say(summary.text())
     _report(folder, summary.suite, None, as_json=as_json, run=summary.to_json())
@@ -115,7 +115,7 @@ def _report(
         print_json({"report": str(page), **tables, **({"run": run} if run else {})})
         return
     print_leaderboard(results, console())
-    typer.echo(f"\nreport: {page}")
+    tell(f"\nreport: {page}")
 
 
 @app.command()
@@ -152,7 +152,7 @@ def tune(
         print_json(found.to_json())
         return
     show_table(_table(found), title=f"Trials: {metric} over validation preferences")
-    typer.echo(f"{best}\nkept in {found.folder}" + (f"; written to {write}" if write else ""))
+    tell(f"{best}\nkept in {found.folder}" + (f"; written to {write}" if write else ""))
 
 
 def _table(found: Tuning) -> Table:

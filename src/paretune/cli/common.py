@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import ConfigError, ParetuneError
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, printable
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
     from paretune.runs.ray import Ray
 
 __all__ = [
-    *("Json", "Overrides", "Plugins", "Preference", "Workers"),
-    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table"),
+    *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
+    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
 
 
@@ -54,6 +54,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes of one thread each. Default: one per CPU.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
 
 Preference = Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")]
@@ -125,10 +126,16 @@ def show_table(table: Table, *, title: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print strict JSON to stdout."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str))
+    """Print strict JSON to stdout; what a terminal would obey is escaped as JSON escapes it."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str)
+    typer.echo(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def tell(text: str) -> None:
+    """Print a text that others may have written to stdout."""
+    typer.echo(printable(text))
 
 
 def say(text: str) -> None:
     """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

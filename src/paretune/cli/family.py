@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, Preference, app, check_writable, on_ray, plug, print_json, say, show_table
+from paretune.cli.common import (
+    Json,
+    Overrides,
+    Plugins,
+    Preference,
+    Trust,
+    app,
+    check_writable,
+    on_ray,
+    plug,
+    print_json,
+    say,
+    show_table,
+    tell,
+)
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +55,7 @@ def fit(
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
-        family = Family.load(folder)
+        family = Family.load(folder, trust=plan.task.trust_remote_code)
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
@@ -67,19 +81,20 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
     from paretune.policy.family import Family
 
-    loaded = Family.load(family)
+    loaded = Family.load(family, trust=trust)
     made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
     if as_json:
         print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(prompts, made, strict=True)])
         return
     for prompt, texts in zip(prompts, made, strict=True):
         for text in texts:
-            typer.echo(text if len(prompts) == 1 else f"{prompt}\n  {text}")
+            tell(text if len(prompts) == 1 else f"{prompt}\n  {text}")
 
 
 @app.command()
@@ -89,19 +104,20 @@ def export(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
-    made = write(Family.load(family), out, preference, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family, trust=trust), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
         print_json(made.to_json())
         return
     limit = made.to_json()["max_lora_rank"]
     served = f"; vLLM: --max-lora-rank {limit}" if limit else "; too high for vLLM, which wants it merged" if made.rank else ""
-    typer.echo(f"{made.path}: {made.kind}, {made.dtype}" + (f", rank {made.rank}" if made.rank else "") + served)
+    tell(f"{made.path}: {made.kind}, {made.dtype}" + (f", rank {made.rank}" if made.rank else "") + served)
     typer.echo(f"how to load it: {made.path / 'README.md'}")
 
 
@@ -118,6 +134,7 @@ def explain(
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
     split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
     samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,
+    trust: Trust = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -129,9 +146,9 @@ def explain(
 
     plug(plugin)
     check_writable(html, "--html")
-    loaded = Family.load(family)
+    loaded = Family.load(family, trust=trust, scoring=recipe is None)
     found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
-    task = _task(loaded, recipe) if samples else None
+    task = _task(loaded, recipe, trust) if samples else None
     slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
     if html is not None:
         write_explanation(html, found, slopes, family=loaded)
@@ -196,13 +213,13 @@ def _even_weights(names: Sequence[str]) -> str:
     return ",".join(f"{name}={(even if k else 100 - even * (len(names) - 1)) / 100:g}" for k, name in enumerate(names))
 
 
-def _task(family: Family, recipe: Path | None) -> Task | None:
+def _task(family: Family, recipe: Path | None, trust: bool) -> Task | None:
     """The task that can score responses: named in the family, or of the recipe."""
-    from paretune.registry import TASKS
+    from paretune.policy.family import task_of
     from paretune.runs.recipe import load_recipe
 
     if recipe is None:
-        return TASKS.build(family.base["task"]) if "task" in family.base else None
+        return task_of(family.base, trust=trust)
     task: Any = load_recipe(recipe, []).task
     if task.objectives.names != family.objectives.names:
         raise ConfigError(

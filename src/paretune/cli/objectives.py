@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table
+from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def relate(
             )
             show_table(gradient_table(looked), title=f"Gradients {place}")
         for line in [*_warnings(found), *map(str, advice)]:
-            typer.echo(f"• {line}")
+            tell(f"• {line}")
     for path in written:
         say(f"wrote {path}")
 
@@ -102,7 +102,7 @@ def normalize(
         print_json(found)
         return
     for name, numbers in found.items():
-        typer.echo(f'{name}: normalize: {{mean: {numbers["mean"]}, std: {numbers["std"]}, from: "{numbers["from"]}"}}')
+        tell(f'{name}: normalize: {{mean: {numbers["mean"]}, std: {numbers["std"]}, from: "{numbers["from"]}"}}')
 
 
 def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.evaluation import metrics
 from paretune.evaluation.metrics import hypervolume, igd_plus, plain, summary
-from paretune.evaluation.stats import MIN_UNITS, estimate
+from paretune.evaluation.stats import over_prompts
 from paretune.evaluation.utility import exact_own_utility, sampled_own_utility
 from paretune.policy.family import Family
 from paretune.policy.returns import ExactReturns, Measured, SampledReturns
@@ -93,11 +93,11 @@ def evaluate(
     return Evaluation(curves=curves, metrics=plain(result), cost=family.cost(w_WM))
 
 
-def compare(a: Evaluation, b: Evaluation, *, split: str, seed: int = 0) -> dict[str, Any]:
+def compare(a: Evaluation, b: Evaluation, *, split: str) -> dict[str, Any]:
     """Utility of `a` minus utility of `b`, paired: {"mean": estimate, "per_preference": [estimate, ...]} as strict JSON.
 
     Both were evaluated at the same preferences, and with the same samples and seed. A pair counts where both samples were scored.
-    The mean over preferences treats a sample's row (one prompt, one noise, all preferences) as one unit. Exact curves: no interval.
+    The mean over preferences is that of a sample's row (one prompt, one noise, all preferences). Exact curves: no interval.
     """
     one, two = a.curves[split], b.curves[split]
     same = one.exact == two.exact and np.array_equal(one.w_WM, two.w_WM) and np.array_equal(one.prompt_S, two.prompt_S)
@@ -107,7 +107,7 @@ def compare(a: Evaluation, b: Evaluation, *, split: str, seed: int = 0) -> dict[
             found=f"{one.rewards_WSM.shape[:2]} and {two.rewards_WSM.shape[:2]} preferences and samples, or others of them",
             remedy="evaluate both with the same w_WM, samples and seed",
         )
-    return plain(_paired(_utility_WS(one), _utility_WS(two), one.prompt_S, exact=one.exact, seed=seed))
+    return plain(_paired(_utility_WS(one), _utility_WS(two), one.prompt_S, exact=one.exact))
 
 
 def _preferences(task: Task, given: np.ndarray) -> np.ndarray:
@@ -197,8 +197,8 @@ def _sampled(
     nothing: dict[str, Any] = dict.fromkeys(("attainment", "regret", "igd_plus", "utility_loss", "controllability", "loss"))
     return curve, {
         **_means(curve),
-        "utility": _estimates(utility_WS, drawn.prompt_S, seed),
-        "gain": _paired(utility_WS, start_WS, drawn.prompt_S, exact=False, seed=seed),
+        "utility": _estimates(utility_WS, drawn.prompt_S),
+        "gain": _paired(utility_WS, start_WS, drawn.prompt_S, exact=False),
         "hypervolume": {
             "value": hypervolume(points_WM, low_M),
             "reference_point": low_M,
@@ -206,7 +206,8 @@ def _sampled(
             "share_of_optimum": None,
         },
         **nothing,
-        "returns_error": _errors(curve),
+        "returns_error": over_prompts(curve.returns_WSM.swapaxes(0, 1), curve.prompt_S).half,
+        "outside": task.objectives.outside(curve.rewards_WSM),
         "own_utility": sampled_own_utility(task, family, curve, start),
         "generations": _generations(task, split, w_WM, drawn, base),
     }
@@ -237,14 +238,6 @@ def spread_out(w_WM: np.ndarray, count: int) -> list[int]:
 
 def _plain_text(prompt: Prompt) -> str:
     return prompt.text if prompt.text is not None else "\n".join(f"{m['role']}: {m['content']}" for m in prompt.messages or ())
-
-
-def _errors(curve: Curve) -> np.ndarray:
-    """(W, M) half the width of a 95 % interval of each mean return over samples, by the normal approximation; NaN for fewer than 10."""
-    returns_WSM = np.ma.masked_invalid(curve.returns_WSM)
-    known_WM = returns_WSM.count(axis=1)
-    spread_WM = returns_WSM.std(axis=1, ddof=1 if curve.returns_WSM.shape[1] > 1 else 0).filled(np.nan)
-    return np.where(known_WM >= MIN_UNITS, 1.96 * spread_WM / np.sqrt(np.maximum(known_WM, 1)), np.nan)
 
 
 def _curve(split: str, w_WM: np.ndarray, drawn: Measured, *, exact: bool) -> Curve:
@@ -281,24 +274,19 @@ def _known(value: float) -> Estimate:
     return Estimate(value=float(value), low=float("nan"), high=float("nan"), n=0)
 
 
-def _estimates(value_WS: np.ndarray, prompt_S: np.ndarray, seed: int) -> dict[str, Any]:
-    """Intervals over samples: within prompts where each has enough samples, else over all samples alike (wider). NaN samples left out."""
-    return {"mean": _mean_over(value_WS, prompt_S, seed), "per_preference": [_one(value_S, prompt_S, seed) for value_S in value_WS]}
+def _estimates(value_WS: np.ndarray, prompt_S: np.ndarray) -> dict[str, Any]:
+    """Per preference and over all, with intervals over prompts and samples. Samples that are NaN are left out."""
+    return {"mean": _one(value_WS.mean(0), prompt_S), "per_preference": [_one(value_S, prompt_S) for value_S in value_WS]}
 
 
-def _paired(a_WS: np.ndarray, b_WS: np.ndarray, prompt_S: np.ndarray, *, exact: bool, seed: int) -> dict[str, Any]:
+def _paired(a_WS: np.ndarray, b_WS: np.ndarray, prompt_S: np.ndarray, *, exact: bool) -> dict[str, Any]:
     if exact:
         gap_W = (a_WS - b_WS).mean(1)
         return {"mean": _known(gap_W.mean()), "per_preference": [_known(gap) for gap in gap_W]}
-    return _estimates(a_WS - b_WS, prompt_S, seed)
+    return _estimates(a_WS - b_WS, prompt_S)
 
 
-def _mean_over(value_WS: np.ndarray, prompt_S: np.ndarray, seed: int) -> Estimate:
-    return _one(value_WS.mean(0), prompt_S, seed)
-
-
-def _one(value_S: np.ndarray, prompt_S: np.ndarray, seed: int) -> Estimate:
-    known_S = np.isfinite(value_S)
-    value_S, prompt_S = value_S[known_S], prompt_S[known_S]
-    enough = len(prompt_S) > 0 and np.unique(prompt_S, return_counts=True)[1].min() >= MIN_UNITS
-    return estimate(value_S, seed=seed, strata_N=prompt_S if enough else None)
+def _one(value_S: np.ndarray, prompt_S: np.ndarray) -> Estimate:
+    found = over_prompts(value_S, prompt_S)
+    value, half = float(found.value), float(found.half)
+    return Estimate(value=value, low=value - half, high=value + half, n=int(found.n))

@@ -34,10 +34,12 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
+from paretune.evaluation.stats import over_prompts
 from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rollout import encode, generate, token_logp
+from paretune.policy.rollout import encode, generate
+from paretune.policy.scoring import token_logp
 from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
 
@@ -289,14 +291,15 @@ def sensitivity(
         places, scale = ((-1, 1), (-0.5, 0.5)) if central else ((1, 2), (2.0, -0.5))
         factors.append((0.0 if central else -1.5, scale))
         asked += [w_M + place * step * away for place in places]
-    returns_WSM = _returns_WSM(task, family, np.stack(asked), split, samples, seed)
+    drawn = returns_of(task, family.policy, split, samples=samples, seed=seed).at(family.gates(np.stack(asked), task.prompts(split)))
+    returns_WSM = drawn.returns_WSM
     slope_MM, error_MM = np.zeros((m, m)), np.full((m, m), np.nan)
     for j, (here, scale) in enumerate(factors):
         one, two = returns_WSM[1 + 2 * j], returns_WSM[2 + 2 * j]
         each_SM = (here * returns_WSM[0] + scale[0] * one + scale[1] * two) / step
         slope_MM[:, j] = np.nanmean(each_SM, 0)
         if not task.is_exact:
-            error_MM[:, j] = np.nanstd(each_SM, 0, ddof=1) / np.sqrt((~np.isnan(each_SM)).sum(0))
+            error_MM[:, j] = over_prompts(each_SM, drawn.prompt_S).error
     return Sensitivity(
         objectives=names,
         w_M=w_M,
@@ -309,9 +312,3 @@ def sensitivity(
         unscored=int(np.isnan(returns_WSM).sum()),
         stepwise=family.stepwise,
     )
-
-
-def _returns_WSM(task: Any, family: Family, w_WM: np.ndarray, split: str, samples: int, seed: int) -> np.ndarray:
-    """Returns at each preference; S are prompts where the task is exact."""
-    gates_W = family.gates(w_WM, task.prompts(split))
-    return returns_of(task, family.policy, split, samples=samples, seed=seed).at(gates_W).returns_WSM

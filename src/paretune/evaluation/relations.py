@@ -1,7 +1,8 @@
 """How the objectives of a task relate: what the reference policy's own responses score, and where the objectives' gradients point.
 
 `relate` reads rewards, before anything is trained. Where responses can be enumerated every number is exact. Elsewhere `group` responses to
-each prompt are drawn from the reference and scored; intervals resample the responses of each prompt, and are unknown below 10 of them.
+each prompt are drawn from the reference and scored; intervals resample prompts, then the responses of each, and are unknown below 10 of
+these or 3 prompts.
 NaN is unknown: an objective that gave all responses to a prompt the same score has no correlation there; such prompts are left out and
 counted.
 
@@ -47,7 +48,7 @@ from scipy.special import comb
 
 from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
-from paretune.evaluation.stats import LEVEL, MIN_UNITS
+from paretune.evaluation.stats import LEVEL, MIN_PROMPTS, MIN_UNITS
 from paretune.policy.base import build_policy
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import generate
@@ -140,7 +141,9 @@ def relate(task: Task, *, prompts: int = PROMPTS, group: int = GROUP, seed: int 
         one["unscored"] = int(found.unscored_M[k])
     matrices = {name: statistic(rewards_PRM, logw_PR) for name, statistic in STATISTICS.items()}
     replicates = [] if exact else _resamples(logw_PR, seed)
-    again = {name: np.array([statistic(rewards_PRM, logw) for logw in replicates]) for name, statistic in STATISTICS.items()}
+    again = {
+        name: np.array([statistic(rewards_PRM[drawn_P], logw) for drawn_P, logw in replicates]) for name, statistic in STATISTICS.items()
+    }
     pairs = []
     for j, k in combinations(range(len(names)), 2):
         signs = _signs(within_PMM[:, j, k], logw_PR, exact)
@@ -289,14 +292,15 @@ def _fisher(within_P: np.ndarray, logw_PR: np.ndarray) -> tuple[np.ndarray, np.n
         return np.tanh(z_P - half_P), np.tanh(z_P + half_P)
 
 
-def _resamples(logw_PR: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Log-weights (P, R) of bootstrap replicates: the responses of each prompt drawn again; none where a prompt has fewer than 10."""
-    p_PR, n_P = np.exp(logw_PR), np.isfinite(logw_PR).sum(1)
-    if n_P.min() < MIN_UNITS:
+def _resamples(logw_PR: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Bootstrap replicates: which prompts (P,), and log-weights (P, R) of their responses, both drawn again. None from few of either."""
+    n_P = np.isfinite(logw_PR).sum(1)
+    if n_P.min() < MIN_UNITS or len(n_P) < MIN_PROMPTS:
         return []
-    rng = generator(seed, "relations", "bootstrap")
+    rng, p_PR = generator(seed, "relations", "bootstrap"), np.exp(logw_PR)
+    drawn_BP = rng.integers(len(n_P), size=(RESAMPLES, len(n_P)))
     with np.errstate(divide="ignore"):
-        return [np.log(np.stack([rng.multinomial(n, p_R) / n for n, p_R in zip(n_P, p_PR, strict=True)])) for _ in range(RESAMPLES)]
+        return [(drawn_P, np.log(np.stack([rng.multinomial(n_P[p], p_PR[p]) / n_P[p] for p in drawn_P]))) for drawn_P in drawn_BP]
 
 
 # Where this lies on the dials of exact tasks

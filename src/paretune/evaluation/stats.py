@@ -1,13 +1,16 @@
-"""Numbers with their uncertainty: the bootstrap with an explicit generator.
+"""Numbers with their uncertainty: the bootstrap with an explicit generator, and t intervals over prompts.
 
-A *unit* is what was drawn independently: a task seed when methods are compared, a sample when one policy is measured. Units are
-resampled within their stratum (a dial, a prompt), never across. Where the same unit was measured in every stratum it must say its
+A *unit* is what was drawn independently: a task seed when methods are compared, a prompt when one policy is measured. Units are
+resampled within their stratum (a dial), never across. Where the same unit was measured in every stratum it must say its
 name, and is then drawn with all that was measured on it: exact tasks of one seed share language and reward features at every dial,
 and taken for independent they would make intervals over several dials too narrow.
 
-Intervals are percentile intervals, and they are NaN below 10 units in any stratum. A bootstrap of few units is too narrow: for the
-mean of n normal draws the "95 %" interval covers 82 % at n = 5 and 90 % at n = 10 (the tests measure it), and for a skewed
+Intervals of `estimate` are percentile intervals, and they are NaN below 10 units in any stratum. A bootstrap of few units is too narrow:
+for the mean of n normal draws the "95 %" interval covers 82 % at n = 5 and 90 % at n = 10 (the tests measure it), and for a skewed
 quantity less. A reader cannot see that in a table, so no interval is printed where it would mislead.
+
+Responses to one prompt are alike, and prompts may be few: `over_prompts` takes Student's t with the prompts as units, which covers 95 % of
+normal means from any number of prompts, where a bootstrap over six prompts covers 85 %.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import beta, bootstrap, trim_mean
+from scipy.stats import beta, bootstrap, t, trim_mean
 
 from paretune.seeds import generator
 from paretune.types import Estimate
@@ -27,12 +30,14 @@ __all__ = [
     "Profile",
     "estimate",
     "iqm",
+    "over_prompts",
     "paired_difference",
     "performance_profile",
     "share_of_wins",
 ]
 
 MIN_UNITS = 10
+MIN_PROMPTS = 3  # two may agree by chance, and the interval then has no width
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -91,6 +96,40 @@ def paired_difference(
     """`estimate` of a - b where value n of both shares its seed, prompt and noise: far narrower than two intervals side by side."""
     a_N, b_N = _pairs(a_N, b_N)
     return estimate(a_N - b_N, seed=seed, strata_N=strata_N, units_N=units_N, statistic=statistic, level=level, resamples=resamples)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMeans:
+    """Means over the known samples, (...), their standard errors, half the width of their intervals, and the known samples."""
+
+    value: np.ndarray
+    error: np.ndarray
+    half: np.ndarray
+    n: np.ndarray
+
+
+def over_prompts(values_S: np.ndarray, prompt_S: np.ndarray, *, level: float = LEVEL) -> PromptMeans:
+    """The mean over the first axis of sampled `values_S` (S, ...), whose samples of one prompt may be alike. NaN samples are left out.
+
+    The error is that of the prompts' sums around the mean, so it holds for new prompts as well as for new responses to these. Without a
+    second prompt nothing is known of it. The interval is unknown below 10 samples or 3 prompts.
+
+    Source: the cluster-robust variance of a mean (Liang & Zeger 1986) with G / (G - 1) and t quantiles of G - 1 degrees for G prompts; with
+    equally many samples of each it is the t interval of the prompts' means. Differs: no. Hides: intervals from few prompts of a skewed
+    quality cover less (92 % from 6 exponential ones).
+    """
+    values_S = np.asarray(values_S, dtype=np.float64)
+    known_SX = np.isfinite(values_S).reshape(len(values_S), -1)
+    filled_SX = np.where(known_SX, values_S.reshape(known_SX.shape), 0.0)
+    own_GS = (np.unique(prompt_S)[:, None] == np.asarray(prompt_S)).astype(np.float64)
+    n_X, prompts_X = known_SX.sum(0), (own_GS @ known_SX > 0).sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value_X = filled_SX.sum(0) / n_X
+        sums_GX = own_GS @ np.where(known_SX, filled_SX - value_X, 0.0)
+        error_X = np.where(prompts_X > 1, np.sqrt(prompts_X / (prompts_X - 1) * (sums_GX**2).sum(0)) / n_X, np.nan)
+        enough_X = (n_X >= MIN_UNITS) & (prompts_X >= MIN_PROMPTS)
+        half_X = np.where(enough_X, t.ppf((1 + level) / 2, prompts_X - 1) * error_X, np.nan)
+    return PromptMeans(*(found_X.reshape(values_S.shape[1:]) for found_X in (value_X, error_X, half_X, n_X)))
 
 
 def share_of_wins(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,7 +14,7 @@ from paretune.methods.search import SEARCHERS, simplex_lattice
 from paretune.objectives.utilities import linear
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import Interpolated, rows_of
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -23,7 +22,6 @@ from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact
-from paretune.types import Cost
 
 __all__ = ["Calibrated", "Calibration", "calibrate", "outer_returns"]
 
@@ -133,14 +131,9 @@ class Calibrated(OnExperts):
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixing, adapters)
-        start = time.perf_counter()
-        returns = outer_returns(task, policy, samples=self.samples, seed=seed)
-        found = calibrate(returns, self.preferences(task), search=self.search, budget=self.budget)
-        cost = Cost(
-            evaluations=found.evaluations,
-            validation_samples=0 if task.is_exact else found.evaluations * self.samples,
-            seconds=time.perf_counter() - start,
-        )
+        with metered() as meter:
+            returns = outer_returns(task, policy, samples=self.samples, seed=seed)
+            found = calibrate(returns, self.preferences(task), search=self.search, budget=self.budget)
         rule = Interpolated(w_WM=rows_of(found.w_WM), gates_WK=rows_of(found.gates_WK), smoothing=self.smoothing)
         meta = {"calibration": {"preferences": len(found.w_WM), "evaluations": found.evaluations, "unscored": found.unscored}}
-        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=cost)
+        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=meter.cost)

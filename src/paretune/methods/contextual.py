@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,7 +14,7 @@ from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_t
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.contextual import Contextual, Features, GateBasis, Pooled, box_lattice
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import rows_of
 from paretune.registry import METHODS
 from paretune.seeds import generator, seed_for
@@ -23,7 +22,6 @@ from paretune.tasks.base import Task
 from paretune.tasks.preferences import sample_preferences
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact
-from paretune.types import Cost
 
 __all__ = ["ContextualBandit", "Learned", "Ridge", "StaticGates", "learn_gates"]
 
@@ -175,21 +173,21 @@ class ContextualBandit(OnExperts):
         prompts = task.prompts(SPLIT)
         features = Features.fitting(self.features, prompts, share=self.share)
         features_PF = features.of(prompts)
-        start = time.perf_counter()
-        learned = learn_gates(
-            _puller(task, policy, seed=seed),
-            features_PF,
-            _gates(policy, self.top, ARMS),
-            GateBasis(policy.K, landmarks=self.landmarks, width=self.width, top=self.top),
-            objectives=task.objectives.count,
-            rounds=self.rounds,
-            batch=len(prompts) if task.is_exact else self.batch,
-            algorithm=self.algorithm,
-            explore=self.explore,
-            ridge=self.ridge,
-            between=self.between,
-            seed=seed,
-        )
+        with metered() as meter:
+            learned = learn_gates(
+                _puller(task, policy, seed=seed),
+                features_PF,
+                _gates(policy, self.top, ARMS),
+                GateBasis(policy.K, landmarks=self.landmarks, width=self.width, top=self.top),
+                objectives=task.objectives.count,
+                rounds=self.rounds,
+                batch=len(prompts) if task.is_exact else self.batch,
+                algorithm=self.algorithm,
+                explore=self.explore,
+                ridge=self.ridge,
+                between=self.between,
+                seed=seed,
+            )
         _require_scores(learned.pulls - learned.unscored)
         rule = Contextual(
             features=features,
@@ -200,9 +198,8 @@ class ContextualBandit(OnExperts):
             top=self.top,
             theta_DQM=tuple(tuple(tuple(map(float, row_M)) for row_M in rows) for rows in learned.theta_DQM),
         )
-        cost = _cost(self.rounds, 0 if task.is_exact else learned.pulls, start)
         meta = {"bandit": {"pulls": learned.pulls, "unscored": learned.unscored, "utility": _tenths(learned.utility_T)}}
-        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=cost)
+        return self.family(task, policy, rule, adapters, seed, meta=meta, search_cost=meter.cost)
 
 
 @METHODS.register("static-gates")
@@ -241,15 +238,16 @@ class StaticGates(OnExperts):
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
         adapters = adapters_for(vertex_trainings(task, learner, seed), done)
         policy = build_policy(task, self.mixing, adapters)
-        start = time.perf_counter()
         gates_GK = _gates(policy, self.top, self.budget)
-        returns_GM, drawn = _returns_at(task, policy, gates_GK, samples=self.samples, seed=seed)
+        with metered() as meter:
+            returns = returns_of(task, policy, SPLIT, samples=self.samples, seed=seed_for(seed, "static gates"))
+            returns_GM = returns.at(gates_GK).means_WM
         known_G = np.isfinite(returns_GM).all(1)
         _require_scores(int(known_G.sum()))
         gates_GK, returns_GM = gates_GK[known_G], returns_GM[known_G]
         kept_G = nondominated(returns_GM)  # the others are the best of no preference
         rule = Pooled(gates_GK=rows_of(gates_GK[kept_G]), returns_GM=rows_of(returns_GM[kept_G]))
-        return self.family(task, policy, rule, adapters, seed, search_cost=_cost(len(known_G), drawn, start))
+        return self.family(task, policy, rule, adapters, seed, search_cost=meter.cost)
 
 
 def _gates(policy: Policy, top: float, budget: int) -> np.ndarray:
@@ -264,19 +262,9 @@ def _puller(task: Task, policy: Policy, *, seed: int) -> Pull:
     return lambda number, prompt_N, gates_NK: returns.once(prompt_N, gates_NK, number)
 
 
-def _returns_at(task: Task, policy: Policy, gates_GK: np.ndarray, *, samples: int, seed: int) -> tuple[np.ndarray, int]:
-    """(G, M) returns on training prompts, NaN where an objective was not scored at all, and how many responses were drawn."""
-    returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "static gates"))
-    return returns.at(gates_GK).means_WM, returns.samples * len(gates_GK)
-
-
 def _require_scores(known: int) -> None:
     if not known:
         raise TrainingError("gates are chosen by scores", found="no response was scored in every objective", remedy="repair the objectives")
-
-
-def _cost(evaluations: int, drawn: int, start: float) -> Cost:
-    return Cost(evaluations=evaluations, validation_samples=drawn, seconds=time.perf_counter() - start)
 
 
 def _tenths(utility_T: np.ndarray) -> list[float]:

@@ -57,9 +57,9 @@ class Distilled(Method):
         return [*teachers, self._student(task, learner, teachers, seed)] if ready else teachers
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        teachers = Placed(more=self.more).plan(task, learner, done, seed)
-        adapters = parts_of(self._student(task, learner, teachers, seed), done)
-        return self.family(task, "parameter", BridgeRule(), adapters, seed)
+        teachers, cost = Placed(more=self.more).placement(task, learner, done, seed)
+        adapters = parts_of(self._student(task, learner, list(teachers.values()), seed), done)
+        return self.family(task, "parameter", BridgeRule(), adapters, seed, search_cost=cost)
 
     def _student(self, task: Task, learner: Learner, teachers: Sequence[TrainSpec], seed: int) -> TrainSpec:
         keys = tuple(spec.key for spec in teachers)

@@ -7,7 +7,6 @@ that a comparison shows the outer level alone.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from paretune.methods.base import SPLIT, Card, OnExperts, adapters_for, vertex_t
 from paretune.methods.search import hierarchical_grid, hierarchical_simplex
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import Searched
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -100,21 +99,20 @@ class EmorlShared(OnExperts):
         searcher = hierarchical_grid if self.search == "box" else hierarchical_simplex
 
         def search(w_M: np.ndarray) -> tuple[np.ndarray, Cost]:
-            start = time.perf_counter()
-            result = searcher(lambda gates_K: score(gates_K, w_M), policy.K, levels=self.levels, cache=self.cache)
-            drawn = 0 if task.is_exact else result.evaluations * self.samples
-            spent = Cost(evaluations=result.evaluations, validation_samples=drawn, seconds=time.perf_counter() - start)
-            return result.best_K, spent
+            with metered() as meter:
+                result = searcher(lambda gates_K: score(gates_K, w_M), policy.K, levels=self.levels, cache=self.cache)
+            return result.best_K, meter.cost
 
         return self.family(task, policy, Searched(search, task.judged()), adapters, seed)
 
 
-@METHODS.register("emorl")
+@METHODS.register("emorl", version=2)
 @dataclass(frozen=True)
 class Emorl(EmorlShared):
-    """As published, with its own experts: each stops when its last 20 validation means vary by less than `stop_cv`.
+    """As published, with its own experts: each stops when the coefficient of variation of its last 20 validations is below `stop_cv`.
 
-    Learners without a stopping rule (the exact one) train as they always do.
+    Sampled and exact learners have the same rule, on estimates and on expectations: see the learners' field `stop_cv`. A learner that has
+    no such field (TRL's) trains as it always does.
     """
 
     stop_cv: float = 0.015
@@ -123,7 +121,7 @@ class Emorl(EmorlShared):
         category="meta-policy",
         summary="experts with the published stopping rule; hidden states summed with weights searched anew for each preference",
         source="EMORL (2505.02579), paper and the authors' code",
-        differs=_DIFFERS,
+        differs=_DIFFERS + "; in the stopping rule rewards count as shares of their declared ranges",
         hides=_HIDES,
         trainings="M",
         forwards_per_token="M",

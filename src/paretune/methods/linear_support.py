@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,7 +16,7 @@ from paretune.methods.search import simplex_lattice
 from paretune.methods.sweep import near_judged
 from paretune.policy.base import build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import Best, GateRule, Nearest, rows_of
 from paretune.registry import METHODS, describe
 from paretune.seeds import generator, seed_for
@@ -303,12 +302,11 @@ def _measured(task: Task, artifact: Artifact | None, samples: int, seed: int) ->
 
 
 def _measure(task: Task, artifact: Artifact | None, samples: int, seed: int) -> Measured:
-    began = time.perf_counter()
     mixing, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
-    policy = build_policy(task, mixing, adapters)
-    returns = returns_of(task, policy, "train", samples=samples, seed=seed_for(seed, "optimistic support"))
-    gates = None if artifact is None else np.ones(1)
-    made = returns.at(np.array([gates]))
-    covariance_MM = returns.covariance_MM(gates)
-    spent = Cost(evaluations=1, validation_samples=returns.samples, tokens=made.tokens, seconds=time.perf_counter() - began)
-    return Measured(made.means_WM[0], covariance_MM, spent)
+    with metered() as meter:
+        policy = build_policy(task, mixing, adapters)
+        returns = returns_of(task, policy, "train", samples=samples, seed=seed_for(seed, "optimistic support"))
+        gates = None if artifact is None else np.ones(1)
+        made = returns.at(np.array([gates]))
+        covariance_MM = returns.covariance_MM(gates)
+    return Measured(made.means_WM[0], covariance_MM, meter.cost)

@@ -13,7 +13,7 @@ from paretune.methods.base import SPLIT, Card, Method, adapters_for, training
 from paretune.methods.search import simplex_lattice
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import returns_of
+from paretune.policy.returns import metered, returns_of
 from paretune.policy.rules import Barycentric, barycentric_gates, rows_of
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -73,33 +73,32 @@ class Placed(Method):
             )
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
-        return list(self._placed(task, learner, done, seed)[0].values())
+        return list(self.placement(task, learner, done, seed)[0].values())
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
-        specs, cost = self._placed(task, learner, done, seed)
+        specs, cost = self.placement(task, learner, done, seed)
         rule = Barycentric(points_KM=rows_of([spec.preference or () for spec in specs.values()]))
         meta = {"placed_at": [list(p) for p in rule.points_KM]}
         return self.family(task, self.mixing, rule, adapters_for(specs, done), seed, meta=meta, search_cost=cost)
 
-    def _placed(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> tuple[dict[str, TrainSpec], Cost]:
+    def placement(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> tuple[dict[str, TrainSpec], Cost]:
         """The trainings of this and all earlier waves, and what choosing them cost."""
         specs = {f"expert-{k}": training(task, learner, e_M, seed) for k, e_M in enumerate(np.eye(task.objectives.count))}
-        cost = Cost()
         candidates_WM = self._candidates(task)
-        for _ in range(self.more):
-            if any(spec.key not in done for spec in specs.values()):
-                break
-            points_KM = np.array([spec.preference for spec in specs.values()])
-            left_WM = candidates_WM[np.abs(candidates_WM[:, None] - points_KM).max(-1).min(-1) > 1e-9]
-            policy = build_policy(task, self.mixing, adapters_for(specs, done))
-            gates_WK = np.concatenate([np.eye(len(points_KM)), barycentric_gates(points_KM, left_WM)])
-            asked_WM = np.concatenate([points_KM, left_WM])
-            utility_W, spent = _utility(task, policy, gates_WK, asked_WM, self.samples, seed)
-            cost = cost.then(spent)
-            k = len(points_KM)
-            gain_W = optimistic_regret(utility_W[:k], gates_WK[k:], utility_W[k:])
-            specs[f"expert-{k}"] = training(task, learner, left_WM[int(np.nanargmax(gain_W))], seed)
-        return specs, cost
+        with metered() as meter:
+            for _ in range(self.more):
+                if any(spec.key not in done for spec in specs.values()):
+                    break
+                points_KM = np.array([spec.preference for spec in specs.values()])
+                left_WM = candidates_WM[np.abs(candidates_WM[:, None] - points_KM).max(-1).min(-1) > 1e-9]
+                policy = build_policy(task, self.mixing, adapters_for(specs, done))
+                gates_WK = np.concatenate([np.eye(len(points_KM)), barycentric_gates(points_KM, left_WM)])
+                asked_WM = np.concatenate([points_KM, left_WM])
+                utility_W = _utility(task, policy, gates_WK, asked_WM, self.samples, seed)
+                k = len(points_KM)
+                gain_W = optimistic_regret(utility_W[:k], gates_WK[k:], utility_W[k:])
+                specs[f"expert-{k}"] = training(task, learner, left_WM[int(np.nanargmax(gain_W))], seed)
+        return specs, meter.cost
 
     def _candidates(self, task: Task) -> np.ndarray:
         """(W, M) preferences that may be trained at: never near a judged one."""
@@ -114,8 +113,7 @@ class Placed(Method):
         return kept
 
 
-def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, Cost]:
+def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """(W,) J_w on training prompts: exact where the task is, else from samples with shared noise."""
     returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "placement"))
-    drawn = returns.samples * len(gates_WK)
-    return (w_WM * returns.at(gates_WK).means_WM).sum(1), Cost(evaluations=len(gates_WK), validation_samples=drawn)
+    return (w_WM * returns.at(gates_WK).means_WM).sum(1)

@@ -8,18 +8,23 @@ arrives by name as a list with one item per completion, and so do the completion
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import itertools
 import math
+import os
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from paretune.errors import ConfigError, RewardError
-from paretune.types import Prompt
+from paretune.types import Objectives, Prompt
 
 __all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "score_given", "text_of"]
 
@@ -27,12 +32,14 @@ RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids")
 
 
 LOGGERS = ("log_extra", "log_metric")  # TRL's hooks for extra columns of its logs; here they lead nowhere
+ENVIRONMENTS = "environments"  # TRL's live objects, one per completion: handed on as they are
 
 
 EXAMPLE = "def score(prompts, completions, **columns): return [float(len(text)) for text in completions]"
 
 
 Score = Callable[..., Any]
+_WARNED: set[Objectives] = set()  # objectives whose scores have left their range in this process
 
 
 class Objective(ABC):
@@ -65,6 +72,10 @@ class Objective(ABC):
 
     def check(self) -> None:  # noqa: B027
         """Raise ConfigError for what can be found wrong before anything runs and without loading a model."""
+
+    def trusts(self) -> tuple[str, ...]:
+        """What it runs, or sends texts to, on the word of whoever described it: code files, a model's own code, services."""
+        return ()
 
     def squashed(self, fraction: float) -> float:
         """From [0, 1] to [low, high]."""
@@ -106,7 +117,26 @@ def score_all(
 def score_given(objectives: Sequence[tuple[str, Score]], given: Mapping[str, Any]) -> np.ndarray:
     """(N, M) as `score_all`, from the arguments that a trainer gives to a reward function: "completions", columns, and more by name."""
     count = len(given["completions"])
-    return np.stack([_scores(name, _call(name, function, given), count) for name, function in objectives], axis=1)
+    returned = _awaited([name for name, _ in objectives], [_call(name, function, given) for name, function in objectives])
+    scores_NM = np.stack([_scores(name, scores, count) for (name, _), scores in zip(objectives, returned, strict=True)], axis=1)
+    for (name, function), scores_N in zip(objectives, scores_NM.T, strict=True):
+        if hasattr(function, "low") and hasattr(function, "high"):
+            _warn_outside(Objectives((name,), (float(function.low),), (float(function.high),)), scores_N)
+    return scores_NM
+
+
+def _warn_outside(declared: Objectives, scores_N: np.ndarray) -> None:
+    """Warn of scores outside of the range of one objective, at the first batch that has any; logs and cells count them all."""
+    for name, found in declared.outside(scores_N[:, None]).items():
+        if declared not in _WARNED:
+            _WARNED.add(declared)
+            low, high = declared.low[0], declared.high[0]
+            warnings.warn(
+                f"objective {name!r}: {found['count']} of {len(scores_N)} scores lie outside of its range, {low:g} to {high:g}: they reach "
+                f"from {found['lowest']:g} to {found['highest']:g}. Hypervolume, utilities, stopping rules count on the range: state the "
+                'worst and the best score as low and high. Further ones are counted as "outside" in train.jsonl and cell.json',
+                stacklevel=3,
+            )
 
 
 def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray, count: int, *, limit: float = 0.1) -> None:
@@ -172,16 +202,52 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
             found=f"it needs {', '.join(map(repr, missing))}; it was offered {', '.join(given)}",
             remedy="add the column to every prompt, or give the parameter a default",
         )
-    own = {key: copy.deepcopy(list(value)) if isinstance(value, list | tuple) else value for key, value in given.items()}
+    copied = {key for key, value in given.items() if isinstance(value, list | tuple) and key != ENVIRONMENTS}
+    own = {key: copy.deepcopy(list(value)) if key in copied else value for key, value in given.items()}
     positional, named = _accepted(function, own)
     try:
         return function(*positional, **named)
     except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"objective {name!r} scores every completion without an exception",
-            found=f"{type(error).__name__}: {error}",
-            remedy="return None for a completion that cannot be scored; the traceback above shows the line",
-        ) from error
+        raise _raised(name, error) from error
+
+
+def _raised(name: str, error: BaseException) -> RewardError:
+    return RewardError(
+        f"objective {name!r} scores every completion without an exception",
+        found=f"{type(error).__name__}: {error}",
+        remedy="return None for a completion that cannot be scored; the traceback above shows the line",
+    )
+
+
+def _awaited(names: Sequence[str], returned: Sequence[Any]) -> list[Any]:
+    """`returned`, with what async functions promised in its place: all of them are awaited together."""
+    later = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
+    if not later:
+        return list(returned)
+
+    async def one(name: str, promise: Awaitable[Any]) -> Any:
+        try:
+            return await promise
+        except (Exception, SystemExit) as error:  # returned: the others come to an end first
+            return _raised(name, error).with_traceback(error.__traceback__)
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(one(names[place], promise) for place, promise in later.items()))
+
+    found = asyncio.run_coroutine_threadsafe(together(), _loop(os.getpid())).result()
+    for error in found:
+        if isinstance(error, RewardError):
+            raise error
+    kept = dict(zip(later, found, strict=True))
+    return [kept.get(place, value) for place, value in enumerate(returned)]
+
+
+@lru_cache(maxsize=1)
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """The event loop of this process, in a thread of its own: clients that live from batch to batch belong to one loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="paretune-objectives", daemon=True).start()
+    return loop
 
 
 def _accepted(function: Score, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -203,27 +269,29 @@ def _log_nowhere(*_: Any, **__: Any) -> None:
 
 def _scores(name: str, returned: Any, count: int) -> np.ndarray:
     """(N,) float64 from what an objective returned."""
-    unordered = isinstance(returned, (str, bytes, Mapping, Set))
-    if unordered or not hasattr(returned, "__iter__") or getattr(returned, "ndim", 1) == 0:
+    no_list = isinstance(returned, (str, bytes, bytearray, memoryview, Mapping, Set))
+    if no_list or not hasattr(returned, "__iter__") or getattr(returned, "ndim", 1) == 0:
         raise _not_scores(name, count, f"{_short(returned)} instead of a list")
     sized = hasattr(returned, "__len__")
-    values = list(returned) if sized else list(itertools.islice(returned, count + 1))  # a generator may be endless
+    try:
+        values = list(returned) if sized else list(itertools.islice(returned, count + 1))  # a generator may be endless
+    except (Exception, SystemExit) as error:  # inside a generator
+        raise _raised(name, error) from error
     if len(values) != count:
         raise _not_scores(
             name, count, f"{len(values) if sized or len(values) <= count else f'more than {count}'} scores for {count} completions"
         )
     scores_N = np.empty(count)
     for place, value in enumerate(values):
-        if (
-            isinstance(value, (str, bytes, np.complexfloating))
-            or getattr(value, "ndim", 0) > 0
-            or not (value is None or hasattr(value, "__float__"))
-        ):
-            raise _not_scores(name, count, f"{_short(value)} for completion {place}")
+        plain = value is None or (hasattr(value, "__float__") and not isinstance(value, (str, bytes)) and not getattr(value, "ndim", 0))
         try:
+            if not plain or "complex" in str(getattr(value, "dtype", "")):
+                raise TypeError
             scores_N[place] = math.nan if value is None else float(value)
         except OverflowError:
             scores_N[place] = math.inf
+        except Exception:  # dates, signaling NaN, records: they have a __float__, and are no numbers
+            raise _not_scores(name, count, f"{_short(value)} for completion {place}") from None
         if math.isinf(scores_N[place]):
             raise RewardError(
                 f"objective {name!r} returns finite scores",

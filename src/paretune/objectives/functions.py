@@ -66,6 +66,9 @@ class FunctionObjective(Objective):
     def __call__(self, *args: Any, **given: Any) -> Any:
         return self.function(*args, **given)
 
+    def trusts(self) -> tuple[str, ...]:
+        return (f"the function {self.use}",)
+
     def content(self) -> dict[str, str]:
         """File name -> hash, for the file and the modules beside it that it imports."""
         return content_hashes(_split(self.use)[0])

@@ -6,30 +6,31 @@ more.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
 import os
+import re
 import sqlite3
 import threading
 import time
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
-from paretune.errors import ConfigError, RewardError
+from paretune.errors import KEY, ConfigError, RewardError, printable, redacted
 from paretune.objectives.base import Objective, text_of
 from paretune.registry import OBJECTIVES
 from paretune.seeds import uniforms
-from paretune.types import canonical_json, key_of
-
-if TYPE_CHECKING:
-    import httpx2
+from paretune.types import IN_REQUEST, canonical_json, key_of, refuse_secrets
 
 __all__ = ["Judge", "Usage", "read_usage"]
 
@@ -37,6 +38,8 @@ REFUSED = (401, 403, 404)  # the request itself is wrong, whatever text is judge
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
 NONSENSE = ("not JSON", "no score", "score out of range")
+LARGEST = 4 << 20  # bytes of an answer, as they come and unpacked
+MOST_TOKENS = 10**9  # of one answer; what says more is no count
 FORM = 'Answer with one JSON object and nothing else: {{"reason": "one sentence", "score": a number from {low:g} to {high:g}}}.'
 
 
@@ -76,7 +79,7 @@ class Judge(Objective):
     answer: Literal["json_schema", "json_object", "text"] = "json_schema"  # how the endpoint is told to answer in JSON
     cache: str | None = None  # a file; without one nothing is remembered
     concurrency: int = 8  # requests at a time
-    timeout: float = 60.0  # seconds of silence after which an attempt has failed
+    timeout: float = 60.0  # seconds after which an attempt has failed, whatever has come by then
     retries: int = 5  # after the first attempt
     backoff: float = 1.0  # seconds before the first retry; doubled each time, times 0.5 to 1.5
     max_tokens: int = 512
@@ -88,8 +91,9 @@ class Judge(Objective):
 
     def __post_init__(self):
         self.check_range()
+        self._check_secrets()
         rules = {
-            "url begins with http:// or https://": self.url.startswith(("http://", "https://")),
+            "url begins with http:// or https://, and names a host": _is_address(self.url),
             "the rubric says what a good answer is": bool(self.rubric.strip()),
             "the scale goes up": all(map(math.isfinite, self.scale)) and self.scale[0] < self.scale[1],
             "concurrency and max_tokens are at least 1": self.concurrency >= 1 and self.max_tokens >= 1,
@@ -101,8 +105,32 @@ class Judge(Objective):
                 found = ", ".join(f"{n}={getattr(self, n)!r}" for n in names)
                 raise ConfigError(f"objective judge: {rule}", found=found, remedy="see `paretune show judge`")
 
+    def _check_secrets(self) -> None:
+        """The key comes from the environment alone: nothing that is written down may hold it."""
+        label = "objective judge"
+        refuse_secrets(label, [self.url, self.model, self.rubric, self.cache])
+        refuse_secrets(label, self.extra, names=IN_REQUEST)
+        host = self.url.partition("://")[2].partition("/")[0]
+        if "@" in host or "?" in self.url or "#" in self.url:
+            raise ConfigError(
+                f"{label}: url is the part before /chat/completions, without a user, a query or a fragment",
+                found=re.sub(r"[?#].*", "?***", re.sub(r"://[^/]*@", "://***@", self.url), flags=re.DOTALL),
+                remedy="put the key into an environment variable and name that in key_env:; more of the request goes into extra:",
+            )
+        longest = max(re.findall(r"[A-Za-z0-9]+", self.key_env or ""), key=len, default="")
+        random = len(longest) >= 16 and re.search(r"\d", longest) and re.search(r"[A-Za-z]", longest)
+        if self.key_env is not None and (random or KEY.search(self.key_env) or not re.fullmatch(r"[A-Za-z_]\w*", self.key_env, re.ASCII)):
+            raise ConfigError(
+                f"{label}: key_env is the name of an environment variable",
+                found=f"a text of {len(self.key_env)} characters that is none, or looks like the key itself",
+                remedy="export MY_KEY=... before the run, and write key_env: MY_KEY; replace the key if it has been in a file",
+            )
+
     def needs(self) -> tuple[str, ...]:
         return self.columns
+
+    def trusts(self) -> tuple[str, ...]:
+        return (f"requests to {self.url}",)
 
     def check(self) -> None:
         """The API key is there, if one is named."""
@@ -138,7 +166,7 @@ class Judge(Objective):
                 if refused.is_set():  # the next would be refused, too; whoever collects the answers may not have heard yet
                     return _Reply()
                 try:
-                    reply = self._ask(client, key, wanted[key])
+                    reply = self._ask(post, key, wanted[key])
                 except RewardError:
                     refused.set()
                     raise
@@ -146,7 +174,7 @@ class Judge(Objective):
                     _remember(store, key, reply)
                 return reply
 
-            with _client(self.timeout, headers) as client, ThreadPoolExecutor(self.concurrency) as pool:
+            with _posting(self.timeout, headers) as post, ThreadPoolExecutor(self.concurrency) as pool:
                 waiting = {pool.submit(settle, key): key for key in missing}
                 try:
                     for done in as_completed(waiting):
@@ -201,9 +229,15 @@ class Judge(Objective):
                 found=f"{self.key_env} is {'empty' if self.key_env in os.environ else 'not set'}",
                 remedy=f"export {self.key_env}=... before the run; key_env is the name of the variable, not the key",
             )
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(
+                "objective judge: an API key is one word of plain characters",
+                found=f"{self.key_env} has a space, a line end, a control character or one beyond ASCII in it",
+                remedy=f"export {self.key_env} again, with the key alone",
+            )
         return {"Authorization": f"Bearer {key}"}
 
-    def _ask(self, client: httpx2.Client, key: str, body: Mapping[str, Any]) -> _Reply:
+    def _ask(self, post: _Post, key: str, body: Mapping[str, Any]) -> _Reply:
         """One completion's score, after as many attempts as it takes; runs in a thread and touches nothing shared."""
         import httpx2
 
@@ -212,37 +246,40 @@ class Judge(Objective):
             wait = 0.0
             reply.requests += 1
             try:
-                response = client.post(self.url.rstrip("/") + "/chat/completions", json=body)
-            except httpx2.TimeoutException:
+                response = post(self.url.rstrip("/") + "/chat/completions", body)
+            except TimeoutError:
                 reply.failure = f"no answer within {self.timeout:g} s"
-            except httpx2.HTTPError as error:
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 reply.failure = type(error).__name__
             else:
-                if response.status_code in REFUSED:
+                if response.status in REFUSED:
                     raise self._refused(response)
-                if response.status_code == 200:
+                if response.status == 200:
                     self._read(response, reply)
                     nonsense += bool(reply.failure)
                     if not reply.failure or nonsense > 1:
                         return reply
                 else:
-                    reply.failure = f"HTTP {response.status_code}"
-                    if response.status_code not in AGAIN:
+                    reply.failure = f"HTTP {response.status}"
+                    if response.status not in AGAIN:
                         return reply
-                    wait = _seconds(response.headers.get("retry-after"))
+                    wait = response.wait
             if attempt < self.retries:
                 jitter = 0.5 + float(uniforms(1, self.seed, "judge backoff", key, attempt)[0])
                 time.sleep(min(LONGEST_WAIT, max(wait, self.backoff * 2**attempt * jitter)))
         return reply
 
-    def _read(self, response: httpx2.Response, reply: _Reply) -> None:
+    def _read(self, response: _Response, reply: _Reply) -> None:
         """Score and cost of an answer, or why there is no score."""
         reply.failure, reply.score = NONSENSE[0], None
+        if response.body is None:
+            reply.failure = f"longer than {LARGEST >> 20} MiB"
+            return
         try:
-            answer = response.json()
-            usage = answer.get("usage") or {}
-            reply.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-            reply.completion_tokens += int(usage.get("completion_tokens") or 0)
+            answer = json.loads(response.body)
+            usage = answer.get("usage")
+            reply.prompt_tokens += _count(usage, "prompt_tokens")
+            reply.completion_tokens += _count(usage, "completion_tokens")
             verdict = json.loads(_without_fence(answer["choices"][0]["message"]["content"]))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return
@@ -254,16 +291,16 @@ class Judge(Objective):
         else:
             reply.score, reply.failure = float(score), ""
 
-    def _refused(self, response: httpx2.Response) -> RewardError:
-        shown = " ".join(response.text.split())[:160]
+    def _refused(self, response: _Response) -> RewardError:
+        shown = " ".join((response.body or b"").decode(errors="replace").split())
         key = self._headers().get("Authorization", "").removeprefix("Bearer ")
-        shown = shown.replace(key, "***") if key else shown
+        shown = printable(redacted(shown.replace(key, "***") if key else shown)[:160])
         remedies = {404: f"check url and model: the request went to {self.url.rstrip('/')}/chat/completions for {self.model!r}"}
         named = f"check the key in {self.key_env}" if self.key_env else "name the environment variable that holds the key in key_env:"
         return RewardError(
             "the judge accepts the request",
-            found=f"HTTP {response.status_code}: {shown or 'no text'}",
-            remedy=remedies.get(response.status_code, named),
+            found=f"HTTP {response.status}: {shown or 'no text'}",
+            remedy=remedies.get(response.status, named),
         )
 
 
@@ -331,10 +368,69 @@ def _remember(store: sqlite3.Connection | None, key: str, reply: _Reply) -> None
         store.execute("INSERT INTO asked VALUES (?, ?, ?, ?, ?)", row)
 
 
-def _client(timeout: float, headers: Mapping[str, str]) -> httpx2.Client:
+class _Response(NamedTuple):
+    """What a server answered; `body` is unpacked, and None where it is too long."""
+
+    status: int
+    wait: float  # seconds that it asks for
+    body: bytes | None
+
+
+_Post = Callable[[str, Mapping[str, Any]], _Response]
+
+
+@contextlib.contextmanager
+def _posting(timeout: float, headers: Mapping[str, str]) -> Iterator[_Post]:
+    """`post(url, body)` for any thread: one event loop does them all, because only there an attempt can end while bytes still drip in.
+
+    Raises TimeoutError, or an HTTPError. Redirects are not followed: the key is for this host.
+    """
     import httpx2
 
-    return httpx2.Client(timeout=timeout, headers=dict(headers), limits=httpx2.Limits(max_connections=None))
+    async def post(url: str, body: Mapping[str, Any]) -> _Response:
+        async with asyncio.timeout(timeout), client.stream("POST", url, json=body) as response:
+            packed = b""
+            async for chunk in response.aiter_raw(1 << 16):
+                packed += chunk
+                if len(packed) > LARGEST:
+                    break
+            wait = _seconds(response.headers.get("retry-after"))
+            return _Response(response.status_code, wait, _unpacked(packed, response.headers.get("content-encoding", "")))
+
+    given = {**headers, "Accept-Encoding": "gzip"}
+    client = httpx2.AsyncClient(timeout=None, headers=given, follow_redirects=False, limits=httpx2.Limits(max_connections=None))
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="judge", daemon=True)
+    thread.start()
+    try:
+        yield lambda url, body: asyncio.run_coroutine_threadsafe(post(url, body), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _unpacked(packed: bytes, encoding: str) -> bytes | None:
+    """The body, or None where it is longer than LARGEST. Packed in a way that was not asked for, it stays as it is: no JSON."""
+    if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
+        with contextlib.suppress(zlib.error):
+            packed = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(packed, LARGEST + 1)
+    return None if len(packed) > LARGEST else packed
+
+
+def _count(usage: Any, name: str) -> int:
+    """A count of tokens; 0 where the server says none, or nonsense."""
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return int(value) if isinstance(value, int | float) and 0 <= value <= MOST_TOKENS else 0
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
 
 
 def _without_fence(text: str) -> str:

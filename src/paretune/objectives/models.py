@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, RewardError
-from paretune.hub import check_pretrained, content_of, local_or_hub, unloadable
+from paretune.hub import check_pretrained, content_of, local_or_hub, refuse_kernels, unloadable
 from paretune.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -86,7 +86,12 @@ class ModelObjective(Objective):
     def check(self) -> None:
         """The folder, the configuration and the head, before anything is loaded."""
         check_pretrained(self.model)
+        if not self.trust_remote_code:
+            refuse_kernels(self.what, self.model, self.config)
         self.check_config(self.config)
+
+    def trusts(self) -> tuple[str, ...]:
+        return (f"the code of the model {self.model}",) if self.trust_remote_code else ()
 
     def check_config(self, config: PreTrainedConfig) -> None:
         """ConfigError where a model with this configuration cannot be this objective."""

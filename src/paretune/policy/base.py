@@ -57,6 +57,7 @@ class Policy(ABC):
     version: ClassVar[int]
     parts_need_gates: ClassVar[bool] = False
     one_forward: ClassVar[bool] = False  # True: parts are the logits of one forward of the model
+    token_gates: ClassVar[bool] = False  # True: gates may differ between the tokens of a row, (N, T, K)
 
     vertices_are_experts: bool = True  # gates e_k are adapter k alone
     symmetric: bool = True  # it does not matter in which order the adapters come
@@ -180,6 +181,31 @@ class Policy(ABC):
         from transformers.cache_utils import DynamicLayer
 
         return all(type(layer) is DynamicLayer for layer in getattr(self.new_cache(1), "layers", [None]))
+
+    @functools.cached_property
+    def reads_any_mask(self) -> bool:
+        """Whether a 4-D mask and position ids are all that attention goes by: so that several texts may lie in one sequence.
+
+        Not where attention has a window or biases by distance, and not where the model fails a try on two short texts.
+        """
+        text = self.model.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "alibi")]
+        plain = kinds == {"full_attention"} and not any(windows) and text._attn_implementation in ("eager", "sdpa")
+        return plain and self.has_plain_cache and self._reads_texts_apart()
+
+    def _reads_texts_apart(self) -> bool:
+        """Whether two texts in one sequence, masked from each other, get the logits that they get alone."""
+        one, two = torch.arange(3, device=self.device)[None], torch.arange(1, 3, device=self.device)[None]
+        positions = torch.cat([one, torch.arange(2, device=self.device)[None]], 1)
+        mask = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(2, 2).tril()).bool().to(self.device)[None, None]
+        with torch.inference_mode(), self.bank.gates(None):
+            try:
+                both = self._logits(self._inputs(1, torch.cat([one, two], 1), mask, positions, None), 0)[0].float()
+                alone = torch.cat([self._logits(self._inputs(1, ids, None, None, None), 0)[0].float() for ids in (one, two)])
+            except Exception:  # of the model's own code, which reads masks in another way
+                return False
+        return bool((both - alone).abs().max() < 1e-3 * (1.0 + alone.abs().max()) * (1 if self.model.dtype == torch.float32 else 50))
 
     def new_cache(self, n_rows: int) -> Any:
         """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""

@@ -20,6 +20,7 @@ from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
 from paretune.registry import GATE_RULES, TASKS, describe
+from paretune.tasks.base import Task
 from paretune.types import Cost, Objectives, Preference, Prompt
 
 __all__ = ["Family"]
@@ -152,8 +153,12 @@ class Family:
         os.replace(aside, path)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device | None = None) -> Family:
-        """A saved family, with its reference model loaded afresh."""
+    def load(cls, path: str | Path, *, device: str | torch.device | None = None, trust: bool = False, scoring: bool = True) -> Family:
+        """A saved family, with its reference model loaded afresh.
+
+        Code that it names is refused unless the caller says `trust`; that of its objectives may stand there where it is not used for
+        `scoring`.
+        """
         path = Path(path)
         try:
             card = json.loads((path / FAMILY_FILE).read_text(encoding="utf-8"))
@@ -170,7 +175,7 @@ class Family:
                 remedy="load it with the version that wrote it, or fit it anew",
             )
         rule = GATE_RULES.build(card["rule"])
-        model, tokenizer = load_base(card["base"])
+        model, tokenizer = load_base(card["base"], trust=trust, scoring=scoring)
         if device is not None:
             model = model.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
@@ -182,14 +187,27 @@ class Family:
         return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
 
 
-def load_base(base: Mapping[str, Any]) -> tuple[Any, Any]:
+def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> tuple[Any, Any]:
     """The reference model (eval mode) and its tokenizer that `base` names; see `Family`."""
-    if "task" in base:
-        return TASKS.build(base["task"]).load()
+    task = task_of(base, trust=trust, scoring=scoring)
+    if task is not None:
+        return task.load()
     from paretune.tasks.pretrained import load_pretrained
 
     settings = {key: base[key] for key in ("revision", "dtype") if base.get(key) is not None}
-    return load_pretrained(base["model"], **settings)
+    return load_pretrained(base["model"], trust_remote_code=trust, **settings)
+
+
+def task_of(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> Task | None:
+    """The task that `base` names, or None. ConfigError where it would run code or call a service, unless the caller says `trust`."""
+    task: Task | None = TASKS.build(base["task"]) if "task" in base else None
+    if task is not None and not trust and (named := task.trusts(scoring=scoring)):
+        raise ConfigError(
+            "a family runs no code and calls no service, unless you say so",
+            found=f"its task names {', '.join(named)}",
+            remedy="read that first; then give --trust (in Python trust=True); `paretune explain --recipe` scores by your own recipe",
+        )
+    return task
 
 
 def _folder(k: int, name: str) -> str:

@@ -2,31 +2,67 @@
 
 `returns_of(task, policy, split, ...)` chooses between `ExactReturns` and `SampledReturns`, which answer the same calls. Searches of
 the outer level and evaluations both measure with them, so that what a search maximizes is what is later judged.
+
+Whoever measures to find gates or trainings is charged for it by one rule: `with metered() as meter:` around it, then `meter.cost`. Every
+call counts in full, also at gates that were measured before: that these are remembered is a convenience of this file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from paretune.policy.base import Policy
-from paretune.policy.rollout import Rollout, generate, token_logp
+from paretune.policy.rollout import Rollout, generate
+from paretune.policy.scoring import token_logp
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
+from paretune.types import Cost
 
-__all__ = ["BATCH_ROWS", "ExactReturns", "Measured", "Returns", "SampledReturns", "covariance_within", "returns_of"]
+__all__ = ["BATCH_ROWS", "ExactReturns", "Measured", "Meter", "Returns", "SampledReturns", "covariance_within", "metered", "returns_of"]
 
 BATCH_ROWS = 64
 Gates = np.ndarray | Sequence[None]
 """(W, K) gates, or (W, P, K) where every prompt has its own; None in place of a row is the reference."""
 Value = Callable[[np.ndarray], np.ndarray]
 """Rewards (..., M) -> a number for each response (...)."""
+
+
+@dataclass
+class Meter:
+    """What was measured within a `metered` block; its seconds are known at the end."""
+
+    cost: Cost = field(default_factory=Cost)
+
+
+_METERS: ContextVar[tuple[Meter, ...]] = ContextVar("meters", default=())
+
+
+@contextlib.contextmanager
+def metered() -> Iterator[Meter]:
+    """Charge what all `Returns` measure within to a meter: gate vectors (rounds of `once`), responses, tokens, and the block's seconds."""
+    meter, began = Meter(), time.perf_counter()
+    token = _METERS.set((*_METERS.get(), meter))
+    try:
+        yield meter
+    finally:
+        _METERS.reset(token)
+        if meter.cost.evaluations:
+            meter.cost = replace(meter.cost, seconds=time.perf_counter() - began)
+
+
+def _charge(evaluations: int, samples: int, tokens: int) -> None:
+    for meter in _METERS.get():
+        meter.cost = meter.cost.then(Cost(evaluations=evaluations, validation_samples=samples, tokens=tokens))
 
 
 @dataclass(frozen=True)
@@ -40,7 +76,7 @@ class Measured:
     kl_WS: np.ndarray  # nats; sampled: log pi(y) - log pi_ref(y), unbiased for the KL, and possibly negative
     prompt_S: np.ndarray  # which prompt of the split
     beta: float
-    tokens: int = 0  # generated in this call (gates that were measured before cost nothing); exact: enumerated
+    tokens: int = 0  # generated, or enumerated, for the distinct ones of these gates
     texts_WS: Sequence[Sequence[str]] = ()  # of sampled responses
 
     @property
@@ -79,7 +115,10 @@ class Returns(ABC):
 
     @abstractmethod
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
-        """(M, M) covariance of the rewards of one prompt's responses, mean over prompts; sampled: of responses that are scored in full."""
+        """(M, M) covariance of the rewards of one prompt's responses, mean over prompts; sampled: of responses that are scored in full.
+
+        Charged only at gates that were not measured before: the same responses give both.
+        """
 
     @abstractmethod
     def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
@@ -110,6 +149,11 @@ class ExactReturns(Returns):
         """P."""
         return len(self._inputs[0])
 
+    @property
+    def tokens(self) -> int:
+        """Read to enumerate every response to every prompt once."""
+        return self._inputs[0].numel()
+
     def logp_PR(self, gates: np.ndarray | None) -> np.ndarray:
         """(P, R) float64 log-probabilities of every response at gates (K,), or (P, K) for each prompt its own; None is the reference."""
         ids_PT, mask_11TT, positions_PT = self._inputs
@@ -127,19 +171,24 @@ class ExactReturns(Returns):
         found = [self._returns(gates) for gates in gates_W]
         rewards_WPM, kl_WP = (np.stack(parts) for parts in zip(*found, strict=True))
         distinct = len({_name_of(gates) for gates in gates_W})
-        return Measured(rewards_WPM, kl_WP, np.arange(self.prompts), self.task.beta, distinct * self._inputs[0].numel())
+        _charge(distinct, 0, distinct * self.tokens)
+        return Measured(rewards_WPM, kl_WP, np.arange(self.prompts), self.task.beta, distinct * self.tokens)
 
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
+        _charge(1, 0, self.tokens)
         logp_PR, reference_PR = self.logp_PR(gates_K), self._exact.reference_logp_PR(self.split)
         values_PR = value(self._exact.rewards_PRM(self.split))
         return float((np.exp(logp_PR) * (values_PR - price * (logp_PR - reference_PR))).sum(1).mean())
 
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
+        if _name_of(gates_K) not in self._known:
+            _charge(1, 0, self.tokens)
         p_PR, rewards_PRM = np.exp(self.logp_PR(gates_K)), self._exact.rewards_PRM(self.split)
         centered_PRM = rewards_PRM - np.einsum("pr,prm->pm", p_PR, rewards_PRM)[:, None]
         return np.einsum("pr,prj,prk->jk", p_PR, centered_PRM, centered_PRM) / len(p_PR)
 
     def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
+        _charge(1, 0, self.tokens)
         gates_PK = np.empty_like(gates_NK)
         gates_PK[prompt_N] = gates_NK
         rewards_PM, kl_P = self._exact.returns(self.logp_PR(gates_PK), self.split)
@@ -163,7 +212,7 @@ class SampledReturns(Returns):
     def __init__(self, task: Task, policy: Policy, split: str, *, samples: int, seed: int):
         super().__init__(task, policy, split)
         self._samples, self.seed = samples, seed
-        self._known: dict[bytes | None, tuple[np.ndarray, np.ndarray, list[str]]] = {}
+        self._known: dict[bytes | None, tuple[np.ndarray, np.ndarray, list[str], int]] = {}
 
     @property
     def samples(self) -> int:
@@ -173,28 +222,31 @@ class SampledReturns(Returns):
         prompts = self.task.prompts(self.split)
         prompt_S = np.arange(self.samples) % len(prompts)
         rows, numbers = [prompts[int(p)] for p in prompt_S], [s // len(prompts) for s in range(self.samples)]
-        names, drawn = [_name_of(gates) for gates in gates_W], 0
+        names = [_name_of(gates) for gates in gates_W]
         for name, gates in zip(names, gates_W, strict=True):
             if name not in self._known:
                 gates_PK = _for_prompts(gates, len(prompts), self.policy)
                 gates_SK = None if gates_PK is None else gates_PK[prompt_S]
-                rewards_SM, kl_S, texts_S, tokens = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), numbers)
-                self._known[name] = rewards_SM, kl_S, texts_S
-                drawn += tokens
-        rewards, kl, texts = zip(*(self._known[name] for name in names), strict=True)
-        return Measured(np.stack(rewards), np.stack(kl), prompt_S, self.task.beta, drawn, texts)
+                self._known[name] = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), numbers)
+        rewards, kl, texts, _ = zip(*(self._known[name] for name in names), strict=True)
+        distinct = set(names)
+        tokens = sum(self._known[name][3] for name in distinct)
+        _charge(len(distinct), len(distinct) * self.samples, tokens)
+        return Measured(np.stack(rewards), np.stack(kl), prompt_S, self.task.beta, tokens, texts)
 
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
         made = self.at(gates_K[None])
         return float((value(made.rewards_WSM[0]) - price * made.kl_WS[0]).mean())
 
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
-        made = self.at([None] if gates_K is None else gates_K[None])
-        return covariance_within(made.rewards_WSM[0], made.prompt_S)
+        if _name_of(gates_K) not in self._known:
+            self.at([None] if gates_K is None else gates_K[None])
+        return covariance_within(self._known[_name_of(gates_K)][0], np.arange(self.samples) % len(self.task.prompts(self.split)))
 
     def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
         prompts = self.task.prompts(self.split)
-        rewards_NM, kl_N, _, _ = self._responses([prompts[p] for p in prompt_N], gates_NK, self.seed, [0] * len(prompt_N), step=step)
+        rewards_NM, kl_N, _, tokens = self._responses([prompts[p] for p in prompt_N], gates_NK, self.seed, [0] * len(prompt_N), step=step)
+        _charge(1, len(prompt_N), tokens)
         return rewards_NM - self.task.beta * kl_N[:, None]
 
     def _responses(
@@ -220,7 +272,15 @@ class SampledReturns(Returns):
     def _kl_N(self, drawn: Rollout) -> np.ndarray:
         tokens_NT, mask_NT = drawn.responses.tokens_NT, drawn.responses.mask_NT
         with torch.no_grad():
-            reference_NT = token_logp(self.policy, drawn.prompt_ids_PT, drawn.prompt_mask_PT, tokens_NT, gates_NK=None)
+            reference_NT = token_logp(
+                self.policy,
+                drawn.prompt_ids_PT,
+                drawn.prompt_mask_PT,
+                tokens_NT,
+                gates_NK=None,
+                group=drawn.group,
+                mask_NT=drawn.responses.mask_NT,
+            )
         return ((drawn.responses.logp_NT - reference_NT.double()) * mask_NT).sum(1).cpu().numpy()
 
 

@@ -1,4 +1,4 @@
-"""Sampling responses with a key-value cache and named uniform streams, and scoring given responses.
+"""Sampling responses with a key-value cache and named uniform streams. `paretune.policy.scoring` scores given responses.
 
 `generate` samples responses to prompts: for trainings, measurements, explanations and `Family.sample`. `decode` is one batch of it from
 token ids; `Decoding` is the loop below, a step at a time, in which rows join and leave.
@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
-from paretune.policy.lora.decoder import run_head
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt
@@ -36,15 +33,17 @@ __all__ = [
     "Rollout",
     "decode",
     "encode",
+    "gates_on",
     "generate",
+    "needed",
     "occurrences",
+    "read",
     "row_uniforms",
     "texts",
     "token_ids",
-    "token_logp",
 ]
 
-LOGITS_AT_ONCE = 2**23  # numbers: 32 MiB in float32
+KEPT_BELOW = 0.75  # of the rows that are decoded: when so few still run, the others leave; each time the cache is copied once
 BELOW_ONE = 1.0 - 2.0**-52  # times a uniform, times a total: less than the total, whatever the rounding
 
 
@@ -107,14 +106,14 @@ class Decoding:
     def __init__(self, policy: Policy, *, suppress_eos: bool = False):
         self.policy, self.suppress_eos = policy, suppress_eos
         self._contexts = contextlib.ExitStack()
-        self._where = torch.device("cpu") if policy.device.type == "mps" else policy.device  # float64 does not exist on MPS
+        self.place = torch.device("cpu") if policy.device.type == "mps" else policy.device  # of the draws: MPS has no float64
         self._cache: Any = None
         self._gates_NK: Tensor | None = None
         self._mask_NT: Tensor | None = None  # of prompts and tokens; None where nothing is padded: attention is faster without one
         self._logits_NV = self._draws_NT = self._heat_N1 = torch.zeros(0, 0)
         self._common: float | Tensor = 1.0  # the temperature, one number where all rows have the same
         self._pending_N1: Tensor | None = None  # tokens that were drawn, and that the model has not seen yet
-        self._count_N = torch.zeros(0, dtype=torch.long, device=self._where)  # tokens drawn by each row
+        self._count_N = torch.zeros(0, dtype=torch.long, device=self.place)  # tokens drawn by each row
 
     def __enter__(self) -> Decoding:
         self._contexts.enter_context(torch.inference_mode())
@@ -148,11 +147,11 @@ class Decoding:
         n = prompt_ids_PT.shape[0] * group
         assert uniforms_NT.shape[0] == n, "one stream per row"
         _check_length(self.policy, self.policy.extra_positions + prompt_ids_PT.shape[1] + uniforms_NT.shape[1], temperature)
-        gates_NK = _gates(self.policy, gates_NK)
-        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self._where)
-        heat_N1 = torch.full((n, 1), float(temperature), dtype=torch.float64, device=self._where)
-        count_N = torch.zeros(n, dtype=torch.long, device=self._where)
-        logits_NV, mask_NT, cache = _read(self.policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
+        gates_NK = gates_on(self.policy, gates_NK)
+        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
+        heat_N1 = torch.full((n, 1), float(temperature), dtype=torch.float64, device=self.place)
+        count_N = torch.zeros(n, dtype=torch.long, device=self.place)
+        logits_NV, mask_NT, cache = read(self.policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
         if self.rows:
             self._advance()
             self._check_beside(cache, gates_NK)
@@ -171,7 +170,7 @@ class Decoding:
     def step(self) -> tuple[Tensor, Tensor]:
         """Draw the next token of every row: tokens (N, 1) and their log-probabilities (N, 1) in nats, float64, at the row's temperature."""
         self._advance()
-        logits_NV = self._logits_NV.to(self._where, torch.float64)
+        logits_NV = self._logits_NV.to(self.place, torch.float64)
         if self.suppress_eos:
             logits_NV[:, self.policy.eos_ids] = -torch.inf
         token_N1, logp_N1 = _draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._common)
@@ -181,7 +180,7 @@ class Decoding:
 
     def leave(self, gone_N: Tensor) -> None:
         """Drop the rows where `gone_N` is true, and the columns that only they had filled."""
-        kept_N = (~gone_N.to(self._where)).nonzero()[:, 0]
+        kept_N = (~gone_N.to(self.place)).nonzero()[:, 0]
         if len(kept_N) < self.rows and len(kept_N):
             _refuse_other_caches(self.policy, self._cache)
             here_N = kept_N.to(self.policy.device)
@@ -258,28 +257,38 @@ def decode(
     Arguments as for `Decoding.join`. `temperature` 0 takes the most likely token; `suppress_eos` gives EOS probability 0 (for timing only).
     """
     assert uniforms_NT.shape[1] >= max_new_tokens, "one uniform per token"
-    tokens, masks, logps = [], [], []
+    uniforms_NT = uniforms_NT[:, :max_new_tokens]
     with Decoding(policy, suppress_eos=suppress_eos) as decoding:
-        uniforms_NT = uniforms_NT[:, :max_new_tokens]
         decoding.join(prompt_ids_PT, prompt_mask_PT, gates_NK=gates_NK, uniforms_NT=uniforms_NT, group=group, temperature=temperature)
-        running_N = torch.ones(decoding.rows, dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            token_N1, logp_N1 = decoding.step()
-            running_N = running_N.to(token_N1.device)
-            tokens.append(token_N1)
-            logps.append(logp_N1)
-            masks.append(running_N)
-            for eos in policy.eos_ids:
-                running_N = running_N & (token_N1[:, 0] != eos)
-            if not bool(running_N.any()):
+        count, where = decoding.rows, decoding.place
+        tokens_NT = torch.full((count, max_new_tokens), policy.pad_id, device=where)
+        logp_NT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=where)
+        length_N, stopped_N = torch.zeros(count, dtype=torch.long, device=where), torch.zeros(count, dtype=torch.bool, device=where)
+        rows_R, runs_R = torch.arange(count, device=where), torch.ones(count, dtype=torch.bool, device=where)  # of those still decoded
+        eos = torch.tensor(policy.eos_ids, device=where)
+        for t in range(max_new_tokens):
+            token_R1, logp_R1 = decoding.step()
+            here_R = rows_R[runs_R]
+            tokens_NT[here_R, t], logp_NT[here_R, t] = token_R1[runs_R, 0], logp_R1[runs_R, 0]
+            length_N[here_R] = t + 1
+            ends_R = runs_R & torch.isin(token_R1[:, 0], eos)
+            stopped_N[rows_R[ends_R]] = True
+            runs_R = runs_R & ~ends_R
+            left = int(runs_R.sum())
+            if not left:
                 break
-    kept_NT = torch.stack(masks, 1)  # outside of inference mode: ordinary tensors, which autograd may keep
-    logp_NT, device = torch.cat(logps, 1).masked_fill(~kept_NT, 0.0), policy.device
+            if left <= KEPT_BELOW * len(runs_R) and policy.has_plain_cache and t + 1 < max_new_tokens:
+                decoding.leave(~runs_R)
+                rows_R, runs_R = rows_R[runs_R], runs_R[runs_R]
+    # Outside of inference mode: copies are ordinary tensors, which autograd may keep.
+    longest, device = int(length_N.max()), policy.device
+    mask_NT = torch.arange(longest, device=where) < length_N[:, None]
+    logp_NT = logp_NT[:, :longest].clone()
     return Generation(
-        tokens_NT=torch.cat(tokens, 1).masked_fill(~kept_NT, policy.pad_id).to(device),
-        mask_NT=kept_NT.to(device),
+        tokens_NT=tokens_NT[:, :longest].clone().to(device),
+        mask_NT=mask_NT.to(device),
         logp_NT=(logp_NT.float() if device.type == "mps" else logp_NT).to(device),
-        stopped_N=(~running_N).to(device),
+        stopped_N=stopped_N.clone().to(device),
     )
 
 
@@ -386,10 +395,10 @@ def _refuse_other_caches(policy: Policy, cache: Any) -> None:
         )
 
 
-def _read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | None, group: int) -> tuple[Tensor, Tensor | None, Any]:
+def read(policy: Policy, ids_PT: Tensor, mask_PT: Tensor, gates_NK: Tensor | None, group: int) -> tuple[Tensor, Tensor | None, Any]:
     """Logits (N, V) after the prompts, the rows' mask, and a cache with a row per response; each prompt is read once if it can be."""
     cache = policy.new_cache(len(ids_PT))
-    mask = _needed(mask_PT)
+    mask = needed(mask_PT)
     if group > 1 and not policy.has_plain_cache:
         ids_PT, mask, group = ids_PT.repeat_interleave(group, 0), None if mask is None else mask.repeat_interleave(group, 0), 1
     gates_PK = gates_NK if gates_NK is None or group == 1 else gates_NK[::group].contiguous()
@@ -419,71 +428,14 @@ def _draw(logits_NV: Tensor, uniform_N1: Tensor, temperature: float | Tensor) ->
         return torch.where(greedy_N1, logits_NV.argmax(1, keepdim=True), token_N1), logp_N1.masked_fill(greedy_N1, 0.0)
     if temperature == 0:
         return logits_NV.argmax(1, keepdim=True), torch.zeros_like(uniform_N1)
-    logp_NV = (logits_NV if temperature == 1 else logits_NV / temperature).log_softmax(1)
-    cumulative_NV = logp_NV.exp().cumsum_(1)
+    logits_NV = logits_NV if temperature == 1 else logits_NV / temperature
+    highest_N1 = logits_NV.amax(1, keepdim=True)
+    cumulative_NV = (logits_NV - highest_N1).exp_().cumsum_(1)
+    total_N1 = cumulative_NV[:, -1:]
     # The first token whose cumulative mass exceeds the aim: never one of mass 0, because the aim stays below the total.
-    token_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
-    token_N1.clamp_(max=logp_NV.shape[1] - 1)  # logits that are no numbers: their log-probability will say so
-    return token_N1, logp_NV.gather(1, token_N1)
-
-
-def token_logp(
-    policy: Policy,
-    prompt_ids_PT: Tensor,
-    prompt_mask_PT: Tensor,
-    tokens_NT: Tensor,
-    *,
-    gates_NK: Tensor | None,
-    group: int = 1,
-    temperature: float = 1.0,
-    at_once: int | None = None,
-) -> Tensor:
-    """(N, T) float32 log-probabilities of given responses, `group` to each prompt, with gradient where enabled.
-
-    What stands after a response's end is arbitrary. Logits are made for the T positions of the responses only; with a group each prompt is
-    read, and differentiated, once. Padding on the right needs no mask: nothing looks ahead.
-    """
-    length, gates_NK = tokens_NT.shape[1], _gates(policy, gates_NK)
-    if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
-        prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
-    if group > 1:
-        first_NV, mask_NT, cache = _read(policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
-        known = [_chosen(first_NV[:, None], tokens_NT[:, :1], temperature)]
-        if length > 1:
-            mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
-            forward = partial(policy.forward, tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=mask_NT, cache=cache)
-            known.append(_scored(policy, forward, tokens_NT[:, 1:], temperature, at_once))
-        return torch.cat(known, 1)
-    mask_NT = _needed(prompt_mask_PT)
-    mask_NT = None if mask_NT is None else functional.pad(mask_NT, (0, length - 1), value=1)
-    ids_NT = torch.cat([prompt_ids_PT, tokens_NT[:, :-1]], 1)
-    forward = partial(policy.forward, ids_NT, gates_NK=gates_NK, attention_mask=mask_NT, last_only=length)
-    return _scored(policy, forward, tokens_NT, temperature, at_once)
-
-
-def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, temperature: float, at_once: int | None) -> Tensor:
-    """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
-    n, length = tokens_NT.shape
-    at_once = at_once or LOGITS_AT_ONCE
-    vocabulary = policy.model.config.get_text_config().vocab_size
-    if n * length * vocabulary <= at_once or not policy.splits_head:
-        return _chosen(forward(), tokens_NT, temperature)
-    with policy.headless():
-        h_NTH = forward()
-
-    def piece(h: Tensor, tokens: Tensor) -> Tensor:
-        with policy.bank.gates(None):
-            return _chosen(run_head(policy.model, h), tokens, temperature)
-
-    step = max(1, at_once // (n * vocabulary))
-    pieces = zip(h_NTH.split(step, 1), tokens_NT.split(step, 1), strict=True)
-    return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
-
-
-def _chosen(logits_NTV: Tensor, tokens_NT: Tensor, temperature: float) -> Tensor:
-    """(N, T) log-probabilities of the tokens."""
-    logits_NTV = logits_NTV.float() if temperature == 1 else logits_NTV.float() / temperature
-    return -functional.cross_entropy(logits_NTV.flatten(0, 1), tokens_NT.flatten(), reduction="none").view_as(tokens_NT)
+    token_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * total_N1, right=True)
+    token_N1.clamp_(max=logits_NV.shape[1] - 1)  # logits that are no numbers: their log-probability will say so
+    return token_N1, logits_NV.gather(1, token_N1) - highest_N1 - total_N1.log()
 
 
 def texts(tokenizer: Any, generation: Generation) -> list[str]:
@@ -493,12 +445,12 @@ def texts(tokenizer: Any, generation: Generation) -> list[str]:
     return tokenizer.batch_decode([row[:n].tolist() for row, n in zip(tokens_NT, lengths_N, strict=True)], skip_special_tokens=True)
 
 
-def _gates(policy: Policy, gates_NK: Any) -> Tensor | None:
+def gates_on(policy: Policy, gates_NK: Any) -> Tensor | None:
     """On the policy's device once, because decoding recognizes the gates that it has already expanded."""
     return None if gates_NK is None else torch.as_tensor(gates_NK, dtype=torch.float32, device=policy.device)
 
 
-def _needed(mask_NT: Tensor) -> Tensor | None:
+def needed(mask_NT: Tensor) -> Tensor | None:
     """The prompts' mask, or None where nothing is padded: attention is faster without one."""
     return None if bool(mask_NT.all()) else mask_NT
 

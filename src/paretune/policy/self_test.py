@@ -2,8 +2,8 @@
 
 Architectures differ in what padding, caches and 4-D masks do to them. A wrong one trains without an error, on wrong numbers. So the
 first time that a model is used, two prompts of different length are scored in each way, and compared with the model's own forward on each
-sequence alone: padded, from a cache with the prompt read once for several responses, decoded token by token, with the head applied
-in pieces, and with gates that are 0. It costs a few forwards of a dozen tokens.
+sequence alone: padded, from a cache with the prompt read once for several responses, packed into one sequence, decoded token by token,
+with the head applied in pieces, and with gates that are 0. It costs a few forwards of a dozen tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, ParetuneError
-from paretune.policy import rollout
+from paretune.policy import rollout, scoring
 from paretune.policy.base import Policy
 from paretune.seeds import generator
 
@@ -72,11 +72,14 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
         rows = ids_PT.repeat_interleave(GROUP, 0), mask_PT.repeat_interleave(GROUP, 0), tokens_NT
         early_NT = torch.cat([_plain(policy, prompts[n // GROUP], tokens_T[:2]) for n, tokens_T in enumerate(tokens_NT)])
         yield "with less text behind a token", _gap(early_NT, truth_NT[:, :2])
-        yield "padded on the left", _gap(rollout.token_logp(policy, *rows, gates_NK=None), truth_NT)
-        grouped = rollout.token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=None, group=GROUP)
+        yield "padded on the left", _gap(scoring.token_logp(policy, *rows, gates_NK=None), truth_NT)
+        grouped = scoring.token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=None, group=GROUP)
         yield "with a prompt read once for several responses", _gap(grouped, truth_NT)
+        if scoring.packs(policy, None):
+            packed_NT = scoring.token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=None, group=GROUP, packed=True)
+            yield "with several responses in one sequence", _gap(packed_NT, truth_NT)
         if policy.splits_head:
-            yield "with its head in pieces", _gap(rollout.token_logp(policy, *rows, gates_NK=None, at_once=1), truth_NT)
+            yield "with its head in pieces", _gap(scoring.token_logp(policy, *rows, gates_NK=None, at_once=1), truth_NT)
         uniforms_NT = rng.random((len(tokens_NT), new))
         made = rollout.decode(policy, ids_PT, mask_PT, gates_NK=None, max_new_tokens=new, uniforms_NT=uniforms_NT, group=GROUP)
         drawn = [
@@ -86,7 +89,7 @@ def paths(policy: Policy) -> Iterator[tuple[str, float]]:
         yield "decoded from its cache", max(float(gap_T.abs().max()) for gap_T in drawn)
         if policy.zero_is_reference and policy.one_forward and policy.K and not policy.extra_positions:
             gates_NK = torch.zeros(len(tokens_NT), policy.K, device=device)
-            yield "under gates of 0", _gap(rollout.token_logp(policy, *rows, gates_NK=gates_NK), truth_NT)
+            yield "under gates of 0", _gap(scoring.token_logp(policy, *rows, gates_NK=gates_NK), truth_NT)
 
 
 def _plain(policy: Policy, prompt: list[int], tokens_T: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 
 from paretune.errors import ConfigError, StoreError, nearest
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
-from paretune.types import canonical_json
+from paretune.types import canonical_json, check_name
 
 __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
 
@@ -183,7 +183,7 @@ class Setting:
         return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
-        """(W, M) half the width of the 95 % intervals of `mean_points` over samples; None where nothing was sampled."""
+        """(W, M) half the width of the 95 % intervals of `mean_points` over prompts; None where nothing was sampled."""
         errors = self._shared(label, split, "returns_error")
         if not errors or any(error is None for error in errors):
             return None
@@ -229,7 +229,7 @@ class Results:
             parts = ([str(task["name"])] if many or not shown else []) + [f"{k} = {_short(task[k])}" for k in shown]
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
             dials = {k: v for k, v in task.items() if k not in NOT_DIALS}
-            found.append(Setting(", ".join(parts), str(task["name"]), dials, order))
+            found.append(Setting(_line(", ".join(parts)), str(task["name"]), dials, order))
         return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying]))
 
 
@@ -267,6 +267,12 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
 
 def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str, Any]] = (), name: str = "results") -> Results:
     """Results from the contents of cell.json and env.json by cell key."""
+    for record in records.values():
+        check_name("a method", record["method"]["name"])
+        check_name("a task", record["task"]["name"])
+        for objective in record["metrics"]["objectives"]:
+            check_name("an objective", objective)
+    check_name("a suite", name)
     labels = _labels(list(records.values()))
     return Results([Cell(key, label, records[key], envs[key]) for key, label in zip(records, labels, strict=True)], failures, name)
 
@@ -287,7 +293,7 @@ def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
         varying = differing[method["name"]]
         parts = [str(method[k]) if isinstance(method.get(k), str) else f"{k} {_short(method.get(k))}" for k in varying]
         learner = f" ({record['learner']['name']})" if len(learners) > 1 and record["trainings"] else ""
-        labels.append(" ".join([str(method["name"]), *parts]) + learner)
+        labels.append(_line(" ".join([str(method["name"]), *parts]) + learner))
     return labels
 
 
@@ -299,6 +305,11 @@ def _order(key: str, value: Any) -> tuple[int, float, str]:
     """Numbers by size, but correlations from agreement to conflict."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return (0, -float(value) if key == "rho" else float(value), "") if number else (1, 0.0, str(value))
+
+
+def _line(text: str) -> str:
+    """A label on one line: fields may hold texts of any kind."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _short(value: Any) -> str:

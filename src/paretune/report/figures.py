@@ -169,7 +169,7 @@ def frame() -> dict[str, Any]:
 def axis(title: str, **more: Any) -> dict[str, Any]:
     """What all axes share."""
     lines = {"gridcolor": GRID, "zeroline": False, "linecolor": EDGE, "showline": True, "ticks": "outside", "tickcolor": EDGE, "ticklen": 4}
-    named = {"text": title, "font": {"size": 13, "color": INK}, "standoff": 8}
+    named = {"text": escape(title), "font": {"size": 13, "color": INK}, "standoff": 8}
     return {"title": named, **lines, "tickfont": {"size": 12, "color": MUTED}, **more}
 
 
@@ -266,7 +266,7 @@ class _Plot:
         marks = "".join(f'<span style="color:{look.color}">{look.mark}</span>' for look in known)
         x = self.x[0] + label.anchor[0] / PLOT[0] * (self.x[1] - self.x[0])
         y = self.y[1] - label.anchor[1] / PLOT[1] * (self.y[1] - self.y[0])
-        text = f"{marks} {escape(label.name)}" if marks else f"<b>{label.name}</b>"
+        text = f"{marks} {escape(label.name)}" if marks else f"<b>{escape(label.name)}</b>"
         note = {"x": x, "y": y, "ax": label.x - label.anchor[0], "ay": label.y - label.anchor[1], "text": text, "name": name}
         note |= {"showarrow": True, "arrowhead": 0, "arrowwidth": 0.8, "arrowcolor": known[0].color if known else INK, "standoff": 5}
         return note | {"font": {"size": 12, "color": INK}, "bgcolor": "rgba(255,255,255,0.7)", "borderpad": 1}
@@ -478,7 +478,7 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     enough = 0.13 * (span[1] - span[0])  # a narrower bar has no room for its number
     data = []
     for part in LOSS_PARTS:
-        names, values = [row["method"] for row, _ in rows], [row[part] for row, _ in rows]
+        names, values = [escape(row["method"]) for row, _ in rows], [row[part] for row, _ in rows]
         if any(v is not None for v in values):
             text = [minus(f"{v:.2f}") if v is not None and abs(v) >= enough else "" for v in values]
             bar: dict[str, Any] = {"type": "bar", "orientation": "h", "name": part, "y": names, "x": values, "text": text}
@@ -491,7 +491,9 @@ def _loss(rows: Sequence[tuple[Mapping[str, Any], float]], span: tuple[float, fl
     shape["yaxis"] = axis("", automargin=True, showgrid=False, ticks="", tickfont={"size": 12, "color": INK})
     whole = {"xanchor": "left", "xshift": 4, "showarrow": False, "font": {"size": 12, "color": INK}}  # at the end of its bar
     losses = [f"<b>{minus(format(row['loss'], '.2f'))}</b>" for row, _ in rows]
-    shape["annotations"] = [{"x": end, "y": row["method"], "text": text, **whole} for (row, end), text in zip(rows, losses, strict=True)]
+    shape["annotations"] = [
+        {"x": end, "y": escape(row["method"]), "text": text, **whole} for (row, end), text in zip(rows, losses, strict=True)
+    ]
     return {"data": data, "layout": shape}
 
 
@@ -504,10 +506,11 @@ FIGURES = dict(zip(("fronts", "attainment", "profiles", "cost", "loss"), MAKERS,
 
 @lru_cache(maxsize=4)
 def template(name: str, **filters: Any) -> Any:
-    """A template of this folder."""
+    """A template of this folder. Values are escaped where they are shown, and JSON for a script by `tojson`."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": True}
     environment.filters |= {"minus": minus, "prompts": PROMPTS.__getitem__, **filters}
     return environment.get_template(name)
 

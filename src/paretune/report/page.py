@@ -65,7 +65,7 @@ def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[
         comparison=comparison,
         facts=_facts(results),
         plotly=get_plotlyjs() if views else "",
-        views=json.dumps(views, allow_nan=False).replace("</", "<\\/"),
+        views=views,
     )
 
 

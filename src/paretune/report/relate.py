@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paretune.errors import printable
 from paretune.evaluation.metrics import plain
 from paretune.report.figures import PALETTE, axis, frame, template
 from paretune.report.tables import Column, Table, minus
@@ -94,7 +95,7 @@ def heat_maps(found: Relations, probe: Probe | None = None) -> dict[str, tuple[s
     j, k = np.triu_indices(len(names), 1)
     pairs = [f"{names[a]} & {names[b]}" for a, b in zip(j, k, strict=True)]
     # Short names of prompts; a number in front keeps equal beginnings apart.
-    prompts = [f"{n + 1}. {text if len(text) <= 40 else text[:39] + '…'}" for n, text in enumerate(found.prompts)]
+    prompts = [f"{n + 1}. {text if len(text) <= 40 else text[:39] + '…'}" for n, text in enumerate(map(printable, found.prompts))]
     maps = {
         "correlation": ("Correlation among the responses to one prompt", heat_map(found.within_MM, rows=names, columns=names)),
         "spearman": ("Spearman's correlation over all responses", heat_map(found.spearman_MM, rows=names, columns=names)),

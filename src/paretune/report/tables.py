@@ -79,13 +79,27 @@ class Table:
         return [{c.key: row.get(c.key) for c in self.columns} for row in self.rows]
 
     def write_csv(self, folder: Path) -> Path:
-        """One line per row, numbers in full, an unknown value empty."""
+        """One line per row, numbers in full, an unknown value empty, and no text that a spreadsheet would compute."""
         path = folder / f"{self.name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer, keys = csv.writer(file), [c.key for c in self.columns]
-            writer.writerow(keys)
-            writer.writerows([row.get(key) for key in keys] for row in self.rows)
+            writer = csv.writer(file)
+            writer.writerow([_inert(c.key) for c in self.columns])
+            writer.writerows([_inert(row.get(c.key)) for c in self.columns] for row in self.rows)
         return path
+
+
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # spreadsheets compute a cell that begins with one; the last four are wide forms
+
+
+def _inert(value: Any) -> Any:
+    """The value; a text that a spreadsheet would take for a formula, with an apostrophe before it. Numbers stay numbers."""
+    if not isinstance(value, str) or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def keyed(*keys: str) -> tuple[Column, ...]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from paretune.errors import printable
 from paretune.report.comparison import baselines, board_tables, note
 from paretune.report.data import PROMPTS, Results
 from paretune.report.figures import looks
@@ -34,16 +35,18 @@ SHOWN = (
 
 def console() -> Console:
     """A console for tables: as wide as the terminal, or wide enough where there is none."""
-    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False, emoji=False)
 
 
 def print_table(table: Table, to: Console, *, title: str = "") -> None:
     """Any table, whole: texts wrap, numbers do not."""
-    grid = Grid(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    grid = Grid(title=printable(title) or None, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in table.shown:
-        grid.add_column(column.title, justify="left" if column.kind in ("text", "yes") else "right", no_wrap=column.key == "name")
+        grid.add_column(
+            printable(column.title), justify="left" if column.kind in ("text", "yes") else "right", no_wrap=column.key == "name"
+        )
     for row in table.rows:
-        grid.add_row(*(column.show(row.get(column.key)) for column in table.shown))
+        grid.add_row(*(printable(column.show(row.get(column.key))) for column in table.shown))
     to.print(grid)
 
 
@@ -62,7 +65,9 @@ def print_leaderboard(results: Results, to: Console) -> None:
     for sentence in findings(results):
         to.print(Text(f"• {sentence}"))
     for failure in results.failures:
-        to.print(Text.assemble(("failed ", "bold red"), f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
+        to.print(
+            Text.assemble(("failed ", "bold red"), printable(f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
+        )
 
 
 def _print_comparison(results: Results, to: Console) -> None:

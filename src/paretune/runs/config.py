@@ -29,6 +29,7 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import ScalarNode
 
 from paretune.errors import ConfigError, nearest
+from paretune.types import refuse_secrets
 
 __all__ = ["Document", "dump", "load", "parse"]
 
@@ -134,6 +135,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, short: Mapping[str,
     document.short = short or {}
     for override in overrides:
         document.override(override)
+    refuse_secrets(document.name, document.data)
     return document
 
 

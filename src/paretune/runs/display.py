@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
+from paretune.errors import printable
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
 __all__ = ["Bars", "Display", "Lines", "display"]
@@ -90,7 +91,7 @@ class Lines(Display):
         self._stream = stream or sys.stderr
 
     def note(self, text: str) -> None:
-        print(f"[{self.state()}] {text}", file=self._stream, flush=True)
+        print(printable(f"[{self.state()}] {text}"), file=self._stream, flush=True)
 
 
 class Bars(Display):
@@ -138,7 +139,7 @@ class Bars(Display):
         self._update()
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)
 
     def close(self) -> None:
         self._bars.stop()

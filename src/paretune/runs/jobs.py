@@ -29,7 +29,7 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted
 from paretune.files import disk_errors, is_disk_full, no_room, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
@@ -47,7 +47,7 @@ __all__ = [
 
 TRAIN, CELL = "train", "cell"
 KIND = {TRAIN: ARTIFACTS, CELL: CELLS}  # where in the store
-EVALUATION = 1  # raise when evaluating the same family would give other numbers: it is part of every cell's key
+EVALUATION = 2  # raise when evaluating the same family would give other numbers: it is part of every cell's key
 PACKAGES = (
     *("paretune", "numpy", "scipy", "torch", "transformers", "peft", "safetensors", "tokenizers"),
     *("moocore", "datasets", "accelerate", "trl"),
@@ -195,8 +195,8 @@ def label_in(path: Path) -> str:
 def failure(error: BaseException, *, label: str = "") -> dict[str, Any]:
     """The content of FAILED.json."""
     parts = {"rule": error.rule, "found": error.found, "remedy": error.remedy} if isinstance(error, ParetuneError) else {}
-    text = "".join(traceback.format_exception(error))
-    return {"label": label, "error": type(error).__name__, "message": str(error), **parts, "traceback": text}
+    text = redacted("".join(traceback.format_exception(error)))
+    return {"label": label, "error": type(error).__name__, "message": redacted(str(error)), **parts, "traceback": text}
 
 
 def as_error(record: Mapping[str, Any], where: str) -> ParetuneError:

@@ -26,7 +26,7 @@ from paretune.runs import config
 from paretune.tasks.pretrained import check_pretrained
 from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import RecipeTask, _name_of, _objective
-from paretune.types import Preference
+from paretune.types import Preference, check_name
 
 __all__ = ["Recipe", "load_recipe"]
 
@@ -108,6 +108,7 @@ def _check_shape(document: config.Document) -> None:
         with document.at("objectives", place):
             if not re.fullmatch(r"[^\s,=]+", _name_of(spec)):
                 raise ConfigError("the name of an objective has no space, comma or =", found=repr(_name_of(spec)), remedy=example)
+            check_name("an objective", _name_of(spec))
     with document.at("seed"):
         if not isinstance(given.get("seed", 0), int) or isinstance(given.get("seed"), bool):
             raise ConfigError("the seed is a whole number", found=repr(given["seed"]), remedy="for example seed: 0")

@@ -220,7 +220,8 @@ def _range(path: str, values: list[Any], entries: Mapping[str, Mapping[str, Any]
             remedy=f"for example {path}: [1e-4, 1e-2, log]",
         )
     cls = REGISTRIES[part][entries[part]["name"]]
-    whole = typing.get_type_hints(cls)[name] is int
+    hint = typing.get_type_hints(cls)[name]
+    whole = int in (hint, *typing.get_args(hint)) and float not in typing.get_args(hint)  # int, or int | None
     if whole and any(int(end) != end for end in ends):
         raise ConfigError(f"{path} is a whole number", found=f"{path}: {values}", remedy="give whole ends")
     return Dimension(path, low=float(ends[0]), high=float(ends[1]), log=log, whole=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -158,7 +159,7 @@ def _number(value: float | None) -> str:
 
 def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
     here, base = f"./{made.path.name}", facts["base"]
-    model = f'"{"./" if base["local"] else ""}{base["model"]}"' if "model" in base else None
+    model = json.dumps(("./" if base["local"] else "") + base["model"]) if "model" in base else None
     lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if made.kind == "merged":
         lines += [
@@ -167,7 +168,7 @@ def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
         ]
     elif model is not None:
         lines[1:1] = ["from peft import PeftModel"]
-        revision = f', revision="{base["revision"]}"' if base.get("revision") else ""
+        revision = f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
         lines += [
             f'base = AutoModelForCausalLM.from_pretrained({model}{revision}, dtype="auto")',
             f'model = PeftModel.from_pretrained(base, "{here}")',
@@ -201,7 +202,7 @@ def _vllm(made: Exported, model: str | None) -> list[str]:
     limit = vllm_rank(made.rank)
     if limit is None:
         return [f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {made.rank}: export it merged for vLLM."]
-    base = (model or '"the base model"').strip('"')
+    base = shlex.quote(json.loads(model)) if model else "the base model"
     command = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {made.path.name}=./{made.path.name}"
     said = f"Its rank is {made.rank}; vLLM's `--max-lora-rank` takes {', '.join(map(str, VLLM_RANKS))}, and has to be at least that."
     return [said, "", "```bash", command, "```"]

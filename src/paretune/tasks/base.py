@@ -54,6 +54,10 @@ class Task(ABC):
         """(N, M) what a learner sees of `score`: the same, unless the task's rewards are noisy. `streams` names one seed per row."""
         return self.score(prompts, completions)
 
+    def trusts(self, *, scoring: bool = True) -> tuple[str, ...]:
+        """What it runs, or sends texts to, on the word of whoever described it: to load its model, and with `scoring` to score."""
+        return ()
+
     def base(self) -> Mapping[str, Any]:
         """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
         from paretune.registry import describe

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, unloadable
+from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, refuse_kernels, unloadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +65,10 @@ def load_pretrained(
     """A fresh copy of a causal LM in evaluation mode, and its tokenizer. Safetensors only; no code from the model unless trusted."""
     from transformers import AutoModelForCausalLM
 
-    check_config(model, _config(model, revision=revision, trust_remote_code=trust_remote_code))
+    config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
+    check_config(model, config)
+    if not trust_remote_code:
+        refuse_kernels(REFERENCE, model, config)
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(

@@ -88,6 +88,10 @@ class RecipeTask(Task):
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"] if len(completions) else []
         return score_all(self.scorers, prompts, completions, completion_ids=ids)
 
+    def trusts(self, *, scoring: bool = True) -> tuple[str, ...]:
+        own = (f"the code of the model {self.model}",) if self.trust_remote_code else ()
+        return own + tuple(one for _, objective in self.scorers if scoring for one in objective.trusts())
+
     def base(self) -> Mapping[str, Any]:
         """Without `trust_remote_code`: a family that one was given must not decide to run code."""
         return {"model": self.model, "revision": self.revision, "dtype": self.dtype}

@@ -40,8 +40,8 @@ TOLERANCE = 1e-3  # of returns, between a task and the same task with its object
 
 
 def quick_learner(**fields: Any) -> Learner:
-    """An exact learner with a few steps: enough to tell policies apart."""
-    return LEARNERS.build({"name": "exact", "steps": 5, "rank": 4, **fields})
+    """An exact learner with a few steps, and adapters that count for more than usual: enough to tell policies apart."""
+    return LEARNERS.build({"name": "exact", "steps": 5, "rank": 4, "alpha": 32, **fields})
 
 
 def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None = None, learner: Learner | None = None) -> None:

@@ -269,7 +269,7 @@ def quick_task(**dials: Any) -> ExactTask:
 def random_adapters(task: Task, count: int, folder: Path, *, rank: int = 4, scale: float = 0.2) -> dict[str, Path]:
     """`count` adapters of a task's model, far from each other and from the reference, written into `folder`."""
     names = [f"adapter-{k}" for k in range(count)]
-    bank = LoraBank.attach(task.load()[0], names=names, seed=0, rank=rank)
+    bank = LoraBank.attach(task.load()[0], names=names, seed=0, rank=rank, alpha=32)
     for k, name in enumerate(names):
         fill(bank.parameters_of(k), scale, "adapter", k)
         bank.save(name, folder / name)

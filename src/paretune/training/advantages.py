@@ -5,11 +5,16 @@ an entry is left out of every mean and spread, and adds nothing to its row's adv
 
 First a baseline and a normalization (`advantages`), the learner's own way:
 
-    at        baseline        normalize  is
-    reward    leave_one_out   none       the default: unbiased for the gradient of the expected weighted return
-    reward    leave_one_out   batch      TRL's RLOO with normalize_advantages (one positive number for all rows of the batch)
-    reward    group_mean      group      TRL's GRPO, sum_then_normalize (biased: each prompt's gradient is divided by its own spread)
-    advantage group_mean      group      TRL's GRPO, normalize_then_sum; GDPO (2601.05242): z-scores per objective, summed, whitened
+    at        baseline        normalize      is
+    reward    leave_one_out   none           the default: unbiased for the gradient of the expected weighted return
+    reward    leave_one_out   batch          TRL's RLOO with normalize_advantages (one positive number for all rows of the batch)
+    reward    group_mean      none           TRL's GRPO, sum_then_normalize with scale_rewards "none" (Dr. GRPO, 2503.20783)
+    reward    group_mean      group          the same, scale_rewards "group" (biased: each prompt's gradient is divided by its own spread)
+    reward    group_mean      batch_returns  the same, scale_rewards "batch": the spread of the batch's returns, prompts included
+    advantage group_mean      group          TRL's GRPO, normalize_then_sum; GDPO (2601.05242): z-scores per objective, summed, whitened
+
+These are TRL's numbers where everything is scored. Where a response lacks an objective they differ: TRL sums first, with nansum, so that
+the missing score counts as 0 in RLOO and in GRPO's sum_then_normalize. Here, and in TRL's normalize_then_sum, it counts not at all.
 
 Then aggregations (`aggregate_advantages`): published ways, known by name, in which the returns of a prompt's responses, a vector each,
 become one advantage per response. All of them climb something other than J_w. Returns hold the penalty for KL in every objective.
@@ -41,12 +46,13 @@ __all__ = [
     "pama",
     "rdpo",
     "spread",
+    "weighted_returns",
 ]
 
 EPS = 1e-4  # added to every standard deviation before dividing, as in TRL
 GROUP, BATCH = 1, (0, 1)  # axes of (P, G, M)
 Axis = int | tuple[int, int]
-NORMALIZED_OVER: Mapping[str, Axis | None] = {"none": None, "group": GROUP, "batch": BATCH}
+NORMALIZED_OVER: Mapping[str, Axis | None] = {"none": None, "group": GROUP, "batch": BATCH, "batch_returns": BATCH}
 
 
 def leave_one_out(values_PGM: np.ndarray) -> np.ndarray:
@@ -107,15 +113,19 @@ def advantages(
     """(N,) advantages, finite everywhere: 0 where nothing is known.
 
     At "reward" the objectives are summed with weights `w_NM` and the sum is divided by its spread over the group or the batch;
-    at "advantage" each objective is divided by its own spread first, and the weighted sum is whitened over the batch.
+    at "advantage" each objective is divided by its own spread first, and the weighted sum is whitened over the batch. The spread is
+    that of the differences from the baseline, or of the returns themselves ("batch_returns"), which differ between prompts, too.
+
+    An unscored objective adds nothing to its row. TRL's sum_then_normalize and its RLOO count it as 0, which pulls such a row away
+    from the others of its group; return 0.0 instead of None where that is meant.
     """
     assert returns_NM.shape == w_NM.shape, "a weight for every return"
     assert len(returns_NM) % group == 0, "whole groups"
     returns_PGM = returns_NM.reshape(-1, group, returns_NM.shape[1])
     w_PGM = w_NM.reshape(returns_PGM.shape)
-    each_PGM, over = BASELINES[baseline](returns_PGM), NORMALIZED_OVER[normalize]
+    each_PGM, over, whole = BASELINES[baseline](returns_PGM), NORMALIZED_OVER[normalize], normalize == "batch_returns"
     if at == "advantage" and over is not None:
-        each_PGM = each_PGM / (spread(each_PGM, over) + eps)
+        each_PGM = each_PGM / (spread(returns_PGM if whole else each_PGM, over) + eps)
     known = ~np.isnan(each_PGM)
     summed_PG = (np.where(known, each_PGM, 0.0) * w_PGM).sum(-1)
     summed_PG[~known.any(-1)] = np.nan
@@ -123,8 +133,18 @@ def advantages(
         center = np.nanmean(summed_PG) if known.any() else 0.0
         summed_PG = (summed_PG - center) / (spread(summed_PG, BATCH) + eps)
     elif over is not None:
-        summed_PG = summed_PG / (spread(summed_PG, over) + eps)
+        summed_PG = summed_PG / (spread(weighted_returns(returns_PGM, w_PGM) if whole else summed_PG, over) + eps)
     return np.nan_to_num(summed_PG, nan=0.0).reshape(-1)
+
+
+def weighted_returns(returns_PGM: np.ndarray, w_PGM: np.ndarray) -> np.ndarray:
+    """(P, G) weighted sums, an unscored objective at the mean of its group, or else of the batch; NaN where all of a row is unscored."""
+    filled_PGM, scored = returns_PGM, ~np.isnan(returns_PGM)
+    for axis in (GROUP, BATCH):
+        mean = np.where(scored, returns_PGM, 0.0).sum(axis, keepdims=True) / np.maximum(scored.sum(axis, keepdims=True), 1)
+        mean = np.where(scored.any(axis, keepdims=True), mean, np.nan)
+        filled_PGM = np.where(np.isnan(filled_PGM), mean, filled_PGM)
+    return np.where(scored.any(-1), np.where(np.isnan(filled_PGM), 0.0, w_PGM * filled_PGM).sum(-1), np.nan)
 
 
 class Groups:
@@ -173,7 +193,8 @@ def grpo(groups: Groups) -> np.ndarray:
     """z_G(sum_k w_k r_k): sum first, then normalize.
 
     Source: GRPO (2402.03300) on a weighted sum of rewards; TRL's sum_then_normalize.
-    Differs: returns instead of rewards, here and below: the source has its KL in the loss.
+    Differs: returns instead of rewards, here and below: the source has its KL in the loss. An unscored objective is left out, where
+        TRL's sum_then_normalize counts it as 0; equal to TRL's where everything is scored.
     Hides: the objective with the larger spread dominates; each prompt's gradient is divided by its own spread.
     """
     mean, _ = groups.moments(groups.returns_PGM, GROUP)
@@ -194,7 +215,7 @@ def gdpo(groups: Groups) -> np.ndarray:
     """The same sum, whitened over the batch.
 
     Source: GDPO (2601.05242); TRL's normalize_then_sum.
-    Differs: nothing; equal to TRL's where everything is scored.
+    Differs: nothing; equal to TRL's, which leaves an unscored objective out here, too.
     Hides: as MO-GRPO; whitening moves every advantage by the batch's mean, which is no baseline of a prompt.
     """
     return groups.scaled(groups.weighted(groups.z_PGM()), BATCH, center=True)

@@ -6,7 +6,7 @@ A step turns the (N, M) rewards of its responses into one advantage per response
     scalarizer     the rewards of a response and its weights -> one number ("linear": the weighted sum)
     scalarize_at   "reward": combine, then normalize; "advantage": normalize each objective, then combine
     baseline       what a response is compared with: the other responses to its prompt, or the mean of all
-    normalize      by which spread a difference is divided: none, that of the group, that of the batch
+    normalize      by which spread a difference is divided: none, its own over the group or the batch, that of the batch's returns
     aggregation    "learner": the four settings above; another name: an advantage of its own, see `paretune.training.advantages`
 
 The first three and the last come from the `TrainSpec`, the other two from the learner. The embedded learners, the exact learner, TRL's
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
-from paretune.objectives.utilities import check_scalarizer, scalarize
+from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
 from paretune.training.advantages import AGGREGATIONS, BASELINES, CENTERED, NORMALIZED_OVER, advantages, aggregate_advantages
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
@@ -191,6 +191,23 @@ class Combine:
         """(N,) the scalarizer's number for each response; NaN where it cannot be said."""
         low_M, high_M = np.array(objectives.low), np.array(objectives.high)
         return scalarize(rewards_NM, w_NM, self.scalarizer, low_M=low_M, high_M=high_M)
+
+    def measures(
+        self, state: State | None, rewards_NM: np.ndarray, w_M: np.ndarray, objectives: Objectives, landmarks: Landmarks | None = None
+    ) -> dict[str, float]:
+        """What a batch is worth, without the price of KL: "utility" of the objectives' means, or the mean of a scalarizer's numbers."""
+        scored_M = (~np.isnan(rewards_NM)).any(0)
+        if not scored_M[w_M > 0].all():
+            return {}
+        if not self.linear:
+            score_N = self.scores(rewards_NM, np.tile(w_M, (len(rewards_NM), 1)), objectives)
+            return {} if np.isnan(score_N).all() else {"utility": float(np.nanmean(score_N))}
+        low_M, high_M = np.array(objectives.low), np.array(objectives.high)
+        mean_M = np.array(
+            [np.nanmean(column) if scored else low for column, scored, low in zip(rewards_NM.T, scored_M, low_M, strict=True)]
+        )
+        marks = landmarks or Landmarks(low_M, high_M, high_M, mean_M)  # before the first batch the policy is the reference
+        return self.weighting_rule.measures(state or {}, mean_M, w_M, marks)
 
     def compared(self, rewards_NM: np.ndarray, weights_NM: np.ndarray, objectives: Objectives) -> tuple[np.ndarray, np.ndarray]:
         """(N, X) the columns in which responses are compared, and their weights: the objectives, or what a scalarizer made of them."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.mixing.parameter import ParameterMix
-from paretune.policy.rollout import token_logp
+from paretune.policy.scoring import token_logp
 from paretune.tasks.base import Task
 from paretune.training.batch import Responses
 from paretune.training.cost import Cost
@@ -93,7 +93,7 @@ class EmbeddedLearner(SampledLearner):
 
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lr = self.lr * self.pace(run.step - 1)
-        record = log_record(task.objectives.names, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
+        record = log_record(task.objectives, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
         return record | ({"validation": run.validations[-1]} if run.validations else {})
 
     @memory_explained(SMALLER)
@@ -127,7 +127,16 @@ class EmbeddedLearner(SampledLearner):
             prompts = slice(rows.start // group, rows.stop // group)
             ids, mask = ids[prompts], mask[prompts]
         with recomputed(policy.bank) if again else contextlib.nullcontext():
-            return token_logp(policy, ids, mask, made.tokens_NT[rows], gates_NK=gates_NK, group=group, temperature=self.temperature)
+            return token_logp(
+                policy,
+                ids,
+                mask,
+                made.tokens_NT[rows],
+                gates_NK=gates_NK,
+                group=group,
+                temperature=self.temperature,
+                mask_NT=made.mask_NT[rows],
+            )
 
     def _count(self, run: Run, policy: Policy, batch: Batch, task: Task) -> None:
         """Charge a batch to the run; stop where too many completions could not be scored."""

@@ -25,16 +25,16 @@ from paretune.training.batch import preferences
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.gradients import autograd_jacobian
-from paretune.training.learner import Learner, Run, converged, gates_of, run_loop
+from paretune.training.learner import Learner, Run, StoppingRule, gates_of, run_loop
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
 
-@LEARNERS.register("exact")
+@LEARNERS.register("exact", version=2)
 @dataclass(frozen=True, kw_only=True)
-class ExactGradient(Learner):
+class ExactGradient(StoppingRule, Learner):
     """Full-batch ascent on the enumerated J_w: every response to every training prompt, one forward and backward a step.
 
     Source: the gradient in closed form; the optimizer is Muon (Jordan et al. 2024), as PyTorch ships it.
@@ -45,16 +45,15 @@ class ExactGradient(Learner):
     steps: int = 200
     lr: float = 2e-2
     momentum: float = 0.8
-    stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` values of J_w is below
-    stop_window: int = 20
+    validate_every: int = 3  # so that a window is about as large a part of the default budget as the sampled learner's
     log_every: int = 10
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        if min(self.steps, self.stop_window, self.log_every, self.checkpoint_every) < 1 or self.lr <= 0:
+        if min(self.steps, self.stop_window, self.validate_every, self.log_every, self.checkpoint_every) < 1 or self.lr <= 0:
             raise ConfigError(
-                "steps, stop_window, log_every and checkpoint_every are at least 1 and lr is positive",
-                found=f"steps={self.steps}, stop_window={self.stop_window}, lr={self.lr}",
+                "steps, stop_window, validate_every, log_every and checkpoint_every are at least 1 and lr is positive",
+                found=f"steps={self.steps}, stop_window={self.stop_window}, validate_every={self.validate_every}, lr={self.lr}",
                 remedy="`paretune show exact` prints the defaults",
             )
 
@@ -77,18 +76,27 @@ class ExactGradient(Learner):
         return torch.optim.Muon(weights, lr=self.lr, weight_decay=0.0, momentum=self.momentum)
 
     def finished(self, run: Run) -> bool:
-        return run.step >= self.steps or converged(run.validations, self.stop_window, self.stop_cv)
+        return run.step >= self.steps or run.converged
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: ExactTask, spec: TrainSpec, run: Run) -> dict[str, Any]:
         value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting)
-        read = task.inputs("train").input_ids_PT.numel()
-        run.step, run.updates, run.tokens = run.step + 1, run.updates + 1, run.tokens + read
-        run.flops = 6.0 * sum(p.numel() for p in policy.model.parameters()) * run.tokens
-        run.validations = [*run.validations, value][-self.stop_window :]
+        read, size = task.inputs("train").input_ids_PT.numel(), sum(p.numel() for p in policy.model.parameters())
+        run.step, run.updates, run.tokens, run.flops = run.step + 1, run.updates + 1, run.tokens + read, run.flops + 6.0 * size * read
+        self.watch(policy, task, spec, run)
         return {"value": value, "rewards": dict(zip(task.objectives.names, rewards_M.tolist(), strict=True)), "kl": kl}
 
     def record(self, task: ExactTask, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {"step": run.step, "samples": 0, "tokens": run.tokens, **window[-1]}
+        record = {"step": run.step, "samples": 0, "tokens": run.tokens, **window[-1]}
+        return record | ({"validation": run.validations[-1]} if run.validations else {})
+
+    def validate(self, policy: ParameterMix, task: ExactTask, spec: TrainSpec, run: Run) -> float:
+        """By enumeration."""
+        w_PM = preferences(spec, run.step, task.prompt_count, task.objectives.count)
+        with torch.no_grad():
+            found = enumerated(policy, task, torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device))
+        run.evaluations += 1
+        run.tokens += task.inputs("train").input_ids_PT.numel()
+        return float((found.p_PR * _scores_PR(Combine.of(spec), found, w_PM, task)).sum(1).mean())
 
     def update(
         self,
@@ -125,10 +133,7 @@ class ExactGradient(Learner):
         )
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
         if not combine.linear:
-            rewards_PRM = task.rewards_PRM("train")
-            scores_N = combine.scores(rewards_PRM.reshape(-1, w_PM.shape[1]), w_PM.repeat(rewards_PRM.shape[1], axis=0), task.objectives)
-            scores_PR = torch.from_numpy(scores_N.reshape(rewards_PRM.shape[:2])).to(all_of.p_PR)
-            utility = ((all_of.p_PR * scores_PR).sum(1) - task.beta * kl_P).mean()
+            utility = ((all_of.p_PR * _scores_PR(combine, all_of, w_PM, task)).sum(1) - task.beta * kl_P).mean()
         optimizer.zero_grad(set_to_none=True)
         if jacobian is not None:
             jacobian.descend(parameters, weights_PM[0])
@@ -163,6 +168,13 @@ class Enumerated:
         p_PR, mean_PM = self.p_PR.detach(), self.rewards_PM.detach()
         centered_PRM = self.rewards_PRM - mean_PM[:, None]
         return (torch.einsum("pr,prj,prk->jk", p_PR, centered_PRM, centered_PRM) / len(p_PR)).cpu().numpy()
+
+
+def _scores_PR(combine: Combine, found: Enumerated, w_PM: np.ndarray, task: ExactTask) -> Tensor:
+    """The scalarizer's number for every response."""
+    p, r, m = found.rewards_PRM.shape
+    scores_N = combine.scores(found.rewards_PRM.reshape(-1, m).cpu().numpy(), w_PM.repeat(r, axis=0), task.objectives)
+    return torch.from_numpy(scores_N.reshape(p, r)).to(found.p_PR)
 
 
 def enumerated(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, split: str = "train") -> Enumerated:

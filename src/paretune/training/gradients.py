@@ -37,7 +37,8 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.layers import FusedLayer, Gated
-from paretune.policy.rollout import _chosen, _needed
+from paretune.policy.rollout import needed
+from paretune.policy.scoring import chosen
 from paretune.seeds import forked_torch
 from paretune.training.batch import Responses
 
@@ -131,12 +132,12 @@ def _read(policy: Policy, made: Responses, rows: slice, credit: Tensor, *, group
     ids, mask, length = made.prompt_ids_PT, made.prompt_mask_PT, made.tokens_NT.shape[1]
     if m >= group or rows.start % group or len(credit) % group or not policy.has_plain_cache:
         ids, mask = (x.repeat_interleave(group, 0)[rows] for x in (ids, mask))
-        known = _needed(mask)
+        known = needed(mask)
         known = None if known is None else functional.pad(known, (0, length - 1), value=1)
         whole = torch.cat([ids, tokens_NT[:, :-1]], 1)
-        return _chosen(policy.forward(whole, gates_NK=gates_NK, attention_mask=known, last_only=length), tokens_NT, temperature)
+        return chosen(policy.forward(whole, gates_NK=gates_NK, attention_mask=known, last_only=length), tokens_NT, temperature)
     prompts = slice(rows.start // group, rows.start // group + len(credit) // group)
-    ids, known = ids[prompts].repeat(m, 1), _needed(mask[prompts])
+    ids, known = ids[prompts].repeat(m, 1), needed(mask[prompts])
     cache = policy.new_cache(len(ids))
     many = None if known is None else known.repeat(m, 1)
     first = policy.forward(ids, gates_NK=gates_NK[::group].repeat(m, 1), attention_mask=many, cache=cache, last_only=True)[:, -1]
@@ -146,11 +147,11 @@ def _read(policy: Policy, made: Responses, rows: slice, credit: Tensor, *, group
     for layer in cache.layers:
         layer.keys, layer.values = (_Spread.apply(x, credit, group) for x in (layer.keys, layer.values))
     cache.paretune_gates = gates_NK
-    logp = [_chosen(first[:, None], tokens_NT[:, :1], temperature)]
+    logp = [chosen(first[:, None], tokens_NT[:, :1], temperature)]
     if length > 1:
         known = None if known is None else functional.pad(known.repeat_interleave(group, 0), (0, length - 1), value=1)
         logits = policy.forward(tokens_NT[:, :-1], gates_NK=gates_NK, attention_mask=known, cache=cache)
-        logp.append(_chosen(logits, tokens_NT[:, 1:], temperature))
+        logp.append(chosen(logits, tokens_NT[:, 1:], temperature))
     return torch.cat(logp, 1)
 
 

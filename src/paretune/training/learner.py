@@ -22,20 +22,23 @@ from torch import Tensor
 from paretune.errors import ConfigError, TrainingError
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task
 from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
+from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Objectives
 
 __all__ = [
     "Learner",
     "Run",
     "SampledLearner",
+    "StoppingRule",
     "converged",
     "gates_of",
     "log_record",
@@ -57,10 +60,14 @@ class Learner(ABC):
     version: ClassVar[int]
 
     rank: int = 16
-    alpha: int = 32
+    alpha: int | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
     targets: str | tuple[str, ...] = "all-linear"
     device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
+
+    def resolved(self) -> dict[str, Any]:
+        """What `describe` says instead of a field that follows from others: a key names the alpha that is trained with."""
+        return {"alpha": SCALE * self.rank if self.alpha is None else self.alpha}
 
     def scaled(self, effort: float) -> Self:
         """The same learner with `effort` times the budget: samples, or steps where nothing is sampled."""
@@ -102,7 +109,7 @@ class Learner(ABC):
         bank = LoraBank.load(model, paths, trainable=trained)
         for i, rank in enumerate(fresh):
             name = _adapter_name("fresh" if trained else "policy", i, len(fresh))
-            alpha = max(1, round(self.alpha * rank / self.rank))  # the same scaling alpha / rank for every rank
+            alpha = None if self.alpha is None else max(1, round(self.alpha * rank / self.rank))  # the learner's scale at every rank
             bank.add(name, seed=spec.seed, rank=rank, alpha=alpha, targets=self.targets)
         rule = None if spec.rule is None else GATE_RULES.build(spec.rule)
         policy = build_mixing("parameter" if rule is None else rule.mixing, bank, tokenizer)
@@ -175,7 +182,7 @@ class SampledLearner(Learner):
             "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
             "samples are at least one batch": self.samples >= self.batch,
             "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
-            "lr, alpha and temperature are positive": min(self.lr, self.alpha, self.temperature) > 0,
+            "lr, alpha and temperature are positive": min(self.lr, self.resolved()["alpha"], self.temperature) > 0,
             "micro_batch is at least 1": (self.micro_batch or 1) >= 1,
             "max_unscored lies between 0 and 1": 0 <= self.max_unscored <= 1,
         }
@@ -210,6 +217,33 @@ class SampledLearner(Learner):
         return shape * min(1.0, (step + 1) / max(self.warmup, 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoppingRule(ABC):
+    """EMORL's stopping rule, for learners that sample and for those that enumerate: they differ in how they `validate`.
+
+    The values are mean scalarized rewards on training prompts, KL left out, as shares of the way from the declared lows to the highs: the
+    coefficient of variation depends on where 0 is, and EMORL's rewards lie in [0, 1].
+    """
+
+    stop_cv: float | None = None  # stop when std / mean of the last `stop_window` validations is below
+    stop_window: int = 20
+    validate_every: int = 10  # steps
+
+    @abstractmethod
+    def validate(self, policy: Any, task: Any, spec: TrainSpec, run: Run) -> float:
+        """The mean scalarized reward of the present policy on training prompts; what it costs is charged to the run."""
+
+    def watch(self, policy: Any, task: Task, spec: TrainSpec, run: Run) -> None:
+        """Validate where it is time to, after a step, and note in the run whether the training has converged."""
+        if self.stop_cv is None or run.step % self.validate_every:
+            return
+        run.validations.append(self.validate(policy, task, spec, run))
+        m = task.objectives.count
+        w_2M, ends_2M = np.tile(spec.preference or (1 / m,) * m, (2, 1)), np.array([task.objectives.low, task.objectives.high])
+        low, high = Combine.of(spec).scores(ends_2M, w_2M, task.objectives)
+        run.converged = converged((np.array(run.validations) - low) / (high - low), self.stop_window, self.stop_cv)
+
+
 @dataclass
 class Run:
     """What a checkpoint must know beside tensors."""
@@ -225,6 +259,7 @@ class Run:
     validation_samples: int = 0
     log_length: int = 0
     validations: list[float] = field(default_factory=list)
+    converged: bool = False  # by a `StoppingRule`
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
 
@@ -260,9 +295,13 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
 
 
 def log_record(
-    names: Sequence[str], window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
+    objectives: Objectives, window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
 ) -> dict[str, Any]:
-    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name."""
+    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name.
+
+    `outside` is there only where rewards left their declared ranges: see `Objectives.outside`.
+    """
+    names = objectives.names
     rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
     unscored_M = np.isnan(rewards_NM).sum(0)
     means_M = np.nansum(rewards_NM, axis=0) / np.maximum(len(rewards_NM) - unscored_M, 1)
@@ -270,6 +309,7 @@ def log_record(
     record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
     record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known_M, strict=True)}
     record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
+    record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
     record |= {name: float(np.mean([row[name] for row in window])) for name in window[0] if name != "rewards_NM"}
     return record | {"lr": lr}
 
@@ -330,7 +370,7 @@ def _adapter_name(kind: str, i: int, count: int) -> str:
     return kind if count == 1 else f"{kind}-{i}"
 
 
-def converged(values: Sequence[float], window: int, below: float | None) -> bool:
+def converged(values: Sequence[float] | np.ndarray, window: int, below: float | None) -> bool:
     """EMORL's stopping rule: the coefficient of variation of the last `window` values is below `below` (None: never)."""
     if below is None or len(values) < window:
         return False

@@ -27,7 +27,7 @@ from paretune.training.batch import Responses, draw, draw_step
 from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
-from paretune.training.learner import Run, converged, memory_explained, not_finite
+from paretune.training.learner import Run, StoppingRule, memory_explained, not_finite
 from paretune.training.loss import kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
@@ -40,7 +40,7 @@ class PolicySettings:
     """Settings of the policy-gradient loss, whichever loop runs it."""
 
     baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
-    normalize: Literal["none", "batch", "group"] = "none"
+    normalize: Literal["none", "batch", "group", "batch_returns"] = "none"
     kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     length: Literal["sum", "token_mean"] = "sum"
@@ -64,9 +64,9 @@ class PolicyBatch(Batch):
     jacobian: Jacobian | None = field(default=None, kw_only=True)
 
 
-@LEARNERS.register("pg")
+@LEARNERS.register("pg", version=2)
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient(PolicySettings, EmbeddedLearner):
+class PolicyGradient(PolicySettings, StoppingRule, EmbeddedLearner):
     """The embedded policy-gradient loop on LoRA. A step draws `batch` responses, `group` to each of `batch // group` prompts.
 
     Source: REINFORCE with a leave-one-out baseline (Kool et al. 2019; RLOO, 2402.14740), the KL penalty in the return.
@@ -75,10 +75,7 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
 
-    stop_cv: float | None = None  # stop when std / |mean| of the last `stop_window` validation means is below
-    stop_window: int = 20
-    validate_every: int = 10
-    validation_samples: int = 64
+    validation_samples: int = 64  # of each validation of the stopping rule
 
     def rules(self) -> dict[str, bool]:
         return {**super().rules(), "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1}
@@ -151,16 +148,16 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         return loss
 
     def finished(self, run: Run) -> bool:
-        return super().finished(run) or converged(run.validations, self.stop_window, self.stop_cv)
+        return super().finished(run) or run.converged
 
     def after_step(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
-        if self.stop_cv is not None and run.step % self.validate_every == 0:
-            run.validations.append(self.validate(policy, task, spec, run))
+        self.watch(policy, task, spec, run)
 
     def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
-        """Mean scalarized reward of fresh responses to training prompts, from streams of their own."""
+        """From fresh responses, whose streams are their own."""
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
         made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
         run.validation_samples += len(made.w_NM)
+        run.tokens += int(made.mask_NT.sum())
         run.evaluations += 1
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from torch.nn import functional
 from paretune.errors import ConfigError, nearest
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
+from paretune.policy.lora.linear import frozen_linear
 from paretune.seeds import forked_torch, seed_for
 
 __all__ = ["LoraBank", "decoder_layers", "default_targets", "lora_config", "soup_factors", "soup_state", "soup_weight"]
 
+SCALE = 2  # alpha / rank, where no alpha is given
 EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "wi", "wo"})
 Gates = Tensor | np.ndarray | Sequence[Any]
 
@@ -47,6 +50,7 @@ class LoraBank:
         self._trainable: set[str] = set()
         self._switch = Switch()
         self._layers: list[FusedLayer] = []
+        self._others: list[Any] = []  # linear layers without adapters
         self.prefix, self.stack = decoder_layers(base)  # the decoder's layers, where it is clear which they are
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
@@ -62,12 +66,13 @@ class LoraBank:
         names: Sequence[str],
         seed: int,
         rank: int = 16,
-        alpha: int = 32,
+        alpha: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         trainable: Sequence[str] | None = None,
     ) -> LoraBank:
         """Fresh adapters (B = 0) on the HF causal LM `model`; each is initialized from its own stream of `seed`, named by its name.
 
+        Their scale is alpha / rank; see `lora_config` for an `alpha` that is left out.
         `targets` is "all-linear" (see `default_targets`) or names of modules. `names` may be empty: the reference alone.
         """
         check_trainable(names, trainable)
@@ -106,7 +111,7 @@ class LoraBank:
         *,
         seed: int,
         rank: int = 16,
-        alpha: int = 32,
+        alpha: int | None = None,
         targets: str | Sequence[str] = "all-linear",
         trainable: bool = True,
     ) -> None:
@@ -199,6 +204,12 @@ class LoraBank:
                 layer = FusedLayer(self._switch, labels, name, module, self._depth(name, module))
                 module.__dict__["forward"] = layer.forward
                 self._layers.append(layer)
+        adapted = {id(layer.base) for layer in self._layers}
+        for name, module in self.base.named_modules():
+            plain = type(module) is torch.nn.Linear and ".lora_" not in name and id(module) not in adapted
+            if plain and "forward" not in module.__dict__:
+                module.__dict__["forward"] = partial(_run_frozen, module)
+                self._others.append(module)
         join_siblings(self._layers)
         self._tensors = [p for k in range(self.count) for p in self.parameters_of(k)]
 
@@ -213,6 +224,9 @@ class LoraBank:
         """Give every layer PEFT's own forward back; the bank can no longer be used."""
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
+        for module in self._others:
+            module.__dict__.pop("forward", None)
+        self._others = []
         self._layers, self._last, self._tensors, self._stamp = [], None, [], []
 
     def parameters(self) -> list[Tensor]:
@@ -370,10 +384,14 @@ class LoraBank:
         return sorted(leaves if meant == names else names)
 
 
-def lora_config(model: Any, *, rank: int, alpha: int, targets: str | Sequence[str]) -> Any:
-    """PEFT's configuration of a fresh adapter of `model`: without dropout and bias. `targets` "all-linear" is that of `default_targets`."""
+def lora_config(model: Any, *, rank: int, alpha: int | None, targets: str | Sequence[str]) -> Any:
+    """PEFT's configuration of a fresh adapter of `model`: without dropout and bias. `targets` "all-linear" is that of `default_targets`.
+
+    An `alpha` that is left out is SCALE times the rank, so that adapters of every rank have the same scale.
+    """
     from peft import LoraConfig
 
+    alpha = SCALE * rank if alpha is None else alpha
     chosen = default_targets(model) if targets == "all-linear" else targets if isinstance(targets, str) else list(targets)
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
 
@@ -392,6 +410,10 @@ def default_targets(model: Any) -> str | list[str]:
     head = model.get_output_embeddings()
     plain = {name: module for name, module in named.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head}
     return [name for name in plain if not {"experts", "router"} & set(name.split(".")) and name.rpartition(".")[2] not in EXPERT_NAMES]
+
+
+def _run_frozen(module: Any, x: Tensor) -> Tensor:
+    return frozen_linear(x, module.weight, module.bias)
 
 
 def _label(k: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError, nearest
+from paretune.types import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,15 @@ NOT_PLAIN = (
         "monteclora_config",
         "kasa_config",
     ),
-    *("lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "init_lora_weights"),
+    *(
+        "megatron_config",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+        "init_lora_weights",
+    ),
 )
 
 
@@ -43,6 +52,7 @@ def check_config(name: str, config: Any, names: Sequence[str]) -> None:
     """Refuse, before anything is built, what gates cannot do."""
     if name in names or not name:
         raise ConfigError("adapter names are distinct and not empty", found=repr(name), remedy="choose another name")
+    check_name("an adapter", name)
     if getattr(config.peft_type, "value", config.peft_type) != "LORA":
         raise ConfigError("gates work on LoRA adapters", found=f"{name}: {config.peft_type}", remedy="train the adapter as plain LoRA")
     for setting in NOT_PLAIN:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from paretune.errors import ConfigError
+from paretune.policy.lora.linear import frozen_linear
 
 __all__ = ["Blocks", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
 
@@ -220,7 +221,7 @@ class FusedLayer:
         base = self.base
         if type(base) is Linear and not (args or kwargs or base._forward_hooks or base._forward_pre_hooks):
             weights: Any = base._parameters  # what its forward does, without the cost of one more call of a module
-            y = functional.linear(x, weights["weight"], weights["bias"])
+            y = frozen_linear(x, weights["weight"], weights["bias"])
         else:
             y = base(x, *args, **kwargs)
         if not self.members or self.module._disable_adapters:

@@ -52,6 +52,7 @@ class ParameterMix(Policy):
 
     parts_need_gates = True
     one_forward = True
+    token_gates = True
     zero_is_reference = True
     attribution = "path"
 
@@ -90,6 +91,7 @@ class FactorMix(ParameterMix):
     Hides: cross terms g_j g_k B_j A_k; it equals the soup of the products only at g = e_k or where all A_k (or all B_k) are equal.
     """
 
+    token_gates = False
     mixes_per_row = False
     attribution = "shapley"
 
@@ -151,6 +153,7 @@ class MergedMix(ParameterMix):
         for every preference, at the memory of one model.
     """
 
+    token_gates = False
     mixes_per_row = False
     attribution = "shapley"
 
@@ -268,6 +271,7 @@ class RoutedMix(ParameterMix):
     Hides: the router of the first layer sees a token's embedding only; adapters outside the decoder's layers are refused.
     """
 
+    token_gates = False
     symmetric = False  # the first `experts` adapters have weights, the others have not
     zero_is_reference = False
     attribution = "shapley"

@@ -45,6 +45,7 @@ class PromptedMix(ParameterMix):
         digit are one; a prompt may itself begin with digits.
     """
 
+    token_gates = False
     vertices_are_experts = False
     symmetric = False
     stepwise = True

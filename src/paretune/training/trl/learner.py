@@ -13,6 +13,7 @@ own, with a `paretune.json` written last: a checkpoint without it was cut short 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import math
@@ -29,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError, TrainingError, nearest
+from paretune.errors import ConfigError, TrainingError
 from paretune.files import write_json
 from paretune.hub import local_or_hub
 from paretune.objectives.base import refuse_unscored
@@ -41,7 +42,6 @@ from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
 from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished, refuse_other
-from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
 from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, log_record, memory_explained, not_finite
 from paretune.training.policy_gradient import PolicySettings
@@ -164,6 +164,7 @@ class TrlLearner(SampledLearner):
             "logging_nan_inf_filter": False,
             "save_strategy": "steps",
             "save_steps": self.checkpoint_every * self.epochs,
+            "save_only_model": False,  # a killed training goes on with its optimizer
             "use_cpu": self.device == "cpu" or not torch.cuda.is_available(),
             "learning_rate": self.lr,
             "lr_scheduler_type": self.schedule,
@@ -183,10 +184,25 @@ class TrlLearner(SampledLearner):
                 raise ConfigError(
                     f"settings are further arguments of {made.__name__}",
                     found=repr(name),
-                    remedy=taken if name in own else nearest(name, known - set(own)),
+                    remedy=taken if name in own else _instead(name, made, known - set(own)),
                 )
         precision = {"bf16": self.dtype == "bfloat16", "fp16": self.dtype == "float16"}
-        return made(**{**FREE, **precision, **free, **own, **self.settings})
+        with self._taken_by_trl():
+            return made(**{**FREE, **precision, **free, **own, **self.settings})
+
+    @contextmanager
+    def _taken_by_trl(self) -> Iterator[None]:
+        """ConfigError where TRL or transformers cannot be made with the `settings`."""
+        try:
+            yield
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if not self.settings or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                "TRL takes the settings of its learners",
+                found=f"{type(error).__name__}: {error}",
+                remedy=f"change it, or leave it out of settings ({', '.join(self.settings)})",
+            ) from error
 
     def _built(self, made: Any, spec: TrainSpec, task: Task, **given: Any) -> Any:
         """The trainer `made` with the embedded learner's first adapter, optimizer and schedule."""
@@ -198,7 +214,8 @@ class TrlLearner(SampledLearner):
         with forked_torch(seed_for(spec.seed, "lora", "policy")):  # as LoraBank.add
             wrapped = get_peft_model(model, config)
         first = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
-        trainer = made(model=wrapped.unload(), processing_class=tokenizer, peft_config=config, **given)
+        with self._taken_by_trl():
+            trainer = made(model=wrapped.unload(), processing_class=tokenizer, peft_config=config, **given)
         set_peft_model_state_dict(trainer.model, first)
         trainer.remove_callback(PrinterCallback)
         if not self._sharded():
@@ -262,6 +279,17 @@ class TrlLearner(SampledLearner):
         return cost
 
 
+def _instead(name: str, made: Any, known: set[str]) -> str:
+    """A remedy for a setting that TRL's configuration `made` does not have."""
+    import trl
+
+    others = [config for config in (trl.RLOOConfig, trl.GRPOConfig, trl.DPOConfig) if name in {f.name for f in dataclasses.fields(config)}]
+    if others:
+        return f"it is an argument of {' and '.join(config.__name__ for config in others)}: leave it out, or choose that trainer"
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"TRL's documentation lists the arguments of {made.__name__}"
+
+
 @contextmanager
 def _explained(lr: float) -> Iterator[None]:
     """Say which knob; be quiet about what TRL and transformers will change between themselves."""
@@ -318,8 +346,8 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})
             if step == learner.steps or step % learner.log_every == 0:
                 if self.log is not None:
-                    names, lr = task.objectives.names, learner.lr * learner.pace(step - 1)
-                    record = log_record(names, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
+                    lr = learner.lr * learner.pace(step - 1)
+                    record = log_record(task.objectives, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
                     self.log.write(record, steps=learner.steps)
                 self.window = []
 
@@ -392,27 +420,19 @@ class Trl(PolicySettings, TrlLearner):
             streams = [seed_for(spec.seed, "reward noise", "trl", step, first + n) for n in range(len(texts))]
             return task.observe([known[place] for place in given["place"]], texts, streams=streams)
 
-        combine = self.combine(spec)
-        if self._in_trainer(combine):
-            combine = dataclasses.replace(combine, normalize="none")
         assert spec.preference is not None
         return MultiObjectiveReward(
             task.objectives,
             spec.preference,
             group=self.group,
             trainer="rloo" if self.trainer == "rloo" else "grpo",
-            **vars(combine),
+            **vars(self.combine(spec)),
             beta=task.beta,
             landmarks=landmarks(task) if task.is_exact else None,
             max_unscored=self.max_unscored,
             seed=spec.seed,
             scorer=scorer,
         )
-
-    def _in_trainer(self, combine: Combine) -> bool:
-        """Whether TRL itself divides by the batch's spread, with the KL inside, as `pg` does."""
-        plain = combine.scalarize_at == "reward" and not combine.aggregates
-        return self.trainer == "rloo" and self.normalize == "batch" and plain
 
     def _arguments(self, spec: TrainSpec, task: Task, work: Path, world: int) -> Any:
         if self.batch % world or (self.batch // world) % min(self.micro_batch or self.batch, self.batch // world):
@@ -427,18 +447,18 @@ class Trl(PolicySettings, TrlLearner):
             **self._loop(spec, work, rows, share // rows),
             "max_completion_length": task.max_new_tokens,
             "num_iterations": self.epochs,
+            "steps_per_generation": share // rows,  # every step draws its own responses
+            "generation_batch_size": None,
             "epsilon": self.clip_eps,
             "beta": task.beta,
             "temperature": self.temperature,
             "mask_truncated_completions": False,  # a response at the length limit is a response
             "shuffle_dataset": False,  # the rows are in the order that the learner wants
-            **MultiObjectiveReward.settings_of(self.trainer, self.group),
+            **MultiObjectiveReward.settings_of(self.trainer, self.group, self.combine(spec)),
         }
         if own["use_cpu"] and world > 1:
             own["ddp_backend"] = "gloo"
-        if self.trainer == "rloo":
-            own["normalize_advantages"] = self._in_trainer(self.combine(spec))
-        else:  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
+        if self.trainer == "grpo":  # dr_grpo divides by the length limit: the same direction, and clipped at the same place
             own["loss_type"] = "grpo" if self.length == "token_mean" else "dr_grpo"
             own["importance_sampling_level"] = self.ratio
             own["max_grad_norm"] /= 1 if self.length == "token_mean" else task.max_new_tokens

@@ -5,8 +5,11 @@
 
 TRL asks it for one number per completion. It scores every objective, gathers the batch from all processes, and combines the vectors as the
 embedded learner does: weighting, scalarizer, normalization, aggregation. The number has such group means that the baseline which TRL
-subtracts leaves the advantage as it was meant. Means, unscored counts and present weights go to TRL's logs; what a weighting
+subtracts leaves the advantage as it was meant. Means, utility, unscored counts and present weights go to TRL's logs; what a weighting
 remembers goes to the trainer's state, and so into its checkpoints.
+
+In an evaluation the number is the response's utility, whatever the group, and nothing is remembered of it. Which of the two it is, the
+trainer says: it is known by `log_metric`, the method of its own that TRL hands to every reward function.
 
 A reward function sees no log-probabilities. The price of KL is therefore TRL's own (`beta` of its configuration): RLOOTrainer subtracts it
 from the number, GRPOTrainer adds it to the loss. Neither is inside what is normalized here, and weights that do not sum to 1 do not
@@ -15,15 +18,19 @@ multiply it. Weightings that look at returns see rewards minus `beta` times the 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError
-from paretune.objectives.base import check_callable, score_given
+from paretune.hub import check_pretrained, local_or_hub, unloadable
+from paretune.objectives.base import score_given
 from paretune.objectives.utilities import Landmarks
-from paretune.training.advantages import group_covariance
+from paretune.training.advantages import group_covariance, weighted_returns
 from paretune.training.combine import Combine
 from paretune.training.learner import watch_unscored
 from paretune.training.weightings.base import State
@@ -36,20 +43,23 @@ Scorer = Callable[[Mapping[str, Any], int, int], np.ndarray]
 
 STATE = "paretune"  # where a weighting's memory lies in the trainer's state
 TRL_BASELINE = {"grpo": "group_mean", "rloo": "leave_one_out"}
+MEASURED = {"utility", "violation"}  # what `Combine.measures` adds
+CONFIG = {"grpo": "GRPOConfig", "rloo": "RLOOConfig"}
 
 
 class MultiObjectiveReward:
     """Pass it as the only reward function, and `**settings()` to the trainer's configuration. `trainer` says which of the two it is.
 
-    objectives: functions with TRL's reward signature, or Paretune's objectives; or names and ranges (`Objectives`) together with
-    `scorer`, which scores all of them at once. `group` is TRL's num_generations. The other fields are those of a `TrainSpec` and of the
-    learner `pg`; `low` and `high`, the objectives' ranges, matter to weightings and to scalarizers other than "linear".
-    Evaluation calls the same function: with a weighting that remembers, give the evaluation a trainer and a reward of its own.
+    objectives: what TRL takes as reward functions (functions, async ones too, sequence classifiers as modules or by name), and
+    Paretune's objectives; or names and ranges (`Objectives`) together with `scorer`, which scores all of them at once. A module reads
+    text with its tokenizer in `reward_processing_classes`, one for each objective, or else with the one under its own name.
+    `group` is TRL's num_generations. The other fields are those of a `TrainSpec` and of the learner `pg`; `low` and `high`, the
+    objectives' ranges, matter to weightings and to scalarizers other than "linear".
     """
 
     def __init__(
         self,
-        objectives: Sequence[Callable[..., Any]] | Mapping[str, Callable[..., Any]] | Objectives,
+        objectives: Sequence[Any] | Mapping[str, Any] | Objectives,
         preference: Mapping[str, float] | Sequence[float] | str,
         *,
         group: int,
@@ -59,7 +69,7 @@ class MultiObjectiveReward:
         aggregation: str | Mapping[str, Any] = "learner",
         weighting: str | Mapping[str, Any] = "fixed",
         baseline: Literal["leave_one_out", "group_mean"] | None = None,
-        normalize: Literal["none", "batch", "group"] = "none",
+        normalize: Literal["none", "batch", "group", "batch_returns"] = "none",
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
         beta: float = 0.0,
@@ -67,6 +77,7 @@ class MultiObjectiveReward:
         max_unscored: float = 0.1,
         seed: int = 0,
         scorer: Scorer | None = None,
+        reward_processing_classes: Any = None,
         name: str = "utility",
     ):
         if trainer not in TRL_BASELINE:
@@ -80,10 +91,8 @@ class MultiObjectiveReward:
         self.__name__ = name  # what TRL prints beside the number
         self.trainer, self.group, self.seed = trainer, group, seed
         self.beta, self.landmarks, self.max_unscored = beta, landmarks, max_unscored
-        self.objectives, self.scorer = _scored_by(objectives, scorer, low, high)
-        self.w_M = np.asarray(Preference.of(self.objectives.names, preference).weights, dtype=np.float64)
         described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalarizer, aggregation, weighting)]
-        self.combine = Combine(
+        combine = Combine(
             scalarizer=described[0],
             scalarize_at=scalarize_at,
             aggregation=described[1],
@@ -91,7 +100,12 @@ class MultiObjectiveReward:
             baseline=baseline or TRL_BASELINE[trainer],
             normalize=normalize,
         )
-        self.combine.check(sampled=False, through_rewards=True)
+        combine.check(sampled=False, through_rewards=True)
+        self._settings = self.settings_of(trainer, group, combine)
+        inside = self._settings.get("normalize_advantages", False)
+        self.combine = dataclasses.replace(combine, normalize="none") if inside else combine
+        self.objectives, self.scorer = _scored_by(objectives, scorer, low, high, reward_processing_classes)
+        self.w_M = np.asarray(Preference.of(self.objectives.names, preference).weights, dtype=np.float64)
         self.restart()
 
     def restart(self) -> None:
@@ -100,7 +114,6 @@ class MultiObjectiveReward:
         self.weights_state: State | None = None
         self.recent: list[list[int]] = []  # per batch: completions, then unscored ones per objective
         self.rewards_NM = np.empty((0, self.objectives.count))  # of the last batch, all processes
-        self._started = False
 
     def state_dict(self) -> dict[str, Any]:
         """What the next batch depends on, JSON."""
@@ -114,31 +127,52 @@ class MultiObjectiveReward:
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments for GRPOConfig or RLOOConfig under which the number becomes the advantage that was asked for."""
-        return self.settings_of(self.trainer, self.group)
+        return dict(self._settings)
 
     @staticmethod
-    def settings_of(trainer: str, group: int) -> dict[str, Any]:
-        """`settings` of a drop-in for `trainer` with that group."""
+    def settings_of(trainer: str, group: int, combine: Combine) -> dict[str, Any]:
+        """`settings` of a drop-in that serves `trainer`: RLOOTrainer divides by the batch's spread itself, with the KL inside."""
         if trainer == "rloo":
-            return {"num_generations": group, "normalize_advantages": False, "reward_clip_range": None, "reward_weights": None}
+            plain = combine.scalarize_at == "reward" and not combine.aggregates and combine.baseline == TRL_BASELINE["rloo"]
+            divides = plain and combine.normalize == "batch"
+            return {"num_generations": group, "normalize_advantages": divides, "reward_clip_range": None, "reward_weights": None}
         summed = {"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize"}
         return {"num_generations": group, **summed, "reward_weights": None}
 
     def check(self, args: Any) -> None:
-        """ConfigError where TRL's configuration `args` would turn the number into something else."""
-        for name, value in self.settings().items():
-            given = getattr(args, name, value)
+        """ConfigError where TRL's configuration `args` would turn the number into something else. Asked at every batch, too."""
+        lacking = [name for name in self._settings if not hasattr(args, name)]
+        if lacking:
+            raise ConfigError(
+                f"a drop-in with trainer={self.trainer!r} stands under {CONFIG[self.trainer]}, or a subclass",
+                found=f"{type(args).__name__}, which has no {', '.join(lacking)}",
+                remedy='trainer="grpo" is for GRPOTrainer and GRPOConfig, trainer="rloo" for RLOOTrainer and RLOOConfig',
+            )
+        for name, value in self._settings.items():
+            given = getattr(args, name)
             if given != value and not (name == "reward_weights" and list(given) == [1.0]):
                 raise ConfigError(
                     "the trainer leaves the number of a multi-objective reward as it is",
                     found=f"{name}={given!r} in the trainer's configuration",
                     remedy=f"give it {name}={value!r}: pass **reward.settings()",
                 )
+        if self.beta and getattr(args, "beta", self.beta) != self.beta:
+            raise ConfigError(
+                "beta of a drop-in is that of the trainer: weightings see returns with its price of KL",
+                found=f"beta={self.beta:g} here, beta={args.beta:g} in the trainer's configuration",
+                remedy="give both the same number; leave it out of the drop-in for weightings that see rewards alone",
+            )
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float]:
         """One number per completion; NaN, which TRL leaves out, where nothing could be scored."""
-        state = given.get("trainer_state")
-        self._resume(state)
+        state, asking = given.get("trainer_state"), trainer_of(given)
+        if asking is not None:
+            self._check_trainer(asking)
+        if asking is not None and not asking.model.training:
+            return self._evaluated(prompts, completions, given)
+        kept = getattr(state, "stateful_callbacks", None)  # the trainer's state is the memory, so that each training has its own
+        if kept is not None:
+            self.load_state_dict(kept[STATE]) if STATE in kept else self.restart()
         mine, all_of = self._gathered(prompts, completions, given)
         rewards_NM = np.concatenate([each["rewards"] for each in all_of])
         asked = [prompt for each in all_of for prompt in each["prompts"]]
@@ -147,18 +181,27 @@ class MultiObjectiveReward:
         weights_NM = self._weights(rewards_NM, asked, state)
         number_N = self._numbers(rewards_NM, weights_NM)
         self.rewards_NM, self.step = rewards_NM, self.step + 1
-        if state is not None and getattr(state, "stateful_callbacks", None) is not None:
-            state.stateful_callbacks[STATE] = self.state_dict()
-        self._log(given, rewards_NM, weights_NM, mine)
+        if kept is not None:
+            kept[STATE] = self.state_dict()
+        self._log(given, rewards_NM, mine, weights_NM)
         return number_N[mine].tolist()
 
-    def _resume(self, state: Any) -> None:
-        """A fresh object in a resumed training goes on with what the checkpoint holds."""
-        if not self._started and self.step == 0:
-            kept = (getattr(state, "stateful_callbacks", None) or {}).get(STATE)
-            if kept is not None:
-                self.load_state_dict(kept)
-        self._started = True
+    def _check_trainer(self, asking: Any) -> None:
+        self.check(asking.args)
+        if len(asking.reward_funcs) > 1:
+            raise ConfigError(
+                "a drop-in is its trainer's only reward function: TRL would add the others to a number that is already combined",
+                found=", ".join(map(str, asking.reward_func_names)),
+                remedy="put the other functions among the drop-in's objectives, each with a weight in the preference",
+            )
+
+    def _evaluated(self, prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]) -> list[float]:
+        """The utility of each response, whose mean is w times the objectives' means: an unscored objective counts as the batch's mean."""
+        mine, all_of = self._gathered(prompts, completions, given)
+        rewards_NM = np.concatenate([each["rewards"] for each in all_of])
+        values_NX, weights_NX = self.combine.compared(rewards_NM, np.tile(self.w_M, (len(rewards_NM), 1)), self.objectives)
+        self._log(given, rewards_NM, mine)
+        return weighted_returns(values_NX[None], weights_NX[None])[0, mine].tolist()
 
     def _gathered(self, prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]) -> tuple[slice, list[dict[str, Any]]]:
         """Which rows of the whole batch are this process's, and what every process has. An error in one is raised in all."""
@@ -180,7 +223,8 @@ class MultiObjectiveReward:
         for each in all_of:
             if each["error"] is not None:
                 raise each["error"]
-        return slice(rank * n, (rank + 1) * n), all_of
+        first = sum(len(each["rewards"]) for each in all_of[:rank])
+        return slice(first, first + n), all_of
 
     def _check_groups(self, prompts: Sequence[Any]) -> None:
         group, n = self.group, len(prompts)
@@ -195,7 +239,8 @@ class MultiObjectiveReward:
                 raise ConfigError(
                     "a group holds the completions of one prompt",
                     found=f"different prompts among the completions {start} to {start + group - 1}, group={group}",
-                    remedy="give the drop-in the group that the trainer has as num_generations",
+                    remedy="give the drop-in the group that the trainer has as num_generations; a wrapper hands log_metric on, by which an "
+                    "evaluation is known",
                 )
 
     def _count(self, rewards_NM: np.ndarray, tokens: int) -> None:
@@ -235,7 +280,7 @@ class MultiObjectiveReward:
             number_PG = number_PG + (np.nansum(each_PGX, axis=1) / np.maximum(scored_PX, 1)).sum(1, keepdims=True)
         return number_PG.reshape(-1)
 
-    def _log(self, given: Mapping[str, Any], rewards_NM: np.ndarray, weights_NM: np.ndarray, mine: slice) -> None:
+    def _log(self, given: Mapping[str, Any], rewards_NM: np.ndarray, mine: slice, weights_NM: np.ndarray | None = None) -> None:
         """Batch means of all processes, the same in each, to TRL's logs; this process's rows to its table of completions."""
         metric, extra = given.get("log_metric"), given.get("log_extra")
         for k, name in enumerate(self.objectives.names):
@@ -244,37 +289,147 @@ class MultiObjectiveReward:
                 if len(scored_N):
                     metric(f"objectives/{name}", float(scored_N.mean()))
                 metric(f"unscored/{name}", float(len(rewards_NM) - len(scored_N)))
-                metric(f"weights/{name}", float(weights_NM[:, k].mean()))
+                if weights_NM is not None:
+                    metric(f"weights/{name}", float(weights_NM[:, k].mean()))
             if extra is not None:
                 extra(f"objectives/{name}", rewards_NM[mine, k].tolist())
+        if metric is not None:
+            for name, value in self.combine.measures(self.weights_state, rewards_NM, self.w_M, self.objectives, self.landmarks).items():
+                metric(f"objectives/{name}", value)
 
 
-def _scored_by(objectives: Any, scorer: Scorer | None, low: Any, high: Any) -> tuple[Objectives, Scorer]:
+class _Classifier:
+    """A sequence classifier as TRL's trainers read it: prompt and completion joined, or the conversation under its chat template; the
+    first output, for the last token that is no padding."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        config = getattr(model, "config", None)
+        if tokenizer is None:
+            source = getattr(config, "_name_or_path", "")
+            try:
+                from transformers import AutoTokenizer
+
+                self.tokenizer = AutoTokenizer.from_pretrained(local_or_hub(source))
+            except Exception as error:
+                raise ConfigError(
+                    f"objective {name!r}, a module, reads text with a tokenizer",
+                    found=f"none under {source!r}, the name in the module's configuration",
+                    remedy="give reward_processing_classes, a list with the tokenizer of each objective (None for functions)",
+                ) from error
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if config is not None:
+            config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+            outputs = getattr(config, "num_labels", 1)
+            if outputs != 1:
+                warnings.warn(
+                    f"objective {name!r} has {outputs} outputs; the first one is the score, as in TRL. Paretune's objective "
+                    "reward-model names another one by its label",
+                    stacklevel=5,
+                )
+
+    @classmethod
+    def named(cls, name: str, model: str, tokenizer: Any) -> _Classifier:
+        """The model with one output in a folder or on the hub, loaded now."""
+        from transformers import AutoModelForSequenceClassification as Loader
+
+        if tokenizer is None:
+            check_pretrained(model)
+        try:
+            loaded, info = Loader.from_pretrained(local_or_hub(model), num_labels=1, use_safetensors=True, output_loading_info=True)
+        except Exception as error:  # a dozen kinds, from the network, the hub and the files
+            raise unloadable(f"the reward model {name!r}", model, None, error, loader="AutoModelForSequenceClassification") from error
+        if info["missing_keys"]:
+            raise ConfigError(
+                "every weight of a reward model comes from its files",
+                found=f"{model} has no {', '.join(sorted(info['missing_keys'])[:4])}: TRL would draw them at random",
+                remedy="name a model that was saved as AutoModelForSequenceClassification with one output",
+            )
+        return cls(name, loaded, tokenizer)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Any = None, **_: Any) -> list[float]:
+        import torch
+        from trl import apply_chat_template
+
+        asking = trainer_of({"log_metric": log_metric})
+        if asking is not None and getattr(self.model, "hf_device_map", None) is None:
+            self.model.to(asking.accelerator.device)
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        if not isinstance(texts[0], str):
+            more = getattr(asking, "chat_template_kwargs", {})
+            texts = [apply_chat_template({"messages": messages}, self.tokenizer, **more)["text"] for messages in texts]
+        given = self.tokenizer(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        device = next((p.device for p in self.model.parameters()), None)
+        with torch.inference_mode():
+            return self.model(**given.to(device)).logits[:, 0].tolist()
+
+
+def trainer_of(given: Mapping[str, Any]) -> Any:
+    """The trainer that asks a reward function, where it can be known: `log_metric` is a method of TRL's trainers."""
+    asking = getattr(given.get("log_metric"), "__self__", None)
+    return asking if hasattr(asking, "reward_funcs") else None
+
+
+def _scored_by(objectives: Any, scorer: Scorer | None, low: Any, high: Any, tokenizers: Any) -> tuple[Objectives, Scorer]:
     """The names and ranges of the objectives, and what scores a batch."""
     if scorer is not None:
         return objectives, scorer
+    if callable(objectives) or isinstance(objectives, str):
+        objectives = [objectives]
     named = list(objectives.items()) if isinstance(objectives, Mapping) else [(_name(given), given) for given in objectives]
-    for name, function in named:
-        if not callable(function) or hasattr(function, "forward"):
-            raise ConfigError(
-                "an objective of a drop-in is a function with TRL's reward signature",
-                found=f"{name}: {type(function).__name__}",
-                remedy="for a reward model use Paretune's objective `reward-model`, or wrap it in a function",
-            )
-        check_callable(name, function, None)
+    each = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(named)
+    if len(each) != len(named):
+        raise ConfigError(
+            "reward_processing_classes has one tokenizer, or None, for each objective",
+            found=f"{len(each)} for {len(named)} objectives",
+            remedy="list them in the objectives' order",
+        )
+    if MEASURED & {name for name, _ in named}:
+        raise ConfigError(
+            "objectives/utility and objectives/violation are columns of their own in TRL's logs",
+            found="an objective of that name",
+            remedy="rename it: give the objectives as a mapping from names",
+        )
+    named = [(name, _function(name, given, tokenizer)) for (name, given), tokenizer in zip(named, each, strict=True)]
     low = [getattr(f, "low", 0.0) for _, f in named] if low is None else low
     high = [getattr(f, "high", 1.0) for _, f in named] if high is None else high
     known = Objectives(tuple(name for name, _ in named), tuple(map(float, low)), tuple(map(float, high)))
     return known, lambda given, step, first: score_given(named, given)
 
 
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", None) or type(function).__name__)
+def _function(name: str, given: Any, tokenizer: Any) -> Callable[..., Any]:
+    """What scores one objective."""
+    import torch
+
+    if isinstance(given, str):
+        return _Classifier.named(name, given, tokenizer)
+    if isinstance(given, torch.nn.Module):
+        return _Classifier(name, given, tokenizer)
+    if not callable(given):
+        raise ConfigError(
+            "an objective of a drop-in is what TRL takes as a reward function",
+            found=f"{name}: {type(given).__name__}",
+            remedy="a function with TRL's reward signature, a sequence classifier or its name, or one of Paretune's objectives",
+        )
+    return given
+
+
+def _name(given: Any) -> str:
+    """As TRL names it: that of a function, inside a partial too; the last part of a model's."""
+    import torch
+
+    while isinstance(given, functools.partial):
+        given = given.func
+    source = given if isinstance(given, str) else getattr(getattr(given, "config", None), "_name_or_path", "")
+    if isinstance(given, str | torch.nn.Module) and source:
+        return str(source).rstrip("/").split("/")[-1]
+    return str(getattr(given, "__name__", None) or type(given).__name__)
 
 
 def _last_kl(state: Any) -> float:
     """Nats per response, from the trainer's last line of logs that has it (TRL logs a mean per token, and the mean length)."""
-    for line in reversed((getattr(state, "log_history", None) or [])[-4:]):
+    for line in reversed(getattr(state, "log_history", None) or []):
         if line.get("kl") is not None:
             return float(line["kl"]) * float(line.get("completions/mean_length") or 1.0)
     return 0.0

@@ -15,6 +15,7 @@ are the mean of the first batch, which is that of the reference unless the train
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -372,6 +373,12 @@ class _OfReturns(Weighting):
         reference = J_M.tolist() if state["reference"] is None else state["reference"]
         marks = context.landmarks or Landmarks(context.low_M, context.high_M, context.high_M, np.array(reference))
         return J_M, marks, {**state, "sum": sum_M.tolist(), "mass": mass_M.tolist(), "reference": reference}
+
+    def measures(self, state: State, J_M: np.ndarray, w_M: np.ndarray, marks: Landmarks) -> dict[str, float]:
+        if state.get("reference") is not None:
+            marks = dataclasses.replace(marks, reference_M=np.array(state["reference"]))
+        short = self.seeks.violation(J_M, marks)
+        return {"utility": float(self.seeks.value(J_M, w_M, marks)), **({} if short is None else {"violation": float(short)})}
 
 
 @WEIGHTINGS.register("climb")

@@ -65,6 +65,10 @@ class Weighting(ABC):
     def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         """(N, M) weights of this step, and the next state. A pure function. Not negative, but for weightings with `needs_gramian`."""
 
+    def measures(self, state: State, J_M: np.ndarray, w_M: np.ndarray, marks: Landmarks) -> dict[str, float]:
+        """What returns `J_M` are worth to a training at `w_M`: "utility" is w . J, unless its weights climb another one."""
+        return {"utility": float(np.where(w_M > 0, w_M * J_M, 0.0).sum())}
+
 
 @WEIGHTINGS.register("fixed")
 @dataclass(frozen=True)
