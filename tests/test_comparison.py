@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
 from paretune.evaluation.advice import advise, load_rows
+from paretune.report import data as report_data
 from paretune.report.comparison import (
     ALL,
     baselines,
@@ -28,7 +30,7 @@ from paretune.report.comparison import (
     shared,
     write_rows,
 )
-from paretune.report.data import Results, assemble
+from paretune.report.data import Cell, Results, Setting, assemble
 from paretune.report.figures import DRAWN, profile_figures, to_svg
 from paretune.report.findings import findings
 from paretune.report.page import write_page
@@ -528,3 +530,26 @@ def test_the_command_writes_rows(tmp_path):
     assert done.exit_code == 0, done.output
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
     assert len(json.loads(done.stdout)["comparison"]) == 2 * 2
+
+
+@pytest.mark.parametrize("more", ["settings", "seeds"])
+def test_the_work_of_a_report_grows_with_the_cells_and_not_with_their_square(tmp_path, monkeypatch, more):
+    counts = Counter()
+
+    def counted(owner, name):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: counts.update([name]) or plain(*given))
+
+    counted(report_data, "canonical_json")
+    counted(Setting, "qualities")
+    counted(Setting, "mean_points")
+    counted(Cell, "measured")
+    found = []
+    for times in (1, 2):
+        rhos = tuple(0.9 - 0.1 * k for k in range(3 * times if more == "settings" else 3))
+        write_page(suite(rhos=rhos, seeds=tuple(range(2 * times if more == "seeds" else 2))), tmp_path / str(times))
+        found.append(dict(counts))
+        counts.clear()
+    once, twice = found
+    assert once.keys() == {"canonical_json", "qualities", "mean_points", "measured"}
+    assert all(twice[name] <= 2.1 * once[name] for name in once), found

@@ -1,6 +1,7 @@
 """Intervals that mean what they say: coverage measured, strata kept apart, and no interval where there are too few units."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -304,3 +305,15 @@ def test_strata_of_a_profile_are_drawn_with_their_unit():
     alone = stats.performance_profile(level[:, 0], [0.0], seed=0, units_N=units[::9])
     assert (together.low_T, together.high_T) == (pytest.approx(alone.low_T), pytest.approx(alone.high_T))
     assert together.n == 20
+
+
+def test_a_profile_of_a_thousand_units_needs_memory_for_their_number_and_not_for_its_square():
+    values = generator(0, "test many units").random(1000)
+    tracemalloc.start()
+    profile = stats.performance_profile(values, [0.2, 0.5], seed=0, resamples=200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6  # 200 x 1000 x 1000 comparisons would take 200 MB
+    by_name = values[sorted(range(1000), key=str)]
+    shares = (by_name[stats._draws(1000, 0, 200)] > 0.5).mean(1)
+    assert [profile.low_T[1], profile.high_T[1]] == pytest.approx(np.quantile(shares, [0.025, 0.975]).tolist(), abs=1e-12)

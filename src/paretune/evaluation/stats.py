@@ -196,7 +196,8 @@ def performance_profile(
     above_TU = np.where(np.isnan(table_UD), np.nan, table_UD > tau_T[:, None, None]).mean(-1)
     if n < MIN_UNITS:
         return Profile(tau_T, above_TU.mean(-1), unknown_T, unknown_T, n)
-    counts_SU = (_draws(n, seed, resamples)[:, :, None] == np.arange(n)).sum(1)  # how often a resample holds each unit
+    places_SU = _draws(n, seed, resamples) + n * np.arange(resamples)[:, None]
+    counts_SU = np.bincount(places_SU.ravel(), minlength=resamples * n).reshape(resamples, n)  # how often a resample holds each unit
     low_T, high_T = np.quantile(counts_SU @ above_TU.T / n, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Profile(tau_T, above_TU.mean(-1), low_T, high_T, n)
 
@@ -229,7 +230,7 @@ def _joint_interval(table_UD: np.ndarray, reduce: Statistic, seed: int, level: f
     """Percentile interval of `reduce` over all values of the table, its rows resampled."""
     if len(table_UD) < MIN_UNITS or np.isnan(table_UD).any():
         return float("nan"), float("nan")
-    drawn_S = reduce(table_UD[_draws(len(table_UD), seed, resamples)].reshape(resamples, -1))
+    drawn_S = reduce(table_UD.take(_draws(len(table_UD), seed, resamples), axis=0).reshape(resamples, -1))
     low, high = np.quantile(drawn_S, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

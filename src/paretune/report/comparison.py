@@ -81,13 +81,16 @@ def enough_for_intervals(results: Results) -> tuple[bool, int]:
 
 def scores(group: Setting, label: str, split: str, which: str, *path: str) -> Scores:
     """What a method reached on one split; seeds where it is unknown are left out. `path` leads to another summary than the quality's."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for setting in group.parts or (group,):
-        for cell in setting.of(label):
-            value = cell.summary(split, which, *(path or (setting.quality,)))
-            if value is not None:
-                found.setdefault((setting.label, cell.unit), []).append(value)
-    return {place: float(np.mean(values)) for place, values in found.items()}
+    asked = (label, split, which, *path)
+    if asked not in group.scores:
+        found: dict[tuple[str, str], list[float]] = {}
+        for setting in group.parts or (group,):
+            for cell in setting.of(label):
+                value = cell.summary(split, which, *(path or (setting.quality,)))
+                if value is not None:
+                    found.setdefault((setting.label, cell.unit), []).append(value)
+        group.scores[asked] = {place: float(np.mean(values) if len(values) > 1 else values[0]) for place, values in found.items()}
+    return group.scores[asked]
 
 
 def shared(group: Setting, *several: Scores) -> list[str]:
@@ -269,7 +272,7 @@ def note(results: Results) -> str:
 def on_headline(table: Table, of: Sequence[Setting]) -> list[dict[str, Any]]:
     """The rows of these groups on their headline's prompts."""
     wanted = {(group.label, group.headline) for group in of}
-    return [row for row in table.rows if (row["setting"], row["prompts"]) in wanted]
+    return [row for place, rows in table.placed.items() if place in wanted for row in rows]
 
 
 def relationship_tables(results: Results) -> dict[str, Table]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Setting:
     dials: Mapping[str, Any]
     cells: tuple[Cell, ...]
     parts: tuple[Setting, ...] = ()
+    scores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # those that `comparison.scores` has worked out
 
     @property
     def slug(self) -> str:
@@ -174,7 +175,8 @@ class Setting:
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
     def _shared(self, label: str, split: str, key: str) -> list[Any]:
-        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in self.shared_seeds]
+        seeds = set(self.shared_seeds)
+        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in seeds]
 
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
@@ -250,12 +252,17 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
         remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
         raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
-    records = {key: json.loads(store.read(key, "cell.json")) for key in folders}
-    for key, record in records.items():
+    records: dict[str, dict[str, Any]] = {}
+    truths: dict[str, dict[str, Any]] = {}  # one copy of what all cells of a task say about it: most of what they hold
+    for key in folders:
+        records[key] = record = json.loads(store.read(key, "cell.json"))
         if record.get("format") != CELL_FORMAT:
             found = f"format {record.get('format')!r} in {folders[key]}"
             remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
             raise ConfigError(f"this version reads cells of format {CELL_FORMAT}", found=found, remedy=remedy)
+        truth = {name: record[name] for name in ("fronts", "verified") if name in record}
+        known = truths.setdefault(canonical_json(record["task"]), truth)
+        record.update(known if known == truth else {})
     envs = {key: json.loads(store.read(key, "env.json")) for key in folders}
     failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, key, record in broken]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
@@ -280,10 +287,16 @@ def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A method's name, with the fields in which the methods of that name differ here; and the learner, where there are several."""
     methods = [record["method"] for record in records]
     learners = {canonical_json(record.get("learner")) for record in records if record["trainings"]}
+    named: dict[str, dict[str, Mapping[str, Any]]] = {}  # name -> the distinct methods of that name
+    for method in methods:
+        named.setdefault(method["name"], {}).setdefault(canonical_json(method), method)
+    differing = {
+        name: [k for k in _keys(same.values()) if k not in NOT_DIALS and len({canonical_json(m.get(k)) for m in same.values()}) > 1]
+        for name, same in named.items()
+    }
     labels = []
     for record, method in zip(records, methods, strict=True):
-        same = [other for other in methods if other["name"] == method["name"]]
-        varying = [k for k in _keys(same) if k not in NOT_DIALS and len({canonical_json(m.get(k)) for m in same}) > 1]
+        varying = differing[method["name"]]
         parts = [str(method[k]) if isinstance(method.get(k), str) else f"{k} {_short(method.get(k))}" for k in varying]
         learner = f" ({record['learner']['name']})" if len(learners) > 1 and record["trainings"] else ""
         labels.append(_line(" ".join([str(method["name"]), *parts]) + learner))

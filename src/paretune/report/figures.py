@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from html import escape
 from itertools import combinations
 from math import ceil, floor, log10
@@ -22,7 +22,7 @@ import numpy as np
 
 from paretune.report.comparison import baselines, groups, profile_table
 from paretune.report.data import PROMPTS, SPLITS, Results, Setting
-from paretune.report.tables import CEILING, LOSS_PARTS, cost_table, headline, loss_table, minus, short_count
+from paretune.report.tables import CEILING, LOSS_PARTS, Table, cost_table, headline, loss_table, minus, short_count
 
 __all__ = [
     *("COLORS", "DRAWN", "FIGURES", "LOSS_COLORS", "Figure", "Label", "Look", "PALETTE", "Series", "attainment_figures"),
@@ -104,38 +104,49 @@ def place(series: Sequence[Series], *, width: float, height: float, taken: Seque
     boxes, labels = list(taken), []
     for one in sorted(series, key=lambda s: -len(s.name)):
         half = np.array([GLYPH * (len(one.name) + 2) / 2 + 3, LINE / 2 + 1])
-        anchors, centers = np.repeat(one.anchors, len(OFFSETS), axis=0), np.tile(OFFSETS, (len(one.anchors), 1))
+        spot, centers = np.repeat(np.arange(len(one.anchors)), len(OFFSETS)), np.tile(OFFSETS, (len(one.anchors), 1))
         across = centers[:, 0]
         aside = np.where(np.abs(across) > 4, np.sign(across) * half[0] * np.minimum(1, np.abs(across) / 12), 0.0)
-        centers = anchors + centers + np.stack([aside, np.zeros_like(aside)], axis=1)
+        centers = one.anchors[spot] + centers + np.stack([aside, np.zeros_like(aside)], axis=1)
         free = ~((centers - half < 0).any(1) | (centers + half > (width, height)).any(1))
         for box in boxes:
-            free &= ~(np.abs(centers - box[0]) < half + box[1]).all(1)
+            across, down = np.abs(centers - box[0]).T
+            free &= (across >= half[0] + box[1][0]) | (down >= half[1] + box[1][1])
         if free.any():
             others = np.concatenate([np.empty((0, 2)), *(s.ink for s in series if s is not one)])
-            best = np.flatnonzero(free)[_best(centers[free], anchors[free], half, one.ink, others)]
+            best = np.flatnonzero(free)[_best(centers[free], one.anchors, spot[free], half, one.ink, others)]
             boxes.append(np.stack([centers[best], half]))
-            (x, y), (ax, ay) = centers[best].tolist(), anchors[best].tolist()
+            (x, y), (ax, ay) = centers[best].tolist(), one.anchors[spot[best]].tolist()
             labels.append(Label(one.name, x, y, (ax, ay)))
     return labels
 
 
-def _best(centers: np.ndarray, anchors: np.ndarray, half: np.ndarray, own: np.ndarray, others: np.ndarray) -> int:
-    """The place that covers least, points to the least crowded spot from nearby, and whose leader crosses fewest other curves."""
+def _best(centers: np.ndarray, spots: np.ndarray, spot: np.ndarray, half: np.ndarray, own: np.ndarray, others: np.ndarray) -> int:
+    """The place that covers least, points to the least crowded spot from nearby, and whose leader crosses fewest other curves.
+
+    `spot` is the number of the spot to which each place points.
+    """
+    anchors = spots[spot]
 
     def gaps(places: np.ndarray) -> np.ndarray:
-        return np.abs(places[:, None] - others).max(2).min(1)
+        return np.maximum(*_apart(places, others)).min(1)
 
-    ink = np.concatenate([own, others])
-    costs = 3.0 * (np.abs(centers[:, None] - ink) < half).all(2).sum(1) + 0.05 * np.hypot(*(centers - anchors).T)
+    across, down = _apart(centers, np.concatenate([own, others]))
+    costs = 3.0 * ((across < half[0]) & (down < half[1])).sum(1) + 0.05 * np.hypot(*(centers - anchors).T)
     if not len(others):
         return int(costs.argmin())
-    spots, which = np.unique(anchors, axis=0, return_inverse=True)
-    costs = costs + (12.0 / (1.0 + gaps(spots)))[which.ravel()]
+    costs = costs + (12.0 / (1.0 + gaps(spots)))[spot]
     tried = np.argsort(costs, kind="stable")[:TRIED]
-    for share in np.linspace(0.25, 0.75, 5):
-        costs[tried] += 2.0 * (gaps(anchors[tried] + share * (centers - anchors)[tried]) < 4)
+    leaders = [anchors[tried] + share * (centers - anchors)[tried] for share in np.linspace(0.25, 0.75, 5)]
+    for gap in np.split(gaps(np.concatenate(leaders)), len(leaders)):
+        costs[tried] += 2.0 * (gap < 4)
     return int(tried[costs[tried].argmin()])
+
+
+def _apart(places: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, m) distances of n places from m others, across and down."""
+    across, down = places[:, :1] - others[:, 0], places[:, 1:] - others[:, 1]
+    return np.abs(across, out=across), np.abs(down, out=down)
 
 
 def _dense(points: np.ndarray, count: int = 48) -> np.ndarray:
@@ -353,12 +364,13 @@ def attainment_figures(results: Results) -> list[Figure]:
     return _figures(results.settings, "attainment", "{Quality} against preference", partial(_attainment, results))
 
 
-def _heights(results: Results, setting: Setting) -> tuple[float, float]:
+@lru_cache(maxsize=4)
+def _heights(results: Results, exact: bool) -> tuple[float, float]:
     """The drawn range, the same for all settings of a kind: of attainments that of all methods but baselines, and not below -1."""
-    alike = [s for s in results.settings if s.quality == setting.quality]
-    contest = [(s, label) for s in alike for label in s.labels if not setting.exact or results.families[label] != "baseline"]
+    alike = [s for s in results.settings if s.exact == exact]
+    contest = [(s, label) for s in alike for label in s.labels if not exact or results.families[label] != "baseline"]
     values = np.concatenate([np.zeros(1), *[s.qualities(label, split) for s, label in contest for split in SPLITS]])
-    return (max(-1.0, float(np.nanmin(values)) - 0.1), 1.13) if setting.exact else _padded(values[np.isfinite(values)])
+    return (max(-1.0, float(np.nanmin(values)) - 0.1), 1.13) if exact else _padded(values[np.isfinite(values)])
 
 
 def _attainment(results: Results, setting: Setting, split: str) -> dict[str, Any] | None:
@@ -366,7 +378,7 @@ def _attainment(results: Results, setting: Setting, split: str) -> dict[str, Any
     count = w_WM.shape[1]
     x_W = w_WM[:, 0] if count == 2 else count / (count - 1) * (1 - (w_WM**2).sum(1))
     title = f"weight of {setting.objectives[0]}" if count == 2 else "balance of the preference (0: one objective, 1: all alike)"
-    plot = _Plot([title, setting.quality], (0.0, 1.0), _heights(results, setting), looks(results.families))
+    plot = _Plot([title, setting.quality], (0.0, 1.0), _heights(results, setting.exact), looks(results.families))
     for label in setting.labels:
         values_W = setting.qualities(label, split)
         known_W = np.isfinite(values_W)
@@ -387,9 +399,8 @@ DRAWN = 8  # profiles in one picture
 
 def _profiles(results: Results, group: Setting, split: str) -> dict[str, Any] | None:
     here: dict[str, list[dict[str, Any]]] = {}
-    for row in profile_table(results).rows:
-        if (row["setting"], row["prompts"]) == (group.label, split):
-            here.setdefault(row["method"], []).append(row)
+    for row in profile_table(results).placed.get((group.label, split), ()):
+        here.setdefault(row["method"], []).append(row)
     area = {label: float(np.mean([row["share"] for row in mine])) for label, mine in here.items()}
     contest = sorted((label for label in here if results.families[label] != "baseline"), key=lambda label: -area[label])
     rows = {label: here[label] for label in (*contest[:DRAWN], *baselines(group)) if label in here}
@@ -413,19 +424,20 @@ def _profiles(results: Results, group: Setting, split: str) -> dict[str, Any] | 
 
 def cost_figures(results: Results) -> list[Figure]:
     """The headline's worst attainment (or gain) against what was drawn for training: filled in total, hollow on the critical path."""
-    trained = [row for row in cost_table(results).rows if row["trainings"]]
+    table = cost_table(results)
+    trained = [row for row in table.rows if row["trainings"]]
     unit = "samples" if trained and all(row["samples_total"] > 0 for row in trained) else "tokens"
-    return _figures(results.settings, "cost", f"Worst {{quality}} against {unit}", partial(_cost, results, trained, unit))
+    return _figures(results.settings, "cost", f"Worst {{quality}} against {unit}", partial(_cost, results, table, unit))
 
 
-def _cost(results: Results, trained: Sequence[Mapping[str, Any]], unit: str, setting: Setting, split: str) -> dict[str, Any] | None:
-    here = [row for row in trained if (row["setting"], row["prompts"]) == (setting.label, split)]
-    rows = [row for row in here if headline(row) is not None and row[f"{unit}_total"] > 0]
+def _cost(results: Results, table: Table, unit: str, setting: Setting, split: str) -> dict[str, Any] | None:
+    trained = [row for row in table.placed.get((setting.label, split), ()) if row["trainings"]]
+    rows = [row for row in trained if headline(row) is not None and row[f"{unit}_total"] > 0]
     if not rows:
         return None
     totals, paths = np.log10([[row[f"{unit}_total"], max(row[f"{unit}_path"], 1.0)] for row in rows]).T
     worst = np.array([headline(row) for row in rows], dtype=float)
-    edge = _heights(results, setting)[0]
+    edge = _heights(results, setting.exact)[0]
     shown = np.maximum(worst, edge)
     x = (min(paths.min(), totals.min()) - 0.25, max(totals.max(), paths.max()) + 0.45)
     y = (min(float(shown.min()) - 0.08, -0.08), 1.13) if setting.exact else _padded(np.append(shown, 0.0))
@@ -448,12 +460,15 @@ def _cost(results: Results, trained: Sequence[Mapping[str, Any]], unit: str, set
 def loss_figures(results: Results) -> list[Figure]:
     """Stacked bars: learning, composition and remainder, mean over preferences and seeds."""
     table = loss_table(results)
-    ends = [sum(max(row[part] or 0.0, 0.0) for part in LOSS_PARTS) for row in table.rows]
+
+    def end(row: Mapping[str, Any]) -> float:
+        return sum(max(row[part] or 0.0, 0.0) for part in LOSS_PARTS)
+
     starts = [sum(min(row[part] or 0.0, 0.0) for part in LOSS_PARTS) for row in table.rows]
-    span = (1.05 * min([*starts, 0.0]), 1.16 * max([*ends, 0.05]))
+    span = (1.05 * min([*starts, 0.0]), 1.16 * max([*map(end, table.rows), 0.05]))
     found = []
     for setting in results.settings:
-        rows = [(row, end) for row, end in zip(table.rows, ends, strict=True) if row["setting"] == setting.label][::-1]
+        rows = [(row, end(row)) for row in table.placed.get((setting.label, setting.headline), ())][::-1]
         draw = lambda setting, split, rows=rows: _loss(rows, span) if rows and split == setting.headline else None  # noqa: E731
         found += _figures([setting], "loss", "Loss by origin", draw, height=120 + 46 * len(rows))
     return found
@@ -489,6 +504,7 @@ FIGURES = dict(zip(("fronts", "attainment", "profiles", "cost", "loss"), MAKERS,
 # The same as SVG files
 
 
+@lru_cache(maxsize=4)
 def template(name: str, **filters: Any) -> Any:
     """A template of this folder. Values are escaped where they are shown, and JSON for a script by `tojson`."""
     from jinja2 import Environment, FileSystemLoader
@@ -503,7 +519,12 @@ def to_svg(panels: Sequence[tuple[str, Mapping[str, Any]]], *, alt: str) -> str:
     """Titled scatter figures side by side as one SVG text. `alt` is its description for those who do not see it."""
     axes = [(view["layout"]["xaxis"], view["layout"]["yaxis"]) for _, view in panels]
     drawn = [(*panel, _scale(x, 0, PLOT[0]), _scale(y, PLOT[1], 0)) for panel, (x, y) in zip(panels, axes, strict=True)]
-    return template("panels.svg.j2").render(panels=drawn, alt=alt, plot=PLOT, zip=zip, **PALETTE) + "\n"
+    return template("panels.svg.j2").render(panels=drawn, alt=alt, plot=PLOT, along=_along, **PALETTE) + "\n"
+
+
+def _along(trace: Mapping[str, Any], x: Mapping[str, Any], y: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The points of a trace in pixels."""
+    return list(zip(map(x["at"], trace["x"]), map(y["at"], trace["y"]), strict=True))
 
 
 def _scale(axis: Mapping[str, Any], start: float, end: float) -> dict[str, Any]:

@@ -76,10 +76,11 @@ def _boards(results: Results, whole: Table) -> list[tuple[str, Table]]:
     seeds = {row["cells"] for row in whole.rows if row["method"] != CEILING}
     left_out = {"setting", "prompts", "seconds_total", "regret_worst"} | ({"cells"} if len(seeds) == 1 else set())
     left_out |= {key for key in ("unknown", "evaluations", "samples_total", "samples_path") if not any(row.get(key) for row in whole.rows)}
+    kept = [column for column in whole.shown if column.key not in left_out]
     found = []
     for setting in results.settings:
-        rows = [row for row in whole.rows if row["setting"] == setting.label]
-        columns = tuple(replace(c, group=c.group.format(prompts=PROMPTS[setting.headline])) for c in whole.shown if c.key not in left_out)
+        rows = whole.placed[setting.label, setting.headline]
+        columns = tuple(replace(c, group=c.group.format(prompts=PROMPTS[setting.headline])) for c in kept)
         found.append((setting.label, Table(f"leaderboard-{setting.slug}", columns, rows)))
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,15 @@ class Table:
     columns: tuple[Column, ...]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
+    @cached_property
+    def placed(self) -> dict[tuple[Any, Any], list[dict[str, Any]]]:
+        """The rows by setting and prompts, in their order."""
+        found: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row.get("setting"), row.get("prompts")), []).append(row)
+        return found
+
+    @cached_property
     def shown(self) -> list[Column]:
         return [c for c in self.columns if any(row.get(c.key) is not None for row in self.rows)]
 
@@ -183,6 +192,7 @@ OPTIMUM = {"regret_worst": 0.0, "utility_loss_max": 0.0, "controllability": 1.0}
 COSTS = ("trainings", "forwards_per_token", "evaluations", "samples_total", "samples_path", "tokens_total", "tokens_path")
 
 
+@lru_cache(maxsize=2)
 def leaderboard(results: Results) -> Table:
     """One row per setting and method, best worst attainment (or gain) of the headline first; the exact optimum on top."""
 

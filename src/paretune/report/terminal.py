@@ -58,7 +58,7 @@ def print_leaderboard(results: Results, to: Console) -> None:
     while len(columns) > 3 and width + sum(_width(SHOWN[c.key][0]) for c in columns) > to.width:
         columns.remove(max(columns, key=lambda column: SHOWN[column.key][1]))
     for setting in results.settings:
-        rows = [row for row in board.rows if row["setting"] == setting.label]
+        rows = board.placed[setting.label, setting.headline]
         note_ = f"{PROMPTS[setting.headline]}, {len(setting.task_seeds)} seed{'s' if len(setting.task_seeds) > 1 else ''}"
         _print(results, to, setting.label, note_, rows, [(column, SHOWN[column.key][0]) for column in columns])
     _print_comparison(results, to)
