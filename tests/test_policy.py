@@ -321,3 +321,12 @@ def test_a_factor_family_serves_one_preference_per_batch(home):
     made = family(home, "factor")
     assert isinstance(made.policy, FactorMix)
     assert made.sample(["abc"], [1.0, 0.0], n=4) == family(home).sample(["abc"], [1.0, 0.0], n=4)
+
+
+def test_responses_to_a_prompt_are_those_of_the_prompt_repeated(home, monkeypatch):
+    """Prompts that are read once for several responses, prompts that come twice, and more responses than fit a batch."""
+    made, prompts = family(home), ["ab", "c", "ab"]
+    grouped = made.sample(prompts, W, n=3, max_new_tokens=3)
+    assert made.sample(["ab"] * 6, W, max_new_tokens=3) == [[text] for text in (*grouped[0], *grouped[2])]
+    monkeypatch.setattr("paretune.policy.family.SAMPLE_ROWS", 2)
+    assert made.sample(prompts, W, n=3, max_new_tokens=3) == grouped

@@ -120,10 +120,12 @@ class Family:
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
         asked = self.prompts(prompts, system=system, raw=raw)
-        rows = [prompt for prompt in asked for _ in range(n)]
         gates = self.gates(Preference.of(self.objectives.names, preference).w_M[None], asked)[0]  # (K,), or (P, K)
         gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
-        drawn = generate(self.policy, rows, gates_NK=gates_NK, max_new_tokens=limit, seed=seed, temperature=temperature, batch=SAMPLE_ROWS)
+        group = n if n <= SAMPLE_ROWS else 1  # each prompt is read once for all its responses
+        read = asked if group == n else [prompt for prompt in asked for _ in range(n)]
+        settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "temperature": temperature}
+        drawn = generate(self.policy, read, gates_NK=gates_NK, group=group, batch=SAMPLE_ROWS // group, **settings)
         answers = [text for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
