@@ -1,5 +1,6 @@
 """The commands of docs/tuning-and-export.md run, one after the other, on a tiny recipe and a tiny suite."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_the_commands_run_in_their_order(here, capsys):
     run("paretune fit recipe.yaml --samples 2")
     (family,) = (here / "runs" / "families").iterdir()
     (here / "FAMILY").symlink_to(family)
-    for command in blocks("bash")[1].splitlines():
+    (here / "conversations.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}) + "\n")
+    for command in "\n".join(blocks("bash")[1:3]).splitlines():
         said = run(command)
     assert "adapter, float32, rank 6; vLLM: --max-lora-rank 8" in said
     for name in ("polite-70", "polite-70-lora"):

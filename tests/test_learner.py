@@ -370,7 +370,10 @@ def test_the_learning_rate_comes_back_where_there_is_room():
     learner = PolicyGradient(**{**SMALL, "schedule": "constant"}, step_kl=10.0)
     policy, spec, run = moved(learner), spec_of(learner), Run(key="k", lr_share=0.3)
     optimizer = learner.new_optimizer(policy.parameters())
-    shares = [learner.advance(policy, optimizer, TASK, spec, run)["lr_share"] for _ in range(7)]
+    shares = []
+    for _ in range(7):
+        learner.advance(policy, optimizer, TASK, spec, run)
+        shares.append(run.lr_share)
     np.testing.assert_allclose(shares, [min(1.0, 0.3 * 1.25**n) for n in range(1, 8)])
 
 

@@ -286,7 +286,7 @@ def test_labels_that_are_wrong(folders, folder, fields, rule, found, remedy):
         ({"normalize": {"mean": 0, "std": 1}}, "normalize gives mean, std and from", "the keys mean, std"),
         ({"normalize": {"mean": 0, "std": 0, "from": "x"}}, "two finite numbers, std above 0, and words", "'std': 0"),
         ({"normalize": {"mean": 0, "std": 1, "from": " "}}, "two finite numbers, std above 0, and words", "'from': ' '"),
-        ({"normalize": {"mean": float("nan"), "std": 1, "from": "x"}}, "two finite numbers", "nan"),
+        ({"normalize": {"mean": float("nan"), "std": 1, "from": "x"}}, "normalize is a finite number", "nan"),
         ({"input": "{prompt}"}, "input names the {completion}", "{prompt}"),
         ({"input": ["{completion}"] * 3}, "input is one template or two", "{completion}"),
         ({"input": "{completion"}, "a template is text with {column} in it", "{completion"),

@@ -264,7 +264,7 @@ def test_the_answers_of_the_corpus_differ_in_every_aim():
 def test_learning_raises_what_it_is_trained_for(tmp_path):
     """Empathy alone, from a shared seed: the paired gain over the reference is far from 0."""
     task = dataclasses.replace(TINY, aims=("empathy", "brevity"), train_count=8, max_new_tokens=12)
-    learner = {"name": "pg", "samples": 512, "batch": 32, "group": 8, "rank": 4}
+    learner = {"name": "pg", "samples": 512, "batch": 32, "group": 8, "rank": 4, "alpha": 32}
     family = fit(task, {"name": "expert", "objective": 0}, learner=learner, root=tmp_path, progress=False)
     found = evaluate(task, family, w_WM=np.array([[1.0, 0.0]]), splits=("train",), samples=64)
     assert found.metrics["splits"]["train"]["gain"]["per_preference"][0]["low"] > 0.02

@@ -341,7 +341,7 @@ def test_quantizing_needs_a_base_on_disk(tmp_path, monkeypatch):
     found = engine.importlib.util.find_spec
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name, *rest: name if name == "bitsandbytes" else found(name, *rest))
     learner = Trl(**TINY, quantize="4bit")
-    with pytest.raises(ConfigError, match="a model on disk or on the hub"):
+    with pytest.raises(ConfigError, match="a model with safetensors weights, on disk or on the hub"):
         learner.train(spec_of(learner), TASK, tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_one_objective_is_no_trade_off(task):
 def test_bad_fields():
     for given, message in (
         ({"name": "tchebycheff", "mu": 0}, "mu lies between"),
-        ({"name": "max-min", "rate": -1}, "rate is positive"),
+        ({"name": "max-min", "rate": -1}, "rate: Input should be greater than or equal to 0"),
         ({"name": "max-min", "points": 1}, "method max-min: points is 0"),
         ({"name": "product", "floor": 1.0}, "floor"),
         ({"name": "warm-sweep", "share": 0}, "share is above 0"),

@@ -53,7 +53,7 @@ class Batch:
 class EmbeddedLearner(SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts."""
 
-    step_kl: Positive | None = 0.05  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
+    step_kl: Positive | None = 2.0  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
     def rules(self) -> dict[str, bool]:
@@ -96,8 +96,7 @@ class EmbeddedLearner(SampledLearner):
                 loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
         self.after_step(policy, task, spec, run)
-        told = {"loss": loss, "gradient_norm": norm, "lr_share": run.lr_share}
-        return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), **told}
+        return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm}
 
     @contextlib.contextmanager
     def bounded(self, policy: ParameterMix, batch: Batch, run: Run) -> Iterator[None]:
