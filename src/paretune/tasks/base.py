@@ -6,19 +6,20 @@ loaded lazily and cached on the instance, so that describing a task costs nothin
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from paretune.types import Objectives, Prompt
+from paretune.types import Objectives, Prompt, canonical_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paretune.tasks.preferences import judged_preferences
 
-__all__ = ["Task"]
+__all__ = ["Task", "keep_reference", "reference"]
 
 
 class Task(ABC):
@@ -67,3 +68,55 @@ class Task(ABC):
     def judged(self) -> np.ndarray:
         """(W, M) preferences that results are judged at; never trained on (see `sample_preferences`)."""
         return judged_preferences(self.objectives.count)
+
+
+# The reference model of a worker, which trains on the same one again and again
+
+_kept: dict[str, tuple[Any, Any, list[int]]] | None = None  # at most one: what it is -> model, tokenizer, sums of its weights
+
+
+def keep_reference() -> None:
+    """From now on this process keeps the model that `reference` loaded last."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def reference(task: Task, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """The task's reference model as `Task.load` gives it, on `device` and in `dtype` where they are given, and its tokenizer.
+
+    Where the process keeps models (`keep_reference`), a copy of the kept one: modules of its own, so that no adapter of an earlier
+    training is left in them, around the same weights, which are frozen. A model into whose weights somebody wrote is loaded again.
+    """
+    if _kept is None:
+        return _loaded(task, device, dtype)
+    content = task.content() if hasattr(task, "content") else {}
+    name = canonical_json([task.base(), content.get("model"), device or "cpu", dtype])
+    if name not in _kept or _kept[name][2] != _sums(_kept[name][0]):
+        _kept.clear()  # before the next one needs its room
+        model, tokenizer = _loaded(task, device or "cpu", dtype)
+        _kept[name] = model, tokenizer, _sums(model)
+    model, tokenizer, _ = _kept[name]
+    return _copied(model), copy.deepcopy(tokenizer)
+
+
+def _loaded(task: Task, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    import torch
+
+    loaded, tokenizer = task.load()
+    model: Any = loaded
+    return model.to(device, None if dtype is None else getattr(torch, dtype)), tokenizer
+
+
+def _copied(model: Any) -> Any:
+    import torch
+
+    weights = {id(p): torch.nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, weights)
+
+
+def _sums(model: Any) -> list[int]:
+    """One number per weight, of its bits."""
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack([p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]).tolist()

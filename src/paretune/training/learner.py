@@ -26,7 +26,7 @@ from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, reference
 from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost, write_cost
@@ -95,10 +95,8 @@ class Learner(ABC):
 
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
-        loaded, tokenizer = task.load()
-        model: Any = loaded
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
+        model, tokenizer = reference(task, device=device, dtype=self.dtype)
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
@@ -272,9 +270,9 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     """
     if is_finished(work):  # by a process that was killed before it could publish
         return read_cost(work)
-    began = time.monotonic()
     learner.accept(spec)
     policy = learner.start(spec, task, parents or {})
+    began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
     run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
