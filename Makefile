@@ -1,6 +1,7 @@
 # make demo   set up .venv, run the quick suite, print its leaderboard and the report's path
 # make test   the same set-up with the test tools, then lint, types and tests
 # make test-all   the same, the tests under every instruction set and number of threads of CPUS
+# make bad-inputs  thousands of wrong inputs, and a table of how each went; `make test` runs a share of them
 # make lock   write the lock files anew, with pip-tools and from pip's own index
 # make docs   write the generated parts of README.md and docs/ anew
 #
@@ -22,7 +23,7 @@ $(if $(filter $(CPUS),$(PARETUNE_TEST_CPU)),,$(error PARETUNE_TEST_CPU is one of
 on = env $(if $(filter native/%,$1),-u ATEN_CPU_CAPABILITY,ATEN_CPU_CAPABILITY=$(firstword $(subst /, ,$1))) OMP_NUM_THREADS=$(notdir $1)
 pytest = $(call on,$1) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all cpus lint types lock docs clean
+.PHONY: bad-inputs demo test test-all cpus lint types lock docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -34,6 +35,9 @@ test: lint types
 test-all: lint types
 	@failed=; $(foreach cpu,$(CPUS),echo "== $(cpu)"; $(call pytest,$(cpu)) || failed="$$failed $(cpu)";) \
 	if [ -n "$$failed" ]; then echo "failed under:$$failed" >&2; exit 1; fi
+
+bad-inputs: $(VENV)/.ready-test
+	$(BIN)/python tests/bad_inputs.py
 
 cpus:
 	@echo $(CPUS)

@@ -27,8 +27,9 @@ def moved(learner, task=TASK, preference=W, size=0.5):
     return policy
 
 
-def flat(policy):
-    return torch.cat([p.grad.flatten() for p in policy.bank.parameters()]).double().numpy()
+def flat(policy, *, values=False):
+    """The trained parameters' gradients, or the parameters themselves."""
+    return torch.cat([(p.detach() if values else p.grad).flatten() for p in policy.bank.parameters()]).double().numpy()
 
 
 def weights(folder):

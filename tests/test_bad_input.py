@@ -1,11 +1,13 @@
 """Bad input while things run, in preferences, and through the command line: one message, the right exit code, and nothing lost."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+import bad_inputs
 from paretune.cli import app
 from paretune.errors import ConfigError, RewardError, nearest
 from paretune.objectives.functions import load_function
@@ -180,3 +182,158 @@ def shout(completions, **kwargs):
     assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2
     calls = sys.modules[load_function(f"{tmp_path / 'rewards.py'}:shout").function.__module__].CALLS
     assert len(calls) == 2 * 6 + 1  # six steps each, and the one that failed
+
+
+# ---- suites of recipe tasks, code that prints or exits, and what is said of failures
+
+
+def recipe_suite(tiny, folder, **task):
+    """A suite of one recipe task, whose objectives stand in rewards.py."""
+    write_recipe(folder, tiny)
+    objectives = [{"name": "loud", "use": f"{folder}/rewards.py:shout", "low": 0, "high": 1}, {"use": "length"}]
+    given = {"name": "recipe", "model": str(tiny), "prompt_source": {"path": str(folder / "prompts.jsonl")}, "max_new_tokens": 4}
+    entry = {**given, "objective_specs": objectives, **task}
+    learner = {"name": "pg", "samples": 16, "batch": 8, "group": 4, "rank": 2}
+    suite = {"name": "s", "tasks": [entry], "learner": learner, "methods": ["uniform"], "seeds": [0], "samples": 2}
+    (folder / "s.yaml").write_text(json.dumps(suite))
+    return ["bench", folder / "s.yaml", "--root", folder / "root", "--executor", "in-process"]
+
+
+def test_suites_check_recipe_tasks_before_training(tiny, tmp_path):
+    answers = [{"name": "a", "use": f"{tmp_path}/rewards.py:needs", "low": 0, "high": 1}, {"use": "length"}]
+    argv = recipe_suite(tiny, tmp_path, objective_specs=answers)
+    (tmp_path / "rewards.py").write_text("def needs(completions, solution): return [0.0 for _ in completions]\n")
+    code, message = command(*argv)
+    assert code == 2
+    assert "it needs 'solution'; the columns are answer (s.yaml, line 1)" in message
+    code, message = command(*recipe_suite(tiny, tmp_path / "long", max_new_tokens=10_000))
+    assert code == 2
+    assert "prompt and answer fit into the model's context" in message
+    assert not list(tmp_path.rglob("root"))
+
+
+@pytest.mark.parametrize("statement", ["raise KeyError('x')", "import sys; sys.exit(0)"])
+def test_bench_says_all_of_a_failure_and_the_line_of_the_users_own_file(tiny, tmp_path, statement):
+    argv = recipe_suite(tiny, tmp_path)
+    (tmp_path / "rewards.py").write_text(f"# a line\ndef shout(completions, **kwargs):\n    {statement}\n")
+    result = CliRunner().invoke(app, [str(a) for a in argv])
+    assert result.exit_code == 1
+    said = "KeyError: 'x'" if "Key" in statement else "SystemExit: 0"
+    failure = "objective 'loud' scores every completion without an exception"
+    assert f"  {failure}\n    found:  {said} (rewards.py, line 3)\n    remedy: return None" in result.stderr
+
+
+def test_what_a_reward_prints_does_not_spoil_json(tiny, tmp_path):
+    recipe = write_recipe(tmp_path, tiny)
+    (tmp_path / "rewards.py").write_text("""
+import subprocess, sys
+print("IMPORTED")
+
+def shout(completions, **kwargs):
+    print("SCORED")
+    subprocess.run([sys.executable, "-c", "print('STARTED')"])
+    return [0.0] * len(completions)
+""")
+    argv = [sys.executable, "-m", "paretune", "fit", str(recipe), "method=reference", "preferences=[[1,0]]", "--samples", "2", "--json"]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout)["objectives"] == ["loud", "brief"]
+    assert all(word in ended.stderr for word in ("IMPORTED", "SCORED", "STARTED"))
+
+
+PLANNER = """
+import sys
+from dataclasses import dataclass
+from paretune.methods.base import Card, Method
+from paretune.registry import METHODS
+
+@METHODS.register("leaves")
+@dataclass(frozen=True)
+class Leaves(Method):
+    card = Card("baseline", "s", "s", "d", "h", "0", "1", False)
+    def plan(self, task, learner, done, seed):
+        sys.exit(0)
+    def policy(self, task, learner, done, seed):
+        sys.exit(0)
+"""
+
+
+def test_code_that_exits_is_an_error_with_its_place(tmp_path):
+    (tmp_path / "plan.py").write_text(PLANNER)
+    (tmp_path / "now.py").write_text("import sys\n\nsys.exit(0)\n")
+    suite = {"name": "s", "tasks": [{"name": "exact-v1", "alphabet": 4, "width": 32}], "methods": ["leaves"], "seeds": [0]}
+    (tmp_path / "s.yaml").write_text(json.dumps(suite))
+    program = "import sys; from paretune.cli import main; main()"
+    for plugin, code, said in (("now.py", 2, "SystemExit: 0 (now.py, line 3)"), ("plan.py", 1, "SystemExit: 0 (plan.py, line 12)")):
+        argv = ["bench", "s.yaml", "--plugin", plugin, "--root", "root", "--executor", "in-process"]
+        ended = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert ended.returncode == code, ended.stderr
+        assert said in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "blamed"),
+    [
+        ("learner.lr=abc", "'abc' (override learner.lr=abc)"),
+        ("learner.group=0", "with learner.group=0 on the command line"),
+        ("learner.batch=7", "with learner.batch=7 on the command line"),
+        ("method.mixing=x", "'x' (override method.mixing=x)"),
+        ("prompts.seed=true", "True (override prompts.seed=true)"),
+    ],
+)
+def test_the_command_line_is_blamed_for_its_overrides(tiny, tmp_path, override, blamed):
+    recipe = write_recipe(tmp_path, tiny, method={"name": "experts"}, learner={"name": "pg"}, prompts={"path": "prompts.jsonl"})
+    code, message = command("fit", recipe, override)
+    assert code == 2
+    assert blamed in message
+
+
+def test_refusals_that_need_no_model_load_no_torch(tmp_path):
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "family.json").write_text('{"format": 2}')
+    (tmp_path / "broken.yaml").write_text("a: [")
+    probe = "import sys; from typer.testing import CliRunner; from paretune.cli import app\n"
+    probe += "for argv in ARGV: assert CliRunner().invoke(app, argv).exit_code == 2, argv; assert 'torch' not in sys.modules, argv"
+    family = [
+        [name, folder, *more]
+        for folder in ("gone", "family")
+        for name, *more in (
+            ("sample", "hi", "--preference", "a=1"),
+            ("explain", "hi", "--preference", "a=1"),
+            ("export", "--preference", "a=1", "--out", "x"),
+        )
+    ]
+    files = [[name, file] for file in ("gone.yaml", "broken.yaml") for name in ("fit", "bench", "tune", "relate", "normalize")]
+    argvs = [*family, *files, ["check", "gone"], ["report", "gone"]]
+    subprocess.run([sys.executable, "-c", probe.replace("ARGV", repr(argvs))], check=True, cwd=tmp_path)
+
+
+# ---- the generated ones: tests/bad_inputs.py runs them all
+
+
+@pytest.fixture(scope="session")
+def ground(tmp_path_factory):
+    return bad_inputs.ground(tmp_path_factory.mktemp("ground"))
+
+
+def test_a_share_of_the_generated_inputs(ground):
+    chosen = bad_inputs.share(100)
+    went = [(case.kind, case.name, bad_inputs.verdict(case, ground)) for case in chosen]
+    assert [(kind, name, how) for kind, name, (how, _) in went if how != bad_inputs.GOOD] == []
+    assert len(bad_inputs.cases()) >= 700
+    assert len({case.kind for case in chosen}) == len({case.kind for case in bad_inputs.cases()})
+
+
+def test_the_judge_of_generated_inputs_sees_what_goes_wrong(ground):
+    """A judge that says ok to everything would pass everything."""
+
+    def end(act):
+        return bad_inputs.verdict(bad_inputs.Case("x", "x", lambda *_: act()), ground)[0]
+
+    def refuse(**parts):
+        raise ConfigError("a rule", **parts)
+
+    assert end(lambda: refuse(found="this", remedy="that")) == "ok"
+    assert end(lambda: refuse(found="this", remedy="")) == "unclear"
+    assert end(lambda: 1 / 0) == "traceback"
+    assert end(lambda: 3) == "accepted"
+    assert end(lambda: bad_inputs._alarm()) == "hang"

@@ -35,11 +35,14 @@ COMMANDS = {
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
     "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
-    "sample": {"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--trust", "--json"},
-    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--trust", "--json"},
+    "sample": {
+        *{"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--file"},
+        *{"--system", "--raw", "--trust", "--model", "--json"},
+    },
+    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--trust", "--model", "--json"},
     "explain": {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
-        *{"--html", "--recipe", "--split", "--samples", "--trust", "--plugin", "--json"},
+        *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--model", "--plugin", "--json"},
     },
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},

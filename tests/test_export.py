@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
+from paretune.policy.rollout import token_ids
 from paretune.policy.rules import Backbones, Constant, Identity, PromptedRule, Table
 from paretune.runs.suite import fit, run_suite
 from paretune.serve.export import _Merging, export, single_weights
@@ -324,6 +327,70 @@ def test_the_card_says_what_it_is_and_its_commands_work(homes, tmp_path, monkeyp
     capsys.readouterr()
     exec(python_of(card).replace("your prompt", TEXT), {})
     assert len(capsys.readouterr().out.strip()) > 0
+
+
+SKEWED = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.5,
+    "top_k": 3,
+    "repetition_penalty": 1.5,
+    "bad_words_ids": [[2]],
+    "min_new_tokens": 4,
+}
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_the_card_samples_the_policy_itself(homes, tmp_path, monkeypatch, kind, chat):
+    """Whatever the base model's generation settings are: they made a total variation of .53 to the policy. Every draw of the card's own
+    code is from the family's distribution at what was drawn before."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    base = shutil.copytree(homes["llama"].base, tmp_path / "base")
+    GenerationConfig(**SKEWED, eos_token_id=[16, 3], pad_token_id=16).save_pretrained(base)
+    home = SimpleNamespace(base=base, adapters=homes["llama"].adapters)
+    family = dataclasses.replace(family_of(home), chat=chat, system='b "c"' if chat else None)
+    export(family, tmp_path / "mine", THREE[0], kind=kind)
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "--generation-config vllm" in card
+    assert ("trained on conversations" in card) is chat
+    drawn, draw, found = [], torch.multinomial, {}
+    monkeypatch.setattr(torch, "multinomial", lambda p_NV, *args, **kwargs: drawn.append(p_NV) or draw(p_NV, *args, **kwargs))
+    exec(python_of(card).replace("your prompt", TEXT), found)
+    messages = [{"role": "system", "content": 'b "c"'}, {"role": "user", "content": TEXT}]
+    (prompt,) = family.prompts([messages if chat else TEXT])
+    assert found["input_ids"][0].tolist() == token_ids(family.policy.tokenizer, prompt)
+    assert found["answer"].shape[1] == found["input_ids"].shape[1] + len(drawn)
+    with torch.no_grad():
+        logits_TV = family.policy.forward(found["answer"], gates_NK=torch.tensor([THREE[0]]))[0, -1 - len(drawn) : -1]
+        variation = 0.5 * (torch.cat(drawn) - logits_TV.softmax(-1)).abs().sum(-1)
+        assert float(variation.max()) < 1e-4
+        skewed = AutoModelForCausalLM.from_pretrained(base)  # the test sees the settings where they act
+        drawn.clear()
+        skewed.generate(input_ids=found["input_ids"], max_new_tokens=1)
+        plain_V = skewed(input_ids=found["input_ids"]).logits[0, -1].softmax(-1)
+    assert float(0.5 * (drawn[0][0] - plain_V).abs().sum()) > 0.3
+
+
+def test_a_merged_export_has_neutral_settings_because_engines_apply_the_file_unasked(homes, tmp_path):
+    from transformers import GenerationConfig
+
+    family = family_of(homes["tied"])
+    family.policy.model.generation_config = GenerationConfig(**SKEWED, eos_token_id=[16, 3], pad_token_id=16)
+    export(family, tmp_path / "x", (0.5, 0.5))
+    written = json.loads((tmp_path / "x" / "generation_config.json").read_text())
+    del written["transformers_version"]
+    neutral = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    assert {key: value for key, value in written.items() if key not in ("_from_model_config", "bos_token_id")} == {
+        **neutral,
+        "eos_token_id": [16, 3],
+        "pad_token_id": 16,
+    }
+    assert family.policy.model.generation_config.top_p == 0.5, "the family's model stays as it is"
+    facts = json.loads((tmp_path / "x" / "paretune.json").read_text())
+    assert (facts["sampling"], facts["chat"], facts["system"]) == (neutral, False, None)
 
 
 def test_a_base_model_of_the_hub_is_named(homes, tmp_path):

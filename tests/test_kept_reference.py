@@ -112,12 +112,23 @@ def test_a_model_into_whose_weights_somebody_wrote_is_loaded_again(kept, loads, 
 
 
 def test_one_model_is_kept_by_what_it_is_and_how_it_is_held(kept, loads):
-    held = {"device": "cpu", "dtype": "bfloat16"}
+    held = {"dtype": "bfloat16", "place": lambda model: model.to(torch.bfloat16)}
     assert reference(TASK, **held)[0].dtype == torch.bfloat16
     for task, how in ((TASK, held), (TASK, {}), (replace(TASK, seed=4), {}), (TASK, {})):
         reference(task, **how)
         assert len(kept()) == 1
     assert len(loads) == 4
+
+
+def test_a_model_whose_weights_are_no_plain_tensors_is_not_kept(kept, loads):
+    def quantized(model):
+        model.is_quantized = True
+        return model
+
+    for _ in range(2):
+        assert reference(TASK, place=quantized)[0].is_quantized
+        assert kept() == []
+    assert len(loads) == 2
 
 
 def test_a_process_that_is_no_worker_keeps_nothing(monkeypatch, loads):

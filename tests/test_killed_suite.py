@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from kill import torment
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.runs.suite import run_suite
 from paretune.seeds import generator
@@ -82,6 +83,13 @@ def numbers(root):
         elif path.name in ("cell.json", "ledger.json", "spec.json"):
             found[name] = without_clock(json.loads(path.read_text()))
     return found
+
+
+@pytest.mark.parametrize("command", ["fit", "tune", "report"])
+def test_other_commands_killed_end_as_undisturbed_ones(command, tmp_path):
+    """`python tests/kill.py --kills 100` does it often, to bench too."""
+    told = torment(command, 1, tmp_path, seed=1)
+    assert (told.differences, told.kills) == (0, 1)
 
 
 def test_a_suite_killed_three_times_ends_with_the_same_numbers(tmp_path):

@@ -20,7 +20,7 @@ from paretune.tasks.exact.task import ExactTask
 from paretune.training.checkpoint import progress_text
 from paretune.training.cost import read_cost
 from paretune.training.exact import enumerated_returns
-from paretune.training.learner import converged
+from paretune.training.learner import Run, converged
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Objectives, Prompt
@@ -341,11 +341,52 @@ def test_too_many_unscored_responses_stop_the_run(tmp_path):
     assert (tmp_path / "checkpoint").is_dir()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    learner = PolicyGradient(**{**SMALL, "lr": 1e30, "clip_norm": None, "schedule": "constant"})
+def steps_of(learner, count):
+    """What each of some steps did to all responses of its batch, (log pi_new - log pi_old)^2 / 2 in the mean, and the run's record."""
+    policy, spec, run = moved(learner), spec_of(learner), Run(key="k")
+    optimizer, kls = learner.new_optimizer(policy.parameters()), []
+    for _ in range(count):
+        batch = learner.collect(policy, TASK, spec, run.step, run.weighting)
+        made = batch.responses
+        learner.advance(policy, optimizer, TASK, spec, run)
+        with torch.no_grad():
+            new_NT = learner.logp(policy, made, slice(0, len(made.tokens_NT)), gates_NK=made.gates_NK)
+        kls.append(float((((new_NT.double() - made.logp_NT) * made.mask_NT).sum(1) ** 2).mean()) / 2)
+    return np.array(kls), run, flat(policy, values=True)
+
+
+def test_an_update_that_goes_too_far_is_shortened():
+    """At 200 times the learning rate; the bound is kept on all responses, of which 16 are looked at."""
+    far = {**SMALL, "lr": 200 * PolicyGradient.lr, "schedule": "constant"}
+    free, _, _ = steps_of(PolicyGradient(**far, step_kl=None), 4)
+    kept, run, _ = steps_of(PolicyGradient(**far, step_kl=0.01), 4)
+    assert free.min() > 5 * 0.01, "a training that overshoots"
+    assert kept.max() < 3 * 0.01
+    assert kept.min() > 0.01 / 10, "shortened to the bound, not stopped"
+    assert 0 < run.lr_share < 0.5
+
+
+def test_the_learning_rate_comes_back_where_there_is_room():
+    learner = PolicyGradient(**{**SMALL, "schedule": "constant"}, step_kl=10.0)
+    policy, spec, run = moved(learner), spec_of(learner), Run(key="k", lr_share=0.3)
+    optimizer = learner.new_optimizer(policy.parameters())
+    shares = [learner.advance(policy, optimizer, TASK, spec, run)["lr_share"] for _ in range(7)]
+    np.testing.assert_allclose(shares, [min(1.0, 0.3 * 1.25**n) for n in range(1, 8)])
+
+
+def test_a_bound_that_is_not_reached_changes_nothing():
+    """Bit for bit; and far from the bound few updates are looked at."""
+    (_, _, free), (_, run, kept) = steps_of(PolicyGradient(**SMALL, step_kl=None), 3), steps_of(PolicyGradient(**SMALL, step_kl=1e6), 3)
+    assert np.array_equal(free, kept)
+    assert run.lr_share == 1.0
+
+
+@pytest.mark.parametrize(("bound", "step"), [(None, 1), (0.05, 0)], ids=["found by the next loss", "found by the bound"])
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, bound, step):
+    learner = PolicyGradient(**{**SMALL, "lr": 1e30, "clip_norm": None, "schedule": "constant", "step_kl": bound})
     with pytest.raises(TrainingError) as error:
         learner.train(spec_of(learner), TASK, tmp_path)
-    assert "at step 1" in error.value.found
+    assert f"at step {step}" in error.value.found
     assert "lower lr (now 1e+30)" in error.value.remedy
 
 

@@ -285,7 +285,7 @@ def test_an_exception_inside_names_the_objective_and_keeps_its_cause(kind):
 
     with pytest.raises(RewardError, match="objective 'mine' scores every completion") as error:
         scores(broken)
-    assert error.value.found == f"{kind.__name__}: no such key"
+    assert error.value.found == f"{kind.__name__}: no such key (test_objectives.py, line {broken.__code__.co_firstlineno + 1})"
     assert isinstance(error.value.__cause__, kind)
 
 
@@ -395,7 +395,7 @@ def test_lexical_distinct_is_the_share_of_different_runs():
     [
         ({"name": "length", "half": 0}, "half is positive"),
         ({"name": "length", "low": 1.0}, "low is below high"),
-        ({"name": "length", "high": float("inf")}, "the range is finite"),
+        ({"name": "length", "high": float("inf")}, "high is a finite number"),
         ({"name": "format"}, "either a pattern or json"),
         ({"name": "format", "pattern": "a", "keys": ["b"]}, "either a pattern or json"),
         ({"name": "format", "pattern": "("}, "a Python regular expression"),

@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from paretune.cli import app
 from paretune.errors import ConfigError
+from paretune.evaluation.explain import explain
 from paretune.policy.base import MIXINGS
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import FactorMix, ParameterMix, ReferencePolicy
+from paretune.policy.rollout import token_ids
 from paretune.policy.rules import Constant, Identity, Nearest, Table
 from paretune.types import Cost, Objectives, Preference, Prompt
 from tiny_models import llama, write_adapters
@@ -91,6 +96,7 @@ def test_what_a_family_says_of_itself_is_saved_under_its_own_name(home, tmp_path
     file = tmp_path / "family" / "family.json"
     card = json.loads(file.read_text())
     card["meta"] |= {name: card.pop(name) for name in said}  # where they were before
+    del card["files"], card["sha256"]  # which there were not
     file.write_text(json.dumps(card))
     again = Family.load(tmp_path / "family")
     assert {name: getattr(again, name) for name in said} == said
@@ -142,6 +148,126 @@ def test_samples_depend_on_seed_prompt_and_occurrence_only(home):
     assert made.sample(prompts, [0.0, 1.0], n=3, seed=1) != texts
     swapped = Preference(("kind", "short"), (0.3, 0.7))
     assert made.sample(prompts, swapped, n=3, seed=1) == texts
+
+
+CHAT = (  # a letter for every role, as far as it has one; the answer's is o
+    "{% for m in messages %}{{ {'system': 'm', 'user': 'n', 'assistant': 'o'}[m['role']] }}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}o{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+W = [0.7, 0.3]
+
+
+@pytest.fixture(scope="module")
+def chatty(home, tmp_path_factory):
+    """A family that was trained on conversations under a system message, saved and loaded."""
+    folder = tmp_path_factory.mktemp("chatty")
+    shutil.copytree(home.base["model"], folder / "base")
+    made = dataclasses.replace(family(home), chat=True, system="p", base={"model": str(folder / "base"), "revision": None})
+    made.policy.tokenizer.chat_template = CHAT
+    made.policy.tokenizer.save_pretrained(folder / "base")
+    made.save(folder / "family")
+    return Family.load(folder / "family"), folder / "family"
+
+
+def asked(made, given, **settings):
+    """The letters that the model reads."""
+    return [made.policy.tokenizer.decode(token_ids(made.policy.tokenizer, p)) for p in made.prompts(given, **settings)]
+
+
+def test_a_family_remembers_how_it_was_asked(chatty, home):
+    made, _ = chatty
+    assert (made.chat, made.system) == (True, "p")
+    assert asked(made, ["ab", "c"]) == ["mpnabo", "mpnco"]
+    assert asked(made, "ab") == ["mpnabo"], "a text is one prompt, not its letters"
+    assert asked(made, ["ab"], raw=True) == ["ab"]
+    assert asked(made, ["ab"], system="e") == ["menabo"]
+    assert asked(made, ["ab"], system="") == ["nabo"]
+    own = [{"role": "system", "content": "g"}, {"role": "user", "content": "a"}]
+    assert asked(made, [MESSAGES, own, json.dumps(own), Prompt(text="ab")]) == ["mpnabocndo", "mgnao", "mgnao", "ab"]
+    assert asked(made, own) == asked(made, [own]) == ["mgnao"], "one conversation, or a list of them"
+    greedy = {"temperature": 0, "max_new_tokens": 5}
+    assert made.sample(["ab"], W, **greedy) == made.sample(["mpnabo"], W, raw=True, **greedy) != made.sample(["ab"], W, raw=True, **greedy)
+    assert made.sample([MESSAGES], W, n=2) == made.sample(MESSAGES, W, n=2)
+    (told,) = explain(made, "ab", W, response="c")
+    (same,) = explain(made, "mpnabo", W, response="c", raw=True)
+    assert told.logp_T == pytest.approx(same.logp_T)
+    assert explain(made, MESSAGES, W, response="c")[0].prompt.count("role") == 4
+    plain = family(home)
+    assert asked(plain, ["ab"]) == ["ab"]
+    with refused("messages need a tokenizer with a chat template", "set tokenizer.chat_template"):
+        plain.sample([MESSAGES], W)
+    plain.policy.tokenizer.chat_template = CHAT
+    assert asked(plain, [MESSAGES], system="e") == ["menabocndo"], "trained on texts, but its model has a template"
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "parts"),
+    [
+        ([[]], {}, ("messages of which the last is not the assistant's", "[] in prompt 1")),
+        (["ab", MESSAGES[:2]], {}, ("messages of which the last is not the assistant's", "in prompt 2")),
+        ([[{"role": "user"}]], {}, ("a prompt is a text, or messages",)),
+        ({"role": "user", "content": "a"}, {}, ("a prompt is a text, or messages", "in prompt 1")),
+        ([3], {}, ("a prompt is a text, or messages", "3 in prompt 1")),
+        ([" "], {}, ("a prompt has some text", "prompt 1")),
+        (["a\ud800"], {}, ("UTF-8", "prompt 1")),
+        ([[{"role": "robot", "content": "a"}]], {}, ("fits the model's chat template", "does not name the role 'robot'")),
+        ([[{"role": "system", "content": "b"}, *MESSAGES[:1]]], {"system": "c"}, ("a conversation has one system message", "prompt 1")),
+        (["ab"], {"system": "c", "raw": True}, ("a raw prompt is used as it is",)),
+        ([MESSAGES], {"raw": True}, ("a raw prompt is a text", "a list in prompt 1")),
+        (["a" * 3000], {}, ("prompt and response fit the positions that the model knows", "for a model of 2048")),
+    ],
+)
+def test_what_no_model_can_be_asked_is_one_error(chatty, given, settings, parts):
+    with refused(*parts):
+        chatty[0].sample(given, W, **settings)
+
+
+def test_templates_that_drop_or_refuse_the_system_message_say_so(chatty, monkeypatch):
+    made, _ = chatty
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    dropping = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    for template, why in ((refusing + CHAT, "System role not supported"), (dropping, "the template drops what system said: 'p'")):
+        monkeypatch.setattr(made.policy.tokenizer, "chat_template", template)
+        with refused("fits the model's chat template", why, "take no system message"):
+            made.sample(["ab"], W)
+        assert made.sample(["ab"], W, system="")
+
+
+def test_a_family_without_chat_takes_no_system_message_for_a_text(home):
+    with refused("a system message goes before a conversation", "plain texts", "give the prompt as messages"):
+        family(home).sample(["ab"], W, system="c")
+
+
+def test_families_of_before_are_asked_as_before(chatty, tmp_path):
+    shutil.copytree(chatty[1], tmp_path / "old")
+    card = json.loads((tmp_path / "old" / "family.json").read_text())
+    del card["chat"], card["system"], card["sha256"], card["files"]
+    (tmp_path / "old" / "family.json").write_text(json.dumps(card))
+    assert asked(Family.load(tmp_path / "old"), ["ab"]) == ["ab"]
+
+
+def test_conversations_on_the_command_line(chatty, tmp_path):
+    made, folder = chatty
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"messages": MESSAGES}) + "\n" + json.dumps({"prompt": "ab"}) + "\n")
+
+    def run(*args, code=0):
+        given = [str(folder), "--preference", "short=.7,kind=.3", "--temperature", "0", "--max-new-tokens", "5", "--json", *args]
+        result = CliRunner().invoke(app, ["sample", *given])
+        assert result.exit_code == code, result.stderr
+        return [row["responses"] for row in json.loads(result.stdout)] if code == 0 else result.stderr
+
+    greedy = {"temperature": 0, "max_new_tokens": 5}
+    assert run("ab", json.dumps(MESSAGES)) == made.sample(["ab", MESSAGES], W, **greedy)
+    assert run("ab", "--file", str(file), "--system", "e") == made.sample(["ab", MESSAGES, "ab"], W, system="e", **greedy)
+    assert run("ab", "--raw") == made.sample(["ab"], W, raw=True, **greedy)
+    file.write_text(json.dumps({"text": "ab"}) + "\n")
+    assert "'text' in p.jsonl, line 1" in run("--file", str(file), code=2)
+    assert "there is a prompt to answer" in run(code=2)
+    told = CliRunner().invoke(app, ["explain", str(folder), "ab", "--preference", "short=1", "--samples", "0", "--system", "e", "--json"])
+    (found,) = json.loads(told.stdout)["explanations"]
+    assert found["prompt"] == str([{"role": "system", "content": "e"}, {"role": "user", "content": "ab"}])
 
 
 def test_many_rows_are_sampled_in_batches(home, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from paretune.errors import ConfigError
-from paretune.registry import TASKS, describe
+from paretune.policy.family import Family
+from paretune.registry import METHODS, TASKS, describe
 from paretune.runs.recipe import load_recipe
 from paretune.tasks.pretrained import content_of, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource
@@ -27,6 +28,9 @@ def tiny():
 def own(tiny, tmp_path):
     """A copy of it that a test may modify."""
     return shutil.copytree(tiny, tmp_path / "own_model")
+
+
+LENGTHS = [{"name": "brief", "use": "length", "half": 10}, {"name": "short", "use": "length", "half": 20}]
 
 
 def key_of_task(task):
@@ -276,3 +280,26 @@ def test_conversations_reach_functions_as_messages(tiny, tmp_path):
     task = load_recipe(recipe).task
     assert task.score(task.prompts("test"), ["x", "y"])[:, 0].tolist() == [1.0, 0.0]
     assert load_tokenizer(str(tiny)).chat_template
+
+
+def test_a_family_learns_from_its_recipe_how_it_is_asked(own, tmp_path):
+    """chat: true, a column of messages and system: are remembered; a system message that only some conversations have is not."""
+    tokenizer = load_tokenizer(str(own))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Agent:"
+    tokenizer.save_pretrained(own)
+    users = [{"prompt": [{"role": "user", "content": f"hi {n}"}]} for n in range(4)]
+    systems = [{"prompt": [{"role": "system", "content": "Be kind."}, *row["prompt"]]} for row in users]
+    for name, rows, settings, form in (
+        ("text", [{"prompt": f"hi {n}"} for n in range(4)], {}, {}),
+        ("chat", [{"prompt": f"hi {n}"} for n in range(4)], {"chat": True}, {"chat": True, "system": None}),
+        ("system", users, {"chat": True, "system": "Be kind."}, {"chat": True, "system": "Be kind."}),
+        ("messages", systems, {}, {"chat": True, "system": "Be kind."}),
+        ("some", [*systems, *users], {}, {"chat": True, "system": None}),
+    ):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+        recipe = load_recipe(write_recipe(tmp_path, own, prompts={"path": f"{name}.jsonl", "test": 0.25, **settings}, objectives=LENGTHS))
+        assert recipe.task.prompt_form() == form
+    family = METHODS.build("reference").policy(recipe.task, recipe.learner, {}, 0)
+    assert (family.chat, family.system) == (True, None)
+    family.save(tmp_path / "family")
+    assert Family.load(tmp_path / "family").prompts(["hi"])[0].messages == ({"role": "user", "content": "hi"},)

@@ -196,6 +196,25 @@ def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
     assert not (torn / "checkpoint").exists()
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_line_of_the_log_averages_the_steps_before_the_checkpoint_too_and_damage_is_seen(tmp_path):
+    """A checkpoint at 4, lines at 3 and 6: step 4 is in the line of 6, after a kill too; a damaged checkpoint is not resumed from."""
+    learner, timed = Trl(**{**TINY, "log_every": 3}), ("seconds", "tokens_per_s")
+    learner.train(spec_of(learner), TASK, tmp_path / "whole")
+    for name in ("torn", "damaged"):
+        assert alone(_killed, learner, tmp_path / name, 6) == -signal.SIGKILL
+    damaged = tmp_path / "damaged" / "checkpoint" / "checkpoint-4" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    learner.train(spec_of(learner), TASK, tmp_path / "torn")
+    with pytest.warns(UserWarning, match="damaged checkpoint is not resumed from"):
+        learner.train(spec_of(learner), TASK, tmp_path / "damaged")
+    every = [
+        [{k: v for k, v in line.items() if k not in timed} for line in lines(tmp_path / name)] for name in ("whole", "torn", "damaged")
+    ]
+    assert every[0] == every[1] == every[2]
+    assert [line["step"] for line in every[0]] == [3, 6]
+
+
 def test_a_training_killed_before_its_adapter_was_written_only_writes_it(tmp_path, monkeypatch):
     learner = Trl(**TINY)
     with monkeypatch.context() as patch:

@@ -36,6 +36,11 @@ W = "loud=.5,brief=.5"
 WITHOUT = "a family runs no code and calls no service, unless you say so"
 
 
+def without_hash(family):
+    """The family's description, as somebody changes it who knows that a hash would show it."""
+    return {name: value for name, value in json.loads((family / "family.json").read_text()).items() if name not in ("files", "sha256")}
+
+
 class Canary:
     """Code in three forms that makes the file `mark`, and whether it was executed."""
 
@@ -90,7 +95,7 @@ def all_that_read(family, *more, out=None):
 
 
 def rebased(family, base):
-    card = json.loads((family / "family.json").read_text())
+    card = without_hash(family)
     (family / "family.json").write_text(json.dumps({**card, "base": base}))
     return family
 
@@ -228,6 +233,7 @@ def test_an_adapter_that_names_code(family, tmp_path, canary, monkeypatch, kind)
     if kind == "pickle":
         (adapter / "adapter_model.safetensors").unlink()
         (adapter / "adapter_model.bin").write_bytes(pickle.dumps(canary))
+    (family / "family.json").write_text(json.dumps(without_hash(family)))
     codes = [done.exit_code for done in all_that_read(family)]
     assert codes == [2 if kind in ("megatron", "pickle") else 0] * 3
     assert not canary.sang
@@ -422,9 +428,9 @@ def test_names_are_checked_where_they_are_given(family, tmp_path, bad):
     specs = [{"name": bad, "use": "length"}, {"name": "other", "use": "length"}]
     done = run("fit", write_recipe(tmp_path / "mine", tiny_model(), objectives=specs))
     assert done.exit_code == 2, done.output
-    assert rule in done.output
+    assert rule in done.output or ("\x00" in bad and "without NUL" in done.output)
     assert "recipe.yaml, line" in done.output
-    card = json.loads((family / "family.json").read_text())
+    card = without_hash(family)
     for change in (
         {"objectives": {**card["objectives"], "names": [bad, "brief"]}},
         {"adapters": {bad: card["adapters"]["e0"], "e1": "adapters/e1"}},

@@ -40,26 +40,23 @@ SIZES = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
     "mamba_n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "rotary_dim": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "sliding_window": 4, "window_size": 4,
+    "num_global_key_value_heads": 2, "global_head_dim": 8, "lru_width": 32, "attention_window_size": 4, "attn_layer_period": 2,
+    "attn_layer_offset": 1, "mamba_dt_rank": 8, "adapter_rank": 4, "image_size": 16, "patch_size": 8, "depth": 2, "num_heads": 4,
+    "out_hidden_size": 32, "pooling_kernel_size": 1, "mm_tokens_per_image": 4, "chunk_size": 4, "mamba_chunk_size": 4,
 }  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {  # what a model type needs beside them
+    "bamba": {"attn_layer_indices": [1]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"], "per_layer_config": {}},
+}
 LARGEST = 5_000_000  # parameters
 TOKENIZER = SimpleNamespace(eos_token_id=2, pad_token_id=0)
 
 
 def tiny(name: str) -> Any:
     """A random model of the architecture with small sizes."""
-    config = CONFIG_MAPPING[name]()
-    text = config.get_text_config()
-    for key, value in SIZES.items():
-        if isinstance(getattr(text, key, None), (int, float)) or (hasattr(text, key) and key.endswith("token_id")):
-            try:
-                setattr(text, key, value)
-            except (AttributeError, RuntimeError, ValueError):
-                continue
-    for key in ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers"):
-        kinds = getattr(text, key, None)
-        if kinds:
-            with contextlib.suppress(AttributeError):  # some are computed
-                setattr(text, key, list(dict.fromkeys(kinds))[:2] * (1 if len(set(kinds)) > 1 else 2))
+    config = shrunk(CONFIG_MAPPING[name]())
     check_config(name, config)
     with torch.device("meta"):
         size = sum(p.numel() for p in _made(config).parameters())
@@ -67,6 +64,28 @@ def tiny(name: str) -> Any:
         raise ValueError(f"{size:,} parameters with the sizes of this script")
     with forked_torch(0):
         return _made(config).eval().float()
+
+
+def shrunk(config: Any) -> Any:
+    """The configuration with the sizes of this script, its parts for pictures and sound too; of layers of several kinds, one of each."""
+    known = config.to_dict()
+    given = {key: value for key, value in SIZES.items() if key in known and not isinstance(known[key], (dict, str, bool))}
+    for key in ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "block_types"):
+        if known.get(key):
+            kinds = list(dict.fromkeys(known[key]))[:2]
+            given[key] = kinds * (2 // len(kinds))
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    if "kv_lora_rank" in known:  # latent attention has keys of its own for every head
+        given["num_key_value_heads"] = SIZES["num_attention_heads"]
+    given |= {name: shrunk(part) for name, part in parts.items() if isinstance(part, transformers.PreTrainedConfig)}
+    given |= OWN.get(config.model_type, {})
+    try:
+        return type(config)(**given)  # what follows from other sizes is computed
+    except Exception:
+        for key, value in given.items():
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # some are computed
+                setattr(config, key, value)
+        return config
 
 
 def _made(config: Any) -> Any:
@@ -119,7 +138,8 @@ def main() -> int:
         "# Models that were tried",
         "",
         f"Made by `python tools/models.py` with transformers {transformers.__version__}: a tiny random model of every causal LM class,",
-        f'with two adapters on "all-linear", through the self-test (bound: {BOUNDS[torch.float32]:g} nats per token in float32).',
+        f'with two adapters on "all-linear", through the self-test (bound: {BOUNDS[torch.float32]:g} nats per token in float32,',
+        "less where a model's log-probabilities differ less than a nat). What is right computes what its plain forward does.",
         "",
         f"- right: {counts['right']}",
         f"- refused before anything is trained: {counts['refused']}",

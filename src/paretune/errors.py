@@ -13,9 +13,14 @@ A message always has three parts: the rule, what was found, and the way out.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 __all__ = [
     "BusyError",
@@ -26,8 +31,12 @@ __all__ = [
     "TaskError",
     "TrainingError",
     "nearest",
+    "own_code",
     "printable",
+    "raised_by",
     "redacted",
+    "refuse_exit",
+    "shown",
 ]
 
 
@@ -35,9 +44,12 @@ class ParetuneError(Exception):
     """Base of all errors; `exit_code` is what the command line returns."""
 
     exit_code = 1
+    place: tuple[str | int, ...] = ()  # of what is wrong, within what was read or built
 
     def __init__(self, rule: str, *, found: str, remedy: str):
         found, remedy = redacted(found), redacted(remedy)  # a message ends in logs
+        parts = (text if len(text) <= 1000 else f"{text[:900]} ... ({len(text)} characters)" for text in (rule, found, remedy))
+        rule, found, remedy = parts
         super().__init__(rule, found, remedy)
         self.rule, self.found, self.remedy = rule, found, remedy
 
@@ -124,6 +136,57 @@ RENAMED = {
     "scalarise_at": "scalarize_at",
     "scalariser": "scalarizer",
 }
+
+
+def shown(value: Any) -> str:
+    """Any value as a message shows it: `repr` on one line of at most 80 characters, without control characters."""
+    try:
+        text = repr(value)
+    except Exception:  # 5,000 digits, or a class of the user's own
+        text = f"a {type(value).__name__}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:81])
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+INSTALLED = ("stdlib", "platstdlib", "purelib", "platlib")
+PACKAGES = (*(sysconfig.get_path(name) for name in INSTALLED), str(Path(__file__).parent), "<frozen")
+
+
+def raised_by(error: BaseException) -> str:
+    """What code of a user's own raised, and where: "ValueError: no (rewards.py, line 3)". Also of `sys.exit` and of broken exceptions."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(PACKAGES):
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    try:
+        said = " ".join(str(error).split())[:500]
+    except Exception:
+        said = "its text raises, too"
+    return f"{type(error).__name__}{': ' if said else ''}{said}{place}"
+
+
+@contextlib.contextmanager
+def own_code(kind: type[ParetuneError], rule: str, remedy: str) -> Iterator[None]:
+    """Around code of a user's own: whatever it raises, `sys.exit` too, becomes a `kind`; what it prints goes to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (KeyboardInterrupt, ParetuneError):
+        raise
+    except BaseException as error:
+        raise kind(rule, found=raised_by(error), remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def refuse_exit() -> Iterator[None]:
+    """Turn a `sys.exit` of code that Paretune runs into an error: it would end the work in silence, with any exit code."""
+    try:
+        yield
+    except SystemExit as error:
+        rule = "code that Paretune runs returns or raises, and does not end the process"
+        raise TrainingError(rule, found=raised_by(error), remedy="raise an error there that says what is wrong") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

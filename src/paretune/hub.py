@@ -1,15 +1,35 @@
-"""Models and data sets by name: a folder, or something on the hub; what it holds, and how to bring it here without a network."""
+"""Models and data sets by name: a folder, a GGUF file, or something on the hub; what it holds, and how to bring it here without a network.
+
+A GGUF file (the format of llama.cpp) holds a model, often quantized, and its tokenizer. Its weights become plain numbers when it is loaded.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import re
+import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from paretune.errors import ConfigError
 
-__all__ = ["check_pretrained", "content_of", "how_to_get", "is_local", "local_or_hub", "refuse_kernels", "unloadable"]
+__all__ = [
+    "check_pretrained",
+    "content_of",
+    "how_to_get",
+    "is_gguf",
+    "is_local",
+    "load_tokenizer",
+    "local_or_hub",
+    "located",
+    "positions_of",
+    "refuse_kernels",
+    "text_config",
+    "unloadable",
+]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -19,7 +39,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?")
 
 def is_local(name: str) -> bool:
     """Whether `name` is a path: it looks like one, or it is there. Everything else is a name on the hub."""
-    return name.startswith((".", "/", "~")) or Path(name).is_absolute() or Path(name).exists() or not HUB_ID.fullmatch(name)
+    looks = name.startswith((".", "/", "~")) or Path(name).is_absolute() or is_gguf(name)
+    return looks or Path(name).exists() or not HUB_ID.fullmatch(name)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether `name` is one file with a model and its tokenizer."""
+    return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
 
 
 def local_or_hub(name: str) -> str:
@@ -27,14 +53,53 @@ def local_or_hub(name: str) -> str:
     return str(Path(name).expanduser()) if is_local(name) else name
 
 
+def located(name: str, *, weights: bool = False) -> dict[str, Any]:
+    """The arguments with which `from_pretrained` finds a model; with `weights`, those of a GGUF file are loaded as plain numbers."""
+    if not is_gguf(name):
+        return {"pretrained_model_name_or_path": local_or_hub(name)}
+    path = Path(name).expanduser().resolve()
+    found: dict[str, Any] = {"pretrained_model_name_or_path": _alone(path).name, "gguf_file": path.name}
+    if weights:
+        from transformers import GgufConfig
+
+        found["quantization_config"] = GgufConfig(dequantize=True)  # layers stay torch's, so that adapters fit and `save_pretrained` works
+    return found
+
+
+@functools.cache
+def _alone(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder with a link to this file only: transformers would mix in the tokenizer or the adapter of a model that lies beside it."""
+    folder = tempfile.TemporaryDirectory(prefix="paretune-gguf-")
+    (Path(folder.name) / path.name).symlink_to(path)
+    return folder  # removed when the process ends
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; may raise anything that transformers does."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(**located(name), revision=revision, trust_remote_code=trust_remote_code)
+    if not is_gguf(name) or len(tokenizer) <= (count := _gguf_tokens(name)):
+        return tokenizer
+    from tokenizers import Tokenizer  # transformers adds GPT-2's <|endoftext|> to a vocabulary without it: an id that has no embedding
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < count]
+    kept = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **kept)
+
+
 def check_pretrained(model: str) -> None:
     """ConfigError if `model` is a directory that cannot be a reference model. Names on the hub are checked when they are loaded."""
     if not is_local(model):
         return
     folder = Path(model).expanduser()
+    if is_gguf(model) and folder.is_file():
+        _gguf_tokens(model)
+        return
     if not folder.is_dir():
         raise ConfigError(
-            "the model is a directory, or the name of a model on the hub",
+            "the model is a directory, or the name of a model on the hub, or a GGUF file",
             found=f"{'a file' if folder.exists() else 'nothing'} at {folder}",
             remedy="paths in a recipe are relative to the recipe's own folder; a hub name reads owner/model",
         )
@@ -75,7 +140,8 @@ def refuse_kernels(what: str, model: str, config: Any) -> None:
 def content_of(model: str, revision: str | None, *, what: str = "the reference model") -> dict[str, str]:
     """File -> hash of a local model; {"commit": hash} of one on the hub, so that a moved branch is another model."""
     if is_local(model):
-        files = sorted(p for p in Path(model).expanduser().iterdir() if p.is_file() and p.suffix in KEPT)
+        path = Path(model).expanduser()
+        files = [path] if is_gguf(model) else sorted(p for p in path.iterdir() if p.is_file() and p.suffix in KEPT)
         return {p.name: _hash(p) for p in files}
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return {"commit": revision}
@@ -90,10 +156,11 @@ def content_of(model: str, revision: str | None, *, what: str = "the reference m
 
 def how_to_get(name: str, *, key: str, revision: str | None = None, data: bool = False) -> str:
     """What to download on a machine that has a network, and where to put it."""
-    extra = (" --repo-type dataset" if data else "") + (f" --revision {revision}" if revision else "")
+    extra = (" --repo-type dataset" if data else "") + (f" --revision {shlex.quote(revision)}" if revision else "")
     folder = name.rpartition("/")[2]
     return (
-        f"check the name; without a network, run `hf download {name}{extra} --local-dir {folder}` on a machine that has one, "
+        f"check the name; without a network, run `hf download {shlex.quote(name)}{extra} --local-dir {shlex.quote(folder)}` "
+        "on a machine that has one, "
         f"copy the folder here, and write {key}: with its path"
     )
 
@@ -104,6 +171,8 @@ def unloadable(what: str, model: str, revision: str | None, error: Exception, *,
     remedy = how_to_get(model, key="model", revision=revision)
     if "trust_remote_code" in str(error):
         remedy = "read that code first; then set trust_remote_code: true in the recipe, or for a family give --trust"
+    elif is_gguf(model):
+        remedy = "transformers reads the commoner architectures of GGUF; name a folder with the model's safetensors weights instead"
     elif is_local(model):
         remedy = f"load it by hand with {loader}.from_pretrained and use_safetensors=True to see the whole message"
     elif "safetensors" in str(error):
@@ -113,6 +182,89 @@ def unloadable(what: str, model: str, revision: str | None, error: Exception, *,
         found=f"{model}{'' if revision is None else '@' + revision}: {type(error).__name__}: {' '.join(lines[:2])}",
         remedy=remedy,
     )
+
+
+def _gguf_tokens(model: str) -> int:
+    """How many tokens the tokenizer of a GGUF file has; ConfigError where no model can be read from the file."""
+    path = Path(model).expanduser()
+    state = path.stat()
+    return _read_gguf(path, (state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache
+def _read_gguf(path: Path, stamp: tuple[int, int]) -> int:
+    try:
+        import gguf
+    except ImportError:
+        remedy = "pip install 'paretune[gguf]', or name a folder with safetensors weights"
+        raise ConfigError("a GGUF file is read with the package gguf", found=f"{path.name}, and no such package", remedy=remedy) from None
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # whatever a cut or foreign file leads to
+        raise ConfigError(
+            "a GGUF file can be read to its end",
+            found=f"{path.name}, {stamp[0]} bytes: {type(error).__name__}: {' '.join(str(error).split())[:120]}",
+            remedy="download it again (an LFS pointer of 130 bytes is not the file); a quantization newer than gguf needs a newer gguf",
+        ) from error
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    if tokens is None or not len(tokens.data):
+        raise ConfigError(
+            "a GGUF model has its tokenizer in the same file",
+            found=f"no tokenizer.ggml.tokens in {path.name}",
+            remedy="convert it again with its tokenizer, or name a folder with safetensors weights and a tokenizer",
+        )
+    unread = {tensor.tensor_type.name for tensor in reader.tensors if not _dequantizes(tensor.tensor_type)}
+    if unread:
+        raise ConfigError(
+            "every tensor of a GGUF file can be dequantized",
+            found=f"{', '.join(sorted(unread))} in {path.name}, which the package gguf does not dequantize",
+            remedy="take a file in F16, Q8_0, Q4_K_M or Q4_0, or a folder with safetensors weights",
+        )
+    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    scaled += [f"{name} {field.contents()}" for name, field in reader.fields.items() if name.endswith("rope.scaling.factor")]
+    if scaled:
+        raise ConfigError(
+            "a GGUF model has plain rotary positions: transformers does not read their scaling from the file",
+            found=f"{', '.join(scaled)} in {path.name}",
+            remedy="name a folder with the model's safetensors weights",
+        )
+    return len(tokens.data)
+
+
+def _dequantizes(kind: Any) -> bool:
+    """Whether the package gguf turns one block of this type into numbers."""
+    import gguf
+    import numpy as np
+
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except Exception:
+        return False
+    return True
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes its decoder of text; the whole of it, unless the model reads pictures too."""
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find(decoder=True)
+
+
+def positions_of(config: Any) -> tuple[int | None, str]:
+    """How many tokens a sequence may have, and in words where that stands; None where the configuration does not say.
+
+    Under the rope type longrope the frequencies of all rows change where the longest row of a forward passes a threshold. What a row says
+    would then depend on the rows beside it, and keys in a cache would belong to other frequencies. So the threshold is the limit.
+    (The type dynamic does the same beyond max_position_embeddings, which is the limit in any case.)
+    """
+    text = text_config(config)
+    given = getattr(text, "rope_parameters", None) or {}
+    known = {"max_position_embeddings": getattr(text, "max_position_embeddings", None)}
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        if rope.get("rope_type", rope.get("type")) == "longrope":
+            threshold = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+            known["original_max_position_embeddings, beyond which longrope changes the frequencies of a whole batch"] = threshold
+    why, limit = min(((why, n) for why, n in known.items() if n is not None and n > 0), key=lambda one: one[1], default=("", None))
+    return limit, why
 
 
 def _hash(path: Path) -> str:

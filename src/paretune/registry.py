@@ -8,10 +8,13 @@ Outside the tree: an entry point in the group `paretune.plugins`, or `load_plugi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
@@ -20,7 +23,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, ParetuneError, nearest, own_code, shown
 from paretune.types import SECRET_NAMES, check_name, refuse_secrets
 
 __all__ = [
@@ -30,10 +33,12 @@ __all__ = [
     "GATE_RULES",
     "TASKS",
     "Registry",
+    "checked",
     "describe",
     "load_plugin",
     "loaded_plugins",
     "nearest",
+    "not_plain",
 ]
 
 
@@ -65,8 +70,8 @@ class Registry:
 
     def __getitem__(self, name: str) -> type:
         self._load()
-        if name not in self._classes:
-            raise ConfigError(f"{self._one} is known by its name", found=repr(name), remedy=nearest(str(name), self._classes))
+        if not isinstance(name, str) or name not in self._classes:
+            raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=nearest(shown(name), self._classes))
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -74,32 +79,50 @@ class Registry:
         return iter(sorted(self._classes))
 
     def build(self, given: str | Mapping[str, Any]) -> Any:
-        """An instance from `"name"` or `{"name": ..., field: value, ...}`; every field is checked, unknown ones are refused."""
-        params = {"name": given} if isinstance(given, str) else dict(given)
-        cls = self[str(params.pop("name", ""))]
-        params.pop("version", None)
-        params.pop("content", None)
-        label = f"{self.kind} {cls.registered_name}"  # type: ignore[attr-defined]
+        """An instance from `"name"` or `{"name": ..., field: value, ...}`; every field is checked, unknown ones are refused.
+
+        A description (see `describe`) is built where its version is that of the class.
+        """
+        params = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+        cls: Any = self[params.pop("name", given)]  # type: ignore[arg-type]
+        label, see = f"{self.kind} {cls.registered_name}", f"see `paretune show {cls.registered_name}`"
+        version = params.pop("version", None)
+        if version not in (None, cls.version) or isinstance(version, bool):
+            remedy = f"leave version: out; only descriptions that Paretune wrote have one, and this one is of {cls.version}"
+            raise ConfigError(f"{label} is built as the version that is installed", found=f"version {shown(version)}", remedy=remedy)
+        if version is not None:
+            params.pop("content", None)
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        for name, value in params.items():
+            if name in getattr(cls, "lacks", {}):  # what a relative of the class has
+                rule, remedy = cls.lacks[name]
+                raise _at(name, ConfigError(rule, found=f"{label}, {name}={shown(value)}", remedy=remedy))
+            if name not in fields:
+                error = ConfigError(f"{label} has the fields that it declares", found=shown(name), remedy=nearest(shown(name), fields))
+                raise _at(name, error)
+            if wrong := not_plain(value):
+                raise _at(name, ConfigError(f"{label}: {name} {wrong}", found=shown(value), remedy=see))
         refuse_secrets(label, list(params.values()))
         refuse_secrets(label, {name: value for name, value in params.items() if isinstance(value, str)}, names=SECRET_NAMES)
-        fields = {f.name for f in dataclasses.fields(cls) if f.init}
-        for name in params:
-            if name in getattr(cls, "lacks", {}):  # what a relative of the class has
-                rule, remedy = cls.lacks[name]  # type: ignore[attr-defined]
-                raise ConfigError(rule, found=f"{label}, {name}={params[name]!r}", remedy=remedy)
-            if name not in fields:
-                raise ConfigError(f"{label} has the fields that it declares", found=repr(name), remedy=nearest(name, fields))
         try:
-            return TypeAdapter(cls).validate_python(params)
+            built = _adapter(cls).validate_python(params)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"]) or "its fields"
             cause = first.get("ctx", {}).get("error")
             if isinstance(cause, ConfigError):
                 raise cause from None
-            raise ConfigError(
-                f"{label}: {where}: {first['msg']}", found=repr(first.get("input")), remedy=f"see `paretune show {label.split()[-1]}`"
-            ) from None
+            found = shown(first.get("input"))
+            raise _at(*first["loc"], ConfigError(f"{label}: {where}: {first['msg']}", found=found, remedy=see)) from None
+        except ParetuneError:
+            raise
+        except Exception as error:  # arithmetic on fields, before a class has looked at them
+            found = f"{', '.join(f'{name}={shown(value)}' for name, value in params.items())}: {type(error).__name__}: {error}"
+            raise ConfigError(f"{label} can be made of its fields", found=found, remedy=see) from error
+        if changed := _changed(params, built):
+            rule = f"{label}: {'.'.join(map(str, changed[:-1]))} is what it is declared as; a truth value is no number"
+            raise _at(*changed[:-1], ConfigError(rule, found=shown(changed[-1]), remedy=see))
+        return built
 
     def _load(self) -> None:
         if not self._loaded:
@@ -110,6 +133,71 @@ class Registry:
                     if not file.ispkg:
                         importlib.import_module(f"{home}.{file.name}")
         _load_entry_points()
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def checked(what: str, kind: Any, value: Any) -> Any:
+    """`value` as the type `kind`, or ConfigError: for arguments of the library's own functions, which `what` names."""
+    wrong = None if kind is Any else not_plain(value)
+    try:
+        built = value if wrong else TypeAdapter(kind).validate_python(value)
+        wrong = wrong or ("is what it is declared as; a truth value is no number" if _changed(value, built) else None)
+    except ValidationError as error:
+        wrong = f"is as declared: {error.errors()[0]['msg']}"
+    except RecursionError:
+        wrong = "is not nested that deep"
+    if wrong:
+        raise ConfigError(f"{what} {wrong}", found=shown(value), remedy=f"correct {what}")
+    return built
+
+
+def _at(*place_and_error: Any) -> ConfigError:
+    """The error with its place."""
+    *place, error = place_and_error
+    error.place = tuple(place)
+    return error
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+DEEPEST = 32  # lists and mappings within each other
+LARGEST = 2**63  # of a whole number
+
+
+def not_plain(value: Any, depth: int = 0) -> str | None:
+    """What keeps a value from being a setting, in words; None for finite numbers, texts, and lists and mappings of such."""
+    if isinstance(value, str):
+        return "is text that can be written as UTF-8, without NUL" if re.search("[\ud800-\udfff\0]", value) else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "is a finite number"
+    if isinstance(value, int):
+        return None if abs(value) < LARGEST else "is a number of at most 64 bits"
+    if value is None or isinstance(value, Path) or dataclasses.is_dataclass(value):
+        return None
+    if not isinstance(value, list | tuple | Mapping):
+        return "is a number, a text, true, false, or a list or mapping of such"
+    if depth == DEEPEST:
+        return f"has at most {DEEPEST} lists and mappings within each other"
+    items = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return next((wrong for item in items if (wrong := not_plain(item, depth + 1))), None)
+
+
+def _changed(given: Any, built: Any) -> tuple[Any, ...] | None:
+    """Where a truth value became a number, or a number a truth value: (place..., value); None where nothing did."""
+    if isinstance(given, Mapping):
+        inner = built if isinstance(built, Mapping) else getattr(built, "__dict__", {})
+        pairs = [(key, item, inner.get(key, item)) for key, item in given.items()]
+    elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
+        pairs = [(place, *both) for place, both in enumerate(zip(given, built, strict=False))]
+    else:
+        return (given,) if isinstance(given, bool | int | float) and isinstance(given, bool) != isinstance(built, bool) else None
+    return next(((key, *below) for key, item, made in pairs if (below := _changed(item, made))), None)
 
 
 TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")
@@ -153,9 +241,13 @@ def loaded_plugins() -> list[str]:
 
 def load_plugin(path: str | Path) -> None:
     """Import one Python file whose decorators register methods, tasks or objectives."""
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise ConfigError("a plugin is a Python file", found=str(path), remedy="check the path given to --plugin")
+    try:
+        path = Path(path).resolve()
+        if path.suffix != ".py" or not path.is_file():
+            raise ValueError("no such file")
+    except (OSError, ValueError) as error:
+        remedy = "check the path given to --plugin"
+        raise ConfigError("a plugin is a Python file", found=f"{shown(str(path))}: {error}", remedy=remedy) from None
     name = PLUGIN + hashlib.sha256(str(path).encode()).hexdigest()[:12]
     if name in sys.modules:
         return
@@ -165,10 +257,11 @@ def load_plugin(path: str | Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with own_code(ConfigError, f"the plugin {path.name} can be imported", "run it alone with python until it ends without an error"):
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        raise ConfigError("a plugin imports without error", found=f"{path.name}: {error!r}", remedy="run it alone with python") from error
+        raise
 
 
 _entry_points_loaded = False
@@ -179,4 +272,5 @@ def _load_entry_points() -> None:
     if not _entry_points_loaded:
         _entry_points_loaded = True
         for point in entry_points(group="paretune.plugins"):
-            point.load()
+            with own_code(ConfigError, f"the installed plugin {point.name} can be imported", f"mend or uninstall {point.value}"):
+                point.load()

@@ -20,16 +20,41 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest
+from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest, shown
 
 __all__ = [
-    *("Cost", "Curve", "Estimate", "Front", "Objectives", "Preference", "Prompt"),
-    *("canonical_json", "check_name", "key_of", "refuse_secrets"),
+    *(
+        "Amount",
+        "Cost",
+        "Count",
+        "Curve",
+        "Device",
+        "Estimate",
+        "Fraction",
+        "Front",
+        "Name",
+        "Natural",
+        "Objectives",
+        "Positive",
+        "Preference",
+    ),
+    *("Prompt", "Share", "canonical_json", "check_name", "key_of", "refuse_secrets"),
 ]
+
+# Bounds of fields of registered classes, which `Registry.build` checks; all floats are finite.
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$")]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 def canonical_json(value: Any) -> str:
@@ -155,12 +180,22 @@ class Preference:
         names = tuple(names)
         if isinstance(given, str):
             given = _parse_weights(given)
-        if not isinstance(given, Mapping):
-            return cls(names, tuple(float(w) for w in given))
-        for name in given:
-            if name not in names:
-                raise ConfigError("a preference names existing objectives", found=name, remedy=nearest(name, names))
-        return cls(names, tuple(float(given.get(n, 0.0)) for n in names))
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in names:
+                    raise ConfigError("a preference names existing objectives", found=shown(name), remedy=nearest(shown(name), names))
+            given = [given.get(n, 0.0) for n in names]
+        try:
+            return cls(names, tuple(_weight(w) for w in given))
+        except (TypeError, ValueError, OverflowError) as error:
+            remedy = "for example " + ",".join(f"{n}={1 / len(names):.3g}" for n in names)
+            raise ConfigError("the weights of a preference are numbers", found=f"{shown(given)}: {error}", remedy=remedy) from None
+
+
+def _weight(given: Any) -> float:
+    if isinstance(given, bool | str):
+        raise TypeError(f"{given!r} is no number")
+    return float(given)
 
 
 def _parse_weights(text: str) -> dict[str, float]:
@@ -173,7 +208,7 @@ def _parse_weights(text: str) -> dict[str, float]:
             weight = float(value)
         except ValueError:
             raise ConfigError(
-                "a preference reads name=weight,name=weight", found=repr(part), remedy="for example --preference helpful=.7,brief=.3"
+                "a preference reads name=weight,name=weight", found=shown(part), remedy="for example --preference helpful=.7,brief=.3"
             ) from None
         if name.strip() in weights:
             raise ConfigError("a preference names each objective once", found=repr(text), remedy=f"give {name.strip()!r} one weight")

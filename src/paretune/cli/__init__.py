@@ -7,6 +7,7 @@ them to the application, in the order of the imports below.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 from paretune.cli.common import app
@@ -19,6 +20,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 (held until the end)
+    os.dup2(2, 1)  # what programs print that a reward starts
     app()
 
 

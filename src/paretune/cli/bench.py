@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
+from paretune.files import disk_errors, write_text
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
@@ -57,22 +60,30 @@ def report(
 
 
 @app.command()
-def check(root: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
-    """Hash everything published again; exit code 1 if anything is not what was published."""
+def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
+    """Hash everything published again, families too; exit code 1 if anything is not what was published."""
     from paretune.runs.store import ARTIFACTS, CELLS, Store
 
     if not root.is_dir():
         raise ConfigError("only a run directory can be checked", found=f"{root} is not a directory", remedy="give the --root of a run")
     store = Store(root)
     counts = {kind: len(store.published(kind)) for kind in (ARTIFACTS, CELLS)}
+    counts["families"] = len(store.families())
     problems = store.check()
+    if not (problems or any(counts.values()) or any((root / kind).is_dir() for kind in (ARTIFACTS, CELLS))):
+        raise ConfigError(
+            "what is checked was made by Paretune: artifacts/, cells/, families/, or a folder with family.json",
+            found=f"none of them in {root}",
+            remedy="give the --root of a run, or a family",
+        )
     if as_json:
         print_json({"root": str(root), "published": counts, "problems": problems})
     else:
         for problem in problems:
             tell(problem)
         number = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        tell(f"{counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed: {number if problems else 'all as published'}")
+        looked = f"{counts['families']} families, {counts[ARTIFACTS]} trainings and {counts[CELLS]} results hashed"
+        tell(f"{root}: {looked}: {number if problems else 'all as published'}")
     if problems:
         say("remedy: remove the directories named above; the next run makes them again")
         raise typer.Exit(1)
@@ -82,11 +93,13 @@ def _bench(
     suite: str, overrides: list[str], root: Path | None, executor: str, workers: int | None, *, dry_run: bool, as_json: bool
 ) -> None:
     from paretune.cli.catalog import suite_path
-    from paretune.runs.suite import run_suite
 
     path = suite_path(suite)
+    from paretune.runs.suite import run_suite
+
     folder = root or Path("paretune-runs") / path.stem
-    summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
+    with contextlib.redirect_stdout(sys.stderr):  # a reward, or a plugin, may print
+        summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
     if dry_run:
         print_json(summary.to_json()) if as_json else tell(summary.text())
         return
@@ -107,6 +120,8 @@ def _report(
     from paretune.report.terminal import console, print_leaderboard
 
     results = load(root, suite=suite)
+    for skipped in results.skipped:
+        say(f"left out: {skipped}")
     page = write_page(results, out or root / "reports" / results.name)
     if rows is not None:
         say(f"rows: {write_rows(results, rows)}")
@@ -122,14 +137,14 @@ def _report(
 def tune(
     target: Annotated[str, typer.Argument(help="A recipe or a suite, with the fields to search under tune:.", metavar="RECIPE|SUITE")],
     overrides: Overrides = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all; those of earlier runs count.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, max=100_000, help="Trials in all; those of earlier runs count.")] = 20,
     metric: Annotated[str, typer.Option(help="worst or mean attainment (else gain) over preferences, or hypervolume.")] = "worst",
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's, or one of the suite's.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Seeds per trial of a recipe, from its own on.")] = 1,
-    samples: Annotated[int | None, typer.Option(min=1, help="Responses per preference, where a task is not exact.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Seeds per trial of a recipe, from its own on.")] = 1,
+    samples: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Responses per preference, where a task is not exact.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same trials.")] = 0,
     root: Annotated[Path | None, typer.Option(help="The run directory. Default: as for fit and bench.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes per trial; 0 trains in this one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Worker processes per trial; 0 trains in this one.")] = 0,
     no_prune: Annotated[bool, typer.Option("--no-prune", help="Train every trial to its end.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the best settings into this file, as YAML.")] = None,
     plugin: Plugins = None,
@@ -137,17 +152,20 @@ def tune(
 ) -> None:
     """Search a learner's and a method's settings; stopped or killed, the same command goes on."""
     from paretune.cli.catalog import suite_path
-    from paretune.runs.tune import read_plan
-    from paretune.runs.tune import tune as search
 
     plug(plugin)
     check_writable(write, "--write")
-    path = Path(target) if target.endswith((".yaml", ".yml")) else suite_path(target)
+    path = suite_path(target)
+    from paretune.runs.tune import read_plan
+    from paretune.runs.tune import tune as search
+
     plan = read_plan(path, overrides or [], method=method, repeats=repeats, samples=samples)
-    found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(sys.stderr):
+        found = search(plan, trials=trials, metric=metric, root=root, seed=seed, workers=workers, prune=not no_prune, say=say)  # type: ignore[arg-type]
     best = found.yaml()
     if write is not None:
-        write.write_text(best, encoding="utf-8")
+        with disk_errors(write, "a file of settings"):
+            write_text(write, best)
     if as_json:
         print_json(found.to_json())
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
@@ -66,6 +67,9 @@ REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectiv
 KINDS = (*REGISTRIES, "suites")
 COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
 
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+BOUNDED = re.compile(r"\b(Count|Natural|Positive|Amount|Share|Fraction)\b")  # of `paretune.types`
+
 
 def catalog(kind: str) -> Table:
     """One row per name of a kind; methods with what their cards say."""
@@ -121,6 +125,7 @@ def suite_path(given: str) -> Path:
     """A suite's file: the one that is there, or the one of that name that ships with Paretune."""
     path = Path(given)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
+        load(path)  # refused here, before anything large is imported
         return path
     shipped = _suites()
     if given not in shipped:
@@ -138,6 +143,16 @@ def _first_sentence(cls: type) -> str:
     return re.split(r"(?<=[.;:])\s", text)[0].rstrip(".;:")
 
 
+def _bounds(name: re.Match[str]) -> str:
+    """The type and its bounds: "int ≥ 1"."""
+    from paretune import types
+
+    kind, field = typing.get_args(getattr(types, name[0]))
+    return f"{kind.__name__} " + " ".join(
+        f"{SIGNS[key]} {value}" for bound in field.metadata for key, value in dataclasses.asdict(bound).items()
+    )
+
+
 def _fields(cls: type) -> Iterator[dict[str, Any]]:
     """The hyperparameters; what is said of each is the comment beside it in the source."""
     said: dict[str, str] = {}
@@ -147,7 +162,7 @@ def _fields(cls: type) -> Iterator[dict[str, Any]]:
                 said |= {match[1]: match[2].strip() for line in inspect.getsource(owner).splitlines() if (match := COMMENT.match(line))}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.init:
-            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            kind = BOUNDED.sub(_bounds, field.type) if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
             made = repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
             default = made if field.default is dataclasses.MISSING else repr(field.default)
             yield {"name": field.name, "type": kind, "default": default, "about": said.get(field.name, "")}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, printable
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
+from paretune.files import is_disk_full
+from paretune.registry import not_plain
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
@@ -31,7 +35,11 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _readable(), refuse_exit():
+                for text in (*ctx._protected_args, *ctx.args):
+                    if wrong := not_plain(text):
+                        raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
+                return super().invoke(ctx)
         except ParetuneError as error:
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
@@ -39,6 +47,25 @@ class _Group(TyperGroup):
             if not str(stop):  # with a message, whoever stopped the work has shown it
                 say("stopped; finished work and checkpoints are kept: the same command goes on from there")
             raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Errors of the system for which no command has words of its own: paths and texts that it refuses, nesting, memory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        found = f"{'' if error.filename is None else shown(str(error.filename)) + ': '}{error.strerror or error}"
+        kind, rule = StoreError if is_disk_full(error) else ConfigError, "files that a command names can be read and written"
+        raise kind(rule, found=found, remedy="check the path, its permissions and its disk") from error
+    except UnicodeError as error:
+        remedy = "write it again, in UTF-8"
+        raise ConfigError("text can be written as UTF-8", found=shown(str(error)), remedy=remedy) from error
+    except (RecursionError, MemoryError, OverflowError) as error:
+        found, remedy = raised_by(error), "ask for less at once, or give the machine more memory"
+        raise ParetuneError("what a command reads and makes fits into memory", found=found, remedy=remedy) from error
 
 
 app = typer.Typer(
@@ -53,7 +80,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes of one thread each. Default: one per CPU.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
 
@@ -110,7 +137,10 @@ def plug(plugins: list[Path] | None) -> None:
 
 def check_writable(file: Path | None, option: str) -> None:
     """ConfigError where a file that is written at the end of long work could not be; None is no file."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+    if file is None:
+        return
+    place = file if file.exists() and not file.is_file() else file.parent  # a file is replaced, which needs its folder
+    if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
         found = f"{file} is a directory" if file.is_dir() else f"cannot write {file}"
         remedy = f"give {option} a file in a folder that exists and is yours"
         raise ConfigError("what is written at the end can be written", found=found, remedy=remedy)

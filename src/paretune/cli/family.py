@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.errors import ConfigError
+from paretune.policy.card import read_card
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
@@ -33,25 +36,32 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "export", "fit", "sample"]
 
+System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
+Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
+
 
 @app.command()
 @on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 trains in this one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Worker processes; 0 trains in this one.")] = 0,
     executor: Annotated[str, typer.Option(help="local: as --workers says; ray: a Ray cluster.")] = "local",
-    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure the result with; 0 does not measure.")] = 32,
+    samples: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure the result with; 0 does not measure.")
+    ] = 32,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.policy.family import Family
     from paretune.runs.recipe import load_recipe
-    from paretune.runs.suite import fit as fit_family
 
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
+    from paretune.policy.family import Family
+    from paretune.runs.suite import fit as fit_family
+
     folder = plan.root / "families" / _family_name(plan)
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
@@ -69,32 +79,43 @@ def fit(
     if rows:
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
     example = _even_weights(family.objectives.names)
-    typer.echo(f'{folder}\ntry it: paretune sample {folder} --preference {example} "your prompt"')
+    typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
 
 
 @app.command()
 def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
     preference: Preference,
-    n: Annotated[int, typer.Option("--n", min=1, help="Responses per prompt.")] = 1,
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Responses per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    system: System = None,
+    raw: Raw = False,
     trust: Trust = False,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
+    read_card(family)
     from paretune.policy.family import Family
+    from paretune.tasks.prompts import read_requests
 
-    loaded = Family.load(family, trust=trust)
-    made = loaded.sample(prompts, preference, n=n, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
+    if not asked:
+        raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
+    loaded = Family.load(family, trust=trust, model=model)
+    settings: dict[str, Any] = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    made = loaded.sample(asked, preference, system=system, raw=raw, **settings)
     if as_json:
-        print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(prompts, made, strict=True)])
+        print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(asked, made, strict=True)])
         return
-    for prompt, texts in zip(prompts, made, strict=True):
+    for prompt, texts in zip(asked, made, strict=True):
+        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
         for text in texts:
-            tell(text if len(prompts) == 1 else f"{prompt}\n  {text}")
+            tell(text if len(asked) == 1 else f"{shown}\n  {text}")
 
 
 @app.command()
@@ -105,13 +126,15 @@ def export(
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
     trust: Trust = False,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
+    read_card(family)
     from paretune.policy.family import Family
     from paretune.serve.export import export as write
 
-    made = write(Family.load(family, trust=trust), out, preference, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
         print_json(made.to_json())
         return
@@ -124,21 +147,27 @@ def export(
 @app.command()
 def explain(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
-    prompt: Annotated[str, typer.Argument(help="One prompt.")],
+    prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
     preference: Preference,
-    n: Annotated[int, typer.Option("--n", min=1, help="Sampled responses to explain.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Sampled responses to explain.")] = 1,
     response: Annotated[str | None, typer.Option(help="Explain this response instead of a sampled one.")] = None,
     seed: Annotated[int, typer.Option(help="As for `paretune sample`: the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with colored tokens to this file.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: needed to measure returns of your own model.")] = None,
     split: Annotated[str, typer.Option(help="Prompts on which returns are measured: train or test.")] = "train",
-    samples: Annotated[int, typer.Option(min=0, help="Responses per preference to measure returns with; 0 does not measure.")] = 256,
+    samples: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure returns with; 0 does not measure.")
+    ] = 256,
+    system: System = None,
+    raw: Raw = False,
     trust: Trust = False,
+    model: Base = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
+    read_card(family)
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family
@@ -146,8 +175,9 @@ def explain(
 
     plug(plugin)
     check_writable(html, "--html")
-    loaded = Family.load(family, trust=trust, scoring=recipe is None)
-    found = explain_family(loaded, prompt, preference, n=n, response=response, seed=seed, max_new_tokens=max_new_tokens)
+    loaded = Family.load(family, trust=trust, scoring=recipe is None, model=model)
+    settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
+    found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
     task = _task(loaded, recipe, trust) if samples else None
     slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
     if html is not None:
@@ -181,11 +211,13 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
 
     They are written into the family's folder too, for the cards of its exports.
     """
+    import json
+
     import numpy as np
 
     from paretune.evaluation.evaluate import evaluate
     from paretune.evaluation.metrics import plain
-    from paretune.files import write_json
+    from paretune.files import disk_errors, sealed, write_json
     from paretune.methods.search import simplex_lattice
     from paretune.report.tables import Column, Table
     from paretune.serve.model_card import MEASURED
@@ -199,7 +231,9 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
         labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
     say(f"measuring {len(w_WM)} preferences, {samples} responses each")
     measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
-    write_json(folder / MEASURED, {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)})
+    with disk_errors(folder, "a family"):
+        about = {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)}
+        write_json(folder / MEASURED, sealed(json.loads(json.dumps(about))))
     columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
     rows: list[dict[str, Any]] = []
     for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):

@@ -28,10 +28,12 @@ def relate(
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Also compare the objectives' gradients.")] = False,
     probe_steps: Annotated[
-        int, typer.Option(min=0, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
+        int, typer.Option(min=0, max=10_000, help="Steps at equal weights before the probe; 0: LoRA's B is 0, only it has one.")
     ] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to sample, where responses cannot be enumerated.")] = 16,
-    group: Annotated[int, typer.Option(min=2, help="Responses per prompt there; below 10 there are no intervals.")] = 16,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Training prompts to sample, where responses cannot be enumerated.")
+    ] = 16,
+    group: Annotated[int, typer.Option(min=2, max=100_000, help="Responses per prompt there; below 10 there are no intervals.")] = 16,
     budget: Annotated[int | None, typer.Option(min=1, help="Advice only on methods of at most this many samples.")] = None,
     results: Annotated[Path | None, typer.Option(help="What advice is read from. Default: the results that Paretune ships.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write relations.json, figures/*.svg and tables/*.csv into this folder.")] = None,
@@ -40,11 +42,11 @@ def relate(
     as_json: Json = False,
 ) -> None:
     """How objectives relate, before you pay for training: correlation, scale, sparsity, conflict, and which methods fit."""
+    plug(plugin)
+    task, learner = _target(target, overrides or [])
     from paretune.evaluation import relations
     from paretune.report.relate import gradient_table, objective_table, pair_table, to_json, write_relations
 
-    plug(plugin)
-    task, learner = _target(target, overrides or [])
     rows = _rows(results)
     found = relations.relate(task, prompts=prompts, group=group, seed=seed)
     looked = relations.probe(task, steps=probe_steps, learner=learner, seed=seed) if probe or probe_steps else None
@@ -72,8 +74,8 @@ def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],
     overrides: Overrides = None,
     column: Annotated[str | None, typer.Option(help="Score the texts of this column of the prompts, for example reply.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Without --column: responses of the untrained model per prompt.")] = 4,
-    limit: Annotated[int, typer.Option(min=1, help="Use the first training prompts only.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Without --column: responses of the untrained model per prompt.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="Use the first training prompts only.")] = 256,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     plugin: Plugins = None,
     as_json: Json = False,
@@ -110,11 +112,12 @@ def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
     from paretune.registry import TASKS
     from paretune.runs.config import Document
     from paretune.runs.recipe import load_recipe
-    from paretune.training.policy_gradient import PolicyGradient
 
     name, *more = target.split() or [""]
     if Path(target).suffix.lower() in (".yaml", ".yml") or Path(target).is_file():
         recipe = load_recipe(target, overrides)
+        from paretune.training.policy_gradient import PolicyGradient
+
         return recipe.task, recipe.learner if isinstance(recipe.learner, PolicyGradient) else None
     if name == "recipe":
         raise ConfigError("a recipe is given by its file", found="the task 'recipe'", remedy="paretune relate RECIPE.yaml")

@@ -38,7 +38,7 @@ from paretune.evaluation.stats import over_prompts
 from paretune.policy.base import Policy
 from paretune.policy.family import Family
 from paretune.policy.returns import returns_of
-from paretune.policy.rollout import encode, generate
+from paretune.policy.rollout import check_length, encode, generate
 from paretune.policy.scoring import token_logp
 from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
@@ -111,18 +111,23 @@ class Sensitivity:
 
 def explain(
     family: Family,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Sequence[Mapping[str, str]],
     preference: Preference | Mapping[str, float] | Sequence[float] | str,
     *,
     n: int = 1,
     response: str | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
+    system: str | None = None,
+    raw: bool = False,
 ) -> list[Explanation]:
-    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one given `response`, taken to end with EOS."""
+    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one given `response`, taken to end with EOS.
+
+    `prompt`, `system` and `raw` are as for `Family.sample`: a text, or the messages of one conversation.
+    """
     names = family.objectives.names
     chosen = preference if isinstance(preference, Preference) else Preference.of(names, preference)
-    given = Prompt(text=prompt) if isinstance(prompt, str) else prompt
+    (given,) = family.prompts([prompt], system=system, raw=raw)
     gates_K = torch.from_numpy(family.gates(chosen.w_M[None], [given]).reshape(family.policy.K)).float().to(family.policy.device)
     ids_1T, mask_1T = encode(family.policy.tokenizer, [given], family.policy.device)
     if response is None:
@@ -131,6 +136,7 @@ def explain(
         rows = [tokens[mask][None] for tokens, mask in zip(made.responses.tokens_NT, made.responses.mask_NT, strict=True)]
     else:
         inner = family.policy.tokenizer(response, add_special_tokens=False)["input_ids"]
+        check_length(family.policy, family.policy.extra_positions + ids_1T.shape[1] + len(inner) + 1, 1.0)
         rows = [torch.tensor([[*inner, family.policy.eos_ids[0]]], device=family.policy.device)]
     explained = []
     for tokens_1T in rows:

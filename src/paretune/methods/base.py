@@ -75,7 +75,9 @@ class Method(ABC):
         """A family of this method: a policy, or the mixing that one is built at, under `rule`. `fields` are further ones of `Family`."""
         policy = mixing if isinstance(mixing, Policy) else build_policy(task, mixing, adapters)
         said = {"method": describe(self), "card": asdict(self.card), "seed": seed, **(meta or {})}
-        return Family(policy, rule, task.objectives, task.base(), adapters, said, max_new_tokens=task.max_new_tokens, **fields)
+        return Family(
+            policy, rule, task.objectives, task.base(), adapters, said, max_new_tokens=task.max_new_tokens, **task.prompt_form(), **fields
+        )
 
 
 class OnExperts(Method):

@@ -84,7 +84,7 @@ class Expert(_OnePolicy):
         if self.objective in names:
             return names.index(str(self.objective))
         text = str(self.objective)
-        if not (text.isdigit() and int(text) < len(names)):
+        if not (text.isdecimal() and int(text) < len(names)):
             raise ConfigError(
                 f"method expert: objective is one of the task's objectives, or its number from 0 to {len(names) - 1}",
                 found=repr(self.objective),

@@ -14,6 +14,7 @@ from paretune.registry import METHODS
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Amount, Natural
 
 __all__ = ["Bridge"]
 
@@ -28,8 +29,8 @@ class Bridge(OnExperts):
     """
 
     effort: float = 1.0
-    rank: int = 0
-    balance: float = 0.0
+    rank: Natural = 0
+    balance: Amount = 0.0
 
     card: ClassVar[Card] = Card(
         category="meta-policy",

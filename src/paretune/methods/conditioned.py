@@ -17,6 +17,7 @@ from paretune.registry import METHODS
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Amount
 
 __all__ = ["Conditioned", "Prompted"]
 
@@ -36,7 +37,7 @@ class Conditioned(Method):
 
     structure: Literal["clp", "bridge", "panacea", "pblora"] = "clp"
     effort: float = 1.0
-    balance: float = 0.0
+    balance: Amount = 0.0
     private: int = 1
     scale: float = 1.0
 
@@ -97,7 +98,7 @@ class Prompted(Method):
     """
 
     effort: float = 1.0
-    balance: float = 0.0
+    balance: Amount = 0.0
     digits: int = 2
 
     card: ClassVar[Card] = Card(

@@ -24,7 +24,7 @@ from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
-from paretune.types import Cost
+from paretune.types import Amount, Cost, Count
 
 __all__ = ["Emorl", "EmorlShared", "outer_score"]
 
@@ -70,9 +70,9 @@ class EmorlShared(OnExperts):
 
     score: Literal["linear", "product"] = "linear"
     search: Literal["box", "simplex"] = "box"
-    levels: int = 5
+    levels: Count = 5
     cache: bool = False
-    samples: int = 64
+    samples: Count = 64
 
     card: ClassVar[Card] = Card(
         category="meta-policy",
@@ -115,7 +115,7 @@ class Emorl(EmorlShared):
     no such field (TRL's) trains as it always does.
     """
 
-    stop_cv: float = 0.015
+    stop_cv: Amount = 0.015
 
     card: ClassVar[Card] = Card(
         category="meta-policy",

@@ -14,6 +14,7 @@ from paretune.registry import METHODS
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Amount
 
 __all__ = ["Extended"]
 
@@ -28,7 +29,7 @@ class Extended(OnExperts):
 
     new: str = ""
     effort: float = 1.0
-    balance: float = 0.0
+    balance: Amount = 0.0
 
     card: ClassVar[Card] = Card(
         category="meta-policy",

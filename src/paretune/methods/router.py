@@ -16,6 +16,7 @@ from paretune.registry import METHODS
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Amount
 
 __all__ = ["Router"]
 
@@ -32,7 +33,7 @@ class Router(OnExperts):
     width: int = 32
     bridge: bool = False
     effort: float = 1.0
-    balance: float = 0.0
+    balance: Amount = 0.0
 
     card: ClassVar[Card] = Card(
         category="meta-policy",

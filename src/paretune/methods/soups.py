@@ -17,6 +17,7 @@ from paretune.registry import METHODS
 from paretune.tasks.base import Task
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.types import Amount, Share
 
 __all__ = ["BoneSoup", "Dare", "Ties"]
 
@@ -32,7 +33,7 @@ _HIDES = "a vertex is the expert after pruning, not the expert; the merge is den
 class Ties(MixedExperts):
     """Trim, elect signs, merge what agrees; see `MergedMix`."""
 
-    density: float = 0.8
+    density: Share = 0.8
     normalize: bool = False
 
     card: ClassVar[Card] = Card(
@@ -56,7 +57,7 @@ class Ties(MixedExperts):
 class Dare(MixedExperts):
     """Drop at random and rescale, then sum, or elect signs first; see `MergedMix`."""
 
-    density: float = 0.8
+    density: Share = 0.8
     signs: bool = False
     mask_seed: int = 0
 
@@ -85,8 +86,8 @@ class BoneSoup(Method):
     The gates x solve B^T x = w, so that the soup of the backbones' own preferences is w; outside of what they span, x extrapolates.
     """
 
-    share: float = 0.8
-    extrapolation: float = 0.0
+    share: Share = 0.8
+    extrapolation: Amount = 0.0
     mixing: Literal["parameter", "logit"] = "parameter"
 
     card: ClassVar[Card] = Card(

@@ -27,7 +27,7 @@ from paretune.training.modpo import Modpo
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.trl.dpo import TrlModpo
 from paretune.training.weightings.base import WEIGHTINGS
-from paretune.types import Preference
+from paretune.types import Amount, Preference
 
 __all__ = ["SWEEP_TRAININGS", "Adaptive", "Gradient", "Linear", "ModpoSweep", "Normalized", "Sweep", "near_judged"]
 
@@ -168,7 +168,7 @@ class Gradient(Sweep):
     """
 
     aggregator: Literal["mgda", "pcgrad", "cagrad", "nash_mtl", "imtl_g", "upgrad", "aligned_mtl"] = "upgrad"
-    c: float = 0.5  # of cagrad
+    c: Amount = 0.5  # of cagrad
 
     card: ClassVar[Card] = Card(
         category="single-policy",

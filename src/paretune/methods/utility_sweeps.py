@@ -19,6 +19,7 @@ from paretune.tasks.exact.optimum import refuse_unreachable
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS
+from paretune.types import Amount, Fraction
 
 __all__ = ["Lagrangian", "LogSum", "MaxMin", "Product", "Tchebycheff", "WarmSweep"]
 
@@ -26,7 +27,7 @@ __all__ = ["Lagrangian", "LogSum", "MaxMin", "Product", "Tchebycheff", "WarmSwee
 class _Climbing(Sweep):
     """A sweep whose trainings climb `_seeks()`, by the weighting `climb` where a subclass says nothing else."""
 
-    decay: float  # of the running mean of returns; every subclass has a default of its own
+    decay: Fraction  # of the running mean of returns; every subclass has a default of its own
 
     def _seeks(self) -> utilities.Utility:
         raise AssertionError("subclasses say which utility they climb")
@@ -53,7 +54,7 @@ class Tchebycheff(_Climbing):
 
     mu: float = utilities.Tchebycheff.mu
     ideal: tuple[float, ...] | None = None
-    decay: float = 0.9
+    decay: Fraction = 0.9
 
     card: ClassVar[Card] = Card(
         category="single-policy",
@@ -79,7 +80,7 @@ class LogSum(_Climbing):
 
     base: tuple[float, ...] | None = None
     floor: float = utilities.LogSum.floor
-    decay: float = 0.9
+    decay: Fraction = 0.9
 
     card: ClassVar[Card] = Card(
         category="single-policy",
@@ -103,9 +104,9 @@ class MaxMin(_Climbing):
     """The largest smallest gain, counted in shares of the preference; see `utilities.MaxMin` and the weighting `multipliers`."""
 
     base: tuple[float, ...] | None = None
-    rate: float = 1.0
-    damping: float = 10.0
-    decay: float = 0.9
+    rate: Amount = 1.0
+    damping: Amount = 10.0
+    decay: Fraction = 0.9
 
     card: ClassVar[Card] = Card(
         category="single-policy",
@@ -137,11 +138,11 @@ class Lagrangian(_Climbing):
     """
 
     thresholds: tuple[float | None, ...] | None = None
-    margin: float = 0.0
-    rate: float = 1.0
-    damping: float = 10.0
+    margin: Amount = 0.0
+    rate: Amount = 1.0
+    damping: Amount = 10.0
     logarithmic: bool = False
-    decay: float = 0.9
+    decay: Fraction = 0.9
 
     card: ClassVar[Card] = Card(
         category="single-policy",

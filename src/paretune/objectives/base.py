@@ -9,6 +9,7 @@ arrives by name as a list with one item per completion, and so do the completion
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import itertools
@@ -23,8 +24,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from paretune.errors import ConfigError, RewardError
+from paretune.errors import ConfigError, RewardError, own_code, raised_by, shown
 from paretune.types import Objectives, Prompt
+
+SCORES, REMEDY = "objective {!r} scores every completion without an exception", "return None for what cannot be scored; mend the named line"
 
 __all__ = ["Objective", "check_callable", "refuse_unscored", "score_all", "score_given", "text_of"]
 
@@ -116,13 +119,24 @@ def score_all(
 
 def score_given(objectives: Sequence[tuple[str, Score]], given: Mapping[str, Any]) -> np.ndarray:
     """(N, M) as `score_all`, from the arguments that a trainer gives to a reward function: "completions", columns, and more by name."""
-    count = len(given["completions"])
-    returned = _awaited([name for name, _ in objectives], [_call(name, function, given) for name, function in objectives])
-    scores_NM = np.stack([_scores(name, scores, count) for (name, _), scores in zip(objectives, returned, strict=True)], axis=1)
+    count, returned, scores = len(given["completions"]), [], []
+    for name, function in objectives:
+        with _code_of(name):
+            returned.append(_call(name, function, given))
+    names = [name for name, _ in objectives]
+    for name, value in zip(names, _awaited(names, returned), strict=True):
+        with _code_of(name):
+            scores.append(_scores(name, value, count))
+    scores_NM = np.stack(scores, axis=1)
     for (name, function), scores_N in zip(objectives, scores_NM.T, strict=True):
         if hasattr(function, "low") and hasattr(function, "high"):
             _warn_outside(Objectives((name,), (float(function.low),), (float(function.high),)), scores_N)
     return scores_NM
+
+
+def _code_of(name: str) -> contextlib.AbstractContextManager[None]:
+    """Around the code of one objective: what it raises is a RewardError that names the line."""
+    return own_code(RewardError, SCORES.format(name), REMEDY)
 
 
 def _warn_outside(declared: Objectives, scores_N: np.ndarray) -> None:
@@ -205,18 +219,11 @@ def _call(name: str, function: Score, given: Mapping[str, Any]) -> Any:
     copied = {key for key, value in given.items() if isinstance(value, list | tuple) and key != ENVIRONMENTS}
     own = {key: copy.deepcopy(list(value)) if key in copied else value for key, value in given.items()}
     positional, named = _accepted(function, own)
-    try:
-        return function(*positional, **named)
-    except (Exception, SystemExit) as error:
-        raise _raised(name, error) from error
+    return function(*positional, **named)
 
 
 def _raised(name: str, error: BaseException) -> RewardError:
-    return RewardError(
-        f"objective {name!r} scores every completion without an exception",
-        found=f"{type(error).__name__}: {error}",
-        remedy="return None for a completion that cannot be scored; the traceback above shows the line",
-    )
+    return RewardError(SCORES.format(name), found=raised_by(error), remedy=REMEDY)
 
 
 def _awaited(names: Sequence[str], returned: Sequence[Any]) -> list[Any]:
@@ -306,5 +313,4 @@ def _not_scores(name: str, count: int, found: str) -> RewardError:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import shlex
 import string
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, nearest, own_code
 from paretune.objectives.base import Objective
 from paretune.registry import OBJECTIVES
 
@@ -160,18 +161,18 @@ def _import_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     write_nothing, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cache by modification time could serve an older text
     try:
-        spec.loader.exec_module(module)
-        for neighbor in sorted(beside):  # also those imported only inside a function, while the folder can be found
-            with contextlib.suppress(ImportError):
-                importlib.import_module(neighbor)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        line = _line_in(error, path)
-        raise ConfigError(
+        with own_code(
+            ConfigError,
             f"{path.name} can be imported",
-            found=f"{type(error).__name__}: {error}{line}",
-            remedy=f"run `python {path.name}` in its folder, with the same Python, until it ends without an error",
-        ) from error
+            f"run `python {shlex.quote(path.name)}` in its folder until it ends without an error",
+        ):
+            spec.loader.exec_module(module)
+            for neighbor in sorted(beside):  # also those imported only inside a function, while the folder can be found
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(neighbor)
+    except BaseException:
+        del sys.modules[name]
+        raise
     finally:
         sys.dont_write_bytecode = write_nothing
         sys.path.remove(str(path.parent))
@@ -204,18 +205,6 @@ def _refuse_taken(names: set[str], path: Path) -> None:
 def _is_in(module: ModuleType, folder: Path) -> bool:
     file = getattr(module, "__file__", None)
     return file is not None and Path(file).resolve().is_relative_to(folder)
-
-
-def _line_in(error: BaseException, path: Path) -> str:
-    """Where in `path` it happened, if it did."""
-    if isinstance(error, SyntaxError):
-        return ""  # its text says so
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f" (line {trace.tb_lineno})"
-        trace = trace.tb_next
-    return line
 
 
 def names_in(template: str) -> list[str]:

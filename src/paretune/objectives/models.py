@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, RewardError
-from paretune.hub import check_pretrained, content_of, local_or_hub, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, load_tokenizer, located, positions_of, refuse_kernels, unloadable
 from paretune.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Loaded:
 class ModelObjective(Objective):
     """What the objectives that are models share. Scores beyond [low, high] are set to its ends."""
 
-    model: str  # a directory with safetensors weights, or a name on the hub
+    model: str  # a directory with safetensors weights, a GGUF file, or a name on the hub
     low: float
     high: float
     revision: str | None = None  # a branch, tag or commit of the hub
@@ -68,6 +68,7 @@ class ModelObjective(Objective):
 
     rounding: ClassVar[float] = 1e-4
     places: ClassVar[Mapping[str, str]] = {"model": "model"}
+    of_reference: ClassVar[bool] = False  # in a recipe that does not say otherwise, `model` is the recipe's own
     loader: ClassVar[str]  # the class of transformers that reads it
 
     def __post_init__(self):
@@ -102,7 +103,7 @@ class ModelObjective(Objective):
 
         try:
             return AutoConfig.from_pretrained(
-                local_or_hub(self.model), revision=self.revision, trust_remote_code=self.trust_remote_code, **self.config_options()
+                **located(self.model), revision=self.revision, trust_remote_code=self.trust_remote_code, **self.config_options()
             )
         except Exception as error:  # a dozen kinds, from the network, the hub and the files
             raise unloadable(self.what, self.model, self.revision, error, loader=self.loader) from error
@@ -174,9 +175,9 @@ def _load_now(objective: ModelObjective) -> Loaded:
     device = _device(objective)
     options: dict[str, Any] = {"revision": objective.revision, "trust_remote_code": objective.trust_remote_code}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(local_or_hub(objective.model), **options)
+        tokenizer = load_tokenizer(objective.model, **options)
         model, info = getattr(transformers, objective.loader).from_pretrained(
-            local_or_hub(objective.model),
+            **located(objective.model, weights=True),
             use_safetensors=True,
             dtype=objective.dtype,
             output_loading_info=True,
@@ -187,7 +188,7 @@ def _load_now(objective: ModelObjective) -> Loaded:
         raise unloadable(objective.what, objective.model, objective.revision, error, loader=objective.loader) from error
     objective.check_missing(sorted(info["missing_keys"]))
     tokenizer.truncation_side = "left"
-    limits = [objective.max_tokens, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [objective.max_tokens, tokenizer.model_max_length, positions_of(model.config)[0]]
     known = [limit for limit in limits if limit is not None and limit < UNLIMITED]
     model.requires_grad_(False)
     return Loaded(model.eval().to(device), tokenizer, device, min(known) if known else None)
@@ -484,6 +485,7 @@ class Fluency(ModelObjective):
     """
 
     loader: ClassVar[str] = "AutoModelForCausalLM"
+    of_reference: ClassVar[bool] = True
 
     low: float = 0.0
     high: float = 1.0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 from paretune.policy.lora.bank import LoraBank, soup_weight
 from paretune.policy.lora.layers import FusedLayer
 from paretune.registry import Registry
@@ -71,6 +72,9 @@ class Policy(ABC):
 
     def __init__(self, bank: LoraBank, tokenizer: Any):
         self.bank, self.tokenizer, self.model = bank, tokenizer, bank.base
+        for config in (self.model.config, text_config(self.model.config)):
+            if getattr(config, "output_router_logits", False):  # of an auxiliary loss, which is not trained here and takes no cache
+                config.output_router_logits = False
         self.eos_ids = _eos_ids(self.model, tokenizer)
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_id = int(self.eos_ids[0] if pad is None else pad)
@@ -205,7 +209,7 @@ class Policy(ABC):
                 alone = torch.cat([self._logits(self._inputs(1, ids, None, None, None), 0)[0].float() for ids in (one, two)])
             except Exception:  # of the model's own code, which reads masks in another way
                 return False
-        return bool((both - alone).abs().max() < 1e-3 * (1.0 + alone.abs().max()) * (1 if self.model.dtype == torch.float32 else 50))
+        return bool((both - alone).abs().max() < 1e-3 * (1.0 + alone.abs().max()) * (1 if self.bank.rounding == torch.float32 else 50))
 
     def new_cache(self, n_rows: int) -> Any:
         """An empty key-value cache for `n_rows` rows of the policy (it holds `copies * n_rows` rows of the model)."""
@@ -278,7 +282,8 @@ def build_mixing(mixing: str | Mapping[str, Any], bank: LoraBank, tokenizer: Any
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends a response: those of the generation settings, then the tokenizer's."""
     found: list[int] = []
-    for given in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    for where in (model.generation_config, model.config, text_config(model.config), tokenizer):
+        given = getattr(where, "eos_token_id", None)
         for number in given if isinstance(given, (list, tuple)) else [given]:
             if number is not None and int(number) not in found:
                 found.append(int(number))

@@ -14,19 +14,21 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError
+from paretune.files import card_problems, changed, disk_errors, hashes_of, new_folder, sealed
+from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
+from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
-from paretune.registry import GATE_RULES, TASKS, describe
+from paretune.policy.self_test import check_model
+from paretune.registry import GATE_RULES, TASKS, checked, describe
 from paretune.tasks.base import Task
-from paretune.types import Cost, Objectives, Preference, Prompt
+from paretune.tasks.prompts import as_prompt
+from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt
 
 __all__ = ["Family"]
-
-FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
-
 
 SAMPLE_ROWS = 64  # rows sampled in one batch
 
@@ -36,8 +38,8 @@ class Family:
     """A policy for every preference: what training leaves, and what is served.
 
     `rule` turns preferences into gates. `base` says where the reference model is: {"task": description} or {"model": path or hub id,
-    "revision": ..., "dtype": ...}. `adapters` are the directories that the bank's adapters were read from, by name; adapters without one
-    are written from memory. `meta` is any JSON, for information only (the method's description and card).
+    "revision": ..., "dtype": ..., "quantize": ...}. `adapters` are the directories that the bank's adapters were read from, by name; those
+    without one are written from memory. `meta` is any JSON, for information only (the method's description and card).
     """
 
     policy: Policy
@@ -49,6 +51,8 @@ class Family:
     experts: tuple[int, ...] | None = None  # the adapter that is the expert of each objective, where there are such
     utility: Mapping[str, Any] | None = None  # the description of what was climbed, where it is not w . J: see `evaluation.utility`
     max_new_tokens: int | None = None  # the longest response of `sample`, where a request does not say
+    chat: bool = False  # it was trained on conversations: a text is what a user says in one
+    system: str | None = None  # the system message with which every conversation of the training began
     search_cost: Cost = field(default_factory=Cost)  # of finding the gates once, before anything is asked; not written to disk
 
     def __post_init__(self):
@@ -95,22 +99,27 @@ class Family:
 
     def sample(
         self,
-        prompts: Sequence[str | Prompt],
+        prompts: str | Prompt | Sequence[Any],
         preference: Preference | Mapping[str, float] | Sequence[float] | str,
         *,
         n: int = 1,
         seed: int = 0,
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
+        system: str | None = None,
+        raw: bool = False,
     ) -> list[list[str]]:
         """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
 
-        Every row draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
+        Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
+        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
         """
-        limit = self.longest(max_new_tokens)
+        n, seed = checked("n", Count, n), checked("seed", int, seed)
+        limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
+        temperature = checked("temperature", Amount, temperature)
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
-        asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        asked = self.prompts(prompts, system=system, raw=raw)
         rows = [prompt for prompt in asked for _ in range(n)]
         gates = self.gates(Preference.of(self.objectives.names, preference).w_M[None], asked)[0]  # (K,), or (P, K)
         gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
@@ -118,14 +127,49 @@ class Family:
         answers = [text for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
+    def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:
+        """Texts and conversations, or one of them, as the prompts that the family was trained on.
+
+        Where that was `chat`, a text becomes what a user says. A conversation goes through the tokenizer's chat template; one without a
+        system message gets the training's, or `system` ("" is none). `raw` leaves texts as they are. A `Prompt` is used as it is.
+        """
+        if raw and system is not None:
+            raise ConfigError("a raw prompt is used as it is", found="raw, and a system message", remedy="leave one of them out")
+        several: Any = given
+        alone = not isinstance(given, Sequence) or isinstance(given, str | bytes)
+        if alone or (len(several) > 0 and all(isinstance(part, Mapping) for part in several)):
+            several = [given]
+        return [self._prompt(f"prompt {place}", one, system, raw) for place, one in enumerate(several, start=1)]
+
+    def _prompt(self, where: str, given: Any, system: str | None, raw: bool) -> Prompt:
+        if isinstance(given, Prompt):
+            if system is None:
+                return given
+            given = given.raw
+        if raw:
+            if not isinstance(given, str):
+                raise ConfigError("a raw prompt is a text", found=f"a {type(given).__name__} in {where}", remedy="leave raw out")
+            return Prompt(text=given)
+        plain = as_prompt(where, given, chat=self.chat)
+        if plain.messages is None:
+            if system is not None:
+                found = f"a text in {where}, for a family that was trained on plain texts"
+                remedy = 'give the prompt as messages, [{"role": "user", "content": "..."}], or leave the system message out'
+                raise ConfigError("a system message goes before a conversation", found=found, remedy=remedy)
+            return plain
+        if system is None and plain.messages[0]["role"] != "system":
+            system = self.system
+        return as_prompt(where, plain.messages, chat=self.chat, system=system) if system else plain
+
     def save(self, path: str | Path) -> None:
         """Write family.json and adapters/<name>/ in plain PEFT format into the new directory `path`, which appears whole or not at all."""
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
-        aside = path.resolve().with_name(f".wip-{path.resolve().name}")
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-        aside.mkdir(parents=True)
+        with disk_errors(path, "a family"), new_folder(path) as aside:
+            self._write(aside, path.resolve())
+
+    def _write(self, aside: Path, path: Path) -> None:
         folders = {}
         for k, name in enumerate(self.policy.bank.names):
             folders[name] = f"adapters/{_folder(k, name)}"
@@ -142,49 +186,91 @@ class Family:
             "mixing": {"name": self.policy.mixing, **self.policy.settings} if self.policy.settings else self.policy.mixing,
             "rule": describe(self.rule.frozen()),
             "objectives": asdict(self.objectives),
-            "base": dict(self.base),
+            "base": _movable(self.base, path),
             "adapters": folders,
             "experts": self.experts,
             "utility": self.utility,
             "max_new_tokens": self.max_new_tokens,
+            "chat": self.chat,
+            "system": self.system,
             "meta": self.meta,
+            "files": hashes_of(aside, (file for file in aside.rglob("*") if file.is_file())),
         }
-        (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        card = sealed(json.loads(json.dumps(card, allow_nan=False)))
+        (aside / FAMILY_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | torch.device | None = None, trust: bool = False, scoring: bool = True) -> Family:
-        """A saved family, with its reference model loaded afresh.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        model: str | Path | None = None,
+        trust: bool = False,
+        scoring: bool = True,
+        self_test: bool = True,
+    ) -> Family:
+        """A saved family, with its reference model loaded afresh and, unless `self_test` is false, tried out: see `policy.self_test`.
 
-        Code that it names is refused unless the caller says `trust`; that of its objectives may stand there where it is not used for
-        `scoring`.
+        `model` says where the reference model is now, if it has moved. Code that the family names is refused unless the caller says
+        `trust`; that of its objectives may stand there where it is not used for `scoring`.
         """
         path = Path(path)
-        try:
-            card = json.loads((path / FAMILY_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"a family is a directory with {FAMILY_FILE}", found=str(path), remedy="name a directory that `paretune fit` wrote"
-            ) from None
-        except ValueError as error:
-            raise ConfigError(f"{FAMILY_FILE} is JSON", found=f"{path}: {error}", remedy="fit the family again") from error
-        if card.get("format") != FAMILY_FORMAT:
-            raise ConfigError(
-                f"this version reads families of format {FAMILY_FORMAT}",
-                found=repr(card.get("format")),
-                remedy="load it with the version that wrote it, or fit it anew",
-            )
+        card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
-        model, tokenizer = load_base(card["base"], trust=trust, scoring=scoring)
+        _refuse(path, changed(path, card.get("files", {})))
+        base = _found(card["base"], path, model)
+        loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
         if device is not None:
-            model = model.to(device)
+            loaded = loaded.to(device)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
-        policy = build_mixing(card["mixing"], LoraBank.load(model, adapters), tokenizer)
+        policy = build_mixing(card["mixing"], LoraBank.load(loaded, adapters), tokenizer)
         policy.load_extra(path)
+        if self_test:
+            check_model(policy)
         objectives = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
         said = {name: card.get(name, card["meta"].get(name)) for name in ("experts", "utility", "max_new_tokens")}  # once in meta
+        said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # older files do not say
         said["experts"] = None if said["experts"] is None else tuple(said["experts"])
-        return cls(policy, rule, objectives, card["base"], adapters, card["meta"], **said)
+        family = cls(policy, rule, objectives, base, adapters, card["meta"], **said)
+        _refuse(path, card_problems(path / FAMILY_FILE))  # last: what can be said more clearly was said
+        return family
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(
+            "a family is read as it was saved",
+            found=f"{path / problems[0]}",
+            remedy="copy it again, or fit it again; what you changed by hand counts once files and sha256 are out of family.json",
+        )
+
+
+def _movable(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """How the family in `path` finds its base: a folder by its place from there, too, so that both can move together."""
+    if "model" not in base or not is_local(base["model"]):
+        return dict(base)
+    model = Path(base["model"]).expanduser().resolve()
+    return {**base, "model": str(model), "beside": os.path.relpath(model, path)}
+
+
+def _found(base: Mapping[str, Any], path: Path, given: str | Path | None) -> dict[str, Any]:
+    """Where the base of the family in `path` is now: `given`, else beside the family as before, else where it was."""
+    plain = {name: value for name, value in base.items() if name != "beside"}
+    if given is not None and "model" not in base:
+        raise ConfigError("a base that moves is a model", found=f"{path}: the base is a task", remedy="leave --model (model=) out")
+    beside = path.resolve() / base.get("beside", base.get("model", ""))
+    if given is not None:
+        plain["model"] = str(given)
+    elif "beside" in base and beside.exists():
+        plain["model"] = os.path.normpath(beside)
+    elif "model" in base and is_local(base["model"]) and not Path(base["model"]).expanduser().exists():
+        raise ConfigError(
+            "a family finds its reference model",
+            found=f"nothing at {base['model']}",
+            remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
+        )
+    return plain
 
 
 def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> tuple[Any, Any]:
@@ -194,7 +280,7 @@ def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = T
         return task.load()
     from paretune.tasks.pretrained import load_pretrained
 
-    settings = {key: base[key] for key in ("revision", "dtype") if base.get(key) is not None}
+    settings = {key: base[key] for key in ("revision", "dtype", "quantize") if base.get(key) is not None}
     return load_pretrained(base["model"], trust_remote_code=trust, **settings)
 
 

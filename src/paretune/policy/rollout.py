@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError
+from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
@@ -31,6 +32,7 @@ __all__ = [
     "Decoding",
     "Generation",
     "Rollout",
+    "check_length",
     "decode",
     "encode",
     "gates_on",
@@ -60,12 +62,6 @@ class Generation:
 def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of one prompt: its chat template, the answer's turn opened, or its text with the tokenizer's usual start."""
     if prompt.messages is not None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                "prompts made of messages need a tokenizer with a chat template",
-                found=f"{type(tokenizer).__name__} without one",
-                remedy="give plain text prompts, or set tokenizer.chat_template",
-            )
         ids = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt.text)["input_ids"]
@@ -146,7 +142,7 @@ class Decoding:
         """
         n = prompt_ids_PT.shape[0] * group
         assert uniforms_NT.shape[0] == n, "one stream per row"
-        _check_length(self.policy, self.policy.extra_positions + prompt_ids_PT.shape[1] + uniforms_NT.shape[1], temperature)
+        check_length(self.policy, self.policy.extra_positions + prompt_ids_PT.shape[1] + uniforms_NT.shape[1], temperature)
         gates_NK = gates_on(self.policy, gates_NK)
         draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
         heat_N1 = torch.full((n, 1), float(temperature), dtype=torch.float64, device=self.place)
@@ -329,9 +325,7 @@ def generate(
     for start in range(0, len(prompts), size):
         chosen, here = prompts[start : start + size], slice(start * group, (start + size) * group)
         ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
-        _check_length(
-            policy, policy.extra_positions + ids_PT.shape[1] + max_new_tokens, temperature
-        )  # before noise of that length is drawn
+        check_length(policy, policy.extra_positions + ids_PT.shape[1] + max_new_tokens, temperature)  # before noise of that length is drawn
         uniforms_NT = row_uniforms(seed, step, [prompt.digest for prompt in rows[here]], counts[here], max_new_tokens)
         made = decode(
             policy,
@@ -455,12 +449,13 @@ def needed(mask_NT: Tensor) -> Tensor | None:
     return None if bool(mask_NT.all()) else mask_NT
 
 
-def _check_length(policy: Policy, needed: int, temperature: float) -> None:
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
+def check_length(policy: Policy, needed: int, temperature: float) -> None:
+    """ConfigError where so many tokens do not fit the positions of the model, or a temperature is none."""
+    limit, why = positions_of(policy.model.config)
     if limit is not None and needed > limit:
         raise ConfigError(
             "prompt and response fit the positions that the model knows",
-            found=f"{needed} tokens for a model of {limit}",
+            found=f"{needed} tokens for a model of {limit} ({why})",
             remedy="shorten the prompts, or lower max_new_tokens",
         )
     if not temperature >= 0 or temperature == float("inf"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.registry import GATE_RULES
-from paretune.types import Cost, Prompt
+from paretune.types import Amount, Cost, Count, Natural, Prompt
 
 __all__ = [
     "Backbones",
@@ -261,7 +261,7 @@ class ExtendedRule(GateRule):
     objective has no bridge. `stage` "old" is what the old family was trained under: its experts and its bridge.
     """
 
-    new: int
+    new: Natural
     stage: str = "new"  # "old": without the new bridge
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
@@ -283,7 +283,7 @@ class ExtendedRule(GateRule):
 class StudentRule(GateRule):
     """No gate for the first `teachers` adapters, then those of a bridge: how a student samples while its teachers stand beside it."""
 
-    teachers: int
+    teachers: Count
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         return np.concatenate([np.zeros((len(w_WM), self.teachers)), BridgeRule().gates(w_WM)], axis=1)
@@ -294,7 +294,7 @@ class StudentRule(GateRule):
 class SharedRule(GateRule):
     """Gate 1 for the adapter that all preferences share, then `scale` times the preference for those of the objectives."""
 
-    scale: float = 1.0
+    scale: Amount = 1.0
 
     def gates(self, w_WM: np.ndarray) -> np.ndarray:
         w_WM = np.asarray(w_WM, dtype=np.float64)
@@ -322,8 +322,8 @@ class TiedRule(GateRule):
 class RouterRule(GateRule):
     """The gates that a router starts from: the preference, and with `bridge` its `interaction`. Trainings under it train a router."""
 
-    experts: int
-    width: int = 32
+    experts: Count
+    width: Count = 32
     seed: int = 0
     bridge: bool = False
 
@@ -342,8 +342,8 @@ class RouterRule(GateRule):
 class PromptedRule(GateRule):
     """The preference itself, for a policy that reads it as text; see the mixing "prompted"."""
 
-    objectives: int
-    digits: int = 2
+    objectives: Count
+    digits: Count = 2
 
     @property
     def mixing(self) -> Mapping[str, Any]:

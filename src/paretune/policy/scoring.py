@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from paretune.hub import text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.rollout import gates_on, needed, read
+from paretune.policy.rollout import check_length, gates_on, needed, read
 
 __all__ = ["Packing", "chosen", "packs", "token_logp"]
 
@@ -53,6 +54,7 @@ def token_logp(
     runs over these alone where it can be packed and that is less work. `packed` decides it instead, for tests.
     """
     length, gates_NK = tokens_NT.shape[1], gates_on(policy, gates_NK)
+    check_length(policy, (0 if gates_NK is None else policy.extra_positions) + prompt_ids_PT.shape[1] + length, temperature)
     if packed or (packed is None and mask_NT is not None and len(tokens_NT) > 1 and packs(policy, gates_NK)):
         asked_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
         packing = Packing.of(prompt_mask_PT, asked_NT, group)
@@ -107,7 +109,7 @@ def _packed_logp(
 def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, temperature: float, at_once: int | None) -> Tensor:
     """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
     n, length = tokens_NT.shape
-    vocabulary = policy.model.config.get_text_config().vocab_size
+    vocabulary = text_config(policy.model.config).vocab_size
     if n * length * vocabulary <= (at_once or LOGITS_AT_ONCE) or not policy.splits_head:
         return chosen(forward(), tokens_NT, temperature)
     with policy.headless():
@@ -122,7 +124,7 @@ def _of_states(policy: Policy, h_UH: Tensor, tokens_U: Tensor, temperature: floa
         with policy.bank.gates(None):
             return chosen(run_head(policy.model, h_UH[None]), tokens_U[None], temperature)[0]
 
-    step = max(1, (at_once or LOGITS_AT_ONCE) // policy.model.config.get_text_config().vocab_size)
+    step = max(1, (at_once or LOGITS_AT_ONCE) // text_config(policy.model.config).vocab_size)
     if h_UH.requires_grad and torch.is_grad_enabled():
         return _Head.apply(h_UH, tokens_U, piece, step)
     return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from paretune.files import disk_errors, write_text
 from paretune.report.data import NOT_DIALS, SPLITS, Results, Setting
 from paretune.report.tables import COSTS, PATH_HELP, Column, Table, costs, keyed
 from paretune.types import Estimate
@@ -391,8 +392,9 @@ def write_rows(results: Results, path: Path) -> Path:
     head = {"format": 2, "suite": results.name, "statistic": "interquartile mean over task seeds", "level": 0.95, "commits": commits}
     head["task_seeds"] = sorted({cell.unit for cell in results.cells})
     lines = ",\n".join(json.dumps(_rounded(row), allow_nan=False, ensure_ascii=False) for row in rows(results))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{json.dumps(head, ensure_ascii=False)[:-1]}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    with disk_errors(path, "a file of rows"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f'{json.dumps(head, ensure_ascii=False)[:-1]}, "rows": [\n{lines}\n]}}\n')
     return path
 
 

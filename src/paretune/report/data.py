@@ -195,6 +195,7 @@ class Results:
 
     def __init__(self, cells: Sequence[Cell], failures: Sequence[Mapping[str, Any]] = (), name: str = "results"):
         self.cells, self.failures, self.name = list(cells), list(failures), name
+        self.skipped: list[str] = []  # files that could not be read, and what is wrong with each
 
     @cached_property
     def families(self) -> dict[str, str]:
@@ -238,7 +239,10 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     store = Store(root)
     if not store.root.is_dir():
         raise ConfigError("a report is made from a run directory", found=f"{root} is not one", remedy="give the --root of `paretune bench`")
-    suites = {path.stem: set(_json(path)["cells"]) for path in sorted((store.root / "suites").glob("*.json"))}
+    suites, skipped = store.suites()
+    for line in skipped:
+        if line.startswith(f"suites/{suite}.json: "):
+            raise StoreError("a suite lists its cells", found=f"{store.root}: {line}", remedy="run it again, or leave --suite out")
     if suite is not None and suite not in suites:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
@@ -250,8 +254,8 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
     records: dict[str, dict[str, Any]] = {}
     truths: dict[str, dict[str, Any]] = {}  # one copy of what all cells of a task say about it: most of what they hold
-    for key, folder in folders.items():
-        records[key] = record = _json(folder / "cell.json")
+    for key in folders:
+        records[key] = record = json.loads(store.read(key, "cell.json"))
         if record.get("format") != CELL_FORMAT:
             found = f"format {record.get('format')!r} in {folders[key]}"
             remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
@@ -259,10 +263,12 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         truth = {name: record[name] for name in ("fronts", "verified") if name in record}
         known = truths.setdefault(canonical_json(record["task"]), truth)
         record.update(known if known == truth else {})
-    envs = {key: _json(folder / "env.json") for key, folder in folders.items()}
+    envs = {key: json.loads(store.read(key, "env.json")) for key in folders}
     failures = [{"where": f"{kind}/{WIP}{key}", **record} for kind, key, record in broken]
     name = suite or (next(iter(suites)) if len(suites) == 1 else store.root.resolve().name)
-    return assemble(records, envs, failures=failures, name=name)
+    results = assemble(records, envs, failures=failures, name=name)
+    results.skipped = skipped
+    return results
 
 
 def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str, Any]] = (), name: str = "results") -> Results:
@@ -317,11 +323,3 @@ def _short(value: Any) -> str:
         return f"{value:g}".replace("-", "\u2212")
     text = str(value)
     return text if len(text) <= 40 else "…" + text[-39:]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        remedy = "run `paretune check` on this directory"
-        raise StoreError("a published file can be read", found=f"{path}: {error}", remedy=remedy) from error

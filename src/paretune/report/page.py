@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paretune.files import disk_errors, new_folder, write_text
 from paretune.report import comparison
 from paretune.report.data import PROMPTS, Results
 from paretune.report.figures import DRAWN, FIGURES, LOSS_COLORS, Figure, Look, looks, template, to_svg
@@ -26,21 +27,22 @@ __all__ = ["sensitivity_table", "tint", "token_table", "visible", "write_explana
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write index.html, tables/*.csv and figures/*.svg into `folder` (made if missing); returns the page's path."""
+    """Write index.html, tables/*.csv and figures/*.svg into `folder` (made if missing), all of them or none; returns the page's path."""
     made = [make(results) for make in (*TABLES, *comparison.TABLES)]
     tables = {table.name: table for table in made if table.rows}  # what was not measured is left out
     figures = {anchor: found for anchor, make in FIGURES.items() if (found := make(results))}
-    for name in ("tables", "figures"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for table in tables.values():
-        table.write_csv(folder / "tables")
-    for figure in (figure for anchor, found in figures.items() if anchor != "loss" for figure in found):
-        split, view = next(iter(figure.views.items()))
-        picture = to_svg([(f"{figure.title}, {PROMPTS[split]}", view)], alt=figure.alt)
-        (folder / "figures" / f"{figure.name}.svg").write_text(picture, encoding="utf-8")
-    page = folder / "index.html"
-    page.write_text(_render(results, tables, figures), encoding="utf-8")
-    return page
+    page = _render(results, tables, figures)
+    with disk_errors(folder, "a report"), new_folder(folder) as new:
+        for name in ("tables", "figures"):
+            (new / name).mkdir()
+        for table in tables.values():
+            table.write_csv(new / "tables")
+        for figure in (figure for anchor, found in figures.items() if anchor != "loss" for figure in found):
+            split, view = next(iter(figure.views.items()))
+            picture = to_svg([(f"{figure.title}, {PROMPTS[split]}", view)], alt=figure.alt)
+            (new / "figures" / f"{figure.name}.svg").write_text(picture, encoding="utf-8")
+        (new / "index.html").write_text(page, encoding="utf-8")
+    return folder / "index.html"
 
 
 def _render(results: Results, tables: dict[str, Table], figures: dict[str, list[Figure]]) -> str:
@@ -170,8 +172,9 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
         sensitivity=slopes,
         steepest=steepest or 1.0,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with disk_errors(path, "an explanation"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page)
     return path
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from paretune.errors import printable
 from paretune.evaluation.metrics import plain
+from paretune.files import disk_errors, new_folder
 from paretune.report.figures import PALETTE, axis, frame, template
 from paretune.report.tables import Column, Table, minus
 
@@ -130,14 +131,16 @@ def to_json(found: Relations, probe: Probe | None, advice: Sequence[Advice]) -> 
 
 def write_relations(folder: Path, found: Relations, probe: Probe | None, advice: Sequence[Advice]) -> list[Path]:
     """relations.json (with a plotly description of every heat map), figures/*.svg and tables/*.csv; returns their paths."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    (folder / "tables").mkdir(exist_ok=True)
     maps = heat_maps(found, probe)
-    written = [folder / "relations.json"]
     whole = {**to_json(found, probe, advice), "figures": {name: {"title": title, **view} for name, (title, view) in maps.items()}}
-    written[0].write_text(json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, (title, view) in maps.items():
-        written.append(folder / "figures" / f"{name}.svg")
-        written[-1].write_text(heat_svg(view, title=title), encoding="utf-8")
     tables = [objective_table(found), pair_table(found), *([gradient_table(probe)] if probe is not None else [])]
-    return written + [table.write_csv(folder / "tables") for table in tables]
+    with disk_errors(folder, "a folder of relations"), new_folder(folder) as new:
+        (new / "figures").mkdir()
+        (new / "tables").mkdir()
+        written = [new / "relations.json"]
+        written[0].write_text(json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, (title, view) in maps.items():
+            written.append(new / "figures" / f"{name}.svg")
+            written[-1].write_text(heat_svg(view, title=title), encoding="utf-8")
+        written += [table.write_csv(new / "tables") for table in tables]
+    return [folder / path.relative_to(new) for path in written]

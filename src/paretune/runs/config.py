@@ -25,10 +25,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, nearest, shown
+from paretune.registry import DEEPEST, not_plain
 from paretune.types import refuse_secrets
 
 __all__ = ["Document", "dump", "load", "parse"]
@@ -65,7 +66,10 @@ class Document:
         try:
             yield
         except ConfigError as error:
-            raise type(error)(error.rule, found=f"{error.found} ({self.where(*place)})", remedy=error.remedy) from error
+            where = self.where(*place, *error.place)
+            typed = [text for at, text in self.overridden.items() if at[: len(place)] == place and at != place and not error.place]
+            where += f", with {', '.join(typed)} on the command line" if typed else ""
+            raise type(error)(error.rule, found=f"{error.found} ({where})", remedy=error.remedy) from error
 
     def override(self, text: str) -> Place:
         """Set one value, `dotted.path=YAML`; returns its place. Raises ConfigError where the path leads nowhere."""
@@ -75,8 +79,9 @@ class Document:
             raise ConfigError("an override reads key=value", found=repr(text), remedy="for example learner.steps=20")
         try:
             value = _read(given, {})
-        except YAMLError:
-            raise ConfigError("the value of an override is YAML", found=repr(text), remedy="quote it, as in 'rho=[0.8, 0]'") from None
+        except YAMLError as error:
+            found, remedy = f"{shown(text)}: {_problem(error)}", "quote it, as in 'rho=[0.8, 0]'"
+            raise ConfigError("the value of an override is YAML", found=found, remedy=remedy) from None
         here: Any = self.data
         place: Place = ()
         for step in steps[:-1]:
@@ -125,12 +130,14 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, short: Mapping[str,
     """Read the YAML mapping in `path` and apply the overrides in order. Raises ConfigError naming the file and the line."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("a configuration file exists", found=str(path), remedy=_neighbors(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
         remedy = "give the path of a YAML file"
-        raise ConfigError("a configuration file is readable text", found=f"{path}: {error}", remedy=remedy) from None
+        raise ConfigError("a configuration file is readable text", found=f"{shown(str(path))}: {error}", remedy=remedy) from None
     document = parse(text, name=path.name)
     document.short = short or {}
     for override in overrides:
@@ -147,9 +154,10 @@ def parse(text: str, *, name: str) -> Document:
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(
-            "a configuration file is YAML", found=f"{name}{line}: {problem}", remedy="check the indentation, colons and quotes there"
+            "a configuration file is YAML",
+            found=f"{name}{line}: {_problem(error)}",
+            remedy="check the indentation, colons and quotes there",
         ) from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -167,18 +175,25 @@ def dump(value: Any) -> str:
 
 def _read(text: str, lines: dict[Place, int]) -> Any:
     """The plain value of one YAML document; `lines` gets where everything in it stands."""
-    reader = YAML(typ="safe", pure=True)
+    reader, depth = YAML(typ="safe", pure=True), 0
     for event in reader.parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > DEEPEST:
+            problem = f"more than {DEEPEST} lists and mappings within each other"
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         if isinstance(event, AliasEvent):
             raise MarkedYAMLError(problem=f"*{event.anchor} is an alias; write the value out", problem_mark=event.start_mark)
 
     def plain(node: Any, place: Place) -> Any:
         lines.setdefault(place, node.start_mark.line + 1)
+        if (node.tag == MAP and not isinstance(node, MappingNode)) or (node.tag == LIST and not isinstance(node, SequenceNode)):
+            raise MarkedYAMLError(problem=f"{node.tag} is not the tag of this", problem_mark=node.start_mark)
         if node.tag == MAP:
             found: dict[str, Any] = {}
             for key, value in node.value:
-                if not isinstance(key, ScalarNode) or key.value in found:
-                    problem = f"the key {key.value!r} stands twice" if isinstance(key, ScalarNode) else "a key is one word"
+                if not isinstance(key, ScalarNode) or key.value in found or not_plain(key.value):
+                    twice = isinstance(key, ScalarNode) and key.value in found
+                    problem = f"the key {shown(key.value)} stands twice" if twice else "a key is one word"
                     raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 lines[*place, key.value] = key.start_mark.line + 1
                 found[key.value] = plain(value, (*place, key.value))
@@ -187,10 +202,24 @@ def _read(text: str, lines: dict[Place, int]) -> Any:
             return [plain(item, (*place, number)) for number, item in enumerate(node.value)]
         if node.tag in WORDS or (node.tag == INT and re.fullmatch(r"[-+]?0\w+", node.value)):  # 010, 0x10
             return node.value
-        return reader.constructor.construct_object(node)  # refuses tags that it does not know
+        try:
+            value = reader.constructor.construct_object(node)  # refuses tags that it does not know
+        except YAMLError:
+            raise
+        except Exception:  # `!!int abc`, 5,000 digits: conversions that nothing checks
+            problem = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+        wrong = not_plain(value) if isinstance(value, str | int | float | None) else "is a number, a text, true or false"
+        if wrong:
+            raise MarkedYAMLError(problem=f"{shown(value)}: a value {wrong}", problem_mark=node.start_mark)
+        return value
 
     root = reader.compose(text)
     return None if root is None else plain(root, ())
+
+
+def _problem(error: YAMLError) -> str:
+    return str(getattr(error, "problem", None) or " ".join(str(error).split())[:200])
 
 
 def _key(here: Any, step: str, override: str) -> str | int:
@@ -200,7 +229,7 @@ def _key(here: Any, step: str, override: str) -> str | int:
     names = [item if isinstance(item, str) else item.get("name") if isinstance(item, dict) else None for item in here]
     if names.count(step) == 1:
         return names.index(step)
-    if step.isdigit() and int(step) < len(here):
+    if step.isdecimal() and int(step) < len(here):
         return int(step)
     known = [str(n) for n in range(len(here))] + [n for n in names if isinstance(n, str) and names.count(n) == 1]
     raise ConfigError("an override names one item of a list, by name or by number", found=repr(override), remedy=nearest(step, known))

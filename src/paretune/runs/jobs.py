@@ -29,11 +29,11 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted
-from paretune.files import disk_errors, is_disk_full, no_room, write_json
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
+from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
-from paretune.training.cost import as_if_alone, read_cost, write_cost
+from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import canonical_json, key_of
 
@@ -154,12 +154,13 @@ class Tasks:
 
 def read_job(path: Path) -> dict[str, Any]:
     """What the file says, with its plugins loaded."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    job = read_json(path, rule="a job is a file that can be read", remedy="run the same command again, which writes it anew")
     for plugin in job["plugins"]:
         load_plugin(plugin)
     return job
 
 
+@refuse_exit()
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
     """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
     store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()
@@ -222,6 +223,7 @@ def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | Non
         cost = dataclasses.replace(cost, storage_bytes=sum(p.stat().st_size for p in work.glob("*.safetensors")))
     with disk_errors(store.root):
         write_json(work / "env.json", _environment())
+        keep_finished(work)
         write_cost(work, cost)
     store.publish(work)
 

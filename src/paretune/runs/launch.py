@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paretune.errors import ConfigError, ParetuneError
+from paretune.errors import ConfigError, ParetuneError, StoreError
 from paretune.registry import LEARNERS
 from paretune.runs.jobs import Tasks, failure, read_job, run_job
 from paretune.runs.store import ARTIFACTS, Store
@@ -62,9 +62,11 @@ def launch(path: Path) -> None:
 def _spec(path: Path) -> TrainSpec:
     try:
         return TrainSpec.from_json(read_job(path)["spec"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StoreError) as error:
         raise ConfigError(
-            "a job is a file ROOT/logs/jobs/train-<key>.json", found=f"{path}: {error}", remedy="write it with paretune.runs.jobs.train_job"
+            "a job is a file ROOT/logs/jobs/train-<key>.json",
+            found=f"{path}: {getattr(error, 'found', error)}",
+            remedy="write it with paretune.runs.jobs.train_job",
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, refuse_exit
 from paretune.runs.display import Display
 from paretune.runs.jobs import TRAIN, Job, Outcome, failure, train_job
 from paretune.runs.pool import Executor
@@ -36,6 +36,7 @@ class Member:
     over: bool = False  # ready, or failed
 
 
+@refuse_exit()
 def next_wave(member: Member) -> dict[str, TrainSpec]:
     """Key -> what the method asks for and has not got; empty when it has all that it needs."""
     specs = member.method.plan(member.task, member.learner, dict(member.done), member.seed)

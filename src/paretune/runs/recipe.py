@@ -1,6 +1,6 @@
 """Recipes: a YAML file that fits one method to your model, prompts and objectives.
 
-    model: ./my-model        # or a name on the hub; revision, beta, max_new_tokens, dtype and trust_remote_code stand beside it
+    model: ./my-model        # or a GGUF file, or a hub name; revision, beta, max_new_tokens, dtype, quantize, trust_remote_code beside
     prompts: prompts.jsonl   # or {path, ...}, {dataset, ...}
     objectives:
       - {name: brief, use: length}
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import is_gguf
 from paretune.objectives.base import check_callable
-from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
+from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, checked
 from paretune.runs import config
 from paretune.tasks.pretrained import check_pretrained
 from paretune.tasks.prompts import PromptSource
@@ -31,7 +32,7 @@ from paretune.types import Preference, check_name
 __all__ = ["Recipe", "load_recipe"]
 
 TASK_KEYS = {
-    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "trust_remote_code")},
+    **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
     "prompts": "prompt_source",
     "objectives": "objective_specs",
 }
@@ -61,6 +62,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
     _check_shape(document)
     _anchor(document, path.resolve().parent)
+    for key, kind in (("output", str), ("tune", dict[str, Any] | None)):
+        with document.at(key):
+            checked(f"{key}:", kind, given.get(key))
     task = _build_task(document)
     with document.at("method"):
         method = METHODS.build(_named(given.get("method"), "experts"))
@@ -129,7 +133,8 @@ def _build_task(document: config.Document) -> RecipeTask:
         task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
     except ConfigError as error:
         rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
-        named = rule.partition(":")[0].partition(",")[0].split(".")
+        keys = {field: key for key, field in TASK_KEYS.items()}
+        named = [keys.get(str(step), step) for step in error.place] or rule.partition(":")[0].partition(",")[0].split(".")
         where = f" ({document.where(*named)})" if named[0] in given else ""
         raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
     with document.at("model"):
@@ -145,14 +150,17 @@ def _build_task(document: config.Document) -> RecipeTask:
 
 
 def _anchor(document: config.Document, folder: Path) -> None:
-    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one."""
+    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one.
+
+    Objectives that read the reference model get its name.
+    """
 
     def absolute(text: Any, *place: str | int, always: bool = True) -> Any:
         if not isinstance(text, str):
             return text
         typed = any(place[:depth] in document.overridden for depth in range(1, len(place) + 1))
         path = Path(os.path.normpath((Path.cwd() if typed else folder) / Path(text).expanduser()))
-        return str(path) if always or text.startswith((".", "/", "~")) or path.exists() else text
+        return str(path) if always or text.startswith((".", "/", "~")) or is_gguf(text) or path.exists() else text
 
     given, prompts = document.data, document.data["prompts"]
     given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
@@ -170,3 +178,5 @@ def _anchor(document: config.Document, folder: Path) -> None:
         for key, kind in getattr(OBJECTIVES[spec["use"]], "places", {}).items() if known else ():
             if key in spec:
                 spec[key] = absolute(spec[key], "objectives", place, key, always=kind == "path")
+        if known and "model" not in spec and getattr(OBJECTIVES[spec["use"]], "of_reference", False):
+            spec.update({key: given[key] for key in ("model", "revision", "dtype", "trust_remote_code") if key in given})

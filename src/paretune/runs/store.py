@@ -8,14 +8,16 @@
 
 Publishing hashes every file into DONE, forces all of it to the disk, and renames the directory. A process that is killed leaves
 either a `.wip-` directory, which readers do not see and the next run resumes, or a published one. A `.wip-` directory that already
-holds a DONE was killed just before the rename: the next run checks the hashes and renames it, and trains nothing.
+holds a DONE was killed just before the rename: the next run checks the hashes and renames it, and trains nothing. Where a hash is
+wrong, nothing in the directory can be trusted: it is removed, with a warning, and made again.
+
+What is published is compared with its hashes when it is read. A damaged training or result is an error that names the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,17 +27,36 @@ from pathlib import Path
 from typing import Any
 
 from paretune.errors import BusyError, StoreError
-from paretune.files import ASIDE, _sha256, _sync, _write, disk_errors, write_json
-from paretune.training.spec import Artifact, TrainSpec
-from paretune.types import canonical_json, key_of
+from paretune.files import (
+    ASIDE,
+    card_problems,
+    changed,
+    disk_errors,
+    force,
+    force_names,
+    hashes_of,
+    is_sealed,
+    manifest,
+    note,
+    read_json,
+    read_manifest,
+    remove,
+    write_json,
+    write_text,
+)
+from paretune.training.cost import FINISHED
+from paretune.training.spec import FOLDER, Artifact, TrainSpec
+from paretune.types import key_of
 
 __all__ = ["ARTIFACTS", "CELLS", "CELL_FORMAT", "CELL_SPEC", "Store"]
 
 ARTIFACTS, CELLS = KINDS = ("artifacts", "cells")
 NAMED_BY = {ARTIFACTS: "spec.json", CELLS: "cell.json"}  # the file that a directory's key is computed from
-WIP, DONE, FAILED, CHECKPOINT = ".wip-", "DONE", "FAILED.json", "checkpoint"
+WIP, DONE, FAILED, FAMILY = ".wip-", "DONE", "FAILED.json", "family.json"
 CELL_FORMAT = 2  # of cell.json; 1 was before version 0.2, whose fields had other names
 CELL_SPEC = ("method", "task", "learner", "seed", "evaluation")  # the entries of cell.json that make its key
+WHOLE = "what is published is read as it was published"
+AGAIN = "remove that directory; the next run makes it again, and `paretune check` finds whatever else is damaged"
 WAIT_FOR_WORKERS = 5.0  # seconds that the workers of a killed run get to disappear
 
 
@@ -48,30 +69,60 @@ class Store:
     # Reading
 
     def artifact(self, key: str) -> Artifact | None:
-        """The published training `key`, or None. Raises StoreError where its spec cannot be read."""
+        """The published training `key`, or None. Raises StoreError where a file of it is not what was published."""
         folder = self._published(ARTIFACTS, key)
         if folder is None:
             return None
+        self._whole(folder)
         try:
-            spec = TrainSpec.from_json(_read_json(folder / "spec.json"))
+            spec = TrainSpec.from_json(read_json(folder / "spec.json", rule=WHOLE, remedy=AGAIN))
         except (KeyError, TypeError) as error:
-            raise StoreError(
-                "a training says what it is", found=f"{folder / 'spec.json'}: {error!r}", remedy="run `paretune check`"
-            ) from error
+            raise StoreError(WHOLE, found=f"{folder / 'spec.json'}: {error!r}", remedy=AGAIN) from error
         return Artifact(key=key, path=folder, spec=spec)
 
     def cell(self, key: str) -> Path | None:
         """The directory of the published result `key`, or None."""
         return self._published(CELLS, key)
 
+    def read(self, key: str, name: str, kind: str = CELLS) -> bytes:
+        """The file `name` of something published. Raises StoreError where it is not what was published."""
+        folder = self._final(kind, key)
+        self._whole(folder, name)
+        with disk_errors(self.root):
+            return (folder / name).read_bytes()
+
     def published(self, kind: str) -> list[str]:
         """Keys of everything published, sorted. `kind` is ARTIFACTS or CELLS."""
         return sorted(d.name for d in _folders(self.root / kind) if not d.name.startswith(".") and (d / DONE).is_file())
 
     def failures(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Key -> what FAILED.json says, of everything whose last attempt failed."""
-        wips = [d for d in _folders(self.root / kind) if d.name.startswith(WIP) and (d / FAILED).is_file()]
-        return {d.name.removeprefix(WIP): _read_json(d / FAILED) for d in sorted(wips)}
+        """Key -> what FAILED.json says, of everything whose last attempt failed; one that cannot be read says so itself."""
+        found: dict[str, dict[str, Any]] = {}
+        for folder in sorted(_folders(self.root / kind)):
+            if folder.name.startswith(WIP) and os.path.lexists(folder / FAILED):
+                key = folder.name.removeprefix(WIP)
+                problems = _unreadable(folder / FAILED)
+                damaged = {"label": key, "error": "StoreError", "message": f"what failed cannot be read: {' '.join(problems)}"}
+                found[key] = damaged if problems else json.loads((folder / FAILED).read_text(encoding="utf-8"))
+        return found
+
+    def families(self) -> list[Path]:
+        """The families that `paretune fit` saved here, or the directory itself where it is one."""
+        return sorted(file.parent for place in ("", "families/*/") for file in self.root.glob(f"{place}{FAMILY}"))
+
+    def suites(self) -> tuple[dict[str, set[str]], list[str]]:
+        """Name -> keys of the cells, of every suite that ran here; and a line for each whose list cannot be read."""
+        found, problems = {}, []
+        for path in sorted((self.root / "suites").glob("*.json")):
+            try:
+                listed = read_json(path, rule="a suite lists its cells", remedy="run it again")
+                if "sha256" in listed and not is_sealed(listed):
+                    raise KeyError
+                found[path.stem] = set(listed["cells"])
+            except (StoreError, KeyError, TypeError) as error:
+                why = error.found.partition(": ")[2] if isinstance(error, StoreError) else "the content is not what was written"
+                problems.append(f"suites/{path.name}: {why}")
+        return found, problems
 
     def check(self) -> list[str]:
         """Hash everything published again: one line per problem, each naming a file. An empty list means that all is well."""
@@ -80,7 +131,11 @@ class Store:
             for folder in sorted(_folders(self.root / kind)):
                 if not folder.name.startswith("."):
                     problems += [f"{kind}/{folder.name}/{problem}" for problem in _problems(folder, NAMED_BY[kind])]
-        return problems
+                elif folder.name.startswith(WIP) and os.path.lexists(folder / FAILED):
+                    problems += [f"{kind}/{folder.name}/{problem}" for problem in _unreadable(folder / FAILED)]
+        for folder in self.families():
+            problems += [f"{(folder / problem).relative_to(self.root)}" for problem in card_problems(folder / FAMILY)]
+        return problems + self.suites()[1]
 
     # Writing
 
@@ -109,9 +164,11 @@ class Store:
                 handle.flush()
                 self._await_workers(WAIT_FOR_WORKERS if patience is None else patience)
                 for kind in KINDS:
-                    for wip in _folders(self.root / kind):
-                        if wip.name.startswith(WIP):
-                            self.recover(wip.name.removeprefix(WIP), kind)
+                    for folder in _folders(self.root / kind):
+                        if folder.name.startswith(ASIDE):  # on its way out when a run was killed
+                            remove(folder)
+                        elif folder.name.startswith(WIP):
+                            self.recover(folder.name.removeprefix(WIP), kind)
             yield self
 
     @contextlib.contextmanager
@@ -132,6 +189,7 @@ class Store:
             )
         with disk_errors(self.root):
             wip.mkdir(parents=True, exist_ok=True)
+            force_names(wip.parent)
             (wip / FAILED).unlink(missing_ok=True)
         return wip
 
@@ -142,8 +200,10 @@ class Store:
             if (final / DONE).is_file():
                 shutil.rmtree(wip, ignore_errors=True)
             elif (wip / DONE).is_file():
-                if _problems(wip, NAMED_BY[kind]):
-                    (wip / DONE).unlink()  # a power cut: not all of it had reached the disk
+                problems = _problems(wip, NAMED_BY[kind])
+                if problems:  # a power cut or a broken disk: nothing in it can be trusted
+                    note(f"{kind}/{key} is damaged and made again: {problems[0]}")
+                    remove(wip)
                 else:
                     self._finish(wip, final)
 
@@ -156,15 +216,11 @@ class Store:
         final = wip.with_name(wip.name.removeprefix(WIP))
         with disk_errors(self.root):
             (wip / FAILED).unlink(missing_ok=True)
-            for aside in wip.rglob(ASIDE + "*"):
-                aside.unlink()
-            files = sorted(p for p in wip.rglob("*") if p.is_file() and _listed(p.relative_to(wip)))
-            for file in files:
-                _sync(file)
-            hashes = {p.relative_to(wip).as_posix(): _sha256(p) for p in files}
-            for folder in {p.parent for p in files}:
-                _sync(folder)
-            _write(wip / DONE, _done_text(hashes))
+            for aside in sorted(wip.rglob(ASIDE + "*")):
+                remove(aside)
+            hashes = hashes_of(wip, (p for p in wip.rglob("*") if p.is_file() and _listed(p.relative_to(wip))))
+            force(wip)
+            write_text(wip / DONE, manifest(hashes))
             return self._finish(wip, final)
 
     def fail(self, kind: str, key: str, record: Mapping[str, Any]) -> None:
@@ -177,9 +233,10 @@ class Store:
         if (final / DONE).is_file():  # the same key is the same content: the first one stays
             shutil.rmtree(wip)
             return final
-        shutil.rmtree(wip / CHECKPOINT, ignore_errors=True)
+        shutil.rmtree(wip / FOLDER, ignore_errors=True)
+        (wip / FINISHED).unlink(missing_ok=True)
         os.replace(wip, final)
-        _sync(final.parent)
+        force_names(final)
         return final
 
     def has_workers(self) -> bool:
@@ -204,7 +261,19 @@ class Store:
 
     def _published(self, kind: str, key: str) -> Path | None:
         folder = self._final(kind, key)
-        return folder if (folder / DONE).is_file() else None
+        with disk_errors(self.root):
+            return folder if (folder / DONE).is_file() else None
+
+    def _whole(self, folder: Path, *names: str) -> None:
+        """StoreError where DONE, or a file (of these) that it lists, is not what was published."""
+        with disk_errors(self.root):
+            hashes = read_manifest(folder / DONE)
+            if hashes is None or not set(names) <= set(hashes):
+                problems = [f"{DONE}: damaged" if hashes is None else f"{', '.join(names)}: not in {DONE}"]
+            else:
+                problems = changed(folder, {name: hashes[name] for name in names or hashes}, remembered=True)
+        if problems:
+            raise StoreError(WHOLE, found=f"{folder / problems[0]}", remedy=AGAIN)
 
     def _final(self, kind: str, key: str) -> Path:
         assert kind in KINDS, kind
@@ -215,39 +284,33 @@ class Store:
 
 
 def _listed(name: Path) -> bool:
-    return name.parts[0] not in (DONE, FAILED, CHECKPOINT) and not name.name.startswith(ASIDE)
-
-
-def _done_text(hashes: Mapping[str, str]) -> str:
-    """The content of DONE: file -> sha256, and a hash of that, so that a damaged DONE is known as such."""
-    return canonical_json({"files": hashes, "sha256": hashlib.sha256(canonical_json(hashes).encode()).hexdigest()}) + "\n"
+    return name.parts[0] not in (DONE, FAILED, FINISHED, FOLDER) and not name.name.startswith(ASIDE)
 
 
 def _problems(folder: Path, named_by: str) -> list[str]:
     """What differs from what was published, each as "file: what is wrong"."""
     try:
-        text = (folder / DONE).read_text(encoding="utf-8")
-        hashes: dict[str, str] = dict(json.loads(text)["files"])
-        whole = text == _done_text(hashes)
+        hashes = read_manifest(folder / DONE)
     except FileNotFoundError:
         return [f"{DONE}: missing, so this was not published here"]
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
+    if hashes is None:
         return [f"{DONE}: damaged"]
-    problems = []
-    for name, expected in sorted(hashes.items()):
-        try:
-            if _sha256(folder / name) != expected:
-                problems.append(f"{name}: the content is not what was published")
-        except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
+    problems = changed(folder, hashes)
     found = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
     problems += [f"{name}: added after publishing" for name in sorted(found) if _listed(name) and name.as_posix() not in hashes]
     key = folder.name.removeprefix(WIP)
     if not problems and _key_inside(folder / named_by) != key:
         problems.append(f"{named_by}: describes something else than {key}")
     return problems
+
+
+def _unreadable(failed: Path) -> list[str]:
+    """What is wrong with a FAILED.json."""
+    try:
+        record = read_json(failed, rule="", remedy="")
+    except StoreError as error:
+        return [f"{FAILED}: {error.found.partition(': ')[2]}"]
+    return [] if {"error", "message"} <= set(record) else [f"{FAILED}: does not say what failed"]
 
 
 def _key_inside(path: Path) -> str | None:
@@ -261,10 +324,3 @@ def _key_inside(path: Path) -> str | None:
 
 def _folders(parent: Path) -> list[Path]:
     return [d for d in parent.iterdir() if d.is_dir()] if parent.is_dir() else []
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError("the run directory can be read", found=f"{path}: {error}", remedy="run `paretune check` on it") from error

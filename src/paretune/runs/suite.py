@@ -28,6 +28,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import textwrap
 import time
 import types
 import typing
@@ -38,10 +39,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
-from paretune.errors import ConfigError, nearest
-from paretune.files import disk_errors, write_json
+from paretune.errors import ConfigError, nearest, shown
+from paretune.files import disk_errors, sealed, write_json
 from paretune.methods.base import Method
-from paretune.registry import LEARNERS, METHODS, TASKS, Registry, describe
+from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, training_label
@@ -52,7 +53,7 @@ from paretune.runs.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
 from paretune.training.cost import as_if_alone, read_cost
-from paretune.types import key_of
+from paretune.types import Natural, key_of
 
 if TYPE_CHECKING:  # these load torch
     from paretune.policy.family import Family
@@ -77,7 +78,7 @@ class Suite(BaseModel):
     methods: list[Entry] = Field(min_length=1, description="for example methods: [reference, experts]")
     seeds: list[StrictInt] = Field(min_length=1, description="for example seeds: [100, 101]")
     splits: list[Literal["train", "test"]] = Field(default=["train", "test"], min_length=1, description="train, test or both")
-    samples: int = Field(default=64, ge=1, description="a whole number of at least 1")
+    samples: StrictInt = Field(default=64, ge=1, description="a whole number of at least 1")
     tune: dict[str, Any] | None = Field(default=None, exclude=True, description="for example tune: {learner.lr: [1e-3, 1e-1, log]}")
 
 
@@ -86,7 +87,7 @@ def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     if isinstance(given, str | Path):
         document = load(given, overrides)
     else:
-        document = Document(copy.deepcopy(dict(given)), "the suite")
+        document = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite")
         for text in overrides:
             document.override(text)
     return document.validate(Suite), document
@@ -140,9 +141,17 @@ def _tasks(entry: Mapping[str, Any], seeds: Sequence[int], document: Document, p
             )
         found = []
         for one in expand(TASKS, entry):
-            fixed = None if seeded else TASKS.build(one)
+            fixed: Any = None if seeded else TASKS.build(one)
             found += [(TASKS.build({**one, "seed": seed}) if seeded else fixed, seed) for seed in seeds]
+        for task, _ in found:
+            check_task(task)
         return found
+
+
+def check_task(task: Any) -> None:
+    """ConfigError for what a task can find wrong before anything is trained."""
+    if isinstance(task, Task):
+        task.check()
 
 
 def _takes_list(hint: Any) -> bool:
@@ -206,7 +215,8 @@ class Summary:
             f"suite {self.suite}: {done} of {len(self.cells)} cells ({self.count('done')} were there), "
             f"{self.trained} trained, {self.reused} reused, {len(self.failed)} failed, {self.seconds:.0f} s"
         ]
-        lines += [f"failed {kind} {row.key} {row.label}: {row.message.splitlines()[0]}" for kind, row in self._rows() if row in self.failed]
+        failed = [(kind, row) for kind, row in self._rows() if row.status == "failed"]
+        lines += [f"failed {kind} {row.key} {row.label}:\n{textwrap.indent(row.message, '  ')}" for kind, row in failed]
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, Row]]:
@@ -241,7 +251,9 @@ def fit(
     The family's `meta["ledger"]` says what the trainings cost, and `meta["trainings"]` their keys. Raises what made a training fail;
     others that finished are kept, and calling again goes on from the last checkpoint.
     """
-    chosen = TASKS.build(task) if isinstance(task, str | Mapping) else task
+    root, seed = checked("root", str | Path, root), checked("seed", int, seed)
+    chosen = task if isinstance(task, Task) or hasattr(task, "registered_name") else TASKS.build(task)
+    check_task(chosen)
     member = Member("", "", chosen, _whole(METHODS, method), _whole(LEARNERS, learner), seed)
     member.label = f"{label_of(describe(member.method), METHODS)} on {label_of(describe(chosen), TASKS)}"
     store = Store(root)
@@ -252,9 +264,10 @@ def fit(
         where = store.root / ARTIFACTS / (WIP + str(error.get("training"))) / FAILED
         raise as_error(error, str(where)) from cause
 
-    tasks, who = Tasks(), _executor(executor or ("local" if workers else "in-process"), workers or None)
+    workers = checked("workers", Natural | None, workers) or None
+    tasks, who = Tasks(), _executor(("local" if workers else "in-process") if executor is None else executor, workers)
     tasks.put(chosen)
-    with _lock(store, who), _running(store, who, workers or None, tasks, cells=0, show=progress) as (runner, shown):
+    with _lock(store, who), _running(store, who, workers, tasks, cells=0, show=progress) as (runner, shown):
         Schedule(store, runner, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
     family = member.method.policy(member.task, member.learner, member.done, seed)
     costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
@@ -282,18 +295,18 @@ def run_suite(
     the disk is full, and KeyboardInterrupt with a message; none of them loses anything.
     """
     began = time.monotonic()
-    who = _executor(executor, workers)
-    checked, document = load_suite(suite, overrides)
-    members = members_of(checked, document)
-    store = Store(root)
+    who, store = _executor(executor, workers), Store(checked("root", str | Path, root))
+    read, document = load_suite(suite, overrides)
+    members = members_of(read, document)
     if dry_run:
-        return _planned(checked, store, members, began)
+        return _planned(read, store, members, began)
     with _lock(store, who):
         with disk_errors(store.root):
             (store.root / "suites").mkdir(exist_ok=True)
             labels = {member.key: member.label for member in members}
-            write_json(store.root / "suites" / f"{checked.name}.json", {"format": 1, "suite": checked.model_dump(), "cells": labels})
-        return _run(checked, store, members, began, who=who, workers=workers, progress=progress)
+            listed = sealed({"format": 1, "suite": read.model_dump(mode="json"), "cells": labels})
+            write_json(store.root / "suites" / f"{read.name}.json", listed)
+        return _run(read, store, members, began, who=who, workers=workers, progress=progress)
 
 
 def _run(
@@ -348,10 +361,11 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
 
 def _executor(given: str | Ray, workers: int | None) -> str | Ray:
     """Checked, with the settings of Ray written out."""
+    workers = checked("workers", int | None, workers)
     if workers is not None and workers < 1:
         raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
-    if isinstance(given, str) and given not in EXECUTORS:
-        raise ConfigError("jobs are run by a known executor", found=repr(given), remedy=nearest(given, EXECUTORS))
+    if not isinstance(given, Ray) and (not isinstance(given, str) or given not in EXECUTORS):
+        raise ConfigError("jobs are run by a known executor", found=shown(given), remedy=nearest(shown(given), EXECUTORS))
     who = Ray() if given == "ray" else given
     if isinstance(who, Ray):
         who.check()
@@ -387,4 +401,4 @@ def _running(
 
 def _whole(registry: Registry, given: Any) -> Any:
     """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
-    return registry.build(given if isinstance(given, str | Mapping) else describe(given))
+    return registry.build(describe(given) if hasattr(given, "registered_name") else given)

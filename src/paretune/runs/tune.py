@@ -17,8 +17,10 @@ ROOT/tune/<name>/: a run that was killed goes on where it was, with the same tri
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import statistics
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +31,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError, ParetuneError, TrainingError, nearest
-from paretune.files import write_json
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, nearest
+from paretune.files import disk_errors, is_sealed, note, read_json, remove, sealed, write_json
 from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import config
@@ -53,6 +55,7 @@ EARLIER = 4  # trials that have been at a place before one is given up there
 RANDOM = 6  # trials before Optuna's model of what was good is asked
 PREFERENCES = 8  # for two objectives; twice as many for more
 ROUNDED = 3  # significant digits of what is drawn from a range
+JOURNAL, MARK = "optuna.log", "journal.json"  # the trials; how much of that is whole
 SCORE = 1  # raise when measuring the same family would give other scores
 REGISTRIES = {"learner": LEARNERS, "method": METHODS}
 SCALES = ("log", "linear")
@@ -327,8 +330,9 @@ class _Scores:
         samples = None if task.is_exact else self._plan.samples
         about = {"task": describe(task), "method": describe(method), "learner": describe(learner), "seed": seed, "version": SCORE}
         path = self.folder / f"{key_of({**about, 'preferences': w_WM.tolist(), 'samples': samples})}.json"
-        if path.is_file():
-            return _Score.from_json(json.loads(path.read_text(encoding="utf-8")))
+        known = _kept(path)
+        if known is not None:
+            return _Score.from_json(known)
         from paretune.evaluation.evaluate import evaluate
 
         family = fit(task, method, learner=learner, root=self._root, seed=seed, workers=self._workers, progress=self._progress)
@@ -336,7 +340,8 @@ class _Scores:
         drawn = 0 if samples is None else samples * (len(w_WM) + 1)  # and once for the reference
         cost = measured.cost.then(Cost(validation_samples=drawn))
         score = _Score(_values(measured.metrics["splits"][SPLIT]), tuple(family.meta["trainings"]), cost)
-        write_json(path, asdict(score) | {"validation": cost.to_json()})
+        with disk_errors(self._root):
+            write_json(path, sealed(json.loads(json.dumps(asdict(score) | {"validation": cost.to_json()}))))
         return score
 
     def cost(self, scores: Sequence[_Score]) -> Cost:
@@ -344,6 +349,23 @@ class _Scores:
         keys = dict.fromkeys(key for score in scores for key in score.trainings)
         trained = then(read_cost(Store(self._root).root / ARTIFACTS / key) for key in keys)
         return trained.then(then(score.validation for score in scores))
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """Sealed JSON as it was written; None where there is none, or, with a warning, where it is damaged and made again."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_json(path, rule="", remedy="")
+        why = "" if is_sealed(found) else f"{path}: the content is not what was written"
+    except StoreError as error:
+        found, why = {}, error.found
+    if not why:
+        return found
+    note(f"damaged, and made again: {why}")
+    with disk_errors(path):
+        remove(path)
+    return None
 
 
 def _values(split: Mapping[str, Any]) -> dict[str, float | None]:
@@ -392,11 +414,13 @@ def tune(
         search = _Search(plan, _study(optuna, folder), scores, metric=metric, seed=seed, prune=prune)
         while len(search.finished) < trials:
             trial = search.run()
+            _mark(folder)
             if say is not None:
                 say(f"trial {trial.number} of {trials}: {_shown(trial, metric)}")
         found = search.result(folder)
-        write_json(folder / "ledger.json", found.cost.to_json())
-        write_json(folder / "tuning.json", found.to_json())
+        with disk_errors(folder):
+            write_json(folder / "ledger.json", found.cost.to_json())
+            write_json(folder / "tuning.json", found.to_json())
     return found
 
 
@@ -420,16 +444,39 @@ def _key(plan: Plan, metric: str, seed: int, prune: bool) -> str:
 
 
 def _study(optuna: Any, folder: Path) -> Any:
-    """The search as Optuna stored it, with what a killed process left put in order; the caller holds the folder's lock."""
-    journal = folder / "optuna.log"
+    """The search as Optuna stored it, cut back to the last trial that ended; the caller holds the folder's lock.
+
+    A damaged one begins anew: the same trials follow, and nothing is trained twice.
+    """
+    journal = folder / JOURNAL
     Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists() and not (text := journal.read_bytes()).endswith(b"\n"):
-        journal.write_bytes(text[: text.rfind(b"\n") + 1])  # a line that was not written to its end
+    mark = _kept(folder / MARK) or {"length": 0}
+    with disk_errors(folder):
+        if os.path.lexists(journal):
+            damaged = not journal.is_file() or _start(journal, mark["length"]) != mark
+            if damaged:
+                note(f"a damaged journal begins anew, with what was trained: {journal}")
+                remove(journal)
+            else:
+                os.truncate(journal, mark["length"])
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
     study = optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # asked for again, and the same is drawn
     return study
+
+
+def _start(journal: Path, length: int) -> dict[str, Any]:
+    """How long the first part of the journal is, and its hash."""
+    with journal.open("rb") as file:
+        known = file.read(length)
+    return sealed({"length": len(known), "start": hashlib.sha256(known).hexdigest()}) if known else {"length": 0}
+
+
+def _mark(folder: Path) -> None:
+    """A trial has ended: what the journal holds now is kept."""
+    with disk_errors(folder):
+        write_json(folder / MARK, _start(folder / JOURNAL, (folder / JOURNAL).stat().st_size))
 
 
 class _Search:

@@ -10,10 +10,9 @@ README.md (a model card) and paretune.json, the same for machines. It appears wh
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.errors import ConfigError, StoreError, nearest
-from paretune.files import is_disk_full
+from paretune.errors import ConfigError, nearest
+from paretune.files import disk_errors, new_folder
 from paretune.hub import is_local
 from paretune.policy.base import Policy, Weights
 from paretune.policy.family import Family
-from paretune.serve.model_card import Exported, model_card, record
+from paretune.policy.lora.linear import base_weight
+from paretune.serve.model_card import Exported, model_card, neutral_sampling, record
 from paretune.types import Preference
 
 __all__ = ["KINDS", "export", "single_weights"]
@@ -49,7 +49,8 @@ def export(
 ) -> Exported:
     """Write the family's policy at `preference` into the new folder `out`, as "merged" or "adapter".
 
-    `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case.
+    `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case,
+    and a quantized base is dequantized: a merged export is as large as its model was before.
     `results` is the family's folder or a run directory: measurements of this family found there go onto the card. The family stays
     as it is, and beside it no more than one shard of a checkpoint is in memory (see `_write_model` for the exception).
     """
@@ -70,14 +71,12 @@ def export(
             else f"mixing {family.policy.mixing!r}, whose changes are dense: they have no low rank"
         )
         raise ConfigError("an adapter is a change of low rank", found=found, remedy="export it merged")
-    aside = out.resolve().with_name(f".wip-{out.resolve().name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
     try:
-        aside.mkdir(parents=True)
+        out.resolve().with_name(f".wip-{out.resolve().name}").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         found = f"{error.filename}: {error.strerror}"
         raise ConfigError("an export is written where a folder can be made", found=found, remedy="choose another --out") from error
-    try:
+    with disk_errors(out, "an export"), new_folder(out) as aside:
         rank = _write(family.policy, weights, aside, kind, getattr(torch, dtype) if dtype else None, shard, family.base)
         stored = dtype or str(family.policy.model.dtype if kind == "merged" else torch.float32).removeprefix("torch.")
         made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix)
@@ -85,13 +84,6 @@ def export(
         facts = record(family, made, how=weights.how, gates=gates, results=results)
         (aside / "paretune.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(family, made, facts), encoding="utf-8")
-        os.replace(aside, out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if is_disk_full(error):
-            remedy = "free some space and export again; `--as adapter` needs little"
-            raise StoreError("an export has room on its disk", found=f"{out.parent}: {error}", remedy=remedy) from error
-        raise
     return made
 
 
@@ -128,6 +120,7 @@ def _write(
     with torch.inference_mode(False), torch.no_grad():
         _write_model(policy, _merged(policy, weights), folder, dtype or policy.model.dtype, shard)
     policy.tokenizer.save_pretrained(folder)
+    neutral_sampling(policy.model).save_pretrained(folder)  # in place of the base model's, which engines would apply to the policy
     return None
 
 
@@ -160,9 +153,10 @@ class _Merging(dict[str, Tensor]):
 def _write_model(policy: Policy, merged: Mapping[str, Callable[[], Tensor]], folder: Path, dtype: torch.dtype, shard: str) -> None:
     """The model by its own `save_pretrained`, which takes its parameters out of a dict shard by shard.
 
-    It does not where a checkpoint's names differ from the model's: it rebuilds the dict then, so everything is merged before.
+    It does not where a checkpoint's names differ from the model's: it rebuilds the dict then, so everything is merged before. A
+    quantized model would write its own weights: one of its class without any stands for it, and all of them are dequantized before.
     """
-    model, tensors = policy.model, _plain_state(policy)
+    model, tensors = _unquantized(policy.model) if policy.bank.quantized else policy.model, _plain_state(policy)
     state = _Merging(tensors, merged, dtype)
     places: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -197,4 +191,17 @@ def _plain_state(policy: Policy) -> dict[str, Tensor]:
             plain[f"{owner}.{leaf}"] = tensor
         elif name.partition(".lora_")[0] not in layers:
             plain[name] = tensor
+    for owner, layer in policy.bank.quantized.items():
+        stored = [name for name in plain if name.startswith(f"{owner}.") and name != f"{owner}.bias"]
+        plain = {name: tensor for name, tensor in plain.items() if name not in stored} | {f"{owner}.weight": base_weight(layer)}
+    return plain
+
+
+def _unquantized(model: Any) -> Any:
+    """A model of the same class without weights, whose configuration knows of no quantization."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.generation_config = model.generation_config
     return plain

@@ -12,17 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.hub import is_local
+from paretune.errors import StoreError
+from paretune.files import is_sealed, read_json
+from paretune.hub import is_gguf, is_local
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
 
-__all__ = ["MEASURED", "VLLM_RANKS", "Exported", "known_results", "model_card", "record", "vllm_rank"]
+__all__ = ["MEASURED", "VLLM_RANKS", "Exported", "known_results", "model_card", "neutral_sampling", "record", "vllm_rank"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank; an adapter of any lower rank is served under it
+READ = "measurements are read as they were written"
 MEASURED = "measured.json"  # beside family.json: what `paretune fit` measured
+NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # what samples the policy itself
+ENDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 PACKAGES = ("paretune", "torch", "transformers", "peft", "safetensors")
+
+
+QUANTIZED = {
+    "merged": "The family's base is quantized. These weights are its dequantized ones with the change: they compute what the family "
+    "computes, but for the rounding of activations where the base rounds them.\n",
+    "adapter": "The family's base is quantized. On the same base before it was quantized the adapter gives a slightly other policy.\n",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,17 @@ def vllm_rank(rank: int | None) -> int | None:
     return None if rank is None else next((known for known in VLLM_RANKS if known >= rank), None)
 
 
+def neutral_sampling(model: Any) -> Any:
+    """Generation settings that sample the model's own distribution, with its special tokens and nothing else of its old settings.
+
+    What instruct models are published with (a temperature of .6, top_p of .9, penalties) makes another policy of the one that was trained
+    and measured. In a merged export these settings take the place of the base model's file, because engines apply that file unasked.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**NEUTRAL, **{name: getattr(model.generation_config, name, None) for name in ENDS})
+
+
 def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], results: str | Path | None) -> dict[str, Any]:
     """The content of paretune.json."""
     policy, meta = family.policy, family.meta
@@ -53,7 +76,8 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
     if "model" in base:
         local = is_local(base["model"])
         name = Path(base["model"]).name if local else base["model"]
-        base = {"model": name, "revision": base.get("revision") or commit, "local": local}
+        quantized = {key: base[key] for key in ("quantize", "dtype") if "quantize" in base}
+        base = {"model": name, "revision": base.get("revision") or commit, "local": local, **quantized}
     return {
         "format": 1,
         "kind": made.kind,
@@ -66,6 +90,9 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "dtype": made.dtype,
         "prefix_ids": list(made.prefix),
         "prefix_text": policy.tokenizer.decode(list(made.prefix)) if made.prefix else "",
+        "chat": family.chat,
+        "system": family.system,
+        "sampling": NEUTRAL,
         "base": base,
         "method": meta.get("method"),
         "seed": meta.get("seed"),
@@ -84,12 +111,14 @@ def known_results(family: Family, w_M: Sequence[float], results: str | Path | No
         return None
     folder = Path(results)
     if (folder / MEASURED).is_file():
-        found = json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+        found = read_json(folder / MEASURED, rule=READ, remedy="remove it; `paretune fit` measures again")
+        if "sha256" in found and not is_sealed(found):
+            raise StoreError(READ, found=f"{folder / MEASURED}: other content", remedy="remove it; `paretune fit` measures again")
         return _nearest(family, w_M, found["preferences"], found["measured"], found["split"], f"{found['samples']} responses")
     root = folder.parent.parent if (folder / "family.json").is_file() else folder
     trained, store = set(family.meta.get("trainings", ())), Store(root)
     for key in store.published(CELLS) if trained else ():
-        cell = json.loads((root / CELLS / key / "cell.json").read_text(encoding="utf-8"))
+        cell = json.loads(store.read(key, "cell.json"))
         if set(cell["trainings"]) == trained and cell["method"] == family.meta.get("method"):
             metrics = cell["metrics"]
             split = "test" if "test" in metrics["splits"] and not metrics["exact"] else next(iter(metrics["splits"]))
@@ -123,7 +152,8 @@ def model_card(family: Family, made: Exported, facts: Mapping[str, Any]) -> str:
         f"One policy of a family that was trained under {len(made.preference)} objectives: the one for **{weights}**. It comes from method "
         f"`{method}`{': ' + card['summary'] if card.get('summary') else ''}.\n",
         *([_measured(facts["measured"], family.objectives.names)] if facts["measured"] else []),
-        _loading(made, facts),
+        *([QUANTIZED[made.kind]] if family.policy.bank.quantized else []),
+        _loading(made, facts, closes=_closes(family.policy.tokenizer)),
         _provenance(made, facts),
         *([f"What the method hides: {card['hides']}.\n"] if card.get("hides") else []),
     ]
@@ -157,35 +187,55 @@ def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
 
 
-def _loading(made: Exported, facts: Mapping[str, Any]) -> str:
+def _closes(tokenizer: Any) -> bool:
+    """Whether the tokenizer ends every text with EOS, behind which no answer comes."""
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] != tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+
+
+def _loading(made: Exported, facts: Mapping[str, Any], *, closes: bool) -> str:
     here, base = f"./{made.path.name}", facts["base"]
     model = json.dumps(("./" if base["local"] else "") + base["model"]) if "model" in base else None
-    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
     if made.kind == "merged":
         lines += [
             f'model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto")',
             f'tokenizer = AutoTokenizer.from_pretrained("{here}")',
         ]
-    elif model is not None:
+    elif model is not None and "quantize" not in base:
         lines[1:1] = ["from peft import PeftModel"]
-        revision = f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
+        where = f'".", gguf_file={json.dumps(base["model"])}' if is_gguf(base["model"]) else model
+        where += f", revision={json.dumps(base['revision'])}" if base.get("revision") else ""
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained({model}{revision}, dtype="auto")',
+            f'base = AutoModelForCausalLM.from_pretrained({where}, dtype="auto")',
             f'model = PeftModel.from_pretrained(base, "{here}")',
-            f"tokenizer = AutoTokenizer.from_pretrained({model}{revision})",
+            f"tokenizer = AutoTokenizer.from_pretrained({where})",
         ]
     else:
-        lines = ["import torch", "from peft import PeftModel", "from paretune.policy.family import load_base", ""]
+        lines = ["import torch", "from peft import PeftModel", "from transformers import GenerationConfig"]
+        lines += ["from paretune.policy.family import load_base", ""]
+        if "model" in base:
+            place = ("./" if base["local"] else "") + base["model"]
+            base = {"model": place, **{key: base[key] for key in ("revision", "dtype", "quantize")}}
         lines += [f"base, tokenizer = load_base({base!r})", f'model = PeftModel.from_pretrained(base, "{here}")']
-    ids = 'tokenizer("your prompt")["input_ids"]'
+    ids = 'tokenizer("your prompt")["input_ids"]' + ("[:-1]" if closes else "")
+    if facts["chat"]:
+        first = [] if facts["system"] is None else [{"role": "system", "content": facts["system"]}]
+        lines += [f"messages = {json.dumps([*first, {'role': 'user', 'content': 'your prompt'}])}"]
+        lines += ["text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"]
+        ids = 'tokenizer(text, add_special_tokens=False)["input_ids"]'
     start = f"{list(made.prefix)} + {ids}" if made.prefix else ids
+    sampling = ", ".join(f"{name}={value!r}" for name, value in facts["sampling"].items())
+    ends = ", ".join(f"{name}=model.generation_config.{name}" for name in ENDS[:2])
     lines += [
         f"input_ids = torch.tensor([{start}])",
+        "# The policy itself: the settings that the base model was published with would change its distribution.",
+        f"model.generation_config = GenerationConfig({sampling}, {ends})",
         "with torch.no_grad():",
-        "    answer = model.generate(input_ids=input_ids, max_new_tokens=8, do_sample=True, top_k=0)",
+        "    answer = model.generate(input_ids=input_ids, max_new_tokens=8)",
         "print(tokenizer.decode(answer[0, input_ids.shape[1] :]))",
     ]
-    parts = ["## Use\n", *(_prefix(facts) if made.prefix else []), "```python", *lines, "```", "", *_vllm(made, model)]
+    said = [*(_prefix(facts) if made.prefix else []), *(_chat(facts) if facts["chat"] else []), _sampling(facts)]
+    parts = ["## Use\n", *said, "```python", *lines, "```", "", *_vllm(made, model)]
     return "\n".join(parts) + "\n"
 
 
@@ -196,14 +246,29 @@ def _prefix(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _chat(facts: Mapping[str, Any]) -> list[str]:
+    system = "" if facts["system"] is None else f", which began with the system message {json.dumps(facts['system'], ensure_ascii=False)}"
+    return [f"It was trained on conversations in the tokenizer's chat template{system}: ask it in the same form.\n"]
+
+
+def _sampling(facts: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{name} {value:g}" for name, value in facts["sampling"].items() if name != "do_sample")
+    return (
+        f"It was trained and measured as it samples by itself: {said}. Engines apply a model's `generation_config.json` unasked, and what "
+        "most instruct models have there (a low temperature, top_p, penalties) makes another policy of it. So the code below sets these "
+        "values, and `--generation-config vllm` keeps vLLM from reading that file.\n"
+    )
+
+
 def _vllm(made: Exported, model: str | None) -> list[str]:
     if made.kind == "merged":
-        return ["```bash", f"vllm serve ./{made.path.name}", "```"]
+        return ["```bash", f"vllm serve ./{made.path.name} --generation-config vllm", "```"]
     limit = vllm_rank(made.rank)
     if limit is None:
         return [f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {made.rank}: export it merged for vLLM."]
     base = shlex.quote(json.loads(model)) if model else "the base model"
-    command = f"vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {made.path.name}=./{made.path.name}"
+    lora = f"--enable-lora --max-lora-rank {limit} --lora-modules {made.path.name}=./{made.path.name}"
+    command = f"vllm serve {base} {lora} --generation-config vllm"
     said = f"Its rank is {made.rank}; vLLM's `--max-lora-rank` takes {', '.join(map(str, VLLM_RANKS))}, and has to be at least that."
     return [said, "", "```bash", command, "```"]
 

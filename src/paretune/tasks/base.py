@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -59,11 +59,18 @@ class Task(ABC):
         """What it runs, or sends texts to, on the word of whoever described it: to load its model, and with `scoring` to score."""
         return ()
 
+    def check(self) -> None:  # noqa: B027
+        """Raise ConfigError for what can be found wrong before a model is loaded; suites and `fit` ask before anything is trained."""
+
     def base(self) -> Mapping[str, Any]:
         """How a saved family finds the reference model: {"model": path or hub id, "revision": ...} or {"task": description}."""
         from paretune.registry import describe
 
         return {"task": describe(self)}
+
+    def prompt_form(self) -> Mapping[str, Any]:
+        """How its prompts are made of texts, as fields of `Family`: {} for plain texts, {"chat": True, "system": text or None}."""
+        return {}
 
     def judged(self) -> np.ndarray:
         """(W, M) preferences that results are judged at; never trained on (see `sample_preferences`)."""
@@ -81,30 +88,38 @@ def keep_reference() -> None:
     _kept = {} if _kept is None else _kept
 
 
-def reference(task: Task, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """The task's reference model as `Task.load` gives it, on `device` and in `dtype` where they are given, and its tokenizer.
+def reference(
+    task: Task, *, device: str = "cpu", dtype: str | None = None, place: Callable[[Any], Any] = lambda model: model
+) -> tuple[Any, Any]:
+    """The task's reference model as `Task.load` gives it, and its tokenizer; `place` brings the model to the device and dtype.
 
     Where the process keeps models (`keep_reference`), a copy of the kept one: modules of its own, so that no adapter of an earlier
     training is left in them, around the same weights, which are frozen. A model into whose weights somebody wrote is loaded again.
+    Quantized weights are no plain tensors; such a model is not kept.
     """
     if _kept is None:
-        return _loaded(task, device, dtype)
+        loaded, tokenizer = task.load()
+        return place(loaded), tokenizer
     content = task.content() if hasattr(task, "content") else {}
-    name = canonical_json([task.base(), content.get("model"), device or "cpu", dtype])
+    name = canonical_json([task.base(), content.get("model"), device, dtype])
     if name not in _kept or _kept[name][2] != _sums(_kept[name][0]):
         _kept.clear()  # before the next one needs its room
-        model, tokenizer = _loaded(task, device or "cpu", dtype)
+        loaded, tokenizer = task.load()
+        model = place(loaded)
+        if not _plain(model, device):
+            return model, tokenizer
         _kept[name] = model, tokenizer, _sums(model)
     model, tokenizer, _ = _kept[name]
     return _copied(model), copy.deepcopy(tokenizer)
 
 
-def _loaded(task: Task, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _plain(model: Any, device: str) -> bool:
     import torch
 
-    loaded, tokenizer = task.load()
-    model: Any = loaded
-    return model.to(device, None if dtype is None else getattr(torch, dtype)), tokenizer
+    weights = list(model.parameters())
+    plain = all(type(p) is torch.nn.Parameter and type(p.data) is torch.Tensor for p in weights)
+    where = {p.device.type for p in weights}
+    return plain and not getattr(model, "is_quantized", False) and where == {torch.device(device).type}
 
 
 def _copied(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A reference model of one's own: found, checked before it is loaded, loaded from safetensors, and known by its content.
+"""A reference model of one's own: found, checked before it is loaded, loaded from safetensors or GGUF, and known by its content.
 
 `load_pretrained` makes every model look alike to the rest of the project: evaluation mode, left padding, a padding token (EOS
 where the tokenizer has none), and all its EOS ids in `model.generation_config.eos_token_id`.
@@ -6,38 +6,57 @@ where the tokenizer has none), and all its EOS ids in `model.generation_config.e
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_local, local_or_hub, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, is_gguf, is_local, local_or_hub, located, positions_of, refuse_kernels, unloadable
+from paretune.hub import load_tokenizer as read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_config", "check_pretrained", "content_of", "context_length", "is_local", "load_pretrained", "load_tokenizer"]
+__all__ = [
+    "check_config",
+    "check_pretrained",
+    "check_quantize",
+    "content_of",
+    "context_length",
+    "is_local",
+    "keep_layout",
+    "load_pretrained",
+    "load_tokenizer",
+]
 
 REFERENCE = "the reference model"
+PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "torchao-int8": "torchao"}  # how a base is quantized: what does it
 KINDS = (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for"), ("unexpected_keys", "has, without a place,"))
 
 
-def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a prompt and its answer may have together; None where the configuration does not say."""
-    config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def context_length(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int | None, str]:
+    """How many tokens a prompt and its answer may have together, and why: see `hub.positions_of`."""
+    return positions_of(_config(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    if is_gguf(model):
+        check_pretrained(model)
     try:
-        return AutoConfig.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(**located(model), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
 
 
 def check_config(model: str, config: Any) -> None:
     """ConfigError, before weights are read, for models that are no causal LM of one stack."""
+    sizes = {name: getattr(config.get_text_config(), name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    for name, size in sizes.items():
+        if isinstance(size, int | float) and not 0 < size < 2**31:
+            raise ConfigError("the sizes of a model are counts", found=f"{model}: {name}={size:g}", remedy="mend its config.json")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             "the reference model is a decoder: a causal LM of one stack",
@@ -46,13 +65,61 @@ def check_config(model: str, config: Any) -> None:
         )
 
 
+def check_quantize(model: str, quantize: str | None, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
+    """The package that quantizes the model, or reads it quantized; ConfigError where it is missing, or there is nothing to quantize."""
+    if is_gguf(model):
+        given, method = {"quant_method": "gguf"}, None  # dequantized when it is loaded
+    else:
+        config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
+        given = getattr(config, "quantization_config", None) or {}
+        method = str(given.get("quant_method") or "bitsandbytes") if given else None
+    if quantize is not None and given:
+        raise ConfigError(
+            "a base is quantized once: its checkpoint is loaded as it is",
+            found=f"quantize: {quantize}, and {model} is quantized by {method or 'gguf'}",
+            remedy="leave quantize out, or name the checkpoint before it was quantized",
+        )
+    package = method if quantize is None else PACKAGES[quantize]
+    if package is not None and package in PACKAGES.values() and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"a base quantized by {package} needs that package",
+            found="not installed",
+            remedy="pip install 'paretune[quantize]'",
+        )
+    return package
+
+
+def _quantization(quantize: str, dtype: str) -> Any:
+    """transformers' settings: NF4 with quantized constants for "4bit", LLM.int8() for "8bit", weights alone for "torchao-int8"."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if quantize == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+
+
+def keep_layout(model: Any) -> None:
+    """Hold bitsandbytes from repacking 4-bit weights for products in bfloat16.
+
+    It does so in a forward without gradients, in evaluation mode, on processors with AVX512-BF16. It fails for widths that are no multiples
+    of its blocks, and later forwards have no gradient.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.state_dict()  # undoes a repacking
+            layer.support_avx512bf16_for_cpu = False
+
+
 def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left; `load_pretrained` gives it a padding token."""
-    from transformers import AutoTokenizer
-
     check_pretrained(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(model), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     tokenizer.padding_side = "left"
@@ -60,28 +127,37 @@ def load_tokenizer(model: str, *, revision: str | None = None, trust_remote_code
 
 
 def load_pretrained(
-    model: str, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+    model: str, *, revision: str | None = None, dtype: str = "float32", quantize: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A fresh copy of a causal LM in evaluation mode, and its tokenizer. Safetensors only; no code from the model unless trusted."""
+    """A fresh copy of a causal LM in evaluation mode, and its tokenizer. Safetensors or GGUF; no code from the model unless trusted.
+
+    `dtype` is that of everything that is not quantized, and of the products with 4-bit weights.
+    """
     from transformers import AutoModelForCausalLM
 
     config = _config(model, revision=revision, trust_remote_code=trust_remote_code)
     check_config(model, config)
     if not trust_remote_code:
         refuse_kernels(REFERENCE, model, config)
+    if check_quantize(model, quantize, revision=revision, trust_remote_code=trust_remote_code) == "bitsandbytes":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it says at each 8-bit product that it rounds
+    wide = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            local_or_hub(model),
+            **located(model, weights=True),
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
             output_loading_info=True,
+            **({} if quantize is None else {"quantization_config": _quantization(quantize, wide)}),
         )
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     loaded, info = found
+    loaded.config.name_or_path = loaded.name_or_path = local_or_hub(model)
+    keep_layout(loaded)
     _check_weights(model, loaded, info)
     rows = int(loaded.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     if max(tokenizer.get_vocab().values(), default=0) >= rows:
@@ -96,11 +172,10 @@ def load_pretrained(
 
 def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Every weight comes from the checkpoint, every tensor of it is used, and all numbers are finite."""
-    for kind, what in (
-        ("missing_keys", "lacks"),
-        ("mismatched_keys", "has other shapes for"),
-        ("unexpected_keys", "has, without a place,"),
-    ):
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    for kind, what in KINDS:
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -110,8 +185,9 @@ def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any])
                 remedy="check config.json (num_hidden_layers, architectures, tie_word_embeddings), or save the whole causal LM again: "
                 "what is missing would be drawn at random",
             )
-    for name, weight in loaded.named_parameters():
-        if not bool(weight.isfinite().all()):
+    quantized = bool(getattr(loaded, "is_quantized", False))  # whose scales show what their numbers cannot
+    for name, weight in loaded.state_dict().items() if quantized else loaded.named_parameters():
+        if weight.is_floating_point() and type(weight) in (Tensor, Parameter) and not bool(weight.isfinite().all()):
             raise ConfigError(
                 "weights are finite numbers", found=f"NaN or infinity in {name} of {model}", remedy="save or download it again"
             )

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +28,12 @@ from paretune.objectives.functions import names_in
 from paretune.seeds import seed_for
 from paretune.types import Prompt
 
-__all__ = ["PromptSource", "Row", "Transcript", "chat_text", "read_rows", "read_transcript", "short"]
+__all__ = ["PromptSource", "Row", "Transcript", "as_prompt", "chat_text", "read_requests", "read_rows", "read_transcript", "short"]
 
 REPLY = "reply"  # the column that takes what a transcript's assistant said last
+
+
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # a template that takes others names them
 
 
 MESSAGES = '[{"role": "user", "content": "..."}]'
@@ -201,6 +205,7 @@ class PromptSource:
         return ((f"{self.dataset}, split {split}, row {place}", dict(row)) for place, row in enumerate(rows))
 
     def _prompt(self, where: str, row: dict[str, Any]) -> Prompt:
+        _check_characters(where, json.dumps(row, ensure_ascii=False, default=str))
         value = self._value(where, row)
         columns = {name: item for name, item in row.items() if name not in RESERVED}
         if self.transcript is not None:
@@ -209,23 +214,7 @@ class PromptSource:
             read = read_transcript(where, value)
             columns[REPLY] = read.reply
             return Prompt(text=read.text, columns=columns) if self.transcript == "text" else Prompt(messages=read.messages, columns=columns)
-        value = _messages_in(where, value)
-        if isinstance(value, str):
-            if not value.strip():
-                raise ConfigError("a prompt has some text", found=f"an empty one in {where}", remedy="remove that line")
-            if not self.chat:
-                return Prompt(text=value, columns=columns)
-            value = [{"role": "user", "content": value}]
-        _check_messages(where, value)
-        if self.system is not None:
-            if any(message["role"] == "system" for message in value):
-                raise ConfigError(
-                    "a conversation has one system message",
-                    found=f"one in {where}, and system: beside it",
-                    remedy="leave system: out, or remove the system messages from the prompts",
-                )
-            value = [{"role": "system", "content": self.system}, *value]
-        return Prompt(messages=tuple(value), columns=columns)
+        return as_prompt(where, value, chat=self.chat, system=self.system, columns=columns)
 
     def _value(self, where: str, row: dict[str, Any]) -> Any:
         wanted = [self.column] if self.template is None else names_in(self.template)
@@ -241,11 +230,49 @@ class PromptSource:
         return row[self.column] if self.template is None else self.template.format_map(row)
 
 
+def as_prompt(where: str, value: Any, *, chat: bool, system: str | None = None, columns: Mapping[str, Any] | None = None) -> Prompt:
+    """A text or a list of messages as a prompt; ConfigError, with the place, for what is neither.
+
+    Under `chat` a text is one user message. `system` becomes a message before the others.
+    """
+    value = _messages_in(where, value)
+    if isinstance(value, str):
+        if not value.strip():
+            raise ConfigError("a prompt has some text", found=f"an empty one in {where}", remedy="remove that line")
+        if not chat:
+            return Prompt(text=value, columns=columns or {})
+        value = [{"role": "user", "content": value}]
+    _check_messages(where, value)
+    if system is not None:
+        if any(message["role"] == "system" for message in value):
+            raise ConfigError(
+                "a conversation has one system message",
+                found=f"one in {where}, and system: beside it",
+                remedy="leave system: out, or remove the system messages from the prompts",
+            )
+        value = [{"role": "system", "content": system}, *value]
+    return Prompt(messages=tuple(value), columns=columns or {})
+
+
+def read_requests(path: Path) -> list[Any]:
+    """The texts and conversations of a file whose rows have a column `prompt` or `messages`, for those who sample."""
+    found = []
+    for where, row in read_rows(path):
+        values = [row[name] for name in ("prompt", "messages") if row.get(name) is not None]
+        if len(values) != 1:
+            raise ConfigError(
+                "a prompt to sample from stands in the column prompt or messages",
+                found=f"{'both' if values else ', '.join(map(repr, row)) or 'no columns'} in {where}",
+                remedy='write {"prompt": "..."} or {"messages": ' + MESSAGES + "} on one line per prompt",
+            )
+        found.append(values[0])
+    return found
+
+
 def _messages_in(where: str, value: Any) -> Any:
     """The value; of a text that spells a list of messages (as a cell of a CSV file must), that list."""
     if not isinstance(value, str):
         return value
-    _check_characters(where, value)
     if not re.match(r"\s*\[\s*\{", value) or not re.search(r"['\"]role['\"]", value):
         return value
     try:
@@ -284,9 +311,23 @@ def _check_messages(where: str, value: Any) -> None:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation under the tokenizer's chat template, the assistant's turn opened; ConfigError where the template refuses it."""
+    """A conversation under the tokenizer's chat template, the assistant's turn opened; ConfigError where it has no place for a message."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ConfigError(
+            "prompts made of messages need a tokenizer with a chat template",
+            found=f"{type(tokenizer).__name__} without one",
+            remedy="give plain text prompts, or set tokenizer.chat_template",
+        )
     try:
-        return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
+        for message in messages:
+            if message["role"] not in KNOWN_ROLES and message["role"] not in str(template):
+                raise ValueError(f"the template does not name the role {message['role']!r}")
+            # What the assistant said may lose its thinking, and what a tool said may be quoted.
+            if message["role"] in KNOWN_ROLES[:3] and message["content"].strip() not in text:
+                raise ValueError(f"the template drops what {message['role']} said: {short(message['content'].strip())!r}")
+        return text
     except Exception as error:  # a template is a program: it raises what it likes
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ConfigError(
@@ -438,7 +479,7 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
 
 def _json(text: str) -> Any:
     """JSON in which no key stands twice and every number is one."""
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -446,6 +487,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"the key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands twice")
     return found
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_constant(text)
 
 
 def _no_constant(constant: str) -> float:

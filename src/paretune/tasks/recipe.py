@@ -14,7 +14,7 @@ from paretune.errors import ConfigError, nearest
 from paretune.objectives.base import Objective, check_callable, score_all
 from paretune.registry import OBJECTIVES, TASKS, describe
 from paretune.tasks.base import Task
-from paretune.tasks.pretrained import check_pretrained, content_of, context_length, load_pretrained, load_tokenizer
+from paretune.tasks.pretrained import check_pretrained, check_quantize, content_of, context_length, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource, chat_text
 from paretune.types import Objectives, Prompt
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["RecipeTask"]
+
+CHARACTERS = 64  # of one token, at most: far more than those of texts, so that what is longer is no matter of the tokenizer
 
 
 @TASKS.register("recipe")
@@ -33,13 +35,14 @@ class RecipeTask(Task):
     Hides: scores are raw, so an objective with a wide range outweighs one with a narrow range at equal weights.
     """
 
-    model: str  # a directory, or a name on the hub
+    model: str  # a directory, a GGUF file, or a name on the hub
     prompt_source: PromptSource
     objective_specs: tuple[dict[str, Any], ...]
     revision: str | None = None
     beta: float = 0.1  # units of return per nat of KL from the reference
     max_new_tokens: int = 64
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    quantize: Literal["4bit", "8bit", "torchao-int8"] | None = None  # load the base in so many bits; None: as the checkpoint is
     trust_remote_code: bool = False
 
     def __post_init__(self):
@@ -76,7 +79,8 @@ class RecipeTask(Task):
         return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_pretrained(self.model, revision=self.revision, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        trusted = self.trust_remote_code
+        return load_pretrained(self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, trust_remote_code=trusted)
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         if split not in self.prompt_source.splits:
@@ -94,7 +98,16 @@ class RecipeTask(Task):
 
     def base(self) -> Mapping[str, Any]:
         """Without `trust_remote_code`: a family that one was given must not decide to run code."""
-        return {"model": self.model, "revision": self.revision, "dtype": self.dtype}
+        base = {"model": self.model, "revision": self.revision, "dtype": self.dtype}
+        return base if self.quantize is None else base | {"quantize": self.quantize}
+
+    def prompt_form(self) -> Mapping[str, Any]:
+        """Of conversations, with the system message that all of them begin with, if they do."""
+        if not self.prompt_source.conversational:
+            return {}
+        firsts = [(prompt.messages or ({},))[0] for prompt in self.prompts("train")]
+        systems = {first.get("content") if first.get("role") == "system" else None for first in firsts}
+        return {"chat": True, "system": systems.pop() if len(systems) == 1 else None}
 
     def content(self) -> dict[str, Any]:
         """Hashes of the prompts, of the local weights (or the hub's commit), and each objective with the hashes of its files."""
@@ -109,8 +122,13 @@ class RecipeTask(Task):
         }
 
     def check(self) -> None:
-        """Everything that can be found wrong before a model is loaded; raises ConfigError."""
+        """Everything that can be found wrong before a model is loaded; raises ConfigError. Asked again, it costs nothing."""
+        assert self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
         check_pretrained(self.model)
+        check_quantize(self.model, self.quantize, revision=self.revision, trust_remote_code=self.trust_remote_code)
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
         for name, objective in self.scorers:
@@ -122,14 +140,22 @@ class RecipeTask(Task):
                 remedy="give plain texts, for example with template:, or save a chat template with the tokenizer",
             )
         self._check_lengths()
+        return True
 
     def _check_lengths(self) -> None:
-        room = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        room, why = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         prompts = [*self.prompts("train"), *self.prompts("test")]
         if self.prompt_source.conversational:
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
         else:
             texts = [str(p.text) for p in prompts]
+        longest = max(map(len, texts))
+        if room is not None and longest > CHARACTERS * room:  # a tokenizer would take minutes for what cannot fit
+            raise ConfigError(
+                "prompt and answer fit into the model's context",
+                found=f"a prompt of {longest} characters for a context of {room} tokens",
+                remedy="shorten the prompts, or leave them out with longest:",
+            )
         lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
         if min(lengths) == 0:
             raise ConfigError(
@@ -138,7 +164,7 @@ class RecipeTask(Task):
         if room is not None and max(lengths) + self.max_new_tokens > room:
             raise ConfigError(
                 "prompt and answer fit into the model's context",
-                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room}",
+                found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room} ({why})",
                 remedy="shorten the prompts, or lower max_new_tokens",
             )
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
 from paretune.evaluation.explain import explain, sensitivity
+from paretune.hub import text_config
 from paretune.policy.base import ATTRIBUTIONS, MIXINGS, Policy, build_mixing, build_policy
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
@@ -107,7 +108,7 @@ def _check_says(policy: Policy, given: str | Mapping[str, Any]) -> None:
 
 
 def _ids(policy: Policy, rows: int = ROWS) -> Tensor:
-    found = generator(0, "conformance", "ids").integers(0, policy.model.config.vocab_size, (rows, WIDTH))
+    found = generator(0, "conformance", "ids").integers(0, text_config(policy.model.config).vocab_size, (rows, WIDTH))
     return torch.from_numpy(found).to(policy.device)
 
 

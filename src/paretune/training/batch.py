@@ -112,7 +112,7 @@ def _merged(policy: Policy, *, one: bool) -> Iterator[bool]:
     weights, as adapters are (rounding to less would sample from another policy), and up to `MERGE_LIMIT` bytes.
     """
     size = sum(weight.nbytes for weight in policy.model.parameters())
-    if not one or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
+    if not one or policy.bank.quantized or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
         yield False
         return
     soup = soup_state(policy.bank, [1.0])

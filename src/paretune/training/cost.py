@@ -14,16 +14,17 @@ Always print both: a method with M parallel experts has a critical path of one e
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
 from paretune.errors import StoreError
-from paretune.files import write_json
+from paretune.files import read_json, sealed, write_json, write_text
 from paretune.types import Cost
 
-__all__ = ["Cost", "as_if_alone", "beside", "read_cost", "then", "write_cost"]
+__all__ = ["FINISHED", "LEDGER", "Cost", "as_if_alone", "beside", "keep_finished", "read_cost", "then", "write_cost"]
+
+LEDGER, FINISHED = "ledger.json", "FINISHED"  # what a training cost; the same with hashes, until the training is published
 
 
 def then(costs: Iterable[Cost]) -> Cost:
@@ -45,17 +46,23 @@ def as_if_alone(waves: Sequence[Sequence[Cost]], search: Cost | None = None) -> 
     }
 
 
-def write_cost(folder: Path, cost: Cost) -> None:
-    """Store the cost of a training beside its result."""
-    write_json(folder / "ledger.json", cost.to_json())
+def write_cost(folder: Path, cost: Cost, *, files: Mapping[str, str] | None = None) -> None:
+    """Store the cost of a training beside its result; until that is published, with the hashes of its `files`."""
+    write_json(folder / LEDGER, cost.to_json() if files is None else sealed({**cost.to_json(), "files": dict(files)}))
+
+
+def keep_finished(folder: Path) -> None:
+    """Keep the ledger with its hashes, where it has such, as FINISHED, while the one to publish is written."""
+    if (folder / LEDGER).is_file() and '"sha256"' in (text := (folder / LEDGER).read_text(encoding="utf-8")):
+        write_text(folder / FINISHED, text)
 
 
 def read_cost(folder: Path) -> Cost:
     """What the stored training in `folder` cost. Raises StoreError where its ledger is missing or damaged."""
-    path = folder / "ledger.json"
+    path = next(file for name in (FINISHED, LEDGER) if (file := folder / name).is_file() or name == LEDGER)
+    rule, remedy = "a published training holds its ledger", "run `paretune check`, then remove that directory"
+    known = read_json(path, rule=rule, remedy=remedy)
     try:
-        return Cost.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        raise StoreError(
-            "a published training holds its ledger", found=f"{path}: {error}", remedy="run `paretune check`, then remove that directory"
-        ) from error
+        return Cost.from_json({name: value for name, value in known.items() if name not in ("files", "sha256")})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise StoreError(rule, found=f"{path}: {error}", remedy=remedy) from error

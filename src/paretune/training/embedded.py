@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,12 @@ from paretune.training.cost import Cost
 from paretune.training.learner import Run, SampledLearner, log_record, memory_explained, not_finite, run_loop, watch_unscored
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Count, Positive
 
 __all__ = ["Batch", "EmbeddedLearner"]
+
+LOOK_ROWS, LOOK_EVERY = 16, 5  # responses whose change is measured, and how often where updates are far from the bound
+ATTEMPTS = 6  # at shortening one update
 
 SMALLER = 'set micro_tokens or micro_batch, checkpointing: true, dtype: "bfloat16", or a smaller batch; the last checkpoint is kept'
 
@@ -49,11 +53,13 @@ class Batch:
 class EmbeddedLearner(SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts."""
 
-    micro_tokens: int | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    step_kl: Positive | None = 0.05  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
+    micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
     def rules(self) -> dict[str, bool]:
         return {
             **super().rules(),
+            "step_kl is positive": self.step_kl is None or self.step_kl > 0,
             "micro_tokens is at least 1": (self.micro_tokens or 1) >= 1,
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
         }
@@ -83,16 +89,62 @@ class EmbeddedLearner(SampledLearner):
         batch = self.collect(policy, task, spec, run.step, run.weighting)
         run.weighting = batch.state
         self._count(run, policy, batch, task)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * self.pace(run.step)
         for _ in range(self.epochs):
-            loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * self.pace(run.step) * run.lr_share
+            with self.bounded(policy, batch, run):
+                loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
         self.after_step(policy, task, spec, run)
-        return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm}
+        told = {"loss": loss, "gradient_norm": norm, "lr_share": run.lr_share}
+        return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), **told}
+
+    @contextlib.contextmanager
+    def bounded(self, policy: ParameterMix, batch: Batch, run: Run) -> Iterator[None]:
+        """A trust region around one update: what moves the policy by more than `step_kl` is shortened, and the next steps with it.
+
+        Moved is what the update does to the log-probabilities of some of the batch's responses: KL = mean of (log pi_new - log pi_old)^2
+        / 2 over whole responses, nats. Log-probabilities change in proportion to short updates; long ones are shortened again. The
+        learning rate then falls by the same factor, and comes back by a quarter a step where there is room. Near the bound every update
+        is looked at, elsewhere one of LOOK_EVERY.
+
+        Source: the second-order KL of trust regions (Schulman et al. 2015); a learning rate that follows the measured KL as in rl_games.
+        Differs: an update beyond the bound is shortened before it is kept. Hides: half a batch can move where the other half stays.
+        """
+        bound = self.step_kl
+        near = run.step_kl is None or run.lr_share < 1 or bound is None or run.step_kl > bound / 4
+        if bound is None or not (near or run.step % LOOK_EVERY == 0):
+            yield
+            return
+        made, weights = batch.responses, policy.parameters()
+        count = min(len(made.tokens_NT), max(self.group, LOOK_ROWS - LOOK_ROWS % self.group), self.passes(made)[0].stop)
+        rows = slice(0, count)
+
+        def logp_N() -> Tensor:
+            with torch.inference_mode():
+                logp_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows])
+            return (logp_NT * made.mask_NT[rows]).sum(1).double()
+
+        old_N, before = logp_N(), [weight.detach().clone() for weight in weights]
+        yield
+        kept = 1.0  # of the update
+        for attempt in range(ATTEMPTS):
+            kl = float(((logp_N() - old_N) ** 2).mean()) / 2
+            if not math.isfinite(kl):
+                raise not_finite("log-probabilities that are no numbers after an update", run.step, self.lr * run.lr_share)
+            if attempt == 0:
+                run.step_kl = kl
+            if kl <= (bound if attempt == 0 else 1.5 * bound):
+                break
+            kept *= math.sqrt(bound / kl)
+            with torch.no_grad():
+                for weight, start in zip(weights, before, strict=True):
+                    weight.copy_(start + math.sqrt(bound / kl) * (weight - start))
+        room = math.sqrt(bound / max(run.step_kl or 0.0, 1e-12))
+        run.lr_share = min(1.0, run.lr_share * (max(kept, 0.1) if kept < 1 else min(room, 1.25)))
 
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lr = self.lr * self.pace(run.step - 1)
+        lr = self.lr * self.pace(run.step - 1) * run.lr_share
         record = log_record(task.objectives, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
         return record | ({"validation": run.validations[-1]} if run.validations else {})
 

@@ -28,6 +28,7 @@ from paretune.training.gradients import autograd_jacobian
 from paretune.training.learner import Learner, Run, StoppingRule, gates_of, run_loop
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Count, Fraction
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
@@ -44,8 +45,8 @@ class ExactGradient(StoppingRule, Learner):
 
     steps: int = 200
     lr: float = 2e-2
-    momentum: float = 0.8
-    validate_every: int = 3  # so that a window is about as large a part of the default budget as the sampled learner's
+    momentum: Fraction = 0.8
+    validate_every: Count = 3  # so that a window is about as large a part of the default budget as the sampled learner's
     log_every: int = 10
     checkpoint_every: int = 50
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, TrainingError
+from paretune.files import disk_errors
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
@@ -27,18 +28,28 @@ from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
 from paretune.tasks.base import Task, reference
-from paretune.training.checkpoint import Progress, TrainLog, clear_checkpoint, is_finished, load_checkpoint, save_checkpoint
+from paretune.training.checkpoint import (
+    Progress,
+    TrainLog,
+    is_finished,
+    load_checkpoint,
+    mark_finished,
+    packed,
+    save_checkpoint,
+    unpacked,
+)
 from paretune.training.combine import Combine
-from paretune.training.cost import Cost, read_cost, write_cost
+from paretune.training.cost import Cost, read_cost
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import State
-from paretune.types import Objectives
+from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Objectives, Positive
 
 __all__ = [
     "Learner",
     "Run",
     "SampledLearner",
     "StoppingRule",
+    "check_cast",
     "converged",
     "gates_of",
     "log_record",
@@ -59,10 +70,10 @@ class Learner(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
 
-    rank: int = 16
-    alpha: int | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
-    targets: str | tuple[str, ...] = "all-linear"
-    device: str = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
+    rank: Count = 16
+    alpha: Count | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
+    targets: Name | tuple[Name, ...] = "all-linear"
+    device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
 
     def resolved(self) -> dict[str, Any]:
@@ -96,7 +107,7 @@ class Learner(ABC):
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        model, tokenizer = reference(task, device=device, dtype=self.dtype)
+        model, tokenizer = reference(task, device=device, dtype=self.dtype, place=lambda model: placed(model, device, self.dtype))
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
@@ -126,16 +137,41 @@ class Learner(ABC):
         """Write the adapters and the cost, then drop the checkpoint; in this order, a kill in between loses nothing."""
         policy.commit()
         trained = policy.bank.trainable
-        for i, name in enumerate(trained):
-            policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
-        policy.save_extra(work)
+        with disk_errors(work):
+            for i, name in enumerate(trained):
+                policy.bank.save(name, work if len(trained) == 1 else work / f"adapter-{i}")
+            policy.save_extra(work)
         size = sum(p.numel() * p.element_size() for p in policy.parameters())
         base = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         # Memory: weights, gradients and the optimizer's two moments; activations are not counted.
         cost = dataclasses.replace(cost, memory_bytes=base + 3 * size, storage_bytes=size)
-        write_cost(work, cost)
-        clear_checkpoint(work)
+        mark_finished(work, cost)
         return cost
+
+
+def check_cast(model: Any, dtype: str | None) -> None:
+    """ConfigError where a learner's dtype cannot be that of the model."""
+    if dtype is not None and getattr(model, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base keeps the dtypes that it was loaded with",
+            found=f"learner.dtype={dtype}",
+            remedy="leave it out, and set dtype beside quantize in the recipe",
+        )
+
+
+def placed(model: Any, device: str, dtype: str | None) -> Any:
+    """The model on the device and in the dtype of a learner."""
+    check_cast(model, dtype)
+    try:
+        return model.to(device) if dtype is None else model.to(device, getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(
+            "a training runs on a device that is here",
+            found=f"device {device!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            remedy='device "auto" takes the first GPU, or the CPU',
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +186,13 @@ class SampledLearner(Learner):
     group: int = 8
     optimizer: Literal["muon", "adam"] = "muon"
     lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
-    momentum: float = 0.9  # of "muon"
+    momentum: Fraction = 0.9  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: int = 0  # steps of linear warm-up
+    warmup: Natural = 0  # steps of linear warm-up
     epochs: int = 1  # updates on each batch
-    micro_batch: int | None = None  # rows per forward and backward; None is the whole batch at once
+    micro_batch: Count | None = None  # rows per forward and backward; None is the whole batch at once
     checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
     temperature: float = 1.0  # the policy that is trained is the tempered one
     max_unscored: float = 0.10
@@ -176,8 +212,8 @@ class SampledLearner(Learner):
     def rules(self) -> dict[str, bool]:
         """What the fields must keep, in words that name them, and whether they do."""
         return {
-            "batch is a multiple of group": self.batch % self.group == 0 and self.batch > 0,
             "group is at least 2: a response is compared with the others to its prompt": self.group >= 2,
+            "batch is a multiple of group": self.group > 0 and self.batch % self.group == 0 and self.batch > 0,
             "samples are at least one batch": self.samples >= self.batch,
             "epochs, log_every and checkpoint_every are at least 1": min(self.epochs, self.log_every, self.checkpoint_every) >= 1,
             "lr, alpha and temperature are positive": min(self.lr, self.resolved()["alpha"], self.temperature) > 0,
@@ -223,7 +259,7 @@ class StoppingRule(ABC):
     coefficient of variation depends on where 0 is, and EMORL's rewards lie in [0, 1].
     """
 
-    stop_cv: float | None = None  # stop when std / mean of the last `stop_window` validations is below
+    stop_cv: Amount | None = None  # stop when std / mean of the last `stop_window` validations is below
     stop_window: int = 20
     validate_every: int = 10  # steps
 
@@ -255,11 +291,14 @@ class Run:
     seconds: float = 0.0
     evaluations: int = 0
     validation_samples: int = 0
-    log_length: int = 0
+    log: dict[str, Any] = field(default_factory=dict)  # how much was written; see `TrainLog.mark`
+    window: list[dict[str, Any]] = field(default_factory=list)  # what steps returned since the last line of the log
     validations: list[float] = field(default_factory=list)
     converged: bool = False  # by a `StoppingRule`
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
+    lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
+    step_kl: float | None = None  # of the last update that was looked at, before it was shortened
 
 
 def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
@@ -276,18 +315,18 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
     run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
+    run.window = unpacked(run.window)
     saved = time.monotonic()
-    with TrainLog(work / "train.jsonl", length=run.log_length, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
-        window: list[dict[str, Any]] = []
+    with TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
         while not learner.finished(run):
-            window.append(learner.advance(policy, optimizer, task, spec, run))
+            run.window.append(learner.advance(policy, optimizer, task, spec, run))
             last = learner.finished(run)
             if last or run.step % learner.log_every == 0:
-                log.write(learner.record(task, run, window), steps=learner.steps)
-                window = []
+                log.write(learner.record(task, run, run.window), steps=learner.steps)
+                run.window = []
             if last or run.step % learner.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                run.seconds, run.log_length, saved = log.seconds, log.length, time.monotonic()
-                save_checkpoint(work, run.step, weights, optimizer, dataclasses.asdict(run))
+                run.seconds, run.log, saved = log.seconds, log.mark(), time.monotonic()
+                save_checkpoint(work, run.step, weights, optimizer, {**vars(run), "window": packed(run.window)})
     counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
     return learner.finish(spec, policy, work, Cost(steps=run.updates, **counted))
 

@@ -26,6 +26,7 @@ from paretune.training.combine import Combine
 from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Natural
 
 __all__ = ["LACKS", "Modpo", "Pairs", "check_labeled", "compared", "modpo_loss"]
 
@@ -123,7 +124,7 @@ class Modpo(EmbeddedLearner):
 
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = LACKS
 
-    labeled: int | None = None
+    labeled: Natural | None = None
     labels: Labels = "expected"
 
     def accept(self, spec: TrainSpec) -> None:

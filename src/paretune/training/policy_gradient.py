@@ -31,6 +31,7 @@ from paretune.training.learner import Run, StoppingRule, memory_explained, not_f
 from paretune.training.loss import kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
+from paretune.types import Count, Positive
 
 __all__ = ["PolicyBatch", "PolicyGradient", "PolicySettings"]
 
@@ -45,7 +46,7 @@ class PolicySettings:
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     length: Literal["sum", "token_mean"] = "sum"
     ratio: Literal["sequence", "token"] = "sequence"
-    clip_eps: float = 0.2  # of the ratio, from the second of several epochs on
+    clip_eps: Positive = 0.2  # of the ratio, from the second of several epochs on
 
     def rules(self) -> dict[str, bool]:
         unbiased = "kl_in reward takes kl_estimator k1, which alone is unbiased there; kl_in loss takes k2 or k3"
@@ -75,7 +76,7 @@ class PolicyGradient(PolicySettings, StoppingRule, EmbeddedLearner):
         comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
 
-    validation_samples: int = 64  # of each validation of the stopping rule
+    validation_samples: Count = 64  # of each validation of the stopping rule
 
     def rules(self) -> dict[str, bool]:
         return {**super().rules(), "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1}

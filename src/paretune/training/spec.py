@@ -10,7 +10,9 @@ from typing import Any
 
 from paretune.types import canonical_json, key_of
 
-__all__ = ["Artifact", "TrainSpec"]
+__all__ = ["FOLDER", "Artifact", "TrainSpec"]
+
+FOLDER = "checkpoint"  # beside a training's files while it runs
 
 
 @dataclass(frozen=True, eq=False)

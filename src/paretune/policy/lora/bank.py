@@ -12,8 +12,8 @@ Layers that are recomputed during `backward` need the same context around it: se
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
+from paretune.hub import text_config
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
-from paretune.policy.lora.linear import frozen_linear
+from paretune.policy.lora.linear import base_weight, frozen_linear, is_quantized, rounds_inputs
 from paretune.seeds import forked_torch, seed_for
+from paretune.tasks.pretrained import keep_layout
 
 __all__ = ["LoraBank", "decoder_layers", "default_targets", "lora_config", "soup_factors", "soup_state", "soup_weight"]
 
@@ -43,7 +45,7 @@ class LoraBank:
             raise ConfigError(
                 "a bank wraps a model without adapters",
                 found=f"{type(base).__name__} with {', '.join(base.peft_config)}",
-                remedy="load the base model afresh and its adapters with LoraBank.load",
+                remedy="give the base model alone, without an adapter in it",
             )
         self.base, self.model = base, base
         self.names: tuple[str, ...] = ()
@@ -51,6 +53,7 @@ class LoraBank:
         self._switch = Switch()
         self._layers: list[FusedLayer] = []
         self._others: list[Any] = []  # linear layers without adapters
+        self.quantized: dict[str, Any] = {}  # the base's quantized linear layers by their names without adapters
         self.prefix, self.stack = decoder_layers(base)  # the decoder's layers, where it is clear which they are
         self._last: Gated | Factor | None = None
         self._tensors: list[Tensor] = []
@@ -166,7 +169,7 @@ class LoraBank:
                     self.model = get_peft_model(self.base, config, adapter_name=label, low_cpu_mem_usage=empty)
                 else:
                     self.model.add_adapter(label, config, low_cpu_mem_usage=empty)
-        except ValueError as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(
                 "PEFT can put the adapter on the model's layers",
                 found=f"{type(self.base).__name__}: {error}",
@@ -181,7 +184,6 @@ class LoraBank:
     def _refresh(self) -> None:
         """Take over the forward of every LoRA layer; set what is trainable (PEFT changes it when adapters come)."""
         from peft.tuners.lora import LoraLayer
-        from peft.tuners.lora.layer import Linear
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         self.detach()
@@ -190,11 +192,11 @@ class LoraBank:
         self.base.requires_grad_(False)
         self.base.eval()  # dropout would differ between sampling and scoring; PEFT's new layers come in training mode
         for name, module in self.base.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, LoraLayer) and type(module) is not Linear):
+            if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, LoraLayer) and not _is_linear(module)):
                 raise ConfigError(
                     "gates work on LoRA adapters of linear layers",
                     found=f"{name}: {type(module).__name__}",
-                    remedy="target linear layers only, without modules_to_save, embeddings or quantised layers",
+                    remedy="target linear layers only, without modules_to_save or embeddings",
                 )
             if isinstance(module, LoraLayer):
                 assert not module.lora_variant, f"{name} has a variant that its adapter's settings do not show"
@@ -208,10 +210,22 @@ class LoraBank:
         for name, module in self.base.named_modules():
             plain = type(module) is torch.nn.Linear and ".lora_" not in name and id(module) not in adapted
             if plain and "forward" not in module.__dict__:
-                module.__dict__["forward"] = partial(_run_frozen, module)
+                module.__dict__["forward"] = functools.partial(_run_frozen, module)
                 self._others.append(module)
+        self.quantized = {
+            name.removesuffix(".base_layer"): module
+            for name, module in self.base.named_modules()
+            if not isinstance(module, LoraLayer) and is_quantized(module)
+        }
+        keep_layout(self.base)
         join_siblings(self._layers)
         self._tensors = [p for k in range(self.count) for p in self.parameters_of(k)]
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """The dtype whose rounding the base's numbers have: its own, or bfloat16 where quantized layers round their inputs."""
+        some = next(iter(self.quantized.values()), None)
+        return torch.bfloat16 if some is not None and rounds_inputs(some, self.base.dtype) else self.base.dtype
 
     def _depth(self, name: str, module: Any) -> int | None:
         """The decoder layer that a module is in; the count of layers for the head; None where that is not known."""
@@ -412,6 +426,16 @@ def default_targets(model: Any) -> str | list[str]:
     return [name for name in plain if not {"experts", "router"} & set(name.split(".")) and name.rpartition(".")[2] not in EXPERT_NAMES]
 
 
+def _is_linear(module: Any) -> bool:
+    """Whether a LoRA layer of PEFT's adds its product to that of a linear layer, plain or quantized (each kind has a class of its own)."""
+    from peft.tuners.lora.layer import Linear, ParamWrapper
+
+    if type(module) is Linear:
+        return True
+    own, base = type(module).__module__.startswith("peft.tuners.lora."), module.base_layer
+    return own and not isinstance(module, ParamWrapper) and is_quantized(base)
+
+
 def _run_frozen(module: Any, x: Tensor) -> Tensor:
     return frozen_linear(x, module.weight, module.bias)
 
@@ -434,16 +458,18 @@ def soup_factors(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") ->
 
 
 def soup_weight(layer: FusedLayer, weights_K: Tensor, *, how: str = "delta") -> Tensor:
-    """The merged weight of one layer, in float32 or wider."""
-    weight = layer.base.weight.detach()
+    """The merged weight of one layer, in float32 or wider; that of a quantized one is dequantized."""
+    weight = base_weight(layer.base)
     wide = torch.promote_types(weight.dtype, torch.float32)
     a_rI, b_rO = soup_factors(layer, weights_K, how=how)
     delta_OI = b_rO.to(wide).t() @ a_rI.to(wide)
-    return weight.to(wide) + (delta_OI.t() if layer.module.fan_in_fan_out else delta_OI)
+    return weight.to(wide) + (delta_OI.t() if layer.transposed else delta_OI)
 
 
 def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[str, Tensor]:
     """Merged weights under the base model's own parameter names, for `load_state_dict(..., strict=False)` on a fresh copy of it.
+
+    Those of a quantized base are dequantized, for a copy that is not quantized.
 
     "delta" is the exact soup W + sum_k w_k s_k B_k A_k. "factor" is W + s (sum_k w_k B_k)(sum_k w_k A_k).
     Source: rewarded soups (2306.04488); its code averages the factors.
@@ -453,12 +479,16 @@ def soup_state(bank: LoraBank, weights_K: Gates, *, how: str = "delta") -> dict[
     weights = bank._made(Gated, weights_K, dims=(1,)).gates.detach()
     if how not in ("delta", "factor"):
         raise ConfigError('a soup is "delta" or "factor"', found=repr(how), remedy='use "delta", the exact one')
-    return {f"{layer.name}.weight": soup_weight(layer, weights, how=how).to(layer.base.weight.dtype) for layer in bank.layers}
+    return {f"{layer.name}.weight": soup_weight(layer, weights, how=how).to(_dtype_of(bank, layer)) for layer in bank.layers}
+
+
+def _dtype_of(bank: LoraBank, layer: FusedLayer) -> torch.dtype:
+    return bank.base.dtype if layer.name in bank.quantized else layer.base.weight.dtype
 
 
 def decoder_layers(model: Any) -> tuple[str, Sequence[Any]]:
     """The name of the list of a causal LM's decoder layers, and the layers; ("", ()) where it is not clear which list that is."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = getattr(text_config(model.config), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return (outer[0], tuple(lists[outer[0]])) if len(outer) == 1 else ("", ())

@@ -24,10 +24,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 
 if TYPE_CHECKING:
     from paretune.policy.lora.bank import LoraBank
@@ -36,6 +38,7 @@ from functools import partial
 
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.layers import Routed
+from paretune.policy.lora.linear import numbers
 
 __all__ = ["Router", "branch_point", "branched", "layer_input", "recomputed", "routed", "run_head", "stacked_share"]
 
@@ -49,7 +52,7 @@ OTHERS = frozenset({"self", "hidden_states", "past_key_values", "layer_past", "u
 def branch_point(bank: LoraBank) -> int:
     """The decoder layer where the experts of `bank` begin to differ; 0 where nothing can be shared."""
     first = min((-1 if layer.depth is None else layer.depth for layer in bank.layers), default=0)
-    if not 0 < first < len(bank.stack) or bank.base.config._attn_implementation not in ("eager", "sdpa"):
+    if not 0 < first < len(bank.stack) or text_config(bank.base.config)._attn_implementation not in ("eager", "sdpa"):
         return 0
     return first if all(_known(type(layer).forward) for layer in bank.stack[first:]) else 0
 
@@ -64,8 +67,8 @@ def stacked_share(bank: LoraBank) -> float:
     first = branch_point(bank)
     if first == 0:
         return 1.0
-    sizes = [sum(p.numel() for name, p in layer.named_parameters() if "lora_" not in name) for layer in bank.stack]
-    head = bank.base.get_output_embeddings().weight.numel()
+    sizes = [sum(numbers(p) for name, p in layer.named_parameters() if "lora_" not in name) for layer in bank.stack]
+    head = numbers(bank.base.get_output_embeddings().weight)
     return (sum(sizes[first:]) + head) / (sum(sizes) + head)
 
 
@@ -111,7 +114,7 @@ def run_head(model: Any, h_NTH: Tensor) -> Tensor:
     own = decoder.__dict__.get("forward")  # libraries that place a model on devices put theirs here
     decoder.__dict__["forward"] = lambda *_, **__: _States(h_NTH)
     try:
-        return model(inputs_embeds=h_NTH, use_cache=False).logits
+        return model(input_ids=h_NTH.new_zeros(h_NTH.shape[:2], dtype=torch.long), use_cache=False).logits
     finally:
         del decoder.__dict__["forward"]
         if own is not None:
@@ -119,9 +122,9 @@ def run_head(model: Any, h_NTH: Tensor) -> Tensor:
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that a causal LM calls for its states: `get_decoder()` where there is one below the model, else `base_model`."""
+    """The module that a causal LM calls for its states: `get_decoder()` where that is one below it and no head, else `base_model`."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if found is None or found is model else found
+    return model.base_model if found is None or found is model or found is model.get_output_embeddings() else found
 
 
 class _States:

@@ -82,7 +82,7 @@ def read_adapter(path: Path) -> tuple[Any, dict[str, Tensor]]:
             )
     try:
         return LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
 
 

@@ -28,7 +28,7 @@ from torch.nn import Linear, functional
 from paretune.errors import ConfigError
 from paretune.policy.lora.linear import frozen_linear
 
-__all__ = ["Blocks", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
+__all__ = ["Blocks", "Dense", "Factor", "FusedLayer", "Gated", "Mode", "Reference", "Routed", "Switch", "join_siblings"]
 
 
 # Layers of one module that transformers calls with one and the same tensor, and that are worth one product for all.
@@ -79,6 +79,8 @@ class Gated:
         """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
         if x.dim() == 2 and self.gates.dim() > 1 and self.shape is not None and len(x) == self.shape[0] * self.shape[1]:
             x = x.unflatten(0, self.shape)  # some architectures give their linear layers (rows * tokens, I)
+        elif x.dim() == 4 and x.shape[1] == 1:  # latent attention gives one (rows, 1, tokens so far, I): its cache holds what it reads
+            x = x[:, 0]
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
             raise _wrong_rows(self.gates, x)
         x_BI = x.reshape(-1, x.shape[-1])
@@ -159,6 +161,17 @@ class Factor:
         return _add_product(y, functional.linear(x.reshape(-1, x.shape[-1]).to(a_rI.dtype), a_rI), b_rO)
 
 
+class Dense:
+    """A change of each layer's weight by one matrix (O, I), for all rows: beside the base's own weight, which may be quantized."""
+
+    def __init__(self, deltas: Mapping[str, Tensor]):
+        self.deltas = deltas
+
+    def apply(self, layer: FusedLayer, x: Tensor, y: Tensor) -> Tensor:
+        delta_OI = self.deltas[layer.name]
+        return _add_product(y, x.reshape(-1, x.shape[-1]).to(delta_OI.dtype), delta_OI.t())
+
+
 class Routed:
     """Gates that the forward itself makes: those set at decoder layer `starts[i]` hold from there on, up to the next start.
 
@@ -178,7 +191,7 @@ class Routed:
         return self.made[self.starts[i - 1]].apply(layer, x, y) if i else y
 
 
-Mode = Reference | Gated | Routed | Blocks | Factor
+Mode = Reference | Gated | Routed | Blocks | Factor | Dense
 
 
 def _add_product(y: Tensor, h: Tensor, b_RO: Tensor) -> Tensor:
@@ -199,6 +212,7 @@ class FusedLayer:
 
     def __init__(self, switch: Switch, names: Sequence[str], name: str, module: Any, depth: int | None = None):
         self.switch, self.count, self.name, self.module, self.base = switch, len(names), name, module, module.base_layer
+        self.transposed = bool(getattr(module, "fan_in_fan_out", False))  # the base's weight is (I, O)
         self.members = [k for k, adapter in enumerate(names) if adapter in module.lora_A]
         adapters = [names[k] for k in self.members]
         self.a = [module.lora_A[adapter].weight for adapter in adapters]

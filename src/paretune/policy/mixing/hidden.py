@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 from paretune.policy.base import MIXINGS, Weights
 from paretune.policy.lora.decoder import run_head
 from paretune.policy.mixing.parameter import claim_cache
@@ -74,7 +75,7 @@ class HiddenLayerMix(HiddenMix):
 
     def __init__(self, bank: Any, tokenizer: Any, *, layer: int):
         super().__init__(bank, tokenizer)
-        count = self.model.config.get_text_config().num_hidden_layers
+        count = text_config(self.model.config).num_hidden_layers
         stacks = [m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if not stacks:
             raise ConfigError(

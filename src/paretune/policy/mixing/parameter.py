@@ -19,10 +19,12 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from paretune.errors import ConfigError
+from paretune.hub import text_config
 from paretune.policy.base import MIXINGS, Policy, Weights, one_alone
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.decoder import routed
-from paretune.policy.lora.layers import FusedLayer
+from paretune.policy.lora.layers import Dense, FusedLayer
+from paretune.policy.lora.linear import base_weight
 from paretune.seeds import generator, seed_for
 
 __all__ = [
@@ -178,11 +180,15 @@ class MergedMix(ParameterMix):
         if cache is not None:
             claim_cache(cache, gates_NK)
         inputs = {**self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), "logits_to_keep": int(last_only)}
-        with self.bank.gates(None):
-            return functional_call(self.model, self.weights(gates_NK[0]), kwargs=inputs).logits
+        weights = self.weights(gates_NK[0])
+        with self.bank.mode(Dense(weights)) if self.bank.quantized else self.bank.gates(None):
+            return functional_call(self.model, {} if self.bank.quantized else weights, kwargs=inputs).logits
 
     def weights(self, gates_K: Tensor) -> dict[str, Tensor]:
-        """The merged weights under the names that the model's parameters have while the bank is attached; no gradient."""
+        """The merged weights under the names that the model's parameters have while the bank is attached; no gradient.
+
+        On a quantized base they are the changes alone, by layer: its weights cannot be written into.
+        """
         stamp = [(p._version, p.data_ptr()) for k in range(self.K) for p in self.bank.parameters_of(k)]
         asked = ([float(g) for g in gates_K], stamp)
         if self._known is None or self._known[0] != asked:
@@ -192,21 +198,27 @@ class MergedMix(ParameterMix):
 
     def _merge(self, gates_K: Tensor) -> Iterator[tuple[str, Tensor]]:
         for layer in self.bank.layers:
+            if self.bank.quantized:
+                yield layer.name, self._change(layer, gates_K)
+                continue
             yield f"{layer.name}.base_layer.weight", self.merged_weight(layer, Weights("merge", gates_K)).to(layer.base.weight.dtype)
 
     def single_weights(self, gates_K: Tensor) -> Weights | str:
         return Weights("merge", gates_K)
 
     def merged_weight(self, layer: FusedLayer, weights: Weights) -> Tensor:
-        weight = layer.base.weight.detach()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        deltas = weight.new_zeros((self.K, layer.b[0].shape[0], layer.a[0].shape[1]), dtype=wide)
+        weight, change = base_weight(layer.base), self._change(layer, weights.gates_K)
+        return weight.to(change.dtype) + (change.t() if layer.transposed else change)
+
+    def _change(self, layer: FusedLayer, gates_K: Tensor) -> Tensor:
+        """What the merge adds to a weight, (O, I), in float32 or wider."""
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        deltas = layer.a[0].new_zeros((self.K, layer.b[0].shape[0], layer.a[0].shape[1]), dtype=wide)
         for k, a_rI, b_Or, scale in zip(layer.members, layer.a, layer.b, layer.scalings, strict=True):
             deltas[k] = b_Or.detach().to(wide) @ a_rI.detach().to(wide) * scale
         kept = self._sparse(deltas, layer.name)
-        gates = weights.gates_K.to(wide)
-        merged = torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalize=self.normalize)
-        return weight.to(wide) + (merged.t() if layer.module.fan_in_fan_out else merged)
+        gates = gates_K.to(wide)
+        return torch.einsum("k,koi->oi", gates, kept) if self.how == "dare" else ties(kept, gates, normalize=self.normalize)
 
     def _sparse(self, deltas_KOI: Tensor, name: str) -> Tensor:
         if self.how == "ties":
@@ -291,7 +303,7 @@ class RoutedMix(ParameterMix):
             )
         self._given = {"experts": experts, "width": width, "seed": seed}
         self.vertices_are_experts = experts == bank.count
-        inputs = self.model.config.get_text_config().hidden_size + bank.count + 1
+        inputs = text_config(self.model.config).hidden_size + bank.count + 1
         self._layers: list[tuple[Tensor, Tensor]] = []
         for layer in range(len(bank.stack)):
             drawn = generator(seed, "router", layer).normal(size=(width, inputs)) / np.sqrt(inputs)

@@ -60,7 +60,7 @@ from paretune.tasks.exact.rewards import (
     verify_noise,
 )
 from paretune.tasks.exact.tree import PrefixTree, TreeInputs
-from paretune.types import Front, Objectives, Prompt
+from paretune.types import Count, Front, Objectives, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,8 +87,8 @@ class ExactTask(Task):
     alphabet: int = 8
     length: int = 4
     prompt_count: int = 8
-    width: int = 128
-    layers: int = 2
+    width: Count = 128
+    layers: Count = 2
     seed: int = 0
     scale: float = 1.0
     sparse: float = 0.0

@@ -28,6 +28,7 @@ from paretune.training.learner import memory_explained, watch_unscored
 from paretune.training.modpo import LACKS, Labels, check_labeled, compared
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.learner import SMALLER, TrlLearner
+from paretune.types import Natural
 
 __all__ = ["TrlModpo"]
 
@@ -80,7 +81,7 @@ class TrlModpo(TrlLearner):
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = {**TrlLearner.lacks, **LACKS}
 
     trainer: Literal["rloo", "grpo", "dpo"] = "dpo"
-    labeled: int | None = None
+    labeled: Natural | None = None
     labels: Labels = "drawn"
 
     def __post_init__(self):

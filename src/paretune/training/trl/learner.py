@@ -7,7 +7,7 @@ log-probabilities, baseline, loss, checkpoints, and many processes.
     accelerate launch --config_file examples/accelerate/ddp.yaml -m paretune.runs.launch ROOT/logs/jobs/train-KEY.json
 
 Every process calls `train`; the first one writes the same files as the embedded learner. While a training runs its checkpoints are TRL's
-own, with a `paretune.json` written last: a checkpoint without it was cut short and is not resumed from.
+own, with a `paretune.json` and then a `DONE` with the hashes of all its files: a checkpoint that is not whole is not resumed from.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.files import write_json
-from paretune.hub import local_or_hub
+from paretune.files import disk_errors, write_json
+from paretune.hub import is_gguf, local_or_hub
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
 from paretune.policy.lora.files import WEIGHTS_FILE, write_adapter
@@ -41,17 +41,28 @@ from paretune.seeds import forked_torch, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
-from paretune.training.checkpoint import FOLDER, TrainLog, clear_checkpoint, is_finished, refuse_other
-from paretune.training.cost import Cost, read_cost, write_cost
-from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, log_record, memory_explained, not_finite
+from paretune.training.checkpoint import (
+    TrainLog,
+    discard,
+    is_finished,
+    log_damage,
+    mark_finished,
+    packed,
+    refuse_other,
+    seal,
+    seal_damage,
+    unpacked,
+)
+from paretune.training.cost import Cost, read_cost
+from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, check_cast, log_record, memory_explained, not_finite
 from paretune.training.policy_gradient import PolicySettings
-from paretune.training.spec import TrainSpec
+from paretune.training.spec import FOLDER, TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
 
 __all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 
 FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True}
-MARK = "paretune.json"  # in a checkpoint of TRL's: it is whole
+MARK, DONE = "paretune.json", "DONE"  # in a checkpoint of TRL's: what Paretune knows of it; it is whole
 SMALLER = (
     "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
     'lower batch, or load the base smaller (dtype "bfloat16", quantize "4bit"); the last checkpoint is kept'
@@ -239,15 +250,16 @@ class TrlLearner(SampledLearner):
     def _load(self, task: Task) -> tuple[Any, Any]:
         model, tokenizer = task.load()
         if self.quantize is None:
+            check_cast(model, self.dtype)
             return (model if self.dtype is None else model.to(getattr(torch, self.dtype))), tokenizer
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         base = task.base()
-        if "model" not in base:
+        if "model" not in base or is_gguf(base["model"]):
             raise ConfigError(
-                "quantize needs a base that is a model on disk or on the hub",
-                found=f"task {task.registered_name}",
-                remedy="leave quantize out: the model is small",
+                "quantize needs a base that is a model with safetensors weights, on disk or on the hub",
+                found=base.get("model", f"task {task.registered_name}"),
+                remedy="leave quantize out, or name a model with safetensors weights",
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
@@ -272,9 +284,9 @@ class TrlLearner(SampledLearner):
             storage_bytes=4 * trainable,
         )
         if trainer.is_world_process_zero():
-            write_adapter(work, trainer.model.peft_config["default"], load_file(final / WEIGHTS_FILE))
-            write_cost(work, cost)
-            clear_checkpoint(work)
+            with disk_errors(work):
+                write_adapter(work, trainer.model.peft_config["default"], load_file(final / WEIGHTS_FILE))
+            mark_finished(work, cost)
         trainer.accelerator.wait_for_everyone()
         return cost
 
@@ -309,6 +321,7 @@ def _explained(lr: float) -> Iterator[None]:
 
 def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, source: Any, progress: Any, world: int) -> Any:
     """A callback that writes train.jsonl as the embedded learner does, and says when a checkpoint is whole."""
+    from accelerate import PartialState
     from transformers import TrainerCallback
 
     class Recorder(TrainerCallback):
@@ -323,15 +336,15 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             return time.monotonic() - self.began
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            kept = {"log_length": 0, "seconds": 0.0}
+            kept: dict[str, Any] = {"log": None, "seconds": 0.0, "window": [], "kl": 0.0}
             if state.global_step:
                 kept = json.loads((work / FOLDER / f"checkpoint-{state.global_step}" / MARK).read_text())
                 if STATE in state.stateful_callbacks:
                     source.load_state_dict(state.stateful_callbacks[STATE])
             self.began -= kept["seconds"]
+            self.window, self.kl = unpacked(kept["window"]), kept["kl"]
             if state.is_world_process_zero:
-                length, path = int(kept["log_length"]), work / "train.jsonl"
-                self.log = TrainLog(path, length=length, began=self.began, tokens=source.tokens, progress=progress)
+                self.log = TrainLog(work, mark=kept["log"], began=self.began, tokens=source.tokens, progress=progress)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not logs or "grad_norm" not in logs:
@@ -358,9 +371,13 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.saved = time.monotonic()
+            PartialState().wait_for_everyone()  # every process has written its part
             if self.log is not None:
-                mark = {"key": spec.key, "log_length": self.log.length, "seconds": self.seconds}
-                write_json(work / FOLDER / f"checkpoint-{state.global_step}" / MARK, mark)
+                folder = work / FOLDER / f"checkpoint-{state.global_step}"
+                mark = {"key": spec.key, "log": self.log.mark(), "seconds": self.seconds, "window": packed(self.window), "kl": self.kl}
+                with disk_errors(work):
+                    write_json(folder / MARK, mark)
+                    seal(folder, DONE)
 
         def close(self) -> None:
             if self.log is not None:
@@ -370,12 +387,19 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
 
 
 def newest(work: Path, key: str) -> Path | None:
-    """The newest whole checkpoint of this training."""
-    found = sorted((work / FOLDER).glob(f"checkpoint-*/{MARK}"), key=lambda mark: int(mark.parent.name.split("-")[1]))
-    if not found:
-        return None
-    refuse_other(found[-1].parent, json.loads(found[-1].read_text())["key"], key)
-    return found[-1].parent
+    """The newest whole checkpoint of this training. One that is damaged, or whose log is, goes, with a warning."""
+    found = (mark.parent for mark in (work / FOLDER).glob(f"checkpoint-*/{DONE}"))
+    for folder in sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True):
+        problems = seal_damage(folder, DONE)
+        if not problems:
+            mark = json.loads((folder / MARK).read_text())
+            refuse_other(folder, mark["key"], key)
+            problems = log_damage(work, mark["log"])
+        if not problems:
+            return folder
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several processes, each looks for itself
+            discard(folder, problems)
+    return None
 
 
 @LEARNERS.register("trl")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError
-from paretune.hub import check_pretrained, local_or_hub, unloadable
+from paretune.hub import check_pretrained, load_tokenizer, located, unloadable
 from paretune.objectives.base import score_given
 from paretune.objectives.utilities import Landmarks
 from paretune.training.advantages import group_covariance, weighted_returns
@@ -308,9 +308,7 @@ class _Classifier:
         if tokenizer is None:
             source = getattr(config, "_name_or_path", "")
             try:
-                from transformers import AutoTokenizer
-
-                self.tokenizer = AutoTokenizer.from_pretrained(local_or_hub(source))
+                self.tokenizer = load_tokenizer(source)
             except Exception as error:
                 raise ConfigError(
                     f"objective {name!r}, a module, reads text with a tokenizer",
@@ -337,7 +335,8 @@ class _Classifier:
         if tokenizer is None:
             check_pretrained(model)
         try:
-            loaded, info = Loader.from_pretrained(local_or_hub(model), num_labels=1, use_safetensors=True, output_loading_info=True)
+            where = located(model, weights=True)
+            loaded, info = Loader.from_pretrained(**where, num_labels=1, use_safetensors=True, output_loading_info=True)
         except Exception as error:  # a dozen kinds, from the network, the hub and the files
             raise unloadable(f"the reward model {name!r}", model, None, error, loader="AutoModelForSequenceClassification") from error
         if info["missing_keys"]:

@@ -29,7 +29,7 @@ from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, Max
 from paretune.seeds import generator, seed_for
 from paretune.training.gradients import aggregate, check_aggregator
 from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
-from paretune.types import Prompt
+from paretune.types import Amount, Count, Fraction, Positive, Prompt
 
 __all__ = [
     "Climb",
@@ -73,7 +73,7 @@ class GradientLevel(Weighting):
     """
 
     aggregator: Literal["mgda", "pcgrad", "cagrad", "nash_mtl", "imtl_g", "upgrad", "aligned_mtl"] = "upgrad"
-    c: float = 0.5  # of CAGrad: how far its step may be from the mean gradient
+    c: Amount = 0.5  # of CAGrad: how far its step may be from the mean gradient
 
     needs_gramian: ClassVar[bool] = True
 
@@ -145,7 +145,7 @@ class CovarianceTargeted(Weighting):
     """
 
     target: float = 0.1
-    rate: float = 0.05
+    rate: Amount = 0.05
     smoothing: float = 0.1
     enough: float = 0.95
 
@@ -257,9 +257,9 @@ class Contextual(Weighting):
 
     rule: Literal["linucb", "thompson"] = "linucb"
     stress: float = 1.0
-    alpha: float = 0.1
+    alpha: Positive = 0.1
     penalty: float = 1.0
-    width: int = 8
+    width: Count = 8
 
     def __post_init__(self):
         if min(self.stress, self.alpha) < 0 or self.penalty <= 0 or self.width < 1:
@@ -336,7 +336,7 @@ class _OfReturns(Weighting):
     """What both share: the estimate of J, and the landmarks."""
 
     utility: Mapping[str, Any]
-    decay: float = 0.9
+    decay: Fraction = 0.9
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -418,8 +418,8 @@ class Multipliers(_OfReturns):
     end and the preference loses its influence; exact tasks refuse such thresholds beforehand, elsewhere the violation is reported.
     """
 
-    rate: float = 1.0
-    damping: float = 10.0
+    rate: Amount = 1.0
+    damping: Amount = 10.0
     logarithmic: bool = False
 
     def __post_init__(self):

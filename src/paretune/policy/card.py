@@ -1,0 +1,72 @@
+"""family.json: read and checked without loading a model, or the libraries that a model needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, StrictInt, ValidationError
+
+from paretune.errors import ConfigError, shown
+
+__all__ = ["FAMILY_FILE", "FAMILY_FORMAT", "read_card"]
+
+FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
+
+
+class _Objectives(BaseModel):
+    names: list[str]
+    low: list[float]
+    high: list[float]
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _OfTask(BaseModel):
+    task: _Named
+
+
+class _OfModel(BaseModel):
+    model: str
+
+
+class _Card(BaseModel):
+    format: StrictInt
+    mixing: str | _Named
+    rule: _Named
+    objectives: _Objectives
+    base: _OfTask | _OfModel
+    adapters: dict[str, str]
+    experts: Annotated[list[StrictInt], Field(min_length=1)] | None = None
+    utility: _Named | None = None
+    max_new_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    meta: dict[str, Any]
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """What a family's file says; ConfigError where `path` is no family, or one of another format or shape."""
+    file = path / FAMILY_FILE
+    if not file.is_file():
+        remedy = "name a directory that `paretune fit` wrote"
+        raise ConfigError(f"a family is a directory with {FAMILY_FILE}", found=str(path), remedy=remedy)
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{FAMILY_FILE} is JSON", found=f"{path}: {error}", remedy="fit the family again") from error
+    known = card.get("format") if isinstance(card, dict) else None
+    if known != FAMILY_FORMAT or isinstance(known, bool):
+        raise ConfigError(
+            f"this version reads families of format {FAMILY_FORMAT}",
+            found=shown(known if isinstance(card, dict) else card),
+            remedy="load it with the version that wrote it, or fit it anew",
+        )
+    try:
+        _Card.model_validate(card)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, found = ".".join(map(str, first["loc"])), shown(first.get("input"))
+        raise ConfigError(f"{FAMILY_FILE}: {where}: {first['msg']}", found=f"{found} in {file}", remedy="fit the family again") from None
+    return card
