@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from paretune.cli import app
 from paretune.errors import ConfigError, StoreError, TrainingError
 from paretune.runs import ray as ray_cluster
 from paretune.runs.display import Display
-from paretune.runs.jobs import train_job
+from paretune.runs.jobs import CELL, Job, train_job
 from paretune.runs.plan import next_wave
 from paretune.runs.ray import Ray, RayWorkers, Remote
 from paretune.runs.store import ARTIFACTS, Store
@@ -358,8 +359,61 @@ def test_a_cluster_that_stops_answering_ends_the_run(monkeypatch):
 
     monkeypatch.setattr(ray_cluster, "_ray", lambda: SimpleNamespace(wait=wait, exceptions=ray.exceptions))
     with pytest.raises(TrainingError, match="answers as long as the run lasts") as ended:
-        ray_cluster._first([object()])
+        ray_cluster._answered([object()])
     assert "the head is gone" in ended.value.found
+
+
+class FakeRay:
+    """Actors that answer at once, and a count of what the driver asks."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self):
+        self.counts, self.answers = Counter(), {}
+
+    def wait(self, calls, *, num_returns, timeout):
+        self.counts["wait"] += 1
+        return calls[:num_returns], calls[num_returns:]
+
+    def get(self, call):
+        return self.answers.pop(call)
+
+    def said(self, answer):
+        call = object()
+        self.answers[call] = answer
+        return call
+
+    def actor(self):
+        run = SimpleNamespace(remote=lambda path: self.said({"error": None, "full": False}))
+        return SimpleNamespace(run=run, last=SimpleNamespace(remote=lambda: self.counts.update(["last"]) or self.said(None)))
+
+    def kill(self, actor):
+        pass
+
+
+def test_a_thousand_completions_are_not_served_one_by_one(tmp_path, monkeypatch):
+    """All workers end at once, and a file server shows nothing of it for a while: then everything is handed over together."""
+    fake, store, began = FakeRay(), Store(tmp_path), time.monotonic()
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: fake)
+    monkeypatch.setattr(RayWorkers, "_connect", lambda self: None)
+    monkeypatch.setattr(RayWorkers, "_look_for_room", lambda self: None)
+    monkeypatch.setattr(RayWorkers, "_start", lambda self, log: ray_cluster._Place(log=log, ready=True, actor=fake.actor(), call=None))
+
+    def shown(self, key):
+        fake.counts["look"] += 1
+        return tmp_path if time.monotonic() - began > 1.5 else None
+
+    monkeypatch.setattr(Store, "cell", shown)
+    count = 1000
+    with RayWorkers(store, Ray(), count) as executor:
+        for number in range(count):
+            executor.submit(Job(kind=CELL, key=f"{number:020d}", label="a cell", task="a task", path=tmp_path / str(number)))
+        keys = [outcome.job.key for outcome in executor.outcomes()]
+    assert sorted(keys) == [f"{number:020d}" for number in range(count)]
+    assert fake.counts["wait"] <= 20
+    assert fake.counts["look"] <= 12 * count  # at once, and every LOOK_EVERY
+    assert fake.counts["last"] <= 5 * count  # once a second
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

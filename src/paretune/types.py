@@ -296,7 +296,7 @@ class Cost:
     tokens: int = 0  # generated in training, validation and search; enumerated where responses are
     steps: int = 0  # optimizer steps
     flops: float = 0.0  # floating-point operations, estimated
-    seconds: float = 0.0  # wall clock on the machine that ran it
+    seconds: float = 0.0  # wall clock on the machine that ran it, from the first step on: without loading the model
     evaluations: int = 0  # calls of a search's score
     validation_samples: int = 0  # responses drawn for validation, calibration and search; not in `samples`
     memory_bytes: int = 0  # peak

@@ -26,7 +26,7 @@ from paretune.hub import text_config
 from paretune.policy.lora.bank import LoraBank, soup_weight
 from paretune.policy.lora.layers import FusedLayer
 from paretune.registry import Registry
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, reference
 
 __all__ = ["ATTRIBUTIONS", "MIXINGS", "Policy", "Weights", "build_mixing", "build_policy"]
 
@@ -296,5 +296,5 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def build_policy(task: Task, mixing: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
     """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_mixing`."""
-    model, tokenizer = task.load()
+    model, tokenizer = reference(task)
     return build_mixing(mixing, LoraBank.load(model, adapters), tokenizer)

@@ -30,6 +30,7 @@ from paretune.runs.display import Display
 from paretune.runs.jobs import KIND, Job, Outcome, Tasks, attempt, failure, label_in, run_job
 from paretune.runs.pool import ONE_THREAD, Pool, Worker
 from paretune.runs.store import Store
+from paretune.tasks.base import keep_reference
 
 __all__ = ["Workers"]
 
@@ -122,6 +123,7 @@ def _work(root: Path, parent: int) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a job prints or asks for must not touch the two channels
     os.dup2(2, 1)
     store, tasks = Store(root), Tasks()
+    keep_reference()
     with store.worker_lock():
         if os.getppid() != parent:
             return 1  # it ended before this process could be told, and the next run may have begun

@@ -70,6 +70,7 @@ class Schedule:
         self._on_ready, self._on_failed, self._on_done = on_ready, on_failed, on_done
         self._wanted: dict[str, list[Member]] = defaultdict(list)
         self._measured: dict[str, Member] = {}
+        self._found: set[str] = set()  # the keys in `trained` and `reused`
         self.specs: dict[str, TrainSpec] = {}
         self.trained: list[str] = []
         self.reused: list[str] = []
@@ -117,7 +118,8 @@ class Schedule:
         artifact = self._store.artifact(key)
         if artifact is not None:
             member.done[key] = artifact
-            if key not in self.trained and key not in self.reused:
+            if key not in self._found:
+                self._found.add(key)
                 self.reused.append(key)
         elif key in self.broken:
             self._give_up(member, key, None)
@@ -139,6 +141,7 @@ class Schedule:
                 self._give_up(member, key, outcome.cause)
             return
         self.trained.append(key)
+        self._found.add(key)
         artifact = self._store.artifact(key)
         assert artifact is not None, f"the job of {key} ended well and published nothing"
         for member in members:

@@ -51,9 +51,9 @@ class Executor(ABC):
     def _next(self, task: str | None = None) -> Job | None:
         """The next job, preferably on `task`."""
         for queue in (self._queues[True], self._queues[False]):
-            for job in queue:
+            for place, job in enumerate(queue):
                 if job.task == task:
-                    queue.remove(job)
+                    del queue[place]
                     return job
             if queue:
                 return queue.popleft()

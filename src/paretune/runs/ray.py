@@ -33,6 +33,7 @@ from paretune.runs.display import Display
 from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure
 from paretune.runs.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.tasks.base import keep_reference
 
 __all__ = ["Ray", "RayWorkers", "Remote"]
 
@@ -114,7 +115,7 @@ class RayWorkers(Pool[_Place]):
         self._settings, self._asked_limit = settings, limit
         self._failed_starts = 0
         self._unseen: list[tuple[Outcome, float]] = []  # done on another machine, and until when this one must see it
-        self._ask_at = 0.0
+        self._ask_at = self._look_at = 0.0
         self._hello: dict[str, Any] = {}
         self._starved_since: float | None = None
         self._local = False
@@ -204,7 +205,7 @@ class RayWorkers(Pool[_Place]):
 
     def _listen(self) -> Iterator[Outcome]:
         calls = {worker.call: worker for worker in self._workers if worker.call is not None}
-        for call in _first(list(calls)):
+        for call in _answered(list(calls)):
             yield from self._returned(calls[call])
         yield from self._published()
         self._ask()
@@ -227,10 +228,14 @@ class RayWorkers(Pool[_Place]):
             self._begun(worker, answer)
             return
         outcome = self._ended(worker, answer)
-        if outcome.error is None:
+        if outcome.error is None and not self._sees(outcome.job):
             self._unseen.append((outcome, time.monotonic() + SEEN_WITHIN))
         else:
             yield outcome
+
+    def _sees(self, job: Job) -> bool:
+        """Whether this machine sees what the job has published."""
+        return (self._store.artifact if job.kind == TRAIN else self._store.cell)(job.key) is not None
 
     def _begun(self, worker: _Place, problem: Mapping[str, str] | None) -> None:
         if problem is not None:
@@ -253,19 +258,20 @@ class RayWorkers(Pool[_Place]):
             )
 
     def _published(self) -> Iterator[Outcome]:
-        """What other machines have done and this one sees by now."""
-        for entry in list(self._unseen):
-            outcome, deadline = entry
-            find = self._store.artifact if outcome.job.kind == TRAIN else self._store.cell
-            if find(outcome.job.key) is not None:
-                self._unseen.remove(entry)
-                yield outcome
-            elif time.monotonic() > deadline:
-                raise StoreError(
-                    "what one machine publishes, all see",
-                    found=f"{outcome.job.label} ended well, and its directory is not here after {SEEN_WITHIN:.0f} s",
-                    remedy="mount the run directory everywhere from one server (NFS: -o lookupcache=positive)",
-                )
+        """What other machines have done and this one sees by now; all of it is looked for, once in a while."""
+        if not self._unseen or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_EVERY
+        looked = [(self._sees(outcome.job), outcome, deadline) for outcome, deadline in self._unseen]
+        self._unseen = [(outcome, deadline) for sees, outcome, deadline in looked if not sees]
+        yield from (outcome for sees, outcome, _ in looked if sees)
+        late = next((outcome for outcome, deadline in self._unseen if time.monotonic() > deadline), None)
+        if late is not None:
+            raise StoreError(
+                "what one machine publishes, all see",
+                found=f"{late.job.label} ended well, and its directory is not here after {SEEN_WITHIN:.0f} s",
+                remedy="mount the run directory everywhere from one server (NFS: -o lookupcache=positive)",
+            )
         for kind in (ARTIFACTS, CELLS) if self._unseen else ():
             with contextlib.suppress(OSError):
                 os.listdir(self._store.root / kind)  # makes NFS look again
@@ -303,14 +309,15 @@ def _ray() -> Any:
     return ray
 
 
-def _first(calls: list[Any]) -> list[Any]:
-    """The first of the calls to return, or none within a moment."""
+def _answered(calls: list[Any]) -> list[Any]:
+    """All calls that have returned, as soon as one has; none where none does within a moment."""
     ray = _ray()
     if not calls:
         time.sleep(LOOK_EVERY)
         return []
     try:
-        return ray.wait(calls, num_returns=1, timeout=LOOK_EVERY)[0]
+        done, others = ray.wait(calls, num_returns=1, timeout=LOOK_EVERY)
+        return done + (ray.wait(others, num_returns=len(others), timeout=0)[0] if done and others else [])
     except (ray.exceptions.RayError, ConnectionError) as error:
         found = str(error).strip().partition("\n")[0]
         remedy = "see the head's logs; the same command goes on from here"
@@ -428,6 +435,7 @@ class Remote:
             for stream in (1, 2):
                 os.dup2(log, stream)
             self._held.enter_context(Store(root).worker_lock())
+        keep_reference()
 
     def run(self, path: str) -> dict[str, Any]:
         """Do the job and say how it ended, as `attempt` does."""

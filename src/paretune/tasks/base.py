@@ -6,19 +6,20 @@ loaded lazily and cached on the instance, so that describing a task costs nothin
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from paretune.types import Objectives, Prompt
+from paretune.types import Objectives, Prompt, canonical_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paretune.tasks.preferences import judged_preferences
 
-__all__ = ["Task"]
+__all__ = ["Task", "keep_reference", "reference"]
 
 
 class Task(ABC):
@@ -74,3 +75,63 @@ class Task(ABC):
     def judged(self) -> np.ndarray:
         """(W, M) preferences that results are judged at; never trained on (see `sample_preferences`)."""
         return judged_preferences(self.objectives.count)
+
+
+# The reference model of a worker, which trains on the same one again and again
+
+_kept: dict[str, tuple[Any, Any, list[int]]] | None = None  # at most one: what it is -> model, tokenizer, sums of its weights
+
+
+def keep_reference() -> None:
+    """From now on this process keeps the model that `reference` loaded last."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def reference(
+    task: Task, *, device: str = "cpu", dtype: str | None = None, place: Callable[[Any], Any] = lambda model: model
+) -> tuple[Any, Any]:
+    """The task's reference model as `Task.load` gives it, and its tokenizer; `place` brings the model to the device and dtype.
+
+    Where the process keeps models (`keep_reference`), a copy of the kept one: modules of its own, so that no adapter of an earlier
+    training is left in them, around the same weights, which are frozen. A model into whose weights somebody wrote is loaded again.
+    Quantized weights are no plain tensors; such a model is not kept.
+    """
+    if _kept is None:
+        loaded, tokenizer = task.load()
+        return place(loaded), tokenizer
+    content = task.content() if hasattr(task, "content") else {}
+    name = canonical_json([task.base(), content.get("model"), device, dtype])
+    if name not in _kept or _kept[name][2] != _sums(_kept[name][0]):
+        _kept.clear()  # before the next one needs its room
+        loaded, tokenizer = task.load()
+        model = place(loaded)
+        if not _plain(model, device):
+            return model, tokenizer
+        _kept[name] = model, tokenizer, _sums(model)
+    model, tokenizer, _ = _kept[name]
+    return _copied(model), copy.deepcopy(tokenizer)
+
+
+def _plain(model: Any, device: str) -> bool:
+    import torch
+
+    weights = list(model.parameters())
+    plain = all(type(p) is torch.nn.Parameter and type(p.data) is torch.Tensor for p in weights)
+    where = {p.device.type for p in weights}
+    return plain and not getattr(model, "is_quantized", False) and where == {torch.device(device).type}
+
+
+def _copied(model: Any) -> Any:
+    import torch
+
+    weights = {id(p): torch.nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, weights)
+
+
+def _sums(model: Any) -> list[int]:
+    """One number per weight, of its bits."""
+    import torch
+
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.stack([p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()]).tolist()

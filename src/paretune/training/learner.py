@@ -27,7 +27,7 @@ from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, reference
 from paretune.training.checkpoint import (
     Progress,
     TrainLog,
@@ -106,20 +106,8 @@ class Learner(ABC):
 
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
-        loaded, tokenizer = task.load()
-        model: Any = loaded
-        check_cast(model, self.dtype)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            model = model.to(device) if self.dtype is None else model.to(device, getattr(torch, self.dtype))
-        except (RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ConfigError(
-                "a training runs on a device that is here",
-                found=f"device {device!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                remedy='device "auto" takes the first GPU, or the CPU',
-            ) from error
+        model, tokenizer = reference(task, device=device, dtype=self.dtype, place=lambda model: placed(model, device, self.dtype))
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
@@ -169,6 +157,21 @@ def check_cast(model: Any, dtype: str | None) -> None:
             found=f"learner.dtype={dtype}",
             remedy="leave it out, and set dtype beside quantize in the recipe",
         )
+
+
+def placed(model: Any, device: str, dtype: str | None) -> Any:
+    """The model on the device and in the dtype of a learner."""
+    check_cast(model, dtype)
+    try:
+        return model.to(device) if dtype is None else model.to(device, getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(
+            "a training runs on a device that is here",
+            found=f"device {device!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            remedy='device "auto" takes the first GPU, or the CPU',
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,9 +309,9 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     """
     if is_finished(work):  # by a process that was killed before it could publish
         return read_cost(work)
-    began = time.monotonic()
     learner.accept(spec)
     policy = learner.start(spec, task, parents or {})
+    began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
     run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))

@@ -43,7 +43,7 @@ from paretune.errors import TaskError
 from paretune.objectives.base import score_all
 from paretune.registry import TASKS
 from paretune.seeds import generator
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, sample_language
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
@@ -331,7 +331,7 @@ class ExactTask(Task):
 
     @cached_property
     def _reference_all_PR(self) -> np.ndarray:
-        model, _ = self.load()
+        model, _ = reference(self)
         parts = []
         for row in self._prompts_PT:
             packed = self.tree.pack(row[None])

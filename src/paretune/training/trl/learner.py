@@ -134,8 +134,8 @@ class TrlLearner(SampledLearner):
         source = self._source(spec, task)
         with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
             args = self._arguments(spec, task, work, world)
-            record = recorder(self, spec, task, work, source, progress, world)
             trainer = self._trainer(spec, task, args, source)
+            record = recorder(self, spec, task, work, source, progress, world)  # its clock begins once the model is there
             sizes = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             trainer.add_callback(record)
             resume = newest(work, spec.key)
