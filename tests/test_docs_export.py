@@ -64,7 +64,7 @@ def test_the_commands_run_in_their_order(here, capsys):
     (family,) = (here / "runs" / "families").iterdir()
     (here / "FAMILY").symlink_to(family)
     (here / "conversations.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello?"}]}) + "\n")
-    for command in "\n".join(blocks("bash")[1:3]).splitlines():
+    for command in "".join(blocks("bash")[1:3]).splitlines():
         said = run(command)
     assert "adapter, float32, rank 6; vLLM: --max-lora-rank 8" in said
     for name in ("polite-70", "polite-70-lora"):
@@ -75,7 +75,7 @@ def test_the_commands_run_in_their_order(here, capsys):
         (here / "base").mkdir(exist_ok=True)
         exec(code.replace(f'"./{tiny_model().name}"', repr(str(tiny_model()))), {})
     capsys.readouterr()
-    exec(blocks("python")[0], {})
+    exec(blocks("python")[1], {})
     assert capsys.readouterr().out == "6\n"
 
 
