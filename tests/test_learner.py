@@ -360,9 +360,9 @@ def test_an_update_that_goes_too_far_is_shortened():
     far = {**SMALL, "lr": 200 * PolicyGradient.lr, "schedule": "constant"}
     free, _, _ = steps_of(PolicyGradient(**far, step_kl=None), 4)
     kept, run, _ = steps_of(PolicyGradient(**far, step_kl=0.01), 4)
-    assert free.min() > 5 * 0.01, "a training that overshoots"
-    assert kept.max() < 3 * 0.01
-    assert kept.min() > 0.01 / 10, "shortened to the bound, not stopped"
+    assert free.mean() > 10 * 0.01, "a training that overshoots"
+    assert kept.max() < 3 * 0.01, "on all responses"
+    assert kept.mean() > 0.01 / 10, "shortened to the bound, not stopped"
     assert 0 < run.lr_share < 0.5
 
 
