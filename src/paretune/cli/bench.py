@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,17 +122,28 @@ def _report(
     from paretune.report.terminal import console, print_leaderboard
 
     results = load(root, suite=suite)
-    for skipped in results.skipped:
-        say(f"left out: {skipped}")
-    page = write_page(results, out or root / "reports" / results.name)
-    if rows is not None:
-        say(f"rows: {write_rows(results, rows)}")
-    if as_json:
-        tables = {table.name: table.to_json() for table in (leaderboard(results), comparison_table(results))}
-        print_json({"report": str(page), **tables, **({"run": run} if run else {})})
-        return
-    print_leaderboard(results, console())
-    tell(f"\nreport: {page}")
+    with _not_searched():
+        for skipped in results.skipped:
+            say(f"left out: {skipped}")
+        page = write_page(results, out or root / "reports" / results.name)
+        if rows is not None:
+            say(f"rows: {write_rows(results, rows)}")
+        if as_json:
+            tables = {table.name: table.to_json() for table in (leaderboard(results), comparison_table(results))}
+            print_json({"report": str(page), **tables, **({"run": run} if run else {})})
+            return
+        print_leaderboard(results, console())
+        tell(f"\nreport: {page}")
+
+
+@contextlib.contextmanager
+def _not_searched() -> Iterator[None]:
+    """What is in memory now is not searched for garbage within: of thousands of cells that took a third of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @app.command()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import combinations
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ class Table:
         """One line per row, numbers in full, an unknown value empty, and no text that a spreadsheet would compute."""
         path = folder / f"{self.name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([_inert(c.key) for c in self.columns])
-            writer.writerows([_inert(row.get(c.key)) for c in self.columns] for row in self.rows)
+            writer, keys = csv.writer(file), [c.key for c in self.columns]
+            writer.writerow(map(_inert, keys))
+            for row in self.rows:
+                values = map(row.get, keys)
+                writer.writerow([_inert(value) if type(value) is str else value for value in values])
         return path
 
 
@@ -307,7 +310,7 @@ def _most_objectives(results: Results) -> int:
 def _numbered(**vectors_M: Iterable[float]) -> dict[str, Any]:
     """w=(.2, .8) -> {"w_1": .2, "w_2": .8}; what is unknown is None."""
     known = {f"{name}_{k + 1}": x for name, values_M in vectors_M.items() for k, x in enumerate(values_M)}
-    return {name: x if x is None or np.isfinite(x) else None for name, x in known.items()}
+    return {name: x if x is None or isfinite(x) else None for name, x in known.items()}
 
 
 def _points(setting: Setting, cell: Cell) -> Iterator[dict[str, Any]]:

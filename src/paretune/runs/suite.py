@@ -98,16 +98,17 @@ def members_of(suite: Suite, document: Document) -> list[Member]:
     with document.at("learner"):
         learner = LEARNERS.build(suite.learner)
     methods = [one for place, entry in enumerate(suite.methods) for one in _built(METHODS, entry, document, "methods", place)]
-    evaluation = evaluation_settings(suite.splits, suite.samples)
+    shared = {"learner": describe(learner), "evaluation": evaluation_settings(suite.splits, suite.samples)}
+    described = [(method, says := describe(method), label_of(says, METHODS)) for method in methods]
     members: dict[str, Member] = {}
     for place, entry in enumerate(suite.tasks):
         for task, seed in _tasks(entry, suite.seeds, document, place):
-            for method in methods:
-                spec: dict[str, Any] = {"method": describe(method), "task": describe(task), "learner": describe(learner)}
-                spec |= {"seed": seed, "evaluation": evaluation}
-                label = f"{label_of(spec['method'], METHODS)} on {label_of(spec['task'], TASKS)}"
-                label += f", seed {seed}" if "seed" not in spec["task"] else ""
-                members.setdefault(key_of(spec), Member(key_of(spec), label, task, method, learner, seed, spec=spec))
+            where = describe(task)
+            on = f"on {label_of(where, TASKS)}" + (f", seed {seed}" if "seed" not in where else "")
+            for method, says, label in described:
+                spec = {"method": says, "task": where, "seed": seed, **shared}
+                key = key_of(spec)
+                members.setdefault(key, Member(key, f"{label} {on}", task, method, learner, seed, spec=spec))
     return list(members.values())
 
 
