@@ -377,11 +377,29 @@ def test_the_learning_rate_comes_back_where_there_is_room():
     np.testing.assert_allclose(shares, [min(1.0, 0.3 * 1.25**n) for n in range(1, 8)])
 
 
-def test_a_bound_that_is_not_reached_changes_nothing():
-    """Bit for bit; and far from the bound few updates are looked at."""
-    (_, _, free), (_, run, kept) = steps_of(PolicyGradient(**SMALL, step_kl=None), 3), steps_of(PolicyGradient(**SMALL, step_kl=1e6), 3)
+def test_a_bound_that_is_not_reached_changes_nothing(monkeypatch):
+    """Bit for bit; and far from the bound few updates are looked at: the first, and then one of five."""
+    called, logp = [], PolicyGradient.logp
+    monkeypatch.setattr(PolicyGradient, "logp", lambda *given, **settings: called.append(1) or logp(*given, **settings))
+    _, _, free = steps_of(PolicyGradient(**SMALL, step_kl=None), 6)
+    plain = len(called)
+    _, run, kept = steps_of(PolicyGradient(**SMALL, step_kl=1e6), 6)
     assert np.array_equal(free, kept)
     assert run.lr_share == 1.0
+    assert len(called) - plain == plain + 2 * 2, "before and after the steps 0 and 5"
+
+
+def test_the_log_has_the_learning_rate_that_a_step_was_taken_with():
+    """Not the next one's, which a bound has changed since."""
+    learner = PolicyGradient(**{**SMALL, "lr": 200 * PolicyGradient.lr}, step_kl=0.01)
+    policy, spec, run = moved(learner), spec_of(learner), Run(key="k")
+    optimizer, shares = learner.new_optimizer(policy.parameters()), []
+    for step in range(2):
+        shares.append(run.lr_share)
+        window = [learner.advance(policy, optimizer, TASK, spec, run)]
+        used = optimizer.param_groups[0]["lr"]
+        assert learner.record(TASK, run, window)["lr"] == used == learner.lr * learner.pace(step) * shares[-1]
+        assert run.lr_share != shares[-1]
 
 
 @pytest.mark.parametrize(("bound", "step"), [(None, 1), (0.05, 0)], ids=["found by the next loss", "found by the bound"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from paretune import files
 from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.evaluation.explain import explain
@@ -326,7 +327,18 @@ def test_a_factor_family_serves_one_preference_per_batch(home):
 def test_responses_to_a_prompt_are_those_of_the_prompt_repeated(home, monkeypatch):
     """Prompts that are read once for several responses, prompts that come twice, and more responses than fit a batch."""
     made, prompts = family(home), ["ab", "c", "ab"]
+    read, forward = [], made.policy.forward
+    monkeypatch.setattr(made.policy, "forward", lambda ids, **given: read.append(ids.shape) or forward(ids, **given))
     grouped = made.sample(prompts, W, n=3, max_new_tokens=3)
+    assert read[0][0] == len(prompts), "each prompt once"
     assert made.sample(["ab"] * 6, W, max_new_tokens=3) == [[text] for text in (*grouped[0], *grouped[2])]
     monkeypatch.setattr("paretune.policy.family.SAMPLE_ROWS", 2)
     assert made.sample(prompts, W, n=3, max_new_tokens=3) == grouped
+
+
+def test_every_file_of_a_family_is_hashed_once_when_it_is_loaded(home, tmp_path, monkeypatch):
+    family(home).save(tmp_path / "family")
+    hashed, digest = [], files.digest
+    monkeypatch.setattr(files, "digest", lambda path: hashed.append(path.relative_to(tmp_path / "family").as_posix()) or digest(path))
+    Family.load(tmp_path / "family")
+    assert sorted(hashed) == sorted(json.loads((tmp_path / "family" / "family.json").read_text())["files"])

@@ -105,6 +105,24 @@ def test_what_is_packed_and_what_is_not():
     assert not packs(policy_of(gemma2(None)), gates_NK), "attention with a window"
 
 
+def causal(inputs):
+    """Only as causal attention has it: a text sees the text before it."""
+    mask = inputs["attention_mask"]
+    return {**inputs, "attention_mask": torch.full_like(mask, torch.finfo(mask.dtype).min).triu(1)}
+
+
+def counted_on(inputs):
+    return {**inputs, "position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}
+
+
+@pytest.mark.parametrize(("wrong", "make"), [(causal, llama), (counted_on, gpt2)], ids=["masks", "positions"])
+def test_a_model_that_reads_masks_or_positions_its_own_way_is_not_packed(monkeypatch, wrong, make):
+    policy = policy_of(make())
+    inputs = policy._inputs
+    monkeypatch.setattr(policy, "_inputs", lambda *given: wrong(inputs(*given)) if given[2] is not None else inputs(*given))
+    assert not packs(policy, torch.ones(8, 2))
+
+
 def test_the_model_runs_over_fewer_tokens_where_responses_are_short(monkeypatch):
     policy = policy_of(llama())
     lengths = (40, *[3] * 15)
@@ -115,6 +133,7 @@ def test_the_model_runs_over_fewer_tokens_where_responses_are_short(monkeypatch)
     short = token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=gates_NK, group=4, mask_NT=asked_NT)
     assert sizes == [4 * 9 + 39 + 15 * 2]
     sizes.clear()
+    monkeypatch.setattr(Packing, "of", lambda *_: pytest.fail("packed to find out that nothing is gained"))
     whole = token_logp(policy, ids_PT, mask_PT, tokens_NT, gates_NK=gates_NK, group=4, mask_NT=torch.ones_like(asked_NT))
     assert sum(sizes) == 4 * 9 + 16 * 39, "nothing to gain: padded, with prompts read once"
     torch.testing.assert_close(short * asked_NT, whole * asked_NT, atol=2e-5, rtol=0)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from paretune.types import canonical_json
 
 __all__ = [
     *("ASIDE", "card_problems", "changed", "digest", "disk_errors", "force", "force_names", "hashes_of", "is_disk_full", "is_sealed"),
-    *("manifest", "new_file", "new_folder", "no_room", "note", "read_json", "read_manifest", "remove", "sealed", "write_json"),
-    "write_text",
+    *("manifest", "new_file", "new_folder", "no_room", "note", "read_json", "read_manifest", "remove"),
+    *("seal", "seal_problems", "sealed", "write_json", "write_text"),
 ]
 
 ASIDE = ".aside-"  # a file or folder that is being written, or on its way out
@@ -158,6 +158,13 @@ def read_manifest(path: Path) -> dict[str, str] | None:
     return hashes if text == manifest(hashes) else None
 
 
+def seal(folder: Path, name: str, listed: Callable[[Path], bool] = lambda _: True) -> None:
+    """Force everything in `folder` to the disk, then write the hashes of its files (those `listed`, by name in it) into its file `name`."""
+    force(folder)
+    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / name and listed(p.relative_to(folder)))
+    write_text(folder / name, manifest(hashes_of(folder, files)))
+
+
 def changed(folder: Path, hashes: Mapping[str, str], *, remembered: bool = False) -> list[str]:
     """What differs from the hashes, each as "file: what is wrong". `remembered`: a file that nobody touched is read once."""
     problems = []
@@ -192,9 +199,12 @@ def card_problems(card: Path, *, must: bool = False) -> list[str]:
         return [f"{card.name}: {error.found.partition(': ')[2]}"]
     if "files" not in found and "sha256" not in found and not must:  # of an earlier version
         return []
-    if not is_sealed(found):
-        return [f"{card.name}: the content is not what was written"]
-    return changed(card.parent, found["files"])
+    return seal_problems(card.name, found) or changed(card.parent, found["files"])
+
+
+def seal_problems(name: str, card: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a card that was read from the file `name`, apart from the files beside it."""
+    return [] if is_sealed(card) else [f"{name}: the content is not what was written"]
 
 
 def read_json(path: Path, *, rule: str, remedy: str) -> dict[str, Any]:

@@ -28,22 +28,8 @@ from pydantic import Field
 from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest, shown
 
 __all__ = [
-    *(
-        "Amount",
-        "Cost",
-        "Count",
-        "Curve",
-        "Device",
-        "Estimate",
-        "Fraction",
-        "Front",
-        "Name",
-        "Natural",
-        "Objectives",
-        "Positive",
-        "Preference",
-    ),
-    *("Prompt", "Share", "canonical_json", "check_name", "key_of", "refuse_secrets"),
+    *("Amount", "Cost", "Count", "Curve", "Device", "Estimate", "Fraction", "Front", "Name", "Natural", "Objectives", "Positive"),
+    *("Preference", "Prompt", "Share", "canonical_json", "check_name", "key_of", "refuse_secrets"),
 ]
 
 # Bounds of fields of registered classes, which `Registry.build` checks; all floats are finite.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError
-from paretune.files import card_problems, changed, disk_errors, hashes_of, new_folder, sealed
+from paretune.files import changed, disk_errors, hashes_of, new_folder, seal_problems, sealed
 from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
 from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
@@ -235,7 +235,8 @@ class Family:
         said |= {"chat": bool(card.get("chat", False)), "system": card.get("system")}  # older files do not say
         said["experts"] = None if said["experts"] is None else tuple(said["experts"])
         family = cls(policy, rule, objectives, base, adapters, card["meta"], **said)
-        _refuse(path, card_problems(path / FAMILY_FILE))  # last: what can be said more clearly was said
+        if "files" in card or "sha256" in card:  # not of an earlier version
+            _refuse(path, seal_problems(FAMILY_FILE, card))  # last: what can be said more clearly was said
         return family
 
 

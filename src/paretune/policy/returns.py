@@ -279,7 +279,7 @@ class SampledReturns(Returns):
                 tokens_NT,
                 gates_NK=None,
                 group=drawn.group,
-                mask_NT=drawn.responses.mask_NT,
+                mask_NT=mask_NT,
             )
         return ((drawn.responses.logp_NT - reference_NT.double()) * mask_NT).sum(1).cpu().numpy()
 

@@ -57,10 +57,13 @@ def token_logp(
     check_length(policy, (0 if gates_NK is None else policy.extra_positions) + prompt_ids_PT.shape[1] + length, temperature)
     if packed or (packed is None and mask_NT is not None and len(tokens_NT) > 1 and packs(policy, gates_NK)):
         asked_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
-        packing = Packing.of(prompt_mask_PT, asked_NT, group)
         padded = prompt_ids_PT.numel() + tokens_NT.numel()
-        if packed or packing.size <= min(PACKED_BELOW * padded, padded - SAVED):
-            return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
+        most = padded if packed else min(PACKED_BELOW * padded, padded - SAVED)
+        real = int(prompt_mask_PT.sum() + asked_NT.sum()) - len(asked_NT)  # what every packing holds, or more
+        if packed or real <= most:
+            packing = Packing.of(prompt_mask_PT, asked_NT, group)
+            if packed or packing.size <= most:
+                return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
     if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
         prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:

@@ -3,8 +3,7 @@
 Architectures differ in what padding, caches and 4-D masks do to them. A wrong one trains without an error, on wrong numbers. So the
 first time that a model is trained, or loaded with a family, two prompts of different length are scored in each way, and compared with the
 model's own forward on each sequence alone: padded, from a cache with the prompt read once for several responses, packed into one sequence,
-decoded token by token,
-with the head applied in pieces, and with gates that are 0. It costs a few forwards of a dozen tokens.
+decoded token by token, with the head applied in pieces, and with gates that are 0. It costs a few forwards of a dozen tokens.
 """
 
 from __future__ import annotations

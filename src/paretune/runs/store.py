@@ -32,17 +32,14 @@ from paretune.files import (
     card_problems,
     changed,
     disk_errors,
-    force,
     force_names,
-    hashes_of,
     is_sealed,
-    manifest,
     note,
     read_json,
     read_manifest,
     remove,
+    seal,
     write_json,
-    write_text,
 )
 from paretune.training.cost import FINISHED
 from paretune.training.spec import FOLDER, Artifact, TrainSpec
@@ -218,9 +215,7 @@ class Store:
             (wip / FAILED).unlink(missing_ok=True)
             for aside in sorted(wip.rglob(ASIDE + "*")):
                 remove(aside)
-            hashes = hashes_of(wip, (p for p in wip.rglob("*") if p.is_file() and _listed(p.relative_to(wip))))
-            force(wip)
-            write_text(wip / DONE, manifest(hashes))
+            seal(wip, DONE, _listed)
             return self._finish(wip, final)
 
     def fail(self, kind: str, key: str, record: Mapping[str, Any]) -> None:

@@ -12,7 +12,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
-from paretune.hub import check_pretrained, content_of, is_gguf, is_local, local_or_hub, located, positions_of, refuse_kernels, unloadable
+from paretune.hub import (
+    check_pretrained,
+    content_of,
+    is_gguf,
+    is_local,
+    local_or_hub,
+    located,
+    positions_of,
+    refuse_kernels,
+    text_config,
+    unloadable,
+)
 from paretune.hub import load_tokenizer as read_tokenizer
 
 if TYPE_CHECKING:
@@ -53,7 +64,7 @@ def _config(model: str, *, revision: str | None, trust_remote_code: bool) -> Any
 
 def check_config(model: str, config: Any) -> None:
     """ConfigError, before weights are read, for models that are no causal LM of one stack."""
-    sizes = {name: getattr(config.get_text_config(), name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    sizes = {name: getattr(text_config(config), name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
     for name, size in sizes.items():
         if isinstance(size, int | float) and not 0 < size < 2**31:
             raise ConfigError("the sizes of a model are counts", found=f"{model}: {name}={size:g}", remedy="mend its config.json")

@@ -29,18 +29,17 @@ from paretune.files import (
     force,
     force_names,
     hashes_of,
-    manifest,
     note,
     read_manifest,
     remove,
-    write_text,
+    seal,
 )
 from paretune.training.cost import FINISHED, LEDGER, Cost, write_cost
 from paretune.training.spec import FOLDER
 
 __all__ = [
     *("Progress", "TrainLog", "clear_checkpoint", "discard", "is_finished", "load_checkpoint", "log_damage", "mark_finished"),
-    *("packed", "progress_text", "refuse_other", "save_checkpoint", "seal", "seal_damage", "unpacked"),
+    *("packed", "progress_text", "refuse_other", "save_checkpoint", "seal_damage", "unpacked"),
 ]
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -133,12 +132,6 @@ def refuse_other(place: Path, owner: str, key: str, *, same: bool = True) -> Non
             found=f"{place} belongs to {owner}, not to {key}",
             remedy=f"delete {place.parent}, or train in another directory",
         )
-
-
-def seal(folder: Path, name: str) -> None:
-    """Force everything in `folder` to the disk, then write the hashes of its files into its file `name`."""
-    force(folder)
-    write_text(folder / name, manifest(hashes_of(folder, (p for p in folder.rglob("*") if p.is_file() and p != folder / name))))
 
 
 def seal_damage(folder: Path, name: str) -> list[str]:

@@ -90,13 +90,15 @@ class EmbeddedLearner(SampledLearner):
         run.weighting = batch.state
         self._count(run, policy, batch, task)
         for _ in range(self.epochs):
+            lr = self.lr * self.pace(run.step) * run.lr_share
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * self.pace(run.step) * run.lr_share
+                group["lr"] = lr
             with self.bounded(policy, batch, run):
                 loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
         self.after_step(policy, task, spec, run)
-        return {"rewards_NM": batch.responses.rewards_NM, "kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm}
+        told = {"kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm, "lr": lr}
+        return {"rewards_NM": batch.responses.rewards_NM, **told}
 
     @contextlib.contextmanager
     def bounded(self, policy: ParameterMix, batch: Batch, run: Run) -> Iterator[None]:
@@ -111,8 +113,7 @@ class EmbeddedLearner(SampledLearner):
         Differs: an update beyond the bound is shortened before it is kept. Hides: half a batch can move where the other half stays.
         """
         bound = self.step_kl
-        near = run.step_kl is None or run.lr_share < 1 or bound is None or run.step_kl > bound / 4
-        if bound is None or not (near or run.step % LOOK_EVERY == 0):
+        if bound is None or not (self._near(run, bound) or run.step % LOOK_EVERY == 0):
             yield
             return
         made, weights = batch.responses, policy.parameters()
@@ -142,8 +143,12 @@ class EmbeddedLearner(SampledLearner):
         room = math.sqrt(bound / max(run.step_kl or 0.0, 1e-12))
         run.lr_share = min(1.0, run.lr_share * (max(kept, 0.1) if kept < 1 else min(room, 1.25)))
 
+    @staticmethod
+    def _near(run: Run, bound: float) -> bool:
+        return run.step_kl is None or run.step_kl > bound / 4 or run.lr_share < 1
+
     def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lr = self.lr * self.pace(run.step - 1) * run.lr_share
+        lr = window[-1]["lr"]
         record = log_record(task.objectives, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
         return record | ({"validation": run.validations[-1]} if run.validations else {})
 

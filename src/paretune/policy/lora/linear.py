@@ -22,6 +22,7 @@ from paretune.errors import ConfigError
 __all__ = ["base_weight", "frozen_linear", "is_quantized", "numbers", "rounds_inputs"]
 
 LARGE = 2**16  # numbers in a weight
+ON_X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,9 +44,6 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and ON_X86
     )
-
-
-ON_X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _product(x_BI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.files import disk_errors, write_json
+from paretune.files import disk_errors, seal, write_json
 from paretune.hub import is_gguf, local_or_hub
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
@@ -49,7 +49,6 @@ from paretune.training.checkpoint import (
     mark_finished,
     packed,
     refuse_other,
-    seal,
     seal_damage,
     unpacked,
 )
