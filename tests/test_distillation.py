@@ -57,7 +57,8 @@ def test_it_takes_over_the_shape_and_budget_of_another_learner():
     rule = {"name": "identity"}
     from_sampled = Distillation.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", stop_cv=0.1), teacher=rule)
     assert (from_sampled.samples, from_sampled.rank, from_sampled.epochs) == (640, 3, 1)
-    assert not {"kl_in", "kl_estimator", "stop_cv"} & set(describe(from_sampled)), "fields of a loss that it has not"
+    assert from_sampled.stop_cv == 0.1
+    assert not {"kl_in", "kl_estimator"} & set(describe(from_sampled)), "fields of a loss that it has not"
     assert Distillation.like(quick_learner(steps=7), teacher=rule).steps == 7
     assert from_sampled.scaled(2.0).teacher == rule
 

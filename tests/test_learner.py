@@ -398,7 +398,7 @@ def test_the_log_has_the_learning_rate_that_a_step_was_taken_with():
         shares.append(run.lr_share)
         window = [learner.advance(policy, optimizer, TASK, spec, run)]
         used = optimizer.param_groups[0]["lr"]
-        assert learner.record(TASK, run, window)["lr"] == used == learner.lr * learner.pace(step) * shares[-1]
+        assert learner.record(TASK, spec, run, window, [])["lr"] == used == learner.lr * learner.pace(step) * shares[-1]
         assert run.lr_share != shares[-1]
 
 

@@ -210,7 +210,24 @@ def _sampled(
         "outside": task.objectives.outside(curve.rewards_WSM),
         "own_utility": sampled_own_utility(task, family, curve, start),
         "generations": _generations(task, split, w_WM, drawn, base),
+        **({} if task.guards is None else {"guards": _guards(task, split, drawn, base)}),
     }
+
+
+def _guards(task: Task, split: str, drawn: Measured, base: Measured) -> dict[str, Any]:
+    """Guard -> its mean at each preference and for the reference, and the paired differences between them."""
+    assert task.guards is not None
+    prompts = [task.prompts(split)[place] for place in drawn.prompt_S]
+    scores_WSG = np.stack([task.score_guards(prompts, texts_S) for texts_S in drawn.texts_WS])
+    start_SG = task.score_guards(prompts, base.texts_WS[0])
+    found = {}
+    for name, scores_WS, start_S in zip(task.guards.names, np.moveaxis(scores_WSG, 2, 0), start_SG.T, strict=True):
+        found[name] = {
+            "per_preference": [_known(np.nanmean(scores_S)) for scores_S in scores_WS],
+            "reference": _known(np.nanmean(start_S)),
+            "change": _paired(scores_WS, np.broadcast_to(start_S, scores_WS.shape), drawn.prompt_S, exact=False),
+        }
+    return found
 
 
 def _generations(task: Task, split: str, w_WM: np.ndarray, drawn: Measured, base: Measured) -> dict[str, Any]:

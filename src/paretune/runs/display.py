@@ -31,7 +31,9 @@ class Display:
         self.trainings += 1
 
     def progress(self, job: Job, record: Mapping[str, Any]) -> None:
-        """A running training logged a record."""
+        """A running training logged a record; what it warns of is a line of its own."""
+        for text in record.get("warnings", {}).values():
+            self.note(f"{job.label}, step {record['step']}: {text}")
 
     def finished(self, outcome: Outcome) -> None:
         """A job ended, well or not."""
@@ -123,6 +125,7 @@ class Bars(Display):
     def progress(self, job: Job, record: Mapping[str, Any]) -> None:
         from paretune.training.checkpoint import progress_text
 
+        super().progress(job, record)
         if job.key not in self._running:
             self._running[job.key] = self._bars.add_task(job.label, total=None)
         step, steps = record.get("step", 0), record.get("steps")

@@ -4,6 +4,7 @@
     prompts: prompts.jsonl   # or {path, ...}, {dataset, ...}
     objectives:
       - {name: brief, use: length}
+    guards: []               # written as objectives are: looked at on validation prompts and in the end, never trained
     method: experts          # or {name: experts, mixing: logit}; learner as well
     preferences: 11          # where the result is measured
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ TASK_KEYS = {
     **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
     "prompts": "prompt_source",
     "objectives": "objective_specs",
+    "guards": "guard_specs",
 }
+SCORED = ("objectives", "guards")
 RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
@@ -77,6 +80,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, preferences=preferences)
 
 
+def _specs(given: Mapping[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    """Each objective and guard with its key and place."""
+    return [(key, place, spec) for key in SCORED for place, spec in enumerate(given.get(key) or ())]
+
+
 def _preferences(given: Any, names: Sequence[str]) -> int | tuple[tuple[float, ...], ...] | None:
     if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
         return given
@@ -104,12 +112,13 @@ def _check_shape(document: config.Document) -> None:
             raise ConfigError("prompts: is a file, or its settings", found=repr(given["prompts"]), remedy="write prompts: prompts.jsonl")
     _known("prompts", document, [f.name for f in fields(PromptSource)], "prompts")
     example = "write a list: - {name: brief, use: length}"
-    with document.at("objectives"):
-        specs = given["objectives"]
-        if not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
-            raise ConfigError("objectives: is a list of objectives", found=f"a {type(specs).__name__}", remedy=example)
-    for place, spec in enumerate(specs):
-        with document.at("objectives", place):
+    for key in SCORED:
+        with document.at(key):
+            specs = given.get(key, [])
+            if not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
+                raise ConfigError(f"{key}: is a list of objectives", found=f"a {type(specs).__name__}", remedy=example)
+    for key, place, spec in _specs(given):
+        with document.at(key, place):
             if not re.fullmatch(r"[^\s,=]+", _name_of(spec)):
                 raise ConfigError("the name of an objective has no space, comma or =", found=repr(_name_of(spec)), remedy=example)
             check_name("an objective", _name_of(spec))
@@ -133,14 +142,15 @@ def _build_task(document: config.Document) -> RecipeTask:
         task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
     except ConfigError as error:
         rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
+        rule = rule.replace("guard_specs", "guards")
         keys = {field: key for key, field in TASK_KEYS.items()}
         named = [keys.get(str(step), step) for step in error.place] or rule.partition(":")[0].partition(",")[0].split(".")
         where = f" ({document.where(*named)})" if named[0] in given else ""
         raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
     with document.at("model"):
         check_pretrained(task.model)
-    for place, spec in enumerate(given["objectives"]):
-        with document.at("objectives", place):
+    for key, place, spec in _specs(given):
+        with document.at(key, place):
             objective = _objective(spec)
             check_callable(_name_of(spec), objective, None)
             objective.check()
@@ -166,17 +176,17 @@ def _anchor(document: config.Document, folder: Path) -> None:
     given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
     given["output"] = absolute(given.get("output") or str(folder / "runs"), "output")
     of_files = prompts.get("dataset") is None
-    for key in ("path", "test") if of_files else ("dataset",):
+    for key in ("path", "test", "validation") if of_files else ("dataset",):
         if key in prompts:
             prompts[key] = absolute(prompts[key], "prompts", key, always=of_files)
-    for place, spec in enumerate(given["objectives"]):
+    for role, place, spec in _specs(given):
         if isinstance(spec.get("use"), str) and ":" in spec["use"]:
             file, _, function = spec["use"].rpartition(":")
-            spec["use"] = f"{absolute(file, 'objectives', place, 'use')}:{function}"
+            spec["use"] = f"{absolute(file, role, place, 'use')}:{function}"
             continue
         known = spec.get("use") in list(OBJECTIVES)
         for key, kind in getattr(OBJECTIVES[spec["use"]], "places", {}).items() if known else ():
             if key in spec:
-                spec[key] = absolute(spec[key], "objectives", place, key, always=kind == "path")
+                spec[key] = absolute(spec[key], role, place, key, always=kind == "path")
         if known and "model" not in spec and getattr(OBJECTIVES[spec["use"]], "of_reference", False):
             spec.update({key: given[key] for key in ("model", "revision", "dtype", "trust_remote_code") if key in given})

@@ -35,6 +35,7 @@ class Task(ABC):
     objectives: Objectives
     beta: float
     max_new_tokens: int
+    guards: Objectives | None = None  # scores that are looked at and never trained or traded: see `score_guards`
 
     @abstractmethod
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,6 +55,14 @@ class Task(ABC):
     def observe(self, prompts: Sequence[Prompt], completions: Sequence[str], *, streams: Sequence[int]) -> np.ndarray:
         """(N, M) what a learner sees of `score`: the same, unless the task's rewards are noisy. `streams` names one seed per row."""
         return self.score(prompts, completions)
+
+    def validation(self) -> Sequence[Prompt]:
+        """Prompts on which trainings are watched, neither trained nor judged on: the best policy there is kept. () is none."""
+        return ()
+
+    def score_guards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """(N, G) raw scores of the `guards`, as `score`."""
+        return np.empty((len(completions), 0))
 
     def trusts(self, *, scoring: bool = True) -> tuple[str, ...]:
         """What it runs, or sends texts to, on the word of whoever described it: to load its model, and with `scoring` to score."""

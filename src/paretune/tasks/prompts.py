@@ -55,7 +55,8 @@ class PromptSource:
     chat: bool = False  # wrap a plain text as one user message
     system: str | None = None  # with chat: a system message before it
     test: str | float = 0.2  # a share of the prompts, or another file, or another split of the dataset
-    seed: int = 0  # which prompts are for testing
+    validation: str | int = 0  # so many of the others, or another file or split: trainings are watched on them and never trained
+    seed: int = 0  # which prompts are for testing and validation
     limit: int | None = None  # only the first ones of each file or split
     shortest: int = 0  # characters of a prompt; shorter ones are left out
     longest: int | None = None  # characters of a prompt; longer ones are left out
@@ -77,6 +78,12 @@ class PromptSource:
                 found=f"test={self.test}",
                 remedy="for example test: 0.2, or the name of a file of test prompts",
             )
+        if not isinstance(self.validation, str) and self.validation < 0:
+            raise ConfigError(
+                "validation is a number of prompts, a file or a split",
+                found=f"validation={self.validation}",
+                remedy="for example validation: 32",
+            )
         if self.system is not None and not self.chat:
             raise ConfigError("a system message goes with chat: true", found="chat: false", remedy="add chat: true to prompts")
         if self.limit is not None and self.limit < 1:
@@ -90,29 +97,41 @@ class PromptSource:
 
     @cached_property
     def splits(self) -> Mapping[str, tuple[Prompt, ...]]:
-        """{"train": prompts, "test": prompts}, in the order of their file. No prompt is in both."""
+        """{"train": prompts, "test": prompts}, and "validation" where it is asked for, in the order of their file. No prompt is in two."""
         prompts = self._read(self.path or self.dataset, self.split)
-        if not isinstance(self.test, str):
-            return _split(prompts, share=self.test, seed=self.seed)
-        test = self._read(self.test, self.split) if self.dataset is None else self._read(self.dataset, self.test)
-        if self.unique:
-            seen = {p.digest for p in prompts}
-            self.left_out["used for training"] += sum(p.digest in seen for p in test)
-            test = tuple(p for p in test if p.digest not in seen)
-            self._some(test, str(self.test))
-        common = {p.digest for p in prompts} & {p.digest for p in test}
-        if common:
-            raise ConfigError(
-                "no prompt is used for training and for testing",
-                found=f"{len(common)} prompts are in both",
-                remedy="remove them from one, set unique: true, or give a share, for example test: 0.2, and one file",
-            )
-        return {"train": prompts, "test": test}
+        found = {"train": prompts}
+        if isinstance(self.test, str):
+            found |= self._other("test", self.test, found)
+        else:
+            found = _split(prompts, share=self.test, seed=self.seed)
+        if isinstance(self.validation, str):
+            found |= self._other("validation", self.validation, found)
+        elif self.validation:
+            found |= _taken(found["train"], self.validation, seed=self.seed)
+        return found
+
+    def _other(self, name: str, place: str, known: Mapping[str, Sequence[Prompt]]) -> dict[str, tuple[Prompt, ...]]:
+        """The prompts of another file or split, which are in none of the `known`."""
+        prompts = self._read(place, self.split) if self.dataset is None else self._read(self.dataset, place)
+        for other, others in known.items():
+            seen, doing = {p.digest for p in others}, {"train": "training", "test": "testing"}
+            if self.unique:
+                self.left_out[f"used for {doing[other]}"] += sum(p.digest in seen for p in prompts)
+                prompts = tuple(p for p in prompts if p.digest not in seen)
+                self._some(prompts, place)
+            if common := seen & {p.digest for p in prompts}:
+                instead = "a share, for example test: 0.2, and one file" if name == "test" else "a number, for example validation: 32"
+                raise ConfigError(
+                    f"no prompt is used for {doing[other]} and for {doing.get(name, name)}",
+                    found=f"{len(common)} prompts are in both",
+                    remedy=f"remove them from one, set unique: true, or give {instead}",
+                )
+        return {name: prompts}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that objectives are offered: those that every prompt has."""
-        prompts = [*self.splits["train"], *self.splits["test"]]
+        prompts = [prompt for split in self.splits.values() for prompt in split]
         return tuple(name for name in prompts[0].columns if all(name in p.columns for p in prompts))
 
     @property
@@ -350,6 +369,22 @@ def _split(prompts: tuple[Prompt, ...], *, share: float, seed: int) -> dict[str,
     return {
         "train": tuple(p for p in prompts if p.digest not in held),
         "test": tuple(p for p in prompts if p.digest in held),
+    }
+
+
+def _taken(prompts: tuple[Prompt, ...], count: int, *, seed: int) -> dict[str, tuple[Prompt, ...]]:
+    """`count` of the training prompts for validation, in the same way; one is left at least."""
+    distinct = sorted({p.digest for p in prompts}, key=lambda digest: seed_for(seed, "validation split", digest))
+    if count >= len(distinct):
+        raise ConfigError(
+            "prompts for validation leave some for training",
+            found=f"validation: {count} of {len(distinct)} different prompts",
+            remedy="ask for fewer, or name a file of them",
+        )
+    held = set(distinct[:count])
+    return {
+        "train": tuple(p for p in prompts if p.digest not in held),
+        "validation": tuple(p for p in prompts if p.digest in held),
     }
 
 

@@ -31,13 +31,14 @@ CHARACTERS = 64  # of one token, at most: far more than those of texts, so that 
 class RecipeTask(Task):
     """A causal LM, prompts and objectives of one's own. Returns are sampled: nothing is known about the true front.
 
-    Each of `objective_specs` reads {name, use, low, high, fields...}: `use` is a built-in objective or `file.py:function`.
+    Each objective and guard reads {name, use, low, high, fields...}: `use` is a built-in objective or `file.py:function`.
     Hides: scores are raw, so an objective with a wide range outweighs one with a narrow range at equal weights.
     """
 
     model: str  # a directory, a GGUF file, or a name on the hub
     prompt_source: PromptSource
     objective_specs: tuple[dict[str, Any], ...]
+    guard_specs: tuple[dict[str, Any], ...] = ()  # the same, for scores that are looked at and never trained
     revision: str | None = None
     beta: float = 0.1  # units of return per nat of KL from the reference
     max_new_tokens: int = 64
@@ -64,15 +65,23 @@ class RecipeTask(Task):
     @cached_property
     def scorers(self) -> tuple[tuple[str, Objective], ...]:
         """(name, objective) in the order of axis M."""
-        return tuple((_name_of(spec), _objective(spec)) for spec in self.objective_specs)
+        return _scorers(self.objective_specs)
 
     @cached_property
     def objectives(self) -> Objectives:  # type: ignore[override]
-        return Objectives(
-            names=tuple(name for name, _ in self.scorers),
-            low=tuple(float(o.low) for _, o in self.scorers),
-            high=tuple(float(o.high) for _, o in self.scorers),
-        )
+        return _objectives(self.scorers)
+
+    @cached_property
+    def guarding(self) -> tuple[tuple[str, Objective], ...]:
+        """As `scorers`, of the guards."""
+        return _scorers(self.guard_specs)
+
+    @cached_property
+    def guards(self) -> Objectives | None:  # type: ignore[override]
+        if not self.guarding:
+            return None
+        _objectives((*self.scorers, *self.guarding))  # names that are not taken
+        return _objectives(self.guarding)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -84,17 +93,26 @@ class RecipeTask(Task):
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         if split not in self.prompt_source.splits:
-            raise ConfigError("the prompts are split in two", found=repr(split), remedy=nearest(split, self.prompt_source.splits))
+            raise ConfigError("the prompts are split", found=repr(split), remedy=nearest(split, self.prompt_source.splits))
         return self.prompt_source.splits[split]
+
+    def validation(self) -> Sequence[Prompt]:
+        return self.prompt_source.splits.get("validation", ())
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """(N, M) raw scores. `completion_ids` are the completions tokenized again, without special tokens."""
+        return self._score(self.scorers, prompts, completions)
+
+    def score_guards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        return self._score(self.guarding, prompts, completions)
+
+    def _score(self, scorers: Sequence[tuple[str, Objective]], prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         ids = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"] if len(completions) else []
-        return score_all(self.scorers, prompts, completions, completion_ids=ids)
+        return score_all(scorers, prompts, completions, completion_ids=ids)
 
     def trusts(self, *, scoring: bool = True) -> tuple[str, ...]:
         own = (f"the code of the model {self.model}",) if self.trust_remote_code else ()
-        return own + tuple(one for _, objective in self.scorers if scoring for one in objective.trusts())
+        return own + tuple(one for _, objective in (*self.scorers, *self.guarding) if scoring for one in objective.trusts())
 
     def base(self) -> Mapping[str, Any]:
         """Without `trust_remote_code`: a family that one was given must not decide to run code."""
@@ -119,6 +137,7 @@ class RecipeTask(Task):
             "prompts": self.prompt_source.content(),
             "objectives": {name: describe(objective) for name, objective in self.scorers},
             "model": content_of(self.model, self.revision),
+            **({"guards": {name: describe(objective) for name, objective in self.guarding}} if self.guarding else {}),
         }
 
     def check(self) -> None:
@@ -131,7 +150,8 @@ class RecipeTask(Task):
         check_quantize(self.model, self.quantize, revision=self.revision, trust_remote_code=self.trust_remote_code)
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
-        for name, objective in self.scorers:
+        assert self.guards is None or self.guards.count
+        for name, objective in (*self.scorers, *self.guarding):
             check_callable(name, objective, columns)
         if self.prompt_source.conversational and not self.tokenizer.chat_template:
             raise ConfigError(
@@ -144,7 +164,7 @@ class RecipeTask(Task):
 
     def _check_lengths(self) -> None:
         room, why = context_length(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        prompts = [*self.prompts("train"), *self.prompts("test")]
+        prompts = [prompt for split in self.prompt_source.splits.values() for prompt in split]
         if self.prompt_source.conversational:
             texts = [chat_text(self.tokenizer, p.messages or ()) for p in prompts]
         else:
@@ -167,6 +187,15 @@ class RecipeTask(Task):
                 found=f"a prompt of {max(lengths)} tokens + max_new_tokens {self.max_new_tokens} > {room} ({why})",
                 remedy="shorten the prompts, or lower max_new_tokens",
             )
+
+
+def _scorers(specs: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Objective], ...]:
+    return tuple((_name_of(spec), _objective(spec)) for spec in specs)
+
+
+def _objectives(scorers: Sequence[tuple[str, Objective]]) -> Objectives:
+    low, high = (tuple(float(getattr(objective, bound)) for _, objective in scorers) for bound in ("low", "high"))
+    return Objectives(tuple(name for name, _ in scorers), low, high)
 
 
 def _name_of(spec: Mapping[str, Any]) -> str:

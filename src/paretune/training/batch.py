@@ -21,7 +21,7 @@ from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "draw", "draw_step", "preferences", "prompt_order"]
+__all__ = ["Responses", "cut_share", "draw", "draw_step", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -39,6 +39,7 @@ class Responses:
     gates_NK: Tensor
     w_NM: np.ndarray
     rewards_NM: np.ndarray  # raw, NaN = unscored
+    texts: Sequence[str] = ()  # without special tokens
 
     def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
@@ -66,14 +67,15 @@ def draw(
     group: int,
     temperature: float = 1.0,
     reference: bool = False,
+    known: Sequence[Prompt] | None = None,
 ) -> Responses:
-    """`group` responses to each of the `prompts` training prompts from place `first` of their endless seeded order.
+    """`group` responses to each of `prompts` prompts from place `first` of their endless seeded order: training prompts, or those `known`.
 
     A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
     its own; `spec.rule` says which gates its rows have.
     With `reference` the responses are the reference's, and `logp_NT` is its own.
     """
-    known = task.prompts("train")
+    known = task.prompts("train") if known is None else known
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
     w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
     gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
@@ -92,9 +94,16 @@ def draw(
     noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in streams]
     rewards_NM = task.observe(made.prompts, made.texts, streams=noise)
     drawn = made.responses
-    return Responses(
-        made.prompts, made.prompt_ids_PT, made.prompt_mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM
-    )
+    ids_PT, mask_PT = made.prompt_ids_PT, made.prompt_mask_PT
+    return Responses(made.prompts, ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM, made.texts)
+
+
+def cut_share(policy: Policy, made: Responses, limit: int) -> float:
+    """The share of responses that the limit of tokens ended."""
+    if made.tokens_NT.shape[1] < limit:
+        return 0.0
+    ended_N = torch.isin(made.tokens_NT[:, -1], torch.tensor(policy.eos_ids, dtype=torch.long, device=made.tokens_NT.device))
+    return float((made.mask_NT[:, -1].bool() & ~ended_N).double().mean())
 
 
 def draw_step(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False) -> Responses:

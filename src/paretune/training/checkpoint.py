@@ -49,12 +49,21 @@ LOG, DONE = "train.jsonl", "DONE"
 
 
 def save_checkpoint(
-    work: Path, step: int, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    work: Path,
+    step: int,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    *,
+    kept: Sequence[Tensor] | None = None,
 ) -> None:
-    """Write `work/checkpoint/<step>` and drop older ones. `state` is JSON: everything that the next step depends on beside tensors."""
+    """Write `work/checkpoint/<step>` and drop older ones. `state` is JSON: everything that the next step depends on beside tensors.
+
+    `kept` are other values of the parameters, which come back as `state["kept"]`.
+    """
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"{i}.kept": tensor for i, tensor in enumerate(kept or ())}
     for i, parameter in enumerate(parameters):
         tensors[f"{i}.parameter"] = parameter.detach()
         tensors.update({f"{i}.{name}": torch.as_tensor(value) for name, value in optimizer.state[parameter].items()})
@@ -92,6 +101,7 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimize
         discard(found, problems)
     else:
         return None
+    kept = [tensors.pop(f"{i}.kept").to(parameter.device) for i, parameter in enumerate(parameters) if f"{i}.kept" in tensors]
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(tensors.pop(f"{i}.parameter"))
@@ -99,7 +109,7 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimize
             optimizer.state[parameter] = {  # Adam keeps its count of steps on the CPU
                 name: value if name == "step" else value.to(parameter.device) for name, value in moments.items()
             }
-    return state
+    return state | ({"kept": kept} if kept else {})
 
 
 def packed(window: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -193,7 +203,9 @@ class TrainLog:
             self._file = (work / LOG).open("a+b")
             self._file.truncate(mark["length"] if mark else 0)
             self._file.seek(0)
-            self._hash = hashlib.sha256(self._file.read())
+            written = self._file.read()
+        self._hash = hashlib.sha256(written)
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in written.splitlines()]
         self._work, self._progress, self._began = work, progress, began
         self._last = (self.seconds, tokens)
 
@@ -216,6 +228,7 @@ class TrainLog:
         speed = (record["tokens"] - tokens) / max(self._last[0] - before, 1e-9)
         full = {**record, "tokens_per_s": round(speed, 1), "seconds": round(self._last[0], 3)}
         line = (json.dumps(full) + "\n").encode()
+        self.records.append(full)
         self._hash.update(line)
         with disk_errors(self._work):
             self._file.write(line)

@@ -37,7 +37,7 @@ def mixture_kl(student_NTV: Tensor, teacher_NTV: Tensor) -> Tensor:
     return (student_NTV.exp() * (student_NTV - teacher_NTV)).sum(-1)
 
 
-RULE = "a distillation has one epoch a batch, no KL to the reference and no validation"
+RULE = "a distillation has one epoch a batch and no KL to the reference"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Distillation(EmbeddedLearner):
     """
 
     keeps: ClassVar[Mapping[str, Any]] = {"epochs": 1}
-    lacks: ClassVar[Mapping[str, tuple[str, str]]] = dict.fromkeys(("kl_in", "kl_estimator", "stop_cv"), (RULE, "leave these fields out"))
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = dict.fromkeys(("kl_in", "kl_estimator"), (RULE, "leave these fields out"))
 
     teacher: Mapping[str, Any] = field(default_factory=lambda: {"name": "identity"})
 

@@ -7,25 +7,39 @@ LEARNERS, inside the tree or outside; `paretune.testing.losses.check_loss` prove
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
+from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses
+from paretune.training.batch import Responses, cut_share, draw
+from paretune.training.combine import Combine
 from paretune.training.cost import Cost
-from paretune.training.learner import Run, SampledLearner, log_record, memory_explained, not_finite, run_loop, watch_unscored
+from paretune.training.learner import (
+    Run,
+    SampledLearner,
+    StoppingRule,
+    log_record,
+    memory_explained,
+    not_finite,
+    run_loop,
+    watch_unscored,
+)
 from paretune.training.spec import TrainSpec
+from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, named_means, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Positive
 
@@ -50,10 +64,16 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedLearner(SampledLearner):
-    """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts."""
+class EmbeddedLearner(StoppingRule, SampledLearner):
+    """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts.
+
+    Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `look`.
+    """
 
     step_kl: Positive | None = 2.0  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
+    validation_samples: Count = 64  # responses of each look, and of each validation of the stopping rule
+    keep: Literal["best", "last"] = "best"  # which of the policies that were looked at is the result
+    patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
     def rules(self) -> dict[str, bool]:
@@ -61,6 +81,7 @@ class EmbeddedLearner(SampledLearner):
             **super().rules(),
             "step_kl is positive": self.step_kl is None or self.step_kl > 0,
             "micro_tokens is at least 1": (self.micro_tokens or 1) >= 1,
+            "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1,
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
         }
 
@@ -79,26 +100,76 @@ class EmbeddedLearner(SampledLearner):
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         return run_loop(self, spec, task, work, parents, progress)
 
-    def finished(self, run: Run) -> bool:
-        return run.step >= self.steps
+    def combine(self, spec: TrainSpec) -> Combine:
+        """How the training combines its objectives under this learner."""
+        return Combine.of(spec)
 
-    def after_step(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
-        """What a stopping rule needs after each step."""
+    def finished(self, run: Run) -> bool:
+        stale = self.patience is not None and run.best is not None and len(run.looks) - 1 - run.best >= self.patience
+        return run.step >= self.steps or run.converged or stale
+
+    def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
+        """From fresh responses to training prompts, whose streams are their own."""
+        apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
+        made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
+        self._charge(run, made)
+        return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
+
+    def look(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
+        """Measure the policy on the task's validation prompts: the same ones, preferences and random numbers every time.
+
+        Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that
+        were cut; what the guards lost since the first look, with its standard error; the weights, where utility is the best so far.
+        """
+        known = task.validation()
+        if not known:
+            return
+        apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation prompts"))
+        prompts, heat = min(len(known), self.validation_samples), self.temperature
+        group = max(1, self.validation_samples // prompts)
+        made = draw(policy, task, apart, step=0, first=0, prompts=prompts, group=group, temperature=heat, known=known)
+        with torch.inference_mode():
+            rows = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group)
+            reference_NT = torch.cat([self.logp(policy, made, part, gates_NK=None, group=group) for part in rows])
+        refuse_unscored(task.objectives.names, np.isnan(made.rewards_NM).sum(0), len(made.w_NM), limit=self.max_unscored)
+        kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
+        utility = float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)) - task.beta * kl_N.mean())
+        self._charge(run, made)
+        run.flops += 4 * policy.model.num_parameters() * (made.prompt_ids_PT.numel() + made.tokens_NT.numel())
+        found: dict[str, Any] = {
+            "step": run.step,
+            "utility": utility,
+            "kl": float(kl_N.mean()),
+            "cut": cut_share(policy, made, task.max_new_tokens),
+        }
+        found["rewards"] = named_means(task.objectives, made.rewards_NM)
+        if task.guards is not None:
+            found |= guarded(task.guards, task.score_guards(made.prompts, made.texts), run.first_guards)
+        run.looks.append(found)
+        if run.best is None or utility >= run.looks[run.best]["utility"]:
+            run.best = len(run.looks) - 1
+            run.kept = [weight.detach().clone() for weight in policy.parameters()] if self.keep == "best" else None
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
+        if run.step == 0:
+            self.look(policy, task, spec, run)
         batch = self.collect(policy, task, spec, run.step, run.weighting)
         run.weighting = batch.state
         self._count(run, policy, batch, task)
         for _ in range(self.epochs):
-            lr = self.lr * self.pace(run.step) * run.lr_share
+            lr = self.lr * self.pace(run.step) * run.lr_share * run.lr_cap
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with self.bounded(policy, batch, run):
                 loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
-        self.after_step(policy, task, spec, run)
+        self.watch(policy, task, spec, run)
+        if run.step % self.validate_every == 0 or run.step == self.steps:
+            self.look(policy, task, spec, run)
+        made = batch.responses
         told = {"kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm, "lr": lr}
-        return {"rewards_NM": batch.responses.rewards_NM, **told}
+        told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": cut_share(policy, made, task.max_new_tokens)}
+        return {"rewards_NM": made.rewards_NM, **told}
 
     @contextlib.contextmanager
     def bounded(self, policy: ParameterMix, batch: Batch, run: Run) -> Iterator[None]:
@@ -147,10 +218,34 @@ class EmbeddedLearner(SampledLearner):
     def _near(run: Run, bound: float) -> bool:
         return run.step_kl is None or run.step_kl > bound / 4 or run.lr_share < 1
 
-    def record(self, task: Task, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lr = window[-1]["lr"]
-        record = log_record(task.objectives, window, step=run.step, samples=run.samples, tokens=run.tokens, lr=lr)
-        return record | ({"validation": run.validations[-1]} if run.validations else {})
+    def record(
+        self, task: Task, spec: TrainSpec, run: Run, window: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        counted = {"step": run.step, "samples": run.samples, "tokens": run.tokens, "lr": window[-1]["lr"]}
+        record = log_record(task.objectives, window, **counted, group=self.group)
+        if run.validations:
+            record["validation"] = run.validations[-1]
+        first = run.step - len(window)
+        if looks := [look for look in run.looks if look["step"] > first or (look["step"] == first == 0)]:
+            record["looks"] = looks
+        found = warnings_of([*records, record], run.looks, task, spec.preference, group=self.group)
+        new = {kind: text for kind, text in found.items() if kind not in run.said}
+        if KL_ROSE in new or (KL_ROSE in found and run.step >= run.said[KL_ROSE] + ACT_EVERY * self.log_every):
+            run.lr_cap /= 2
+            run.said[KL_ROSE] = run.step
+        run.said |= dict.fromkeys(new, run.step)
+        if new:
+            record["warnings"] = new
+        if self.finished(run):
+            record |= self._ended(run)
+        return record
+
+    def _ended(self, run: Run) -> dict[str, Any]:
+        """What the end of a training adds to its last record."""
+        if run.best is None or self.keep == "last":
+            return {}
+        best, last = run.looks[run.best], run.looks[-1]
+        return {"kept": {"step": best["step"], "utility": best["utility"], "utility_at_the_end": last["utility"]}}
 
     @memory_explained(SMALLER)
     def update(self, policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, *, beta: float, step: int) -> tuple[float, float]:
@@ -173,9 +268,9 @@ class EmbeddedLearner(SampledLearner):
             total += float(loss.detach())
         return total
 
-    def logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None) -> Tensor:
-        """(rows, T) log-probabilities, gates None for the reference; whole groups share the reading of their prompt."""
-        ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, self.group
+    def logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None, group: int | None = None) -> Tensor:
+        """(rows, T) log-probabilities, gates None for the reference; whole groups, of `self.group` by default, read their prompt once."""
+        ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, group or self.group
         again = self.checkpointing and torch.is_grad_enabled()  # a cache, which shares prompts, cannot be filled twice
         if again or rows.start % group or (rows.stop - rows.start) % group:
             ids, mask, group = ids.repeat_interleave(group, 0)[rows], mask.repeat_interleave(group, 0)[rows], 1
@@ -193,6 +288,12 @@ class EmbeddedLearner(SampledLearner):
                 temperature=self.temperature,
                 mask_NT=made.mask_NT[rows],
             )
+
+    def _charge(self, run: Run, made: Responses) -> None:
+        """Charge a validation to the run."""
+        run.validation_samples += len(made.w_NM)
+        run.tokens += int(made.mask_NT.sum())
+        run.evaluations += 1
 
     def _count(self, run: Run, policy: Policy, batch: Batch, task: Task) -> None:
         """Charge a batch to the run; stop where too many completions could not be scored."""

@@ -86,7 +86,9 @@ class ExactGradient(StoppingRule, Learner):
         self.watch(policy, task, spec, run)
         return {"value": value, "rewards": dict(zip(task.objectives.names, rewards_M.tolist(), strict=True)), "kl": kl}
 
-    def record(self, task: ExactTask, run: Run, window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def record(
+        self, task: ExactTask, spec: TrainSpec, run: Run, window: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         record = {"step": run.step, "samples": 0, "tokens": run.tokens, **window[-1]}
         return record | ({"validation": run.validations[-1]} if run.validations else {})
 

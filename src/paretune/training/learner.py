@@ -295,17 +295,24 @@ class Run:
     window: list[dict[str, Any]] = field(default_factory=list)  # what steps returned since the last line of the log
     validations: list[float] = field(default_factory=list)
     converged: bool = False  # by a `StoppingRule`
+    looks: list[dict[str, Any]] = field(default_factory=list)  # at validation prompts; see `training.validation`
+    first_guards: list[list[float | None]] = field(default_factory=list)  # of the responses of the first look
+    best: int | None = None  # the place of the best look
+    kept: list[Tensor] | None = None  # the weights that it looked at
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
     lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
     step_kl: float | None = None  # of the last update that was looked at, before it was shortened
+    lr_cap: float = 1.0  # of the learning rate, halved where KL rises and the reward does not
+    said: dict[str, int] = field(default_factory=dict)  # what was warned of -> the step
 
 
 def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
     """A training with log and checkpoints; the learner says what a step is.
 
     Its methods: `advance(policy, optimizer, task, spec, run)` takes a step, charges it to the run and returns what the log needs of it;
-    `record(task, run, window)` makes a line of the log from what steps returned; `finished(run)`; `new_optimizer(weights)`.
+    `record(task, spec, run, window, records)` makes a line of the log from what steps returned since the last of `records`;
+    `finished(run)`; `new_optimizer(weights)`. Where it leaves weights in `run.kept`, these are the result.
     """
     if is_finished(work):  # by a process that was killed before it could publish
         return read_cost(work)
@@ -322,21 +329,34 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
             run.window.append(learner.advance(policy, optimizer, task, spec, run))
             last = learner.finished(run)
             if last or run.step % learner.log_every == 0:
-                log.write(learner.record(task, run, run.window), steps=learner.steps)
+                log.write(learner.record(task, spec, run, run.window, log.records), steps=learner.steps)
                 run.window = []
             if last or run.step % learner.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 run.seconds, run.log, saved = log.seconds, log.mark(), time.monotonic()
-                save_checkpoint(work, run.step, weights, optimizer, {**vars(run), "window": packed(run.window)})
+                state = {**vars(run), "window": packed(run.window)}
+                save_checkpoint(work, run.step, weights, optimizer, state, kept=state.pop("kept"))
+    if run.kept is not None:
+        with torch.no_grad():
+            for weight, kept in zip(weights, run.kept, strict=True):
+                weight.copy_(kept)
     counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
     return learner.finish(spec, policy, work, Cost(steps=run.updates, **counted))
 
 
 def log_record(
-    objectives: Objectives, window: Sequence[Mapping[str, Any]], *, step: int, samples: int, tokens: int, lr: float
+    objectives: Objectives,
+    window: Sequence[Mapping[str, Any]],
+    *,
+    step: int,
+    samples: int,
+    tokens: int,
+    lr: float,
+    group: int | None = None,
 ) -> dict[str, Any]:
     """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name.
 
-    `outside` is there only where rewards left their declared ranges: see `Objectives.outside`.
+    `outside` is there only where rewards left their declared ranges: see `Objectives.outside`. With `group`, the rows of which lie
+    together: `spread`, the standard deviation over responses, and `equal`, the share of groups in which all scores are the same.
     """
     names = objectives.names
     rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
@@ -346,9 +366,27 @@ def log_record(
     record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
     record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known_M, strict=True)}
     record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
+    if group is not None:
+        record["spread"] = {name: float(value) for name, value in zip(names, _spread(rewards_NM), strict=True)}
+        record["equal"] = {name: float(value) for name, value in zip(names, _equal(rewards_NM, group), strict=True)}
     record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
     record |= {name: float(np.mean([row[name] for row in window])) for name in window[0] if name != "rewards_NM"}
     return record | {"lr": lr}
+
+
+def _spread(rewards_NM: np.ndarray) -> np.ndarray:
+    """(M,) the standard deviation of what was scored; 0 where nothing was."""
+    known_NM = np.isfinite(rewards_NM)
+    mean_M = np.where(known_NM, rewards_NM, 0.0).sum(0) / np.maximum(known_NM.sum(0), 1)
+    return np.sqrt(np.where(known_NM, (rewards_NM - mean_M) ** 2, 0.0).sum(0) / np.maximum(known_NM.sum(0), 1))
+
+
+def _equal(rewards_NM: np.ndarray, group: int) -> np.ndarray:
+    """(M,) the share of groups in which no two scores differ."""
+    rewards_PGM = rewards_NM.reshape(-1, group, rewards_NM.shape[1])
+    lowest_PM = np.where(np.isnan(rewards_PGM), np.inf, rewards_PGM).min(1)
+    highest_PM = np.where(np.isnan(rewards_PGM), -np.inf, rewards_PGM).max(1)
+    return (highest_PM <= lowest_PM).mean(0)
 
 
 def watch_unscored(

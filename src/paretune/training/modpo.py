@@ -90,9 +90,9 @@ def compared(
     return margin, weight, wins, known
 
 
-_PLAIN = "modpo has no KL in a loss of its own, no advantages to normalize, whole responses and no validation"
-_LEAVE = "leave these fields out: it trains as kl_in='reward', normalize='none', length='sum' and no stop_cv say"
-LACKS = dict.fromkeys(("kl_in", "kl_estimator", "normalize", "length", "stop_cv"), (_PLAIN, _LEAVE))
+_PLAIN = "modpo has no KL in a loss of its own, no advantages to normalize, and whole responses"
+_LEAVE = "leave these fields out: it trains as kl_in='reward', normalize='none', and length='sum' say"
+LACKS = dict.fromkeys(("kl_in", "kl_estimator", "normalize", "length"), (_PLAIN, _LEAVE))
 
 
 @dataclass(frozen=True)

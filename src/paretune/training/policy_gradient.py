@@ -9,7 +9,6 @@ the response. Its expected gradient is the gradient of J_w, before clipping and 
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,19 +18,18 @@ from torch import Tensor
 
 from paretune.policy.base import Policy
 from paretune.registry import LEARNERS
-from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.advantages import group_covariance
-from paretune.training.batch import Responses, draw, draw_step
+from paretune.training.batch import Responses, draw_step
 from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
-from paretune.training.learner import Run, StoppingRule, memory_explained, not_finite
+from paretune.training.learner import memory_explained, not_finite
 from paretune.training.loss import kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
-from paretune.types import Count, Positive
+from paretune.types import Positive
 
 __all__ = ["PolicyBatch", "PolicyGradient", "PolicySettings"]
 
@@ -67,7 +65,7 @@ class PolicyBatch(Batch):
 
 @LEARNERS.register("pg", version=2)
 @dataclass(frozen=True, kw_only=True)
-class PolicyGradient(PolicySettings, StoppingRule, EmbeddedLearner):
+class PolicyGradient(PolicySettings, EmbeddedLearner):
     """The embedded policy-gradient loop on LoRA. A step draws `batch` responses, `group` to each of `batch // group` prompts.
 
     Source: REINFORCE with a leave-one-out baseline (Kool et al. 2019; RLOO, 2402.14740), the KL penalty in the return.
@@ -75,11 +73,6 @@ class PolicyGradient(PolicySettings, StoppingRule, EmbeddedLearner):
     Hides: `normalize="group"`, `kl_in="loss"`, `length="token_mean"`, `epochs` above 1 and `temperature` other than 1 are there for
         comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
-
-    validation_samples: Count = 64  # of each validation of the stopping rule
-
-    def rules(self) -> dict[str, bool]:
-        return {**super().rules(), "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1}
 
     def accept(self, spec: TrainSpec) -> None:
         self.combine(spec).check(sampled=spec.preference is None, epochs=self.epochs, kl_in=self.kl_in)
@@ -147,18 +140,3 @@ class PolicyGradient(PolicySettings, StoppingRule, EmbeddedLearner):
             share_N1 = 1.0 if self.length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True)
             loss = loss + beta * (terms_NT * share_N1).sum() / n
         return loss
-
-    def finished(self, run: Run) -> bool:
-        return super().finished(run) or run.converged
-
-    def after_step(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
-        self.watch(policy, task, spec, run)
-
-    def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
-        """From fresh responses, whose streams are their own."""
-        apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
-        made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
-        run.validation_samples += len(made.w_NM)
-        run.tokens += int(made.mask_NT.sum())
-        run.evaluations += 1
-        return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))

@@ -1,0 +1,137 @@
+"""What is worth saying about a training while it runs: warnings in words, made of its log and of its looks at validation prompts.
+
+Each kind is said once in a training. All of it is arithmetic on records, so that a finished training can be asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from paretune.tasks.base import Task
+from paretune.types import Objectives
+
+__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "named_means", "warnings_of"]
+
+KL_ROSE = "kl rose"
+ACT_EVERY = 3  # records between two cuts of the learning rate
+CUT, RESPONSES = 0.5, 64  # so many of that many responses at least
+EQUAL, GROUPS = 0.9, 40
+NATS = 0.5  # by which the KL rises without a reward for it
+GUARD = 0.05  # of its range, by which a guard falls
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def named_means(objectives: Objectives, scores_NM: np.ndarray) -> dict[str, float | None]:
+    """Name -> mean of what was scored; None where nothing was."""
+    columns = dict(zip(objectives.names, scores_NM.T, strict=True))
+    return {name: float(np.nanmean(values_N)) if np.isfinite(values_N).any() else None for name, values_N in columns.items()}
+
+
+def guarded(guards: Objectives, scores_NG: np.ndarray, first: list[list[float | None]]) -> dict[str, Any]:
+    """`guards`, their means, and `change`: by how much each differs from the first look, [mean, standard error] of paired differences.
+
+    `first` are the scores of the first look; it is filled where it is empty.
+    """
+    if not first:
+        first.extend([None if np.isnan(x) else float(x) for x in row] for row in scores_NG)
+    change_NG = scores_NG - np.array(first, dtype=np.float64)
+    change = {}
+    for name, change_N in zip(guards.names, change_NG.T, strict=True):
+        known_N = change_N[np.isfinite(change_N)]
+        if len(known_N) > 1:
+            change[name] = [float(known_N.mean()), float(known_N.std(ddof=1) / np.sqrt(len(known_N)))]
+    return {"guards": named_means(guards, scores_NG), "change": change}
+
+
+def warnings_of(records: Records, looks: Records, task: Task, preference: Sequence[float] | None, *, group: int) -> dict[str, str]:
+    """Kind -> what is wrong now, what was seen, and what helps. `records` are those of the log, the newest last."""
+    names, wanted = task.objectives.names, preference or (1.0,) * task.objectives.count
+    found = {} if task.is_exact else _cut(records, task.max_new_tokens)
+    for name, weight in zip(names, wanted, strict=True):
+        found |= _equal(records, name, group) if weight > 0 else {}
+    weights = np.array(wanted) / sum(wanted)
+    return found | _kl_rose(records, names, weights, task.beta) | _guards_fell(looks, task.guards)
+
+
+def _latest(records: Records, samples: int) -> Records:
+    """The last records that hold so many samples; none where there are fewer."""
+    for start in range(len(records) - 1, -1, -1):
+        if _drawn(records, start) >= samples:
+            return records[start:]
+    return ()
+
+
+def _drawn(records: Records, start: int) -> int:
+    return records[-1]["samples"] - (records[start - 1]["samples"] if start else 0)
+
+
+def _mean(records: Records, *path: str) -> float:
+    values = []
+    for record in records:
+        value: Any = record
+        for name in path:
+            value = value[name]
+        values.append(np.nan if value is None else value)
+    return float(np.mean(values))
+
+
+def _cut(records: Records, limit: int) -> dict[str, str]:
+    latest = _latest(records, RESPONSES)
+    if not latest or (share := _mean(latest, "cut")) <= CUT:
+        return {}
+    return {
+        "cut": f"{share:.0%} of the answers were cut off at max_new_tokens = {limit}: what is scored is half an answer. "
+        "Raise max_new_tokens, or ask for shorter answers in the prompt (system:)"
+    }
+
+
+def _equal(records: Records, name: str, group: int) -> dict[str, str]:
+    latest = _latest(records, GROUPS * group)
+    if not latest or (share := _mean(latest, "equal", name)) < EQUAL:
+        return {}
+    return {
+        f"equal {name}": f"`{name}` was equal in {share:.0%} of the groups: from these nothing is learned of it. "
+        "Make its score finer, the groups larger (learner.group), or the prompts such that answers differ"
+    }
+
+
+def _kl_rose(records: Records, names: Sequence[str], weights_M: np.ndarray, beta: float) -> dict[str, str]:
+    """Over the last six records: the KL rose by NATS, and what it costs more than the reward gained, which is not above its noise."""
+    if len(records) < 6:
+        return {}
+    halves = records[-6:-3], records[-3:]
+    kl, reward, noise = ([_mean(half, "kl") for half in halves], [], 0.0)
+    for half, before in zip(halves, (records[-7] if len(records) > 6 else None, records[-4]), strict=True):
+        reward.append(float(weights_M @ [_mean(half, "rewards", name) for name in names]))
+        drawn = half[-1]["samples"] - (before["samples"] if before else 0)
+        spread_M = np.array([_mean(half, "spread", name) for name in names])
+        noise += float((weights_M * spread_M) @ (weights_M * spread_M)) / max(drawn, 1)
+    rose, gained = kl[1] - kl[0], reward[1] - reward[0]
+    if not (rose >= NATS and gained < 2 * np.sqrt(noise) and gained < beta * rose):
+        return {}
+    steps = records[-1]["step"] - records[-4]["step"]
+    return {
+        KL_ROSE: f"the KL rose from {kl[0]:.2f} to {kl[1]:.2f} nats in {steps} steps, and the reward did not "
+        f"({reward[0]:.3f}, then {reward[1]:.3f}): the learning rate is halved. A smaller lr or step_kl keeps it from happening; "
+        "prompts set apart (prompts.validation) let the best policy be kept"
+    }
+
+
+def _guards_fell(looks: Records, guards: Objectives | None) -> dict[str, str]:
+    if guards is None or len(looks) < 2 or looks[-1]["utility"] <= looks[0]["utility"]:
+        return {}
+    found = {}
+    for name, low, high in zip(guards.names, guards.low, guards.high, strict=True):
+        mean, error = looks[-1]["change"].get(name, (0.0, 0.0))
+        if mean < -GUARD * (high - low) and mean + 2 * error < 0:
+            now, then = looks[-1]["guards"][name], looks[0]["guards"][name]
+            found[f"guard {name}"] = (
+                f"`{name}` fell from {then:.3f} to {now:.3f} on validation prompts while utility rose from "
+                f"{looks[0]['utility']:.3f} to {looks[-1]['utility']:.3f}: the rewards may be met without what they stand for. "
+                f"Read some answers; raise beta, or make `{name}` an objective"
+            )
+    return found

@@ -1,0 +1,223 @@
+"""Looks at validation prompts: the best policy is what they say it is, a training ends when none is better, and a kill changes nothing."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from paretune.tasks.exact.task import ExactTask
+from paretune.training.cost import read_cost
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.watch import KL_ROSE, guarded, named_means, warnings_of
+from paretune.types import Objectives
+
+LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "schedule": "constant", "log_every": 1}
+WILD = {**LOOKED, "lr": 0.1, "step_kl": None}
+
+
+@dataclass(frozen=True)
+class Watched(ExactTask):
+    """The small task; trainings are watched on its test prompts, and a guard counts what the first objective gives."""
+
+    guards = Objectives(("first",), (0.0,), (1.0,))
+
+    def validation(self):
+        return self.prompts("test")
+
+    def score_guards(self, prompts, completions):
+        return self.score(prompts, completions)[:, :1]
+
+
+WATCHED = Watched(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
+
+
+def looks_of(folder):
+    return [look for record in log_of(folder) for look in record.get("looks", ())]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_result_is_the_policy_of_the_best_look(tmp_path):
+    """Updates that are far too long: the first ones help, later ones ruin. A second training that ends at the best look says the same."""
+    learner = PolicyGradient(**WILD, patience=None)
+    spec = spec_of(learner)
+    cost = learner.train(spec, WATCHED, tmp_path / "best")
+    looks = looks_of(tmp_path / "best")
+    assert [look["step"] for look in looks] == [0, 2, 4, 6, 8, 10], "before the first step, every second, and at the end"
+    assert cost.validation_samples == 64 * 6
+    best = max(looks, key=lambda look: (look["utility"], look["step"]))
+    assert 0 < best["step"] < 10
+    assert log_of(tmp_path / "best")[-1]["kept"] == {
+        "step": best["step"],
+        "utility": best["utility"],
+        "utility_at_the_end": looks[-1]["utility"],
+    }
+    short = replace(learner, samples=16 * best["step"], keep="last")
+    short.train(spec_of(short), WATCHED, tmp_path / "short")
+    assert weights(tmp_path / "best") == weights(tmp_path / "short")
+    last = replace(learner, keep="last")
+    last.train(spec_of(last), WATCHED, tmp_path / "last")
+    assert weights(tmp_path / "best") != weights(tmp_path / "last")
+    assert "kept" not in log_of(tmp_path / "last")[-1]
+
+
+def test_a_training_ends_when_no_look_was_better_for_a_while(tmp_path):
+    learner = PolicyGradient(**{**WILD, "samples": 16 * 40}, patience=3)
+    cost = learner.train(spec_of(learner), WATCHED, tmp_path)
+    looks = looks_of(tmp_path)
+    best = int(np.argmax([look["utility"] for look in looks]))
+    assert len(looks) - 1 - best == 3
+    assert cost.samples == 16 * looks[-1]["step"] < 16 * 40
+    assert log_of(tmp_path)[-1]["kept"]["step"] == looks[best]["step"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_looks_survive_a_kill(tmp_path):
+    learner = PolicyGradient(**WILD, patience=None)
+    spec = spec_of(learner)
+    learner.train(spec, WATCHED, tmp_path / "whole")
+
+    def die(record):
+        if record["step"] == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        learner.train(spec, WATCHED, tmp_path / "killed", progress=die)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    state = json.loads((tmp_path / "killed" / "checkpoint" / "00000008" / "state.json").read_text())
+    assert state["looks"][state["best"]]["step"] < 8, "the best is kept from before the checkpoint, or this shows nothing"
+    learner.train(spec, WATCHED, tmp_path / "killed")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert looks_of(tmp_path / "killed") == looks_of(tmp_path / "whole")
+    assert read_cost(tmp_path / "killed").validation_samples == read_cost(tmp_path / "whole").validation_samples
+
+
+def test_a_look_is_utility_on_validation_prompts_and_the_same_draw_every_time(tmp_path):
+    """Against enumeration; and an update of nothing changes no number."""
+    learner = PolicyGradient(**{**LOOKED, "samples": 64, "lr": 1e-12}, validation_samples=4096, patience=None)
+    spec = spec_of(learner)
+    learner.train(spec, WATCHED, tmp_path)
+    first, *others = looks_of(tmp_path)
+    exact_M = WATCHED.J_M(WATCHED.reference_logp_PR("test"), "test")
+    assert abs(first["utility"] - exact_M @ np.array(spec.preference)) < 0.03
+    assert abs(first["kl"]) < 1e-6
+    assert first["guards"]["first"] == pytest.approx(first["rewards"][WATCHED.objectives.names[0]])
+    for look in others:
+        assert look["utility"] == pytest.approx(first["utility"], abs=1e-6)
+        assert look["change"]["first"] == [0.0, 0.0]
+
+
+# What is said of them
+
+
+class Said:
+    objectives = Objectives(("kind", "brief"), (0.0, 0.0), (1.0, 1.0))
+    guards = Objectives(("sense",), (0.0,), (1.0,))
+    is_exact, max_new_tokens, beta = False, 32, 0.1
+
+
+def records(count, **changes):
+    """Records of 64 responses in groups of 8, ten steps each; a change is a number, or one per record."""
+    given = {"kl": 1.0, "cut": 0.0, "kind": 0.5, "brief": 0.5, "spread": 0.2, "equal": 0.0} | changes
+    columns = {name: np.broadcast_to(np.asarray(value, dtype=float), count) for name, value in given.items()}
+    made = []
+    for i in range(count):
+        row = {name: float(column[i]) for name, column in columns.items()}
+        both = ("kind", "brief")
+        made.append(
+            {
+                "step": 10 * (i + 1),
+                "samples": 640 * (i + 1),
+                "kl": row["kl"],
+                "cut": row["cut"],
+                "rewards": {name: row[name] for name in both},
+                "spread": dict.fromkeys(both, row["spread"]),
+                "equal": {"kind": row["equal"], "brief": 0.0},
+            }
+        )
+    return made
+
+
+def said(found, looks=(), preference=(0.5, 0.5)):
+    return warnings_of(found, looks, Said, preference, group=8)
+
+
+def test_nothing_is_said_of_a_training_that_learns():
+    learns = records(8, kl=np.linspace(0, 3, 8), kind=np.linspace(0.3, 0.9, 8), cut=0.4, equal=0.8)
+    assert said(learns) == {}
+
+
+def test_answers_that_are_cut_and_scores_that_are_equal():
+    assert list(said(records(1, cut=0.6))) == ["cut"]
+    assert "60% of the answers were cut off at max_new_tokens = 32" in said(records(1, cut=0.6))["cut"]
+    found = said(records(1, equal=0.94))
+    assert list(found) == ["equal kind"]
+    assert "`kind` was equal in 94% of the groups" in found["equal kind"]
+    assert said(records(1, equal=0.94), preference=(0.0, 1.0)) == {}, "an objective that is not asked for here"
+    few = records(1, cut=0.9, equal=1.0)
+    few[0]["samples"] = 32
+    assert said(few) == {}, "too few to say"
+
+
+@pytest.mark.parametrize(
+    ("changes", "rose"),
+    [
+        ({"kl": [1, 1, 1, 3, 3, 3]}, True),
+        ({"kl": [1, 1, 1, 1.2, 1.2, 1.2]}, False),
+        ({"kl": [3, 3, 3, 1, 1, 1]}, False),
+        ({"kl": [1, 1, 1, 3, 3, 3], "kind": [0.2, 0.2, 0.2, 0.7, 0.7, 0.7]}, False),
+        ({"kl": [1, 1, 1, 3, 3, 3], "kind": [0.5, 0.5, 0.5, 0.505, 0.505, 0.505]}, True),  # within the noise
+        ({"kl": [1, 1, 1, 3, 3, 3], "kind": [0.7, 0.7, 0.7, 0.2, 0.2, 0.2]}, True),
+    ],
+)
+def test_kl_that_rises_for_nothing(changes, rose):
+    assert (KL_ROSE in said(records(6, **changes))) == rose
+    assert KL_ROSE not in said(records(5, **{name: values[1:] for name, values in changes.items()})), "not before six records"
+
+
+def test_a_guard_that_falls_while_utility_rises():
+    first, scores = [], np.linspace(0.4, 0.8, 32)[:, None]
+    begin = {"utility": 0.4, **guarded(Said.guards, scores, first)}
+    assert np.array(first).shape == (32, 1)
+    noise = 0.1 * (-1.0) ** np.arange(32)[:, None]
+    for fall, better, warned in ((0.3, 0.1, True), (0.04, 0.1, False), (0.3, -0.1, False)):
+        look = {"utility": 0.4 + better, **guarded(Said.guards, scores - fall + noise, first)}
+        mean, error = look["change"]["sense"]
+        assert mean == pytest.approx(-fall)
+        assert error == pytest.approx(0.1 / np.sqrt(31), rel=1e-6)
+        assert ("guard sense" in said(records(1), [begin, look])) == warned
+    assert (
+        "`sense` fell from 0.600 to 0.300"
+        in said(records(1), [begin, {"utility": 0.5, **guarded(Said.guards, scores - 0.3, first)}])["guard sense"]
+    )
+    wild = {"utility": 0.5, **guarded(Said.guards, scores - 0.3 + 20 * noise, first)}
+    assert "guard sense" not in said(records(1), [begin, wild]), "no more than noise"
+
+
+def test_means_and_changes_leave_out_what_was_not_scored():
+    first = []
+    scores = np.array([[0.2], [np.nan], [0.6]])
+    found = guarded(Said.guards, scores, first)
+    assert found["guards"] == {"sense": pytest.approx(0.4)}
+    assert json.dumps(first) == "[[0.2], [null], [0.6]]"
+    assert guarded(Said.guards, scores + 0.1, first)["change"]["sense"] == pytest.approx([0.1, 0.0])
+    assert named_means(Said.guards, np.full((2, 1), np.nan)) == {"sense": None}
+
+
+def test_the_learning_rate_is_halved_where_kl_rises_for_nothing(tmp_path, monkeypatch):
+    """Once every three records; the sentence is said once."""
+    from paretune.training import embedded
+
+    monkeypatch.setattr(embedded, "warnings_of", lambda *_, **__: {KL_ROSE: "rises"})
+    learner = PolicyGradient(**LOOKED)
+    learner.train(spec_of(learner), TASK, tmp_path)
+    log = log_of(tmp_path)
+    assert [record["step"] for record in log if "warnings" in record] == [1]
+    np.testing.assert_allclose([record["lr"] / learner.lr for record in log], [1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125, 0.125])
+    assert torch.get_default_dtype() == torch.float32
