@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.policy.family import Family
 from paretune.registry import METHODS, TASKS, describe
@@ -303,3 +305,61 @@ def test_a_family_learns_from_its_recipe_how_it_is_asked(own, tmp_path):
     assert (family.chat, family.system) == (True, None)
     family.save(tmp_path / "family")
     assert Family.load(tmp_path / "family").prompts(["hi"])[0].messages == ({"role": "user", "content": "hi"},)
+
+
+def test_guards_and_validation_prompts_are_looked_at_and_never_trained(tmp_path, capsys):
+    """From the recipe to the table: a third of the prompts' own column as a guard, two prompts apart."""
+    guards = [{"name": "right", "use": "rewards.py:answers", "low": 0, "high": 1}]
+    path = write_recipe(tmp_path, tiny_model(), prompts={"path": "prompts.jsonl", "validation": 2}, guards=guards)
+    small = ["learner={samples: 32, batch: 8, group: 4, rank: 2, validate_every: 2, log_every: 1}", "max_new_tokens=4", "method=linear"]
+    recipe = load_recipe(path, small)
+    assert [len(recipe.task.prompts(split)) for split in ("train", "test", "validation")] == [6, 2, 2]
+    assert recipe.task.objectives.names == ("loud", "brief")
+    assert recipe.task.guards.names == ("right",)
+    assert "right" in recipe.task.content()["guards"]
+    result = CliRunner().invoke(app, ["fit", str(path), *small, "--samples", "8", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["measured"]
+    assert rows[0]["preference"] == "the untrained model"
+    assert all(0 <= row["right"] <= 1 for row in rows)
+    logs = [json.loads(line) for file in sorted(tmp_path.rglob("train.jsonl")) for line in file.read_text().splitlines()]
+    looks = [look for record in logs for look in record.get("looks", ())]
+    assert {look["step"] for look in looks} == {0, 2, 4}
+    assert all(look["guards"].keys() == {"right"} for look in looks)
+    assert all(record["rewards"].keys() == {"loud", "brief"} for record in logs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"prompts": {"path": "prompts.jsonl", "validation": 8}}, "prompts for validation leave some for training"),
+        ({"prompts": {"path": "prompts.jsonl", "validation": -1}}, "validation is a number of prompts, a file or a split"),
+        ({"prompts": {"path": "prompts.jsonl", "validation": 2.5}}, "validation"),
+        ({"prompts": {"path": "prompts.jsonl", "validation": "prompts.jsonl"}}, "no prompt is used for training and for validation"),
+        ({"guards": {"name": "right"}}, "guards: is a list of objectives"),
+        ({"guards": [{"name": "loud", "use": "length"}]}, "objective names are distinct"),
+        ({"guards": [{"name": "right", "use": "rewards.py:answers"}]}, "a function of your own comes with its range"),
+        ({"guards": [{"name": "a b", "use": "length"}]}, "the name of an objective has no space"),
+        ({"guards": [{"name": "right", "use": "rewards.py:missing", "low": 0, "high": 1}]}, "missing"),
+    ],
+)
+def test_bad_guards_and_validation_prompts_are_refused(tmp_path, changes, rule):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(write_recipe(tmp_path, tiny_model(), **changes))
+    assert rule in str(error.value)
+    assert "recipe.yaml" in str(error.value) or "prompts" in str(error.value) or "loud" in str(error.value)
+
+
+def test_validation_prompts_from_a_file_and_by_number(tmp_path):
+    apart = [{"prompt": f"Customer: who are you {i}?\nAgent:", "answer": str(i)} for i in range(3)]
+    write_lines(tmp_path / "apart.jsonl", apart)
+    path = write_recipe(tmp_path, tiny_model(), prompts={"path": "prompts.jsonl", "validation": "apart.jsonl"})
+    task = load_recipe(path).task
+    assert [p.text for p in task.validation()] == [row["prompt"] for row in apart]
+    assert len(task.prompts("train")) == 8
+    few, more = (load_recipe(path, [f"prompts.validation={n}"]).task for n in (2, 4))
+    assert {p.digest for p in few.validation()} < {p.digest for p in more.validation()}, "asking for more keeps those that were apart"
+    both = [*few.validation(), *few.prompts("train"), *few.prompts("test")]
+    assert len({p.digest for p in both}) == len(both) == 10
+    assert few.prompts("test") == task.prompts("test")
+    assert load_recipe(path, ["prompts.validation=0"]).task.validation() == ()

@@ -571,3 +571,23 @@ def test_the_front_table_has_the_exact_front_and_every_curve(results):
     exact = np.array([[row["return_1"], row["return_2"]] for row in rows if row["series"] == CEILING])
     assert np.allclose(np.linalg.norm(exact - REFERENCE_M, axis=1), 1)
     assert sum(row["series"] == "linear" for row in rows) == 11
+
+
+def test_findings_repeat_what_was_said_while_methods_trained_and_which_guards_fell(tmp_path):
+    """Where nothing is exact, too; a kind once for a method, and a guard only where its interval lies below 0."""
+    for seed in (100, 101, 102):
+        data = record("experts logit", rho=-0.8, task_seed=seed)
+        data["metrics"]["exact"] = seed == 100
+        data["warnings"] = {"cut": "answers were cut off"} if seed > 100 else {}
+        falls = [{"value": v, "low": v - 0.1, "high": v + 0.1} for v in np.linspace(-0.3, 0.3, len(JUDGED_WM))]
+        means = np.linspace(0.4, 1.0, len(JUDGED_WM)).tolist()
+        guard = {"per_preference": means, "reference": 0.7, "change": {"mean": falls[5], "per_preference": falls}}
+        noise = guard | {"change": {"mean": falls[5], "per_preference": [{"value": -0.3, "low": -0.7, "high": 0.1}] * len(JUDGED_WM)}}
+        data["metrics"]["splits"]["test"]["guards"] = {"sense": guard, "noisy": noise}
+        publish(tmp_path, data)
+    said = [sentence for sentence in findings(load(tmp_path)) if "cut off" in sentence or "guard" in sentence]
+    w = ", ".join(f"objective_{m + 1} {w:.2g}" for m, w in enumerate(JUDGED_WM[0]))
+    assert said == [
+        f"experts lowers the guard sense from 0.70 to 0.40 at {w} (test prompts).",
+        "While experts trained (2 of 3 cells): answers were cut off.",
+    ]

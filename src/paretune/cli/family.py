@@ -77,6 +77,8 @@ def fit(
         print_json({"family": str(folder), "objectives": list(family.objectives.names), "measured": rows.to_json() if rows else None})
         return
     if rows:
+        for text in family.meta.get("warnings", {}).values():
+            say(f"while it trained: {text}")
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
     example = _even_weights(family.objectives.names)
     typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
@@ -234,10 +236,14 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
     with disk_errors(folder, "a family"):
         about = {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)}
         write_json(folder / MEASURED, sealed(json.loads(json.dumps(about))))
-    columns = (Column("preference", "preference", "text"), *(Column(name, name) for name in names), Column("kl", "KL"))
-    rows: list[dict[str, Any]] = []
-    for label, rewards_M, kl in zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True):
-        rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), "kl": kl})
+    guards = measured.get("guards", {})
+    shown = [*(Column(name, name) for name in names), *(Column(name, f"{name} (guard)") for name in guards), Column("kl", "KL")]
+    columns = (Column("preference", "preference", "text"), *shown)
+    start = dict(zip(names, measured["reference"]["rewards"], strict=True)) | {name: each["reference"] for name, each in guards.items()}
+    rows: list[dict[str, Any]] = [{"preference": "the untrained model", **start, "kl": 0.0}]
+    for w, (label, rewards_M, kl) in enumerate(zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True)):
+        guarded = {name: each["per_preference"][w] for name, each in guards.items()}
+        rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), **guarded, "kl": kl})
     return Table("measured", columns, rows)
 
 

@@ -197,6 +197,7 @@ def _sampled(
     nothing: dict[str, Any] = dict.fromkeys(("attainment", "regret", "igd_plus", "utility_loss", "controllability", "loss"))
     return curve, {
         **_means(curve),
+        "reference": {"rewards": _means(start)["rewards"][0]},
         "utility": _estimates(utility_WS, drawn.prompt_S),
         "gain": _paired(utility_WS, start_WS, drawn.prompt_S, exact=False),
         "hypervolume": {
@@ -223,8 +224,8 @@ def _guards(task: Task, split: str, drawn: Measured, base: Measured) -> dict[str
     found = {}
     for name, scores_WS, start_S in zip(task.guards.names, np.moveaxis(scores_WSG, 2, 0), start_SG.T, strict=True):
         found[name] = {
-            "per_preference": [_known(np.nanmean(scores_S)) for scores_S in scores_WS],
-            "reference": _known(np.nanmean(start_S)),
+            "per_preference": [np.nanmean(scores_S) for scores_S in scores_WS],
+            "reference": np.nanmean(start_S),
             "change": _paired(scores_WS, np.broadcast_to(start_S, scores_WS.shape), drawn.prompt_S, exact=False),
         }
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,20 @@ FAR = 0.1  # attainments closer than this are not "far apart"
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences about exact tasks, most important first; none about what was not measured. Numbers are the headline's unless they say."""
+    """Sentences, most important first: about exact tasks, about guards that were lost, and what was said while methods trained.
+
+    None about what was not measured. Numbers are the headline's unless they say.
+    """
     exact = {s.label for s in results.settings if s.exact}
     rows = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in exact]
     board = [{**row, "worst": worst} for row in rows if (worst := headline(row)) is not None]
     contest = [row for row in board if row["category"] != "baseline"]
+    seen = [*_guards(results), *_warned(results)]
     if not board:
-        return []
+        return seen
     sentences = [_best(results), *_sweep(results), _levels(results), _order(results, board), _same(results)]
-    return [sentence for sentence in [*sentences, _hidden(contest), _generalizes(contest)] if sentence]
+    found = [*sentences, _hidden(contest), _generalizes(contest), *seen]
+    return [sentence for sentence in found if sentence]
 
 
 def _best(results: Results) -> str:
@@ -159,6 +165,32 @@ def _generalizes(contest: list[dict[str, Any]]) -> str:
         return f"Test prompts cost little: no method loses more than {lost} of mean attainment against its training prompts."
     where = f"{row['method']} at {row['setting']}"
     return f"New prompts cost most for {where}: mean attainment {_n(train)} on training prompts, {_n(test)} on test prompts."
+
+
+def _guards(results: Results) -> list[str]:
+    """The guards that a method surely lost, at the preference where it lost most."""
+    lost: dict[tuple[str, str], tuple[float, str]] = {}
+    for cell in results.cells:
+        names = cell.record["metrics"]["objectives"]
+        for name, guard in (cell.measured("test", "guards") or {}).items():
+            for w_M, mean, change in zip(cell.w_WM, guard["per_preference"], guard["change"]["per_preference"], strict=True):
+                if change["high"] is None or change["high"] >= 0 or change["value"] >= lost.get((cell.label, name), (0.0,))[0]:
+                    continue
+                at = ", ".join(f"{objective} {w:.2g}" for objective, w in zip(names, w_M, strict=True))
+                text = f"{cell.label} lowers the guard {name} from {_n(guard['reference'])} to {_n(mean)} at {at} (test prompts)."
+                lost[cell.label, name] = (change["value"], text)
+    return [text for _, text in lost.values()]
+
+
+def _warned(results: Results) -> list[str]:
+    """What was said while methods trained, each kind once for a method, with how many of its cells said so."""
+    told: dict[tuple[str, str], tuple[str, int]] = {}
+    for cell in results.cells:
+        for kind, text in cell.record.get("warnings", {}).items():
+            first, count = told.get((cell.label, kind), (text, 0))
+            told[cell.label, kind] = (first, count + 1)
+    many = Counter(cell.label for cell in results.cells)
+    return [f"While {label} trained ({count} of {many[label]} cells): {text}." for (label, _), (text, count) in told.items()]
 
 
 def _label(results: Results, mixing: str) -> str:

@@ -35,6 +35,7 @@ from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, l
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.watch import read_warnings
 from paretune.types import canonical_json, key_of
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str
         "metrics": measured.metrics,
         **truth,
         "trainings": list(done),
+        "warnings": said_of(done),
         "waves": waves,
         "forwards_per_token": family.policy.forwards_per_token,
         "cost": {kind: cost.to_json() for kind, cost in {**ledger, "search": measured.cost}.items()},
@@ -265,6 +267,14 @@ def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str
         write_json(work / "env.json", _environment())
         _write_curves(work / "curve.npz", measured)
     store.publish(work)
+
+
+def said_of(done: Mapping[str, Artifact]) -> dict[str, str]:
+    """Kind -> text of what was warned of while these trainings ran, the first of each kind."""
+    found: dict[str, str] = {}
+    for artifact in done.values():
+        found = {**read_warnings(artifact.path), **found}
+    return found
 
 
 def _write_curves(path: Path, measured: Evaluation) -> None:

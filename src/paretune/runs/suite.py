@@ -45,7 +45,7 @@ from paretune.methods.base import Method
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
-from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, training_label
+from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, said_of, training_label
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
@@ -275,6 +275,7 @@ def fit(
     ledger = as_if_alone([[costs[key] for key in wave] for wave in member.waves])
     family.meta["ledger"] = {kind: cost.to_json() for kind, cost in ledger.items()}
     family.meta["trainings"] = list(member.done)
+    family.meta["warnings"] = said_of(member.done)
     return family
 
 

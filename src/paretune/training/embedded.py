@@ -39,7 +39,7 @@ from paretune.training.learner import (
     watch_unscored,
 )
 from paretune.training.spec import TrainSpec
-from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, named_means, warnings_of
+from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, named_means, unsaid, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Positive
 
@@ -229,13 +229,9 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         if looks := [look for look in run.looks if look["step"] > first or (look["step"] == first == 0)]:
             record["looks"] = looks
         found = warnings_of([*records, record], run.looks, task, spec.preference, group=self.group)
-        new = {kind: text for kind, text in found.items() if kind not in run.said}
-        if KL_ROSE in new or (KL_ROSE in found and run.step >= run.said[KL_ROSE] + ACT_EVERY * self.log_every):
-            run.lr_cap /= 2
-            run.said[KL_ROSE] = run.step
-        run.said |= dict.fromkeys(new, run.step)
-        if new:
-            record["warnings"] = new
+        if KL_ROSE in found and (run.lr_cut is None or run.step >= run.lr_cut + ACT_EVERY * self.log_every):
+            run.lr_cap, run.lr_cut = run.lr_cap / 2, run.step
+        record |= unsaid(found, records)
         if self.finished(run):
             record |= self._ended(run)
         return record

@@ -304,7 +304,7 @@ class Run:
     lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
     step_kl: float | None = None  # of the last update that was looked at, before it was shortened
     lr_cap: float = 1.0  # of the learning rate, halved where KL rises and the reward does not
-    said: dict[str, int] = field(default_factory=dict)  # what was warned of -> the step
+    lr_cut: int | None = None  # the step of the last halving
 
 
 def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:

@@ -5,15 +5,19 @@ Each kind is said once in a training. All of it is arithmetic on records, so tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from paretune.files import disk_errors
 from paretune.tasks.base import Task
+from paretune.training.checkpoint import LOG
 from paretune.types import Objectives
 
-__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "named_means", "warnings_of"]
+__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "named_means", "read_warnings", "unsaid", "warnings_of"]
 
 KL_ROSE = "kl rose"
 ACT_EVERY = 3  # records between two cuts of the learning rate
@@ -57,6 +61,23 @@ def warnings_of(records: Records, looks: Records, task: Task, preference: Sequen
     return found | _kl_rose(records, names, weights, task.beta) | _guards_fell(looks, task.guards)
 
 
+def unsaid(found: Mapping[str, str], records: Records) -> dict[str, Any]:
+    """`warnings`, of the kinds that no earlier record has; {} where there are none."""
+    said = {kind for record in records for kind in record.get("warnings", ())}
+    new = {kind: text for kind, text in found.items() if kind not in said}
+    return {"warnings": new} if new else {}
+
+
+def read_warnings(folder: Path) -> dict[str, str]:
+    """Kind -> text of all that was said while a training ran that left its log in `folder`; {} where there is none."""
+    path, found = folder / LOG, dict[str, str]()
+    with disk_errors(folder):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        found |= json.loads(line).get("warnings", {}) if '"warnings"' in line else {}
+    return found
+
+
 def _latest(records: Records, samples: int) -> Records:
     """The last records that hold so many samples; none where there are fewer."""
     for start in range(len(records) - 1, -1, -1):
@@ -81,7 +102,7 @@ def _mean(records: Records, *path: str) -> float:
 
 def _cut(records: Records, limit: int) -> dict[str, str]:
     latest = _latest(records, RESPONSES)
-    if not latest or (share := _mean(latest, "cut")) <= CUT:
+    if not latest or "cut" not in latest[-1] or (share := _mean(latest, "cut")) <= CUT:
         return {}
     return {
         "cut": f"{share:.0%} of the answers were cut off at max_new_tokens = {limit}: what is scored is half an answer. "

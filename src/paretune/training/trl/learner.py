@@ -57,6 +57,7 @@ from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, check_
 from paretune.training.policy_gradient import PolicySettings
 from paretune.training.spec import FOLDER, TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
+from paretune.training.watch import KL_ROSE, unsaid, warnings_of
 
 __all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 
@@ -359,8 +360,11 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             if step == learner.steps or step % learner.log_every == 0:
                 if self.log is not None:
                     lr = learner.lr * learner.pace(step - 1)
-                    record = log_record(task.objectives, self.window, step=step, samples=source.samples, tokens=source.tokens, lr=lr)
-                    self.log.write(record, steps=learner.steps)
+                    counted = {"step": step, "samples": source.samples, "tokens": source.tokens, "lr": lr}
+                    record = log_record(task.objectives, self.window, **counted, group=learner.group)
+                    found = warnings_of([*self.log.records, record], (), task, spec.preference, group=learner.group)
+                    found.pop(KL_ROSE, None)  # it says what the embedded loop does about it
+                    self.log.write(record | unsaid(found, self.log.records), steps=learner.steps)
                 self.window = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
