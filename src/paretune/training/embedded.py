@@ -39,13 +39,15 @@ from paretune.training.learner import (
     watch_unscored,
 )
 from paretune.training.spec import TrainSpec
-from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, named_means, unsaid, warnings_of
+from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, guards_hold, named_means, unsaid, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Positive
 
 __all__ = ["Batch", "EmbeddedLearner"]
 
 LOOK_ROWS, LOOK_EVERY = 16, 5  # responses whose change is measured, and how often where updates are far from the bound
+SHARE = 0.1  # of the KL from the reference, that one update may move
+ABOVE = 4  # times what rounding moves
 ATTEMPTS = 6  # at shortening one update
 
 SMALLER = 'set micro_tokens or micro_batch, checkpointing: true, dtype: "bfloat16", or a smaller batch; the last checkpoint is kept'
@@ -70,9 +72,10 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `look`.
     """
 
-    step_kl: Positive | None = 2.0  # nats per response: an update that goes further is shortened, and lr with it; None: no bound
-    validation_samples: Count = 64  # responses of each look, and of each validation of the stopping rule
+    step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
+    validation_samples: Count = 128  # responses of each look, and of each validation of the stopping rule
     keep: Literal["best", "last"] = "best"  # which of the policies that were looked at is the result
+    guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
 
@@ -119,7 +122,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         """Measure the policy on the task's validation prompts: the same ones, preferences and random numbers every time.
 
         Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that
-        were cut; what the guards lost since the first look, with its standard error; the weights, where utility is the best so far.
+        were cut; what the guards lost since the first look, with its standard error; the weights, where utility is the best so far
+        and surely no guard lost more than `guard_drop`.
         """
         known = task.validation()
         if not known:
@@ -146,7 +150,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         if task.guards is not None:
             found |= guarded(task.guards, task.score_guards(made.prompts, made.texts), run.first_guards)
         run.looks.append(found)
-        if run.best is None or utility >= run.looks[run.best]["utility"]:
+        holds = self.guard_drop is None or task.guards is None or guards_hold(found, task.guards, self.guard_drop)
+        if holds and (run.best is None or utility >= run.looks[run.best]["utility"]):
             run.best = len(run.looks) - 1
             run.kept = [weight.detach().clone() for weight in policy.parameters()] if self.keep == "best" else None
 
@@ -155,12 +160,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             self.look(policy, task, spec, run)
         batch = self.collect(policy, task, spec, run.step, run.weighting)
         run.weighting = batch.state
+        run.kl += (max(0.0, float(batch.kl_N.mean())) - run.kl) / (5 if run.step else 1)  # over about five batches
         self._count(run, policy, batch, task)
-        for _ in range(self.epochs):
+        for epoch in range(self.epochs):
             lr = self.lr * self.pace(run.step) * run.lr_share * run.lr_cap
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with self.bounded(policy, batch, run):
+            with self.bounded(policy, batch, run, fresh=epoch == 0):
                 loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
         run.step += 1
         self.watch(policy, task, spec, run)
@@ -172,8 +178,12 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         return {"rewards_NM": made.rewards_NM, **told}
 
     @contextlib.contextmanager
-    def bounded(self, policy: ParameterMix, batch: Batch, run: Run) -> Iterator[None]:
-        """A trust region around one update: what moves the policy by more than `step_kl` is shortened, and the next steps with it.
+    def bounded(self, policy: ParameterMix, batch: Batch, run: Run, *, fresh: bool) -> Iterator[None]:
+        """A trust region around one update: what goes further is shortened, and the next steps with it.
+
+        The bound is `step_kl`, or a tenth of the policy's KL from the reference where that is more, so that an update is no more than a
+        third of the way that the policy has come: in nats, a distance is squared. In bfloat16 rounding alone moves log-probabilities; how
+        far, is seen where scoring repeats what sampling said of the same tokens, and the bound is above that, too.
 
         Moved is what the update does to the log-probabilities of some of the batch's responses: KL = mean of (log pi_new - log pi_old)^2
         / 2 over whole responses, nats. Log-probabilities change in proportion to short updates; long ones are shortened again. The
@@ -183,8 +193,11 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         Source: the second-order KL of trust regions (Schulman et al. 2015); a learning rate that follows the measured KL as in rl_games.
         Differs: an update beyond the bound is shortened before it is kept. Hides: half a batch can move where the other half stays.
         """
-        bound = self.step_kl
-        if bound is None or not (self._near(run, bound) or run.step % LOOK_EVERY == 0):
+        if self.step_kl is None:
+            yield
+            return
+        bound = max(self.step_kl, run.kl * SHARE, run.rounding * ABOVE)
+        if not (self._near(run, bound) or run.step % LOOK_EVERY == 0):
             yield
             return
         made, weights = batch.responses, policy.parameters()
@@ -197,6 +210,9 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             return (logp_NT * made.mask_NT[rows]).sum(1).double()
 
         old_N, before = logp_N(), [weight.detach().clone() for weight in weights]
+        if fresh:
+            run.rounding = float(((old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()) ** 2).mean()) / 2
+            bound = max(self.step_kl, run.kl * SHARE, run.rounding * ABOVE)
         yield
         kept = 1.0  # of the update
         for attempt in range(ATTEMPTS):

@@ -302,6 +302,8 @@ class Run:
     weighting: State | None = None
     unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
     lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
+    kl: float = 0.0  # from the reference, nats per response, over the last batches
+    rounding: float = 0.0  # the same of nothing but rounding, between sampling and scoring
     step_kl: float | None = None  # of the last update that was looked at, before it was shortened
     lr_cap: float = 1.0  # of the learning rate, halved where KL rises and the reward does not
     lr_cut: int | None = None  # the step of the last halving

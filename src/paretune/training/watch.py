@@ -17,7 +17,7 @@ from paretune.tasks.base import Task
 from paretune.training.checkpoint import LOG
 from paretune.types import Objectives
 
-__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "named_means", "read_warnings", "unsaid", "warnings_of"]
+__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "guards_hold", "named_means", "read_warnings", "unsaid", "warnings_of"]
 
 KL_ROSE = "kl rose"
 ACT_EVERY = 3  # records between two cuts of the learning rate
@@ -49,6 +49,12 @@ def guarded(guards: Objectives, scores_NG: np.ndarray, first: list[list[float | 
         if len(known_N) > 1:
             change[name] = [float(known_N.mean()), float(known_N.std(ddof=1) / np.sqrt(len(known_N)))]
     return {"guards": named_means(guards, scores_NG), "change": change}
+
+
+def guards_hold(look: Mapping[str, Any], guards: Objectives, drop: float) -> bool:
+    """Whether surely no guard lost more than `drop` of its range since the first look: mean change less its standard error."""
+    ranges = {name: high - low for name, low, high in zip(guards.names, guards.low, guards.high, strict=True)}
+    return all(mean - error >= -drop * ranges[name] for name, (mean, error) in look["change"].items())
 
 
 def warnings_of(records: Records, looks: Records, task: Task, preference: Sequence[float] | None, *, group: int) -> dict[str, str]:
