@@ -169,6 +169,23 @@ def test_rows_do_not_depend_on_the_batch(paths, level):
     assert gap(run(mixing, ids_NT, gates_NK)[order], run(mixing, ids_NT[order], gates_NK[:3])) > 1e-3
 
 
+@pytest.mark.parametrize(("bias", "rows"), [(False, 4), (True, 12)])
+def test_logits_are_mixed_before_the_head_where_it_is_linear(paths, bias, rows):
+    """Against the mean of the experts' logits by hand, with gates that do not sum to 1; a bias counts once per expert."""
+    mixing, ids_NT, gates_NK, seen = policy("logit", paths), some_ids(4), 2 * some_gates(4, 3), []
+    head = mixing.model.get_output_embeddings()
+    if bias:
+        head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))
+    want_NTV = torch.zeros(4, ids_NT.shape[1], head.out_features)
+    for k in range(3):
+        with torch.no_grad(), mixing.bank.gates(torch.eye(3)[k].expand(4, -1)):
+            want_NTV += gates_NK[:, k, None, None] * mixing.model(input_ids=ids_NT).logits
+    assert mixing.splits_head is not bias  # found out before rows are counted
+    head.register_forward_hook(lambda module, given, made: seen.append(len(given[0])))
+    assert gap(run(mixing, ids_NT, gates_NK), want_NTV) < 1e-5
+    assert seen == [rows]
+
+
 @pytest.mark.parametrize("level", ["logit", "hidden"])
 def test_parts_are_computed_once_for_many_gates(paths, level):
     mixing, ids_NT = policy(level, paths), some_ids()
@@ -177,7 +194,7 @@ def test_parts_are_computed_once_for_many_gates(paths, level):
         parts = mixing.parts(ids_NT)
         for seed in range(3):
             gates_NK = some_gates(4, 3, seed=seed)
-            assert torch.equal(mixing.combine(parts, gates_NK), run(mixing, ids_NT, gates_NK))
+            assert gap(mixing.combine(parts, gates_NK), run(mixing, ids_NT, gates_NK)) < 1e-6
     tokens_NTK = some_gates(4, 7, 3, seed=9)
     assert gap(run(mixing, ids_NT, tokens_NTK)[:, -2:], run(mixing, ids_NT, tokens_NTK, last_only=2)) < 1e-6
     assert gap(run(mixing, ids_NT, tokens_NTK)[2:3, 5:6], run(mixing, ids_NT, tokens_NTK[:, 5])[2:3, 5:6]) < 1e-6

@@ -220,9 +220,14 @@ class Policy(ABC):
 
     @property
     def splits_head(self) -> bool:
-        """Whether the head is the model's own, the same for all rows: then logits may be made of the states piece by piece."""
+        """Whether the policy's logits are the model's own head of states that `headless` gives: then they may be made piece by piece."""
+        return self.one_forward and self.has_own_head
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the model is a decoder and a head without adapters, the same for all rows."""
         adapted = any(layer.module is self.model.get_output_embeddings() for layer in self.bank.layers)
-        return self.one_forward and self.model.base_model is not self.model and not adapted
+        return self.model.base_model is not self.model and not adapted
 
     @contextlib.contextmanager
     def headless(self) -> Iterator[None]:

@@ -7,8 +7,9 @@ divergences than the reverse KL, and `robust` is the product at the worst weight
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch.nn import functional
 
 from paretune.errors import ConfigError
 from paretune.policy.base import MIXINGS, Policy
-from paretune.policy.lora.decoder import branch_point, branched, stacked_share
+from paretune.policy.lora.decoder import branch_point, branched, run_head, stacked_share
+from paretune.seeds import forked_torch, seed_for
 
 __all__ = ["DIVERGENCES", "DivergenceMix", "LogitMix", "RobustMix", "Stacked", "weighted", "worst_weights"]
 
@@ -50,7 +52,8 @@ class LogitMix(Stacked):
 
     Source: MOD (2406.18853), the reverse-KL case.
     Differs: all experts share one stacked forward and one cache. Logits are mixed instead of their log-softmaxes: the normalizers
-        are constants over V for each row, and drop out.
+        are constants over V for each row, and drop out. Under a linear head that the experts share, states are mixed and the head
+        runs once, which gives the same numbers.
     Hides: the sequence-level product is optimal for linear preferences, the token-level one is not; K forwards per token (of the
         layers with adapters and those above).
     """
@@ -58,6 +61,33 @@ class LogitMix(Stacked):
     has_composition_limit = True
     attribution = "product"
     why_many = "it mixes the experts' predictions token by token, which no single set of weights computes"
+    linear: ClassVar[bool] = True  # in the experts' logits
+
+    @property
+    def splits_head(self) -> bool:
+        return self.linear and self.has_own_head and self._linear_head
+
+    @functools.cached_property
+    def _linear_head(self) -> bool:
+        """Whether the head of a difference of states is the difference of the heads: it has no bias and no soft cap.
+
+        In less than float32 the mixed states would be rounded, where logits are mixed in float32.
+        """
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.float32:
+            return False
+        with forked_torch(seed_for(0, "head")), torch.inference_mode():
+            h_2H = torch.randn(2, head.in_features).to(head.weight)
+            one, two, apart = (run_head(self.model, h_1H[None, None]).double() for h_1H in (h_2H[0], h_2H[1], h_2H[0] - 2 * h_2H[1]))
+        return bool((one - 2 * two - apart).abs().max() < 1e-4 * apart.std())
+
+    def forward(self, input_ids_NT, *, gates_NK, attention_mask=None, position_ids=None, cache=None, last_only=False):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache, "last_only": last_only}
+        if gates_NK is None or not self.splits_head:
+            return super().forward(input_ids_NT, gates_NK=gates_NK, **given)
+        with contextlib.nullcontext() if self._headless else self.headless():
+            h_NTH = super().forward(input_ids_NT, gates_NK=gates_NK, **given)
+        return h_NTH if self._headless else run_head(self.model, h_NTH)
 
     def parts(self, input_ids_NT, attention_mask=None, position_ids=None, cache=None, gates_NK=None, last_only=False):
         """(K, N, T, V) logits of the experts, in the model's dtype."""
@@ -101,6 +131,7 @@ class DivergenceMix(LogitMix):
 
     has_composition_limit = False
     attribution = "shapley"
+    linear = False
 
     def __init__(self, bank: Any, tokenizer: Any, *, divergence: str = "forward-kl", alpha: float = 0.5):
         super().__init__(bank, tokenizer)
@@ -160,6 +191,7 @@ class RobustMix(LogitMix):
     has_composition_limit = False
     attribution = "shapley"
     why_many = "it chooses the worst weights near the preference anew for every token"
+    linear = False
 
     def __init__(self, bank: Any, tokenizer: Any, *, radius: float = 1.0):
         super().__init__(bank, tokenizer)
