@@ -48,6 +48,16 @@ def recipe(tmp_path, monkeypatch):
         yield tmp_path / "recipe.yaml"
 
 
+def test_what_is_watched_is_set_apart_and_guarded(recipe):
+    watched = yaml.safe_load(block("yaml", "# watched.yaml"))
+    given = yaml.safe_load(recipe.read_text())
+    given["prompts"]["validation"], given["guards"] = watched["prompts"]["validation"], watched["guards"]
+    recipe.write_text(yaml.safe_dump(given))
+    task = load_recipe(recipe).task
+    assert len(task.validation()) == 2
+    assert task.guards.names == ("fluent",)
+
+
 def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
     task = load_recipe(recipe).task
     prompt = task.prompts("train")[0]

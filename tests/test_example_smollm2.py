@@ -182,17 +182,19 @@ def test_the_recipe_with_a_tiny_model_from_a_file(packages, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", *tiny(tmp_path / "model"))
     recipe = load_recipe(FOLDER / "recipe.yaml", [f"model={path}"])
     task = recipe.task
-    assert task.objectives.names == ("brief", "positive", "to_the_point", "fluent")
-    assert (task.objectives.low, task.objectives.high) == ((0.0,) * 4, (1.0,) * 4)
-    assert (len(task.prompts("train")), len(task.prompts("test"))) == (256, 64)
+    assert task.objectives.names == ("brief", "positive", "to_the_point")
+    assert (task.objectives.low, task.objectives.high) == ((0.0,) * 3, (1.0,) * 3)
+    assert [len(task.prompts(split)) for split in ("train", "validation", "test")] == [224, 32, 64]
     assert task.max_new_tokens == 64
-    assert dict(task.scorers)["fluent"].model == str(path)
+    assert (task.guards.names, task.guards.low, task.guards.high) == (("fluent",), (0.0,), (1.0,))
+    assert dict(task.guarding)["fluent"].model == str(path)
     prompt = task.prompts("test")[0]
     assert prompt.messages[-1] == {"role": "user", "content": ROWS["test"][0]["question"]}
     scores = task.score([prompt] * 2, ["Bake it on a hot tray.", ""])
     assert scores[0, :2].tolist() == [1.0, 0.75]
     assert 0 < scores[0, 2] <= 1
-    assert scores[1].tolist() == [0.0] * 4
+    assert scores[1].tolist() == [0.0] * 3
+    assert task.score_guards([prompt] * 2, ["Bake it on a hot tray.", ""])[1].tolist() == [0.0]
 
 
 def test_without_the_extra_one_message_says_what_to_install(packages, tmp_path):
