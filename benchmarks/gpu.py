@@ -554,7 +554,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         fill(given.fill, given.python)
         return
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL would spread over all of them
-    faulthandler.dump_traceback_later(LIMIT - (time.monotonic() - BEGAN), exit=True)  # a device that hangs hears no signal
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
     with tempfile.TemporaryDirectory() as home:
         unpacked = carry(given.carry, Path(home)) if given.carry else []
@@ -566,8 +565,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit("a GPU is measured on a GPU; found: no CUDA device. --tiny --device cpu tries the script out")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        faulthandler.dump_traceback_later(LIMIT - (time.monotonic() - BEGAN), exit=True)  # a device that hangs hears no signal
         failed = measure(SMALL if given.tiny else Sizes(), Place(given.device), given.sections, given.out, BEGAN)
-    faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
     sys.exit(1 if failed else 0)
 
 

@@ -135,9 +135,9 @@ def _near(one: Tensor, two: Tensor, rule: str, remedy: str) -> None:
 
 
 def _check_reference(policy: Policy, task: ExactTask) -> None:
-    ids_NT = _ids(policy)
+    ids_NT, model = _ids(policy), task.load()[0]
     with torch.no_grad():
-        want = task.load()[0](input_ids=ids_NT).logits.log_softmax(-1)
+        want = model(input_ids=ids_NT.to(model.device)).logits.log_softmax(-1).to(policy.device)
     rule = "without gates a policy is the reference"
     _near(_run(policy, ids_NT, None), want, rule, "leave `forward` as it is")
     if policy.zero_is_reference:
@@ -176,7 +176,7 @@ def _check_ways(policy: Policy) -> None:
     """The same tokens in one forward, behind padding, token by token with a cache, and from parts that were computed before."""
     ids_NT, gates_NK = _ids(policy), _gates(policy)
     want = _run(policy, ids_NT, gates_NK)
-    padding, seen = torch.full((ROWS, 2), policy.pad_id), torch.ones_like(ids_NT)
+    padding, seen = ids_NT.new_full((ROWS, 2), policy.pad_id), torch.ones_like(ids_NT)
     mask = torch.cat([torch.zeros_like(padding), seen], 1)
     padded = _run(policy, torch.cat([padding, ids_NT], 1), gates_NK, attention_mask=mask, last_only=WIDTH)
     _near(padded, want, "padding on the left changes nothing", "pass attention_mask and position_ids on")

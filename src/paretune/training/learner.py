@@ -242,7 +242,7 @@ class SampledLearner(Learner):
         """Muon (Jordan et al. 2024) orthogonalizes each factor's update; both optimizers have no weight decay."""
         if self.optimizer == "muon":
             return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
-        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
+        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu" or None)
 
     def pace(self, step: int) -> float:
         """The learning rate at `step`, as a share of `lr`."""
