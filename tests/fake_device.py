@@ -110,7 +110,7 @@ class _Machine(TorchFunctionMode):
             return func(*args, **kwargs)
         del kwargs["device"]
         made = func(*args, **kwargs)
-        return made if isinstance(made, There) else There(made)
+        return made if isinstance(made, There) else There(made.detach()).requires_grad_(made.requires_grad)
 
     def _to(self, args, kwargs):
         x, *rest = args

@@ -12,6 +12,8 @@ import torch
 import tiny_models
 from fake_device import There, fake_device
 from learner_cases import SMALL, TASK, W, spec_of
+from paretune.evaluation.evaluate import evaluate
+from paretune.policy import base as policies
 from paretune.policy.base import build_mixing
 from paretune.policy.family import Family
 from paretune.policy.lora import bank as bank_module
@@ -21,6 +23,9 @@ from paretune.policy.rollout import decode
 from paretune.policy.rules import Identity
 from paretune.policy.scoring import token_logp
 from paretune.policy.self_test import check_model
+from paretune.registry import METHODS
+from paretune.tasks.base import first_device
+from paretune.testing.methods import quick_learner, train_plan
 from paretune.training.exact import ExactGradient
 from paretune.training.modpo import Modpo
 from paretune.training.policy_gradient import PolicyGradient
@@ -134,6 +139,26 @@ def test_a_family_samples_and_is_loaded_on_a_device(device, tmp_path):
     assert (family.policy.device.type, moved.policy.device.type) == ("cpu", "cuda")
     ask = [partial(one.sample, TASK.prompts("test"), [0.4, 0.6], n=2) for one in (family, moved)]
     assert ask[0]() == ask[1]()
+
+
+def test_a_family_is_searched_and_measured_where_it_was_trained(device, monkeypatch, tmp_path):
+    """Not on the CPU beside an idle GPU; and with the numbers of the CPU."""
+    method, learner, found = METHODS.build("calibrated"), dataclasses.replace(quick_learner(steps=2), device="cpu"), []
+    done = train_plan(method, TASK, learner, tmp_path, seed=0)
+    for place in ("cpu", "cuda"):
+        monkeypatch.setattr(policies, "first_device", lambda place=place: place)
+        family = method.policy(TASK, learner, done, 0)
+        assert family.policy.device.type == place
+        made = [evaluate(TASK, family, splits=("test",), samples=8, exact=exact).curves["test"] for exact in (True, False)]
+        found.append([numbers for curve in made for numbers in (curve.rewards_WSM, curve.kl_WS)])
+    for one, two in zip(*found, strict=True):
+        assert np.allclose(one, two, atol=1e-4)
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
+def test_models_go_to_the_first_gpu_where_there_is_one(monkeypatch, there, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert first_device() == name
 
 
 def test_the_gpu_script(device, monkeypatch):

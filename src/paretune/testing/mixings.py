@@ -400,9 +400,9 @@ def _check_exported(family: Family, task: ExactTask, w_WM: np.ndarray, folder: P
             out = folder / f"export-{number}-{kind}"
             made = attempt(rule, remedy, partial(export, family, out, w_M.tolist(), kind=kind))
             model = AutoModelForCausalLM.from_pretrained(out) if kind == "merged" else PeftModel.from_pretrained(task.load()[0], str(out))
-            ids = torch.cat([torch.tensor([made.prefix], dtype=torch.long), ids_1T], 1)
+            ids = torch.cat([torch.tensor([made.prefix], dtype=torch.long), ids_1T.cpu()], 1)
             got = _logp(lambda ids, model=model: model.eval()(input_ids=ids).logits, ids)[:, len(made.prefix) :]
-            off = float((got - want).abs().max())
+            off = float((got - want.cpu()).abs().max())
             require(off < NATS, rule, f"{kind} at w = {w_M.round(3).tolist()}: {off:.3g} nats off", remedy)
 
 
@@ -416,7 +416,7 @@ def _check_saved(family: Family, task: ExactTask, w_WM: np.ndarray, path: Path) 
     prompts, told = task.prompts("test"), copy.deepcopy(family.meta)
     gates_W = family.gates(w_WM, prompts)
     attempt(rule, remedy, partial(family.save, path))
-    loaded = attempt(rule, remedy, partial(Family.load, path))
+    loaded = attempt(rule, remedy, partial(Family.load, path, device=family.policy.device))
     require(np.array_equal(loaded.gates(w_WM, prompts), gates_W), rule, "other gates at the same preferences", remedy)
     said = [(f.policy.mixing, f.policy.settings, f.experts, f.utility, f.max_new_tokens) for f in (family, loaded)]
     require(said[0] == said[1] and loaded.meta == told, rule, f"{said[1]} for {said[0]}", remedy)
