@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -100,18 +101,20 @@ class RouterMix(ParameterMix):
             return self._logits(self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
 
-def fresh() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def fresh(shape: Mapping[str, Any] = SHAPE, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A random Llama, drawn where it will be."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    with forked_torch(0):
-        return LlamaForCausalLM(LlamaConfig(bos_token_id=None, eos_token_id=0, pad_token_id=0, **SHAPE)).eval()
+    config = LlamaConfig(bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape)
+    with forked_torch(0), torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def adapters(count: int, *, layers: range | None = None) -> LoraBank:
-    """A bank of random adapters, of all layers or of some."""
+def adapters(count: int, *, layers: range | None = None, model: Any = None) -> LoraBank:
+    """A bank of random adapters, of all layers or of some, on `model` or on a fresh one."""
     targets = "all-linear" if layers is None else rf".*layers\.({'|'.join(map(str, layers))})\..*_proj"
     names = [f"adapter{k}" for k in range(count)]
-    bank = LoraBank.attach(fresh(), names=names, rank=RANK, alpha=ALPHA, seed=0, trainable=(), targets=targets)
+    bank = LoraBank.attach(model or fresh(), names=names, rank=RANK, alpha=ALPHA, seed=0, trainable=(), targets=targets)
     with forked_torch(1), torch.no_grad():
         for k in range(count):
             for b_Or in bank.parameters_of(k)[1::2]:
@@ -125,10 +128,10 @@ def merged(bank: LoraBank, k: int) -> Any:
     return model
 
 
-def decode(policy: Any, rows: int, new_tokens: int) -> torch.Tensor:
+def decode(policy: Any, rows: int, new_tokens: int, *, width: int = PROMPT_TOKENS) -> torch.Tensor:
     """(rows, new_tokens) tokens; prompts, preferences and uniforms are the same for every policy."""
     rng = generator(0, "decode")
-    ids_NT = torch.from_numpy(rng.integers(1, SHAPE["vocab_size"], (rows, PROMPT_TOKENS)))
+    ids_NT = torch.from_numpy(rng.integers(1, policy.model.config.vocab_size, (rows, width))).to(policy.device)
     w_NM = rng.dirichlet(np.ones(EXPERTS), rows)
     bridge_N1 = EXPERTS / (EXPERTS - 1) * (1 - (w_NM**2).sum(1, keepdims=True))  # 0 at the vertices
     columns = EXPERTS if isinstance(policy, (Published, RouterMix)) else policy.K

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import emit, paired_medians
+from common import emit, grpo, paired_medians
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
@@ -101,43 +101,24 @@ def ours(model: str, dtype: str) -> float:
 
 def theirs(model: str, dtype: str) -> float:
     """Samples per second of TRL's GRPOTrainer."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
     stamps: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            stamps.append(time.perf_counter())
-
     loaded, tokenizer = load_pretrained(model, dtype=dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        shape = {"per_device_train_batch_size": ROWS, "num_generations": GROUP, "max_completion_length": TOKENS, "max_steps": WARM + TIMED}
-        quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-        config = GRPOConfig(
-            output_dir=folder,
-            learning_rate=LR,
-            beta=BETA,
-            temperature=1.0,
-            top_k=0,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            **shape,
-            **quiet,
-        )
-        trainer = GRPOTrainer(
-            model=loaded,
-            processing_class=tokenizer,
-            reward_funcs=[small, brief],
-            args=config,
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS]),
-            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
-        trainer.train()
+    grpo(
+        loaded,
+        tokenizer,
+        prompts=[[{"role": "user", "content": question}] for question in QUESTIONS],
+        rewards=[small, brief],
+        rows=ROWS,
+        group=GROUP,
+        tokens=TOKENS,
+        steps=WARM + TIMED,
+        rank=RANK,
+        alpha=ALPHA,
+        beta=BETA,
+        lr=LR,
+        cpu=True,
+        stamp=lambda: stamps.append(time.perf_counter()),
+    )
     return ROWS * TIMED / (stamps[-1] - stamps[WARM - 1])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paretune.policy import rollout, scoring
 from paretune.policy.lora import linear
@@ -196,6 +197,25 @@ def test_what_is_trained_small_or_of_another_dtype_is_left_to_torch(monkeypatch)
     for weight in (torch.ones(260, 300, requires_grad=True), torch.ones(10, 300)):
         assert linear.frozen_linear(x, weight).sum() == 2 * 300 * len(weight)
     assert linear.frozen_linear(x.bfloat16(), torch.ones(260, 300, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("x86", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_weight_is_not_copied_for_every_row(monkeypatch, x86, dtype):
+    """The head at the last token of each prompt: torch makes a batched product of a slice, which copies the head once per row."""
+    monkeypatch.setattr(linear, "ON_X86", x86 and torch.backends.mkldnn.is_available())
+    head, h_NTH = torch.ones(2000, 64, dtype=dtype), torch.ones(3, 5, 64, dtype=dtype)
+    ran = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Noted():
+        y_N1V = linear.frozen_linear(h_NTH[:, -1:], head)
+    assert (y_N1V.shape, float(y_N1V.float().mean())) == ((3, 1, 2000), 64.0)
+    assert torch.ops.aten.bmm.default not in ran
 
 
 def test_a_bank_gives_every_frozen_layer_this_product_and_takes_it_back(monkeypatch):

@@ -26,7 +26,7 @@ from paretune.hub import text_config
 from paretune.policy.lora.bank import LoraBank, soup_weight
 from paretune.policy.lora.layers import FusedLayer
 from paretune.registry import Registry
-from paretune.tasks.base import Task, reference
+from paretune.tasks.base import Task, first_device, reference
 
 __all__ = ["ATTRIBUTIONS", "MIXINGS", "Policy", "Weights", "build_mixing", "build_policy"]
 
@@ -301,6 +301,10 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def build_policy(task: Task, mixing: str | Mapping[str, Any], adapters: Mapping[str, Any]) -> Policy:
-    """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_mixing`."""
-    model, tokenizer = reference(task)
+    """The policy over a fresh copy of a task's reference model with these adapters (axis K in their order); see `build_mixing`.
+
+    It is on the first GPU where there is one, as trainings are: a model that trains there is searched and measured there.
+    """
+    device = first_device()
+    model, tokenizer = reference(task, device=device, place=lambda model: model if model.device.type == device else model.to(device))
     return build_mixing(mixing, LoraBank.load(model, adapters), tokenizer)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paretune.tasks.preferences import judged_preferences
 
-__all__ = ["Task", "keep_reference", "reference"]
+__all__ = ["Task", "first_device", "keep_reference", "reference"]
 
 
 class Task(ABC):
@@ -120,6 +120,13 @@ def reference(
         _kept[name] = model, tokenizer, _sums(model)
     model, tokenizer, _ = _kept[name]
     return _copied(model), copy.deepcopy(tokenizer)
+
+
+def first_device() -> str:
+    """Where models go that nobody gave a place: the first GPU where there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _plain(model: Any, device: str) -> bool:

@@ -135,9 +135,9 @@ def _near(one: Tensor, two: Tensor, rule: str, remedy: str) -> None:
 
 
 def _check_reference(policy: Policy, task: ExactTask) -> None:
-    ids_NT = _ids(policy)
+    ids_NT, model = _ids(policy), task.load()[0]
     with torch.no_grad():
-        want = task.load()[0](input_ids=ids_NT).logits.log_softmax(-1)
+        want = model(input_ids=ids_NT.to(model.device)).logits.log_softmax(-1).to(policy.device)
     rule = "without gates a policy is the reference"
     _near(_run(policy, ids_NT, None), want, rule, "leave `forward` as it is")
     if policy.zero_is_reference:
@@ -176,7 +176,7 @@ def _check_ways(policy: Policy) -> None:
     """The same tokens in one forward, behind padding, token by token with a cache, and from parts that were computed before."""
     ids_NT, gates_NK = _ids(policy), _gates(policy)
     want = _run(policy, ids_NT, gates_NK)
-    padding, seen = torch.full((ROWS, 2), policy.pad_id), torch.ones_like(ids_NT)
+    padding, seen = ids_NT.new_full((ROWS, 2), policy.pad_id), torch.ones_like(ids_NT)
     mask = torch.cat([torch.zeros_like(padding), seen], 1)
     padded = _run(policy, torch.cat([padding, ids_NT], 1), gates_NK, attention_mask=mask, last_only=WIDTH)
     _near(padded, want, "padding on the left changes nothing", "pass attention_mask and position_ids on")
@@ -400,9 +400,9 @@ def _check_exported(family: Family, task: ExactTask, w_WM: np.ndarray, folder: P
             out = folder / f"export-{number}-{kind}"
             made = attempt(rule, remedy, partial(export, family, out, w_M.tolist(), kind=kind))
             model = AutoModelForCausalLM.from_pretrained(out) if kind == "merged" else PeftModel.from_pretrained(task.load()[0], str(out))
-            ids = torch.cat([torch.tensor([made.prefix], dtype=torch.long), ids_1T], 1)
+            ids = torch.cat([torch.tensor([made.prefix], dtype=torch.long), ids_1T.cpu()], 1)
             got = _logp(lambda ids, model=model: model.eval()(input_ids=ids).logits, ids)[:, len(made.prefix) :]
-            off = float((got - want).abs().max())
+            off = float((got - want.cpu()).abs().max())
             require(off < NATS, rule, f"{kind} at w = {w_M.round(3).tolist()}: {off:.3g} nats off", remedy)
 
 
@@ -416,7 +416,7 @@ def _check_saved(family: Family, task: ExactTask, w_WM: np.ndarray, path: Path) 
     prompts, told = task.prompts("test"), copy.deepcopy(family.meta)
     gates_W = family.gates(w_WM, prompts)
     attempt(rule, remedy, partial(family.save, path))
-    loaded = attempt(rule, remedy, partial(Family.load, path))
+    loaded = attempt(rule, remedy, partial(Family.load, path, device=family.policy.device))
     require(np.array_equal(loaded.gates(w_WM, prompts), gates_W), rule, "other gates at the same preferences", remedy)
     said = [(f.policy.mixing, f.policy.settings, f.experts, f.utility, f.max_new_tokens) for f in (family, loaded)]
     require(said[0] == said[1] and loaded.meta == told, rule, f"{said[1]} for {said[0]}", remedy)

@@ -27,7 +27,7 @@ from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES
-from paretune.tasks.base import Task, reference
+from paretune.tasks.base import Task, first_device, reference
 from paretune.training.checkpoint import (
     Progress,
     TrainLog,
@@ -106,7 +106,7 @@ class Learner(ABC):
 
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device = first_device() if self.device == "auto" else self.device
         model, tokenizer = reference(task, device=device, dtype=self.dtype, place=lambda model: placed(model, device, self.dtype))
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
@@ -242,7 +242,7 @@ class SampledLearner(Learner):
         """Muon (Jordan et al. 2024) orthogonalizes each factor's update; both optimizers have no weight decay."""
         if self.optimizer == "muon":
             return torch.optim.Muon(weights, lr=self.lr, momentum=self.momentum, weight_decay=0.0)
-        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu")
+        return torch.optim.Adam(weights, lr=self.lr, betas=self.betas, fused=weights[0].device.type == "cpu" or None)
 
     def pace(self, step: int) -> float:
         """The learning rate at `step`, as a share of `lr`."""

@@ -153,7 +153,7 @@ class Modpo(EmbeddedLearner):
         """The mean over all known pairs of the batch of `modpo_loss`, the part of these rows."""
         assert isinstance(batch, Pairs)
         made, group = batch.responses, self.group
-        first, second = torch.triu_indices(group, group, 1)
+        first, second = torch.triu_indices(group, group, 1, device=policy.device)
         logp_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows])
         ratio_PG = ((logp_NT - batch.reference_logp_NT[rows]) * made.mask_NT[rows]).sum(1).view(-1, group)
         prompts = slice(rows.start // group, rows.stop // group)

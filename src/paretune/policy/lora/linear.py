@@ -28,6 +28,8 @@ ON_X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for a weight (O, I) that is not trained; (..., O) for inputs (..., I), with a gradient to x."""
     if not _by_onednn(x, weight):
+        if weight.numel() >= LARGE:
+            x = x.contiguous()  # of a slice, the last token of each row, torch makes a batch, with a copy of a frozen weight for every row
         return functional.linear(x, weight, bias)
     x_BI = x.reshape(-1, x.shape[-1])
     y_BO = _Frozen.apply(x_BI, weight, bias) if torch.is_grad_enabled() and x.requires_grad else _product(x_BI, weight, bias)
