@@ -11,6 +11,7 @@ import torch
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
 from paretune.tasks.exact.task import ExactTask
+from paretune.training import batch
 from paretune.training.cost import read_cost
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.watch import KL_ROSE, guarded, named_means, warnings_of
@@ -63,6 +64,22 @@ def test_the_result_is_the_policy_of_the_best_look(tmp_path):
     last.train(spec_of(last), WATCHED, tmp_path / "last")
     assert weights(tmp_path / "best") != weights(tmp_path / "last")
     assert "kept" not in log_of(tmp_path / "last")[-1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_look_needs_no_more_rows_than_a_batch(tmp_path, monkeypatch):
+    """In pieces of whole groups; the same prompts in the same order as in one piece, each with preferences and numbers of its own."""
+    sizes, generate = [], batch.generate
+    monkeypatch.setattr(batch, "generate", lambda *a, **k: sizes.append(len(a[1]) * k["group"]) or generate(*a, **k))
+    learner = PolicyGradient(**{**LOOKED, "samples": 16, "validation_samples": 40})
+    spec = spec_of(learner, None)
+    cost = learner.train(spec, WATCHED, tmp_path)
+    count = len(WATCHED.validation())
+    assert count < 40
+    group = min(16, 40 // count)
+    assert max(sizes) <= 16
+    assert sum(sizes) == 16 + 2 * count * group, "a batch, and a look before and after it"
+    assert (cost.validation_samples, cost.evaluations) == (2 * count * group, 2)
 
 
 def test_a_training_ends_when_no_look_was_better_for_a_while(tmp_path):

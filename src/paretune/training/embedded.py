@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.mixing.parameter import ParameterMix
@@ -39,7 +38,8 @@ from paretune.training.learner import (
     watch_unscored,
 )
 from paretune.training.spec import TrainSpec
-from paretune.training.watch import ACT_EVERY, KL_ROSE, guarded, guards_hold, named_means, unsaid, warnings_of
+from paretune.training.validation import charge, look
+from paretune.training.watch import ACT_EVERY, KL_ROSE, unsaid, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Positive
 
@@ -69,7 +69,7 @@ class Batch:
 class EmbeddedLearner(StoppingRule, SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts.
 
-    Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `look`.
+    Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `validation.look`.
     """
 
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
@@ -115,49 +115,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         """From fresh responses to training prompts, whose streams are their own."""
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
         made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
-        self._charge(run, made)
+        charge(run, made)
+        run.evaluations += 1
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
-
-    def look(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
-        """Measure the policy on the task's validation prompts: the same ones, preferences and random numbers every time.
-
-        Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that
-        were cut; what the guards lost since the first look, with its standard error; the weights, where utility is the best so far
-        and surely no guard lost more than `guard_drop`.
-        """
-        known = task.validation()
-        if not known:
-            return
-        apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation prompts"))
-        prompts, heat = min(len(known), self.validation_samples), self.temperature
-        group = max(1, self.validation_samples // prompts)
-        made = draw(policy, task, apart, step=0, first=0, prompts=prompts, group=group, temperature=heat, known=known)
-        with torch.inference_mode():
-            rows = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group)
-            reference_NT = torch.cat([self.logp(policy, made, part, gates_NK=None, group=group) for part in rows])
-        refuse_unscored(task.objectives.names, np.isnan(made.rewards_NM).sum(0), len(made.w_NM), limit=self.max_unscored)
-        kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-        utility = float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)) - task.beta * kl_N.mean())
-        self._charge(run, made)
-        run.flops += 4 * policy.model.num_parameters() * (made.prompt_ids_PT.numel() + made.tokens_NT.numel())
-        found: dict[str, Any] = {
-            "step": run.step,
-            "utility": utility,
-            "kl": float(kl_N.mean()),
-            "cut": cut_share(policy, made, task.max_new_tokens),
-        }
-        found["rewards"] = named_means(task.objectives, made.rewards_NM)
-        if task.guards is not None:
-            found |= guarded(task.guards, task.score_guards(made.prompts, made.texts), run.first_guards)
-        run.looks.append(found)
-        holds = self.guard_drop is None or task.guards is None or guards_hold(found, task.guards, self.guard_drop)
-        if holds and (run.best is None or utility >= run.looks[run.best]["utility"]):
-            run.best = len(run.looks) - 1
-            run.kept = [weight.detach().clone() for weight in policy.parameters()] if self.keep == "best" else None
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         if run.step == 0:
-            self.look(policy, task, spec, run)
+            look(self, policy, task, spec, run)
         batch = self.collect(policy, task, spec, run.step, run.weighting)
         run.weighting = batch.state
         run.kl += (max(0.0, float(batch.kl_N.mean())) - run.kl) / (5 if run.step else 1)  # over about five batches
@@ -171,7 +135,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         run.step += 1
         self.watch(policy, task, spec, run)
         if run.step % self.validate_every == 0 or run.step == self.steps:
-            self.look(policy, task, spec, run)
+            look(self, policy, task, spec, run)
         made = batch.responses
         told = {"kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm, "lr": lr}
         told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": cut_share(policy, made, task.max_new_tokens)}
@@ -300,12 +264,6 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
                 temperature=self.temperature,
                 mask_NT=made.mask_NT[rows],
             )
-
-    def _charge(self, run: Run, made: Responses) -> None:
-        """Charge a validation to the run."""
-        run.validation_samples += len(made.w_NM)
-        run.tokens += int(made.mask_NT.sum())
-        run.evaluations += 1
 
     def _count(self, run: Run, policy: Policy, batch: Batch, task: Task) -> None:
         """Charge a batch to the run; stop where too many completions could not be scored."""

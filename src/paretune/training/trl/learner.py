@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError, TrainingError
-from paretune.files import disk_errors, seal, write_json
+from paretune.files import disk_errors, note, seal, write_json
 from paretune.hub import is_gguf, local_or_hub
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
@@ -130,6 +130,8 @@ class TrlLearner(SampledLearner):
             return read_cost(work)
         self.accept(spec)
         self._sharded()
+        if task.validation():
+            note(f"learner {self.registered_name} does not look at prompts that are set apart (prompts.validation): TRL trains to the end")
         world = int(os.environ.get("WORLD_SIZE", 1))
         source = self._source(spec, task)
         with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):

@@ -1,0 +1,72 @@
+"""Looks at prompts that are set apart: what a policy is worth there, which policy is the best so far, and what its guards have lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretune.objectives.base import refuse_unscored
+from paretune.policy.base import Policy
+from paretune.seeds import seed_for
+from paretune.tasks.base import Task
+from paretune.training.batch import Responses, cut_share, draw
+from paretune.training.learner import Run
+from paretune.training.spec import TrainSpec
+from paretune.training.watch import guarded, guards_hold, named_means
+
+__all__ = ["charge", "look"]
+
+
+def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> None:
+    """Measure the policy of an `EmbeddedLearner` on the task's validation prompts: always the same ones, preferences and random numbers.
+
+    Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that were
+    cut; what the guards lost since the first look, with its standard error; the weights, where utility is the best so far and surely no
+    guard lost more than `guard_drop`. Nothing is done where the task has no such prompts.
+    """
+    known = task.validation()
+    if not known:
+        return
+    apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation prompts"))
+    prompts = min(len(known), learner.validation_samples)
+    group = min(learner.batch, learner.validation_samples // prompts)
+    at_once = max(1, learner.batch // group)  # prompts, so that a look needs no more memory than a batch
+    parts = []
+    for first in range(0, prompts, at_once):
+        count = min(at_once, prompts - first)
+        made = draw(policy, task, apart, step=first, first=first, prompts=count, group=group, temperature=learner.temperature, known=known)
+        charge(run, made)
+        run.flops += 4 * policy.model.num_parameters() * (made.prompt_ids_PT.numel() + made.tokens_NT.numel())
+        parts.append(_measured(learner, policy, task, made, group))
+    run.evaluations += 1
+    rewards_NM, w_NM, kl_N, cut_N, guards_NG = (np.concatenate(column) for column in zip(*parts, strict=True))
+    refuse_unscored(task.objectives.names, np.isnan(rewards_NM).sum(0), len(kl_N), limit=learner.max_unscored)
+    reward = float(np.nanmean(learner.combine(spec).scores(rewards_NM, w_NM, task.objectives)))
+    found: dict[str, Any] = {"step": run.step, "utility": reward - task.beta * float(kl_N.mean()), "kl": float(kl_N.mean())}
+    found |= {"cut": float(cut_N.mean()), "rewards": named_means(task.objectives, rewards_NM)}
+    if task.guards is not None:
+        found |= guarded(task.guards, guards_NG, run.first_guards)
+    run.looks.append(found)
+    holds = learner.guard_drop is None or task.guards is None or guards_hold(found, task.guards, learner.guard_drop)
+    if holds and (run.best is None or found["utility"] >= run.looks[run.best]["utility"]):
+        run.best = len(run.looks) - 1
+        run.kept = [weight.detach().clone() for weight in policy.parameters()] if learner.keep == "best" else None
+
+
+def charge(run: Run, made: Responses) -> None:
+    """Charge the responses of a validation to the run."""
+    run.validation_samples += len(made.w_NM)
+    run.tokens += int(made.mask_NT.sum())
+
+
+def _measured(learner: Any, policy: Policy, task: Task, made: Responses, group: int) -> tuple[np.ndarray, ...]:
+    """Of each response: rewards (N, M), preference (N, M), KL (N,) in nats, the share (N,) that was cut, guards (N, G)."""
+    with torch.inference_mode():
+        rows = made.passes(rows=learner.micro_batch, tokens=learner.micro_tokens, group=group)
+        reference_NT = torch.cat([learner.logp(policy, made, part, gates_NK=None, group=group) for part in rows])
+    kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
+    cut_N = np.full(len(kl_N), cut_share(policy, made, task.max_new_tokens))
+    return made.rewards_NM, made.w_NM, kl_N, cut_N, task.score_guards(made.prompts, made.texts)
