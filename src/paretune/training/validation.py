@@ -33,10 +33,11 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation prompts"))
     prompts = min(len(known), learner.validation_samples)
     group = min(learner.batch, learner.validation_samples // prompts)
+    total = prompts * max(1, learner.validation_samples // (group * prompts))  # few prompts come again, under other random numbers
     at_once = max(1, learner.batch // group)  # prompts, so that a look needs no more memory than a batch
     parts = []
-    for first in range(0, prompts, at_once):
-        count = min(at_once, prompts - first)
+    for first in range(0, total, at_once):
+        count = min(at_once, total - first)
         made = draw(policy, task, apart, step=first, first=first, prompts=count, group=group, temperature=learner.temperature, known=known)
         charge(run, made)
         run.flops += 4 * policy.model.num_parameters() * (made.prompt_ids_PT.numel() + made.tokens_NT.numel())
