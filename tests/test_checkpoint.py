@@ -7,7 +7,7 @@ import pytest
 
 from learner_cases import SMALL, TASK, log_of, spec_of, weights
 from paretune.errors import TrainingError
-from paretune.training.checkpoint import progress_text
+from paretune.runs.display import progress_text
 from paretune.training.cost import read_cost
 from paretune.training.policy_gradient import PolicyGradient
 

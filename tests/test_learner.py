@@ -14,10 +14,10 @@ from paretune.policy import scoring
 from paretune.policy.lora.bank import LoraBank, lora_config
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.registry import LEARNERS, describe
+from paretune.runs.display import progress_text
 from paretune.seeds import forked_torch, generator
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.checkpoint import progress_text
 from paretune.training.cost import read_cost
 from paretune.training.exact import enumerated_returns
 from paretune.training.learner import Run, converged

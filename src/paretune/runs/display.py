@@ -1,19 +1,40 @@
-"""What a person sees of a run, on stderr: bars at a terminal, otherwise one line per finished training or cell, with the time left."""
+"""What a person sees of a run, on stderr: bars at a terminal, otherwise a line for everything that ends, and one every half minute."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import IO, Any
 
 from paretune.errors import printable
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
-__all__ = ["Bars", "Display", "Lines", "display"]
+__all__ = ["Bars", "Display", "Lines", "display", "progress_text"]
+
+EVERY = 30.0  # seconds, after which a line says what is running
 
 WORDS = {TRAIN: ("trained", "training"), CELL: ("measured", "cell")}  # done, failed
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A training that has logged something: what a line says of it, when it was, and how many seconds are left and make the whole."""
+
+    text: str
+    at: float
+    times: tuple[float, float] | None
+
+    @property
+    def left(self) -> float | None:
+        return None if self.times is None else self.times[0]
+
+    @property
+    def whole(self) -> float | None:
+        return None if self.times is None else self.times[1]
 
 
 class Display:
@@ -25,6 +46,7 @@ class Display:
         self.side_by_side = side_by_side
         self._start = time.monotonic()
         self._spent = {True: [0.0, 0], False: [0.0, 0]}  # is it a training? -> seconds, jobs
+        self._running: dict[str, _Running] = {}  # trainings that have logged something
 
     def wanted(self, job: Job) -> None:
         """A training was asked for."""
@@ -32,11 +54,17 @@ class Display:
 
     def progress(self, job: Job, record: Mapping[str, Any]) -> None:
         """A running training logged a record; what it warns of is a line of its own."""
+        numbers = ""
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # another learner's record may hold less
+            numbers = progress_text(record)
+        step, steps = record.get("step", 0), record.get("steps")
+        self._running[job.key] = _Running(f"{job.label}: {step}/{steps} {numbers}".rstrip(), time.monotonic(), _left(record))
         for text in record.get("warnings", {}).values():
-            self.note(f"{job.label}, step {record['step']}: {text}")
+            self.note(f"{job.label}, step {step}: {text}")
 
     def finished(self, outcome: Outcome) -> None:
         """A job ended, well or not."""
+        self._running.pop(outcome.job.key, None)
         spent = self._spent[outcome.job.kind == TRAIN]
         spent[0] += outcome.seconds
         spent[1] += 1
@@ -66,13 +94,17 @@ class Display:
         return f"{counts}, {_clock(time.monotonic() - self._start)}{eta}"
 
     def _left(self) -> float | None:
-        """Seconds, from the mean duration of each kind of job so far; None while one of them is not known."""
-        left = 0.0
+        """Seconds: of each kind of job the mean duration, of trainings that run what their steps say; None while a kind is not known."""
+        now, left = time.monotonic(), 0.0
+        told = [running for running in self._running.values() if running.whole is not None]
         for training, open_jobs in ((True, self.trainings - self.trainings_done), (False, self.cells - self.cells_done)):
             seconds, count = self._spent[training]
-            if open_jobs and not count:
+            if training:
+                left += sum(max(0.0, r.left - (now - r.at)) for r in told if r.left is not None)
+                open_jobs, seconds, count = open_jobs - len(told), seconds + sum(r.whole or 0.0 for r in told), count + len(told)
+            if open_jobs > 0 and not count:
                 return None
-            left += open_jobs * seconds / max(count, 1)
+            left += max(open_jobs, 0) * seconds / max(count, 1)
         return left / self.side_by_side
 
     def close(self) -> None:
@@ -86,14 +118,31 @@ class Display:
 
 
 class Lines(Display):
-    """For logs: one line per event."""
+    """For logs: one line per event; the first training's begin, and every `every` seconds without a line what is running."""
 
-    def __init__(self, *, cells: int, side_by_side: int = 1, stream: IO[str] | None = None):
+    def __init__(self, *, cells: int, side_by_side: int = 1, stream: IO[str] | None = None, every: float = EVERY):
         super().__init__(cells=cells, side_by_side=side_by_side)
-        self._stream = stream or sys.stderr
+        self._stream, self._every, self._said = stream or sys.stderr, every, time.monotonic()
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def wanted(self, job: Job) -> None:
+        super().wanted(job)
+        if self.trainings == 1:
+            self.note(f"training {job.label}")
 
     def note(self, text: str) -> None:
+        self._said = time.monotonic()
         print(printable(f"[{self.state()}] {text}"), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(self._every / 10):
+            if time.monotonic() - self._said >= self._every:
+                running = list(self._running.values())
+                self.note("; ".join(one.text for one in running) or "at work; nothing was logged yet")
 
 
 class Bars(Display):
@@ -115,7 +164,7 @@ class Bars(Display):
 
         self._bars = Progress(BarColumn(bar_width=14), Words(), console=Console(stderr=True))
         self._total = self._bars.add_task("", total=None)
-        self._running: dict[str, Any] = {}
+        self._bars_of: dict[str, Any] = {}
         self._bars.start()
 
     def wanted(self, job: Job) -> None:
@@ -123,20 +172,14 @@ class Bars(Display):
         self._update()
 
     def progress(self, job: Job, record: Mapping[str, Any]) -> None:
-        from paretune.training.checkpoint import progress_text
-
         super().progress(job, record)
-        if job.key not in self._running:
-            self._running[job.key] = self._bars.add_task(job.label, total=None)
-        step, steps = record.get("step", 0), record.get("steps")
-        numbers = ""
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # another learner's record may hold less
-            numbers = progress_text(record)
-        shown = f"{step}/{steps} {numbers} {job.label}"
-        self._bars.update(self._running[job.key], total=steps, completed=step, description=shown)
+        if job.key not in self._bars_of:
+            self._bars_of[job.key] = self._bars.add_task(job.label, total=None)
+        shown = self._running[job.key].text
+        self._bars.update(self._bars_of[job.key], total=record.get("steps"), completed=record.get("step", 0), description=shown)
 
     def finished(self, outcome: Outcome) -> None:
-        if (bar := self._running.pop(outcome.job.key, None)) is not None:
+        if (bar := self._bars_of.pop(outcome.job.key, None)) is not None:
             self._bars.remove_task(bar)
         super().finished(outcome)
         self._update()
@@ -168,3 +211,17 @@ def _clock(seconds: float) -> str:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no message"
+
+
+def _left(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The seconds that a training still needs and needs in all, if it goes on as it did; None where its record does not say."""
+    step, steps, seconds = (record.get(name) for name in ("step", "steps", "seconds"))
+    if not step or not steps or not seconds:
+        return None
+    return seconds * (steps - step) / step, seconds * steps / step
+
+
+def progress_text(record: Mapping[str, Any]) -> str:
+    """`polite .61 brief .40 | KL .52 | 5,310 tokens/s` from a record of the log."""
+    rewards = " ".join(f"{name} {'?' if value is None else format(value, '.3f')}" for name, value in record["rewards"].items())
+    return f"{rewards} | KL {record['kl']:.3f} | {record['tokens_per_s']:,.0f} tokens/s"

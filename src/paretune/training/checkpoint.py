@@ -39,7 +39,7 @@ from paretune.training.spec import FOLDER
 
 __all__ = [
     *("Progress", "TrainLog", "clear_checkpoint", "discard", "is_finished", "load_checkpoint", "log_damage", "mark_finished"),
-    *("packed", "progress_text", "refuse_other", "save_checkpoint", "seal_damage", "unpacked"),
+    *("packed", "refuse_other", "save_checkpoint", "seal_damage", "unpacked"),
 ]
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -253,9 +253,3 @@ def log_damage(work: Path, mark: Mapping[str, Any]) -> list[str]:
     if len(known) < mark["length"]:
         return [f"{LOG}: {len(known)} of {mark['length']} bytes"]
     return [] if hashlib.sha256(known).hexdigest() == mark["sha256"] else [f"{LOG}: the content is not what was written"]
-
-
-def progress_text(record: Mapping[str, Any]) -> str:
-    """`polite .61 brief .40 | KL .52 | 5,310 tokens/s` from a record of the log."""
-    rewards = " ".join(f"{name} {'?' if value is None else format(value, '.3f')}" for name, value in record["rewards"].items())
-    return f"{rewards} | KL {record['kl']:.3f} | {record['tokens_per_s']:,.0f} tokens/s"
