@@ -17,6 +17,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from paretune import __version__
 from paretune.cli import app
 from paretune.cli.family import _even_weights
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS
@@ -289,3 +290,9 @@ def test_the_preference_that_fit_suggests_is_one(count):
     names = [f"o{k}" for k in range(count)]
     weights = Preference.of(names, _even_weights(names)).weights
     assert min(weights) > 0.5 / count
+
+
+@pytest.mark.parametrize("asked", [["-h"], ["ls", "-h"]])
+def test_short_help_and_version(asked):
+    assert "Usage: paretune" in " ".join(run(*asked).stdout.split())
+    assert run("--version").stdout == f"paretune {__version__}\n"

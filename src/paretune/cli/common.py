@@ -74,9 +74,23 @@ app = typer.Typer(
     help="Train, combine and measure language-model policies under several objectives.",
     epilog="Exit codes: 0 done, 1 something failed while it ran, 2 a mistake in the request, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from paretune import __version__
+
+        typer.echo(f"paretune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False) -> None:
+    """What comes before any command."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]

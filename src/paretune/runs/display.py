@@ -90,7 +90,7 @@ class Display:
         """`trainings 3/6, cells 2/18, 1m12s, 2m05s left`."""
         left = self._left()
         eta = "" if left is None else f", {_clock(left)} left"
-        counts = f"trainings {self.trainings_done}/{self.trainings}, cells {self.cells_done}/{self.cells}"
+        counts = f"trainings {self.trainings_done}/{self.trainings}" + (f", cells {self.cells_done}/{self.cells}" if self.cells else "")
         return f"{counts}, {_clock(time.monotonic() - self._start)}{eta}"
 
     def _left(self) -> float | None:
