@@ -254,14 +254,6 @@ def quick_table() -> str:
     return f"Task seed {of[0]} alone; {len(found.cells)} cells; commit {', '.join(commits)}.\n\n{markdown(shown)}"
 
 
-def answers() -> str:
-    """The first test question of the SmolLM2 example, as the untrained model and the family answered it."""
-    made = json.loads((RESULTS / "smollm_family.json").read_text(encoding="utf-8"))["answers"]
-    shown = {"untrained": "none: the untrained model", "brief": "brief 1", "both": "brief .5, positive .5", "positive": "positive 1"}
-    lines = [f"> {made['questions'][0]}\n", "| preference | answer |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {label} | {' '.join(made[name][0].split())} |" for name, label in shown.items())]) + "\n"
-
-
 def exchange() -> str:
     """One committed prompt of the text task with its responses: the untrained model's, and the bridge's at three preferences."""
     record = json.loads((RESULTS / "reflection.json").read_text(encoding="utf-8"))
@@ -389,7 +381,6 @@ def markdown(table: Table) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "answers": answers,
     "exchange": exchange,
     "finding": finding,
     "results": results,
