@@ -148,7 +148,7 @@ class Moved(ExactTask):
     "learner",
     [
         replace(LEARNER, steps=120, stop_cv=0.003, stop_window=5, validate_every=2),
-        PolicyGradient(samples=3200, batch=32, group=8, lr=2e-2, stop_cv=0.03, stop_window=5, validate_every=4),
+        PolicyGradient(samples=3200, batch=32, group=8, lr=2e-2, step_kl=None, stop_cv=0.03, stop_window=5, validate_every=4),
     ],
 )
 def test_the_stopping_rule_does_not_depend_on_where_zero_is(tmp_path, learner):

@@ -78,7 +78,7 @@ def test_linear_trains_away_from_what_is_judged():
 
 
 def test_emorl_sets_the_published_stopping_rule_where_there_is_one(task, learner):
-    offline = LEARNERS.build("modpo")
+    offline = LEARNERS.build("trl")
     assert keys("emorl", task, offline) == keys("emorl-shared", task, offline), "without a stopping rule it trains as it always does"
     method = METHODS.build("emorl")
     assert [s.learner["stop_cv"] for s in method.plan(task, learner, {}, 0)] == [0.015, 0.015]

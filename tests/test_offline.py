@@ -189,7 +189,8 @@ def test_conformance(count):
 def test_it_takes_over_the_shape_and_budget_of_another_learner():
     sampled = Modpo.like(PolicyGradient(samples=640, rank=3, kl_in="loss", kl_estimator="k3", normalize="group", stop_cv=0.1))
     assert (sampled.samples, sampled.rank) == (640, 3)
-    assert not {"kl_in", "kl_estimator", "normalize", "stop_cv"} & set(describe(sampled)), "fields of a loss that it has not"
+    assert sampled.stop_cv == 0.1
+    assert not {"kl_in", "kl_estimator", "normalize"} & set(describe(sampled)), "fields of a loss that it has not"
     assert Modpo.like(quick_learner(steps=7), labels="hard").steps == 7
     spec = METHODS.build({"name": "modpo", "labels": "hard"}).plan(TINY, quick_learner(), {}, 0)[0]
     assert (spec.learner["name"], spec.learner["labels"]) == ("modpo", "hard")

@@ -236,10 +236,12 @@ def test_dry_run_says_what_would_run(bench):
 def test_lines_for_a_log(bench, capsys):
     run_suite(suite_of(), bench.root, executor="in-process")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("[trainings 1/2, cells 0/1, ")
-    assert "] trained fake at (0, 1) on fake-task(seed=1) in 0." in lines[0]
-    assert "left] measured fake-method on fake-task(seed=1) in" in lines[2]
+    assert len(lines) == 4
+    assert lines[0].startswith("[trainings 0/1, cells 0/1, ")
+    assert "] training fake at (0, 1) on fake-task(seed=1)" in lines[0]
+    assert lines[1].startswith("[trainings 1/2, cells 0/1, ")
+    assert "] trained fake at (0, 1) on fake-task(seed=1) in 0." in lines[1]
+    assert "left] measured fake-method on fake-task(seed=1) in" in lines[3]
     bench.tell("fail-2")
     run_suite(suite_of(seeds=[2]), bench.root, executor="in-process")
     assert "cell fake-method on fake-task(seed=2) failed: its training" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.watch import KL_ROSE, guarded, named_means, warnings_of
 from paretune.types import Objectives
 
-LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "validation_samples": 64, "schedule": "constant", "log_every": 1}
+LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "look_samples": 64, "schedule": "constant", "log_every": 1}
 WILD = {**LOOKED, "lr": 0.1, "step_kl": None}
 
 
@@ -71,7 +71,7 @@ def test_a_look_needs_no_more_rows_than_a_batch(tmp_path, monkeypatch):
     """In pieces of whole groups; the same prompts in the same order as in one piece, each with preferences and numbers of its own."""
     sizes, generate = [], batch.generate
     monkeypatch.setattr(batch, "generate", lambda *a, **k: sizes.append(len(a[1]) * k["group"]) or generate(*a, **k))
-    learner = PolicyGradient(**{**LOOKED, "samples": 16, "validation_samples": 40})
+    learner = PolicyGradient(**{**LOOKED, "samples": 16, "look_samples": 40})
     spec = spec_of(learner, None)
     cost = learner.train(spec, WATCHED, tmp_path)
     assert max(sizes) <= 16
@@ -101,7 +101,7 @@ class Falling(Watched):
 @pytest.mark.usefixtures("one_thread")
 def test_a_policy_that_lost_a_guard_is_not_the_best_one(tmp_path):
     falling = Falling(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
-    found, gentle = {}, {**LOOKED, "samples": 320, "lr": 4e-3, "validation_samples": 256, "patience": None}
+    found, gentle = {}, {**LOOKED, "samples": 320, "lr": 4e-3, "look_samples": 256, "patience": None}
     for drop in (None, 0.02, 1e-9):
         learner = PolicyGradient(**gentle, guard_drop=drop)
         learner.train(spec_of(learner, (1.0, 0.0)), falling, tmp_path / str(drop))
@@ -138,7 +138,7 @@ def test_looks_survive_a_kill(tmp_path):
 
 def test_a_look_is_utility_on_validation_prompts_and_the_same_draw_every_time(tmp_path):
     """Against enumeration; and an update of nothing changes no number."""
-    learner = PolicyGradient(**{**LOOKED, "samples": 64, "lr": 1e-12, "validation_samples": 4096}, patience=None)
+    learner = PolicyGradient(**{**LOOKED, "samples": 64, "lr": 1e-12, "look_samples": 4096}, patience=None)
     spec = spec_of(learner)
     learner.train(spec, WATCHED, tmp_path)
     first, *others = looks_of(tmp_path)

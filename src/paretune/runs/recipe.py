@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, nearest, shown
 from paretune.hub import is_gguf
 from paretune.objectives.base import check_callable
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, checked
@@ -68,6 +68,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, kind in (("output", str), ("tune", dict[str, Any] | None)):
         with document.at(key):
             checked(f"{key}:", kind, given.get(key))
+    with document.at("output"):
+        if not given["output"].isprintable():
+            raise ConfigError("output: is a folder's name, on one line", found=shown(given["output"]), remedy="for example output: runs")
     task = _build_task(document)
     with document.at("method"):
         method = METHODS.build(_named(given.get("method"), "experts"))

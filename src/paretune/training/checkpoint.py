@@ -34,7 +34,7 @@ from paretune.files import (
     remove,
     seal,
 )
-from paretune.training.cost import FINISHED, LEDGER, Cost, write_cost
+from paretune.training.cost import FINISHED, LEDGER, LOG, Cost, write_cost
 from paretune.training.spec import FOLDER
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with every record that goes to train.jsonl, plus `steps`, the number of steps planned."""
 
-LOG, DONE = "train.jsonl", "DONE"
+DONE = "DONE"
 
 
 def save_checkpoint(

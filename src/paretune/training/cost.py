@@ -22,8 +22,9 @@ from paretune.errors import StoreError
 from paretune.files import read_json, sealed, write_json, write_text
 from paretune.types import Cost
 
-__all__ = ["FINISHED", "LEDGER", "Cost", "as_if_alone", "beside", "keep_finished", "read_cost", "then", "write_cost"]
+__all__ = ["FINISHED", "LEDGER", "LOG", "Cost", "as_if_alone", "beside", "keep_finished", "read_cost", "then", "write_cost"]
 
+LOG = "train.jsonl"
 LEDGER, FINISHED = "ledger.json", "FINISHED"  # what a training cost; the same with hashes, until the training is published
 
 

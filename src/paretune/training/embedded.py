@@ -73,7 +73,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     """
 
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
-    validation_samples: Count = 128  # responses of each look, and of each validation of the stopping rule
+    validation_samples: Count = 64  # responses of each validation of the stopping rule
+    look_samples: Count = 128  # of each look at validation prompts
     keep: Literal["best", "last"] = "best"  # which of the policies that were looked at is the result
     guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does

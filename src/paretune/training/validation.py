@@ -31,9 +31,9 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     if not known:
         return
     apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation prompts"))
-    prompts = min(len(known), learner.validation_samples)
-    group = min(learner.batch, learner.validation_samples // prompts)
-    total = prompts * max(1, learner.validation_samples // (group * prompts))  # few prompts come again, under other random numbers
+    prompts = min(len(known), learner.look_samples)
+    group = min(learner.batch, learner.look_samples // prompts)
+    total = prompts * max(1, learner.look_samples // (group * prompts))  # few prompts come again, under other random numbers
     at_once = max(1, learner.batch // group)  # prompts, so that a look needs no more memory than a batch
     parts = []
     for first in range(0, total, at_once):

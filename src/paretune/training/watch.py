@@ -14,7 +14,7 @@ import numpy as np
 
 from paretune.files import disk_errors
 from paretune.tasks.base import Task
-from paretune.training.checkpoint import LOG
+from paretune.training.cost import LOG
 from paretune.types import Objectives
 
 __all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "guards_hold", "named_means", "read_warnings", "unsaid", "warnings_of"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +61,12 @@ class LogitMix(Stacked):
     has_composition_limit = True
     attribution = "product"
     why_many = "it mixes the experts' predictions token by token, which no single set of weights computes"
-    linear: ClassVar[bool] = True  # in the experts' logits
 
     @property
     def splits_head(self) -> bool:
-        return self.linear and self.has_own_head and self._linear_head
+        """Whether states may be mixed in place of logits: not in a subclass that combines in another way."""
+        own = type(self).combine is LogitMix.combine and type(self).parts is LogitMix.parts
+        return own and self.has_own_head and self._linear_head
 
     @functools.cached_property
     def _linear_head(self) -> bool:
@@ -131,7 +132,6 @@ class DivergenceMix(LogitMix):
 
     has_composition_limit = False
     attribution = "shapley"
-    linear = False
 
     def __init__(self, bank: Any, tokenizer: Any, *, divergence: str = "forward-kl", alpha: float = 0.5):
         super().__init__(bank, tokenizer)
@@ -191,7 +191,6 @@ class RobustMix(LogitMix):
     has_composition_limit = False
     attribution = "shapley"
     why_many = "it chooses the worst weights near the preference anew for every token"
-    linear = False
 
     def __init__(self, bank: Any, tokenizer: Any, *, radius: float = 1.0):
         super().__init__(bank, tokenizer)
