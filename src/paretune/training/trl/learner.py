@@ -77,8 +77,8 @@ class TrlLearner(SampledLearner):
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = {
         "micro_tokens": ("TRL splits a batch by rows", "use micro_batch, rows per process and backward"),
         **dict.fromkeys(
-            ("stop_cv", "stop_window", "validate_every", "validation_samples"),
-            ("TRL trains a fixed number of steps", "leave the fields of the stopping rule out"),
+            ("stop_cv", "stop_window", "validate_every", "validation_samples", "look_samples", "keep", "guard_drop", "patience"),
+            ("TRL trains a fixed number of steps", "leave the fields of validation and of the stopping rule out"),
         ),
     }
 
