@@ -1007,7 +1007,7 @@ def calls() -> Iterator[Case]:
                 "calls",
                 f"Family.sample prompts {label}",
                 functools.partial(_sample, {"prompts": value}),
-                label in ("empty", "a word", "list"),
+                label in ("empty", "a word", "list", "NUL"),  # as in files of prompts
             )
             for key in ("n", "seed", "max_new_tokens", "temperature"):
                 fine = (key in ("seed",) and label in ("-1", "0")) or (key == "temperature" and label in ("0", "half", "1e300"))
