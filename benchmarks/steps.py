@@ -72,17 +72,13 @@ def measured(case: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
             half = np.full((1, task.objectives.count), 1 / task.objectives.count)
             split = "train" if task.is_exact else "test"
             seen = evaluate(task, family, w_WM=half, splits=(split,), samples=192).metrics["splits"][split]
-            utility[which].append(_value(seen["utility"]["per_preference"][0]))
-            gain = _value(seen["gain"]["per_preference"][0])
+            utility[which].append(seen["utility"]["per_preference"][0]["value"])
+            gain = seen["gain"]["per_preference"][0]["value"]
         utility["untrained"].append(utility[which][-1] - gain)
     mean = {which: float(np.mean(values)) for which, values in utility.items()}
     best = max(list(fields)[1:], key=lambda which: mean[which])
     gains = {which: value - mean["untrained"] for which, value in mean.items()}
     return {"share": mean["default"] / mean[best], "gain_share": gains["default"] / gains[best], "best": best, "utility": mean}
-
-
-def _value(found: Any) -> float:
-    return float(found["value"] if isinstance(found, dict) else found.value if hasattr(found, "value") else found)
 
 
 def _task(case: dict[str, Any], seed: int, model: str | None) -> Any:

@@ -1,6 +1,8 @@
 """What the tests of the learner, its batches and its checkpoints share: one tiny exact task and a way to look at a training."""
 
 import json
+import os
+import signal
 
 import torch
 
@@ -38,3 +40,17 @@ def weights(folder):
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+def killed(learner, spec, task, folder, step):
+    """Train in a process of its own that SIGKILL ends as soon as the record of `step` is written."""
+
+    def die(record):
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        learner.train(spec, task, folder, progress=die)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])

@@ -1,11 +1,8 @@
 """A training that is killed or interrupted: what is left, and that it goes on bitwise."""
 
-import os
-import signal
-
 import pytest
 
-from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from learner_cases import SMALL, TASK, killed, log_of, spec_of, weights
 from paretune.errors import TrainingError
 from paretune.runs.display import progress_text
 from paretune.training.cost import read_cost
@@ -22,24 +19,16 @@ def test_a_killed_training_resumes_bitwise(tmp_path, when, optimizer):
     spec = spec_of(learner)
     learner.train(spec, TASK, tmp_path / "whole")
 
-    def die(record):
-        if record["step"] == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        learner.train(spec, TASK, tmp_path / "killed", progress=die)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    killed(learner, spec, TASK, tmp_path / "killed", when)
     left = [p.name for p in (tmp_path / "killed" / "checkpoint").iterdir()]
     assert f"{(when - 1) // 2 * 2:08d}" in left
     steps = []
     learner.train(spec, TASK, tmp_path / "killed", progress=lambda record: steps.append(record["step"]))
     assert steps == list(range((when - 1) // 2 * 2 + 1, 11)), "nothing is trained twice but what was after the checkpoint"
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    whole, killed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
+    whole, resumed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
     timing = ("seconds", "tokens_per_s")
-    assert [{k: v for k, v in x.items() if k not in timing} for x in killed] == [
+    assert [{k: v for k, v in x.items() if k not in timing} for x in resumed] == [
         {k: v for k, v in x.items() if k not in timing} for x in whole
     ]
     assert read_cost(tmp_path / "killed").samples == 160

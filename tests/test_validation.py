@@ -1,15 +1,13 @@
 """Looks at validation prompts: the best policy is what they say it is, a training ends when none is better, and a kill changes nothing."""
 
 import json
-import os
-import signal
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from learner_cases import SMALL, TASK, killed, log_of, spec_of, weights
 from paretune.tasks.exact.task import ExactTask
 from paretune.training import batch
 from paretune.training.cost import read_cost
@@ -119,15 +117,7 @@ def test_looks_survive_a_kill(tmp_path):
     spec = spec_of(learner)
     learner.train(spec, WATCHED, tmp_path / "whole")
 
-    def die(record):
-        if record["step"] == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        learner.train(spec, WATCHED, tmp_path / "killed", progress=die)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    killed(learner, spec, WATCHED, tmp_path / "killed", 9)
     state = json.loads((tmp_path / "killed" / "checkpoint" / "00000008" / "state.json").read_text())
     assert state["looks"][state["best"]]["step"] < 8, "the best is kept from before the checkpoint, or this shows nothing"
     learner.train(spec, WATCHED, tmp_path / "killed")

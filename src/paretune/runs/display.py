@@ -22,19 +22,12 @@ WORDS = {TRAIN: ("trained", "training"), CELL: ("measured", "cell")}  # done, fa
 
 @dataclass(frozen=True)
 class _Running:
-    """A training that has logged something: what a line says of it, when it was, and how many seconds are left and make the whole."""
+    """A training that has logged something: what a line says of it, when that was, and the seconds `left` and in all, if it is known."""
 
     text: str
     at: float
-    times: tuple[float, float] | None
-
-    @property
-    def left(self) -> float | None:
-        return None if self.times is None else self.times[0]
-
-    @property
-    def whole(self) -> float | None:
-        return None if self.times is None else self.times[1]
+    left: float = 0.0
+    whole: float = 0.0  # 0: not known
 
 
 class Display:
@@ -58,7 +51,8 @@ class Display:
         with contextlib.suppress(KeyError, TypeError, ValueError):  # another learner's record may hold less
             numbers = progress_text(record)
         step, steps = record.get("step", 0), record.get("steps")
-        self._running[job.key] = _Running(f"{job.label}: {step}/{steps} {numbers}".rstrip(), time.monotonic(), _left(record))
+        text = f"{job.label}: {step}/{steps} {numbers}".rstrip()
+        self._running[job.key] = _Running(text, time.monotonic(), *_times(record))
         for text in record.get("warnings", {}).values():
             self.note(f"{job.label}, step {step}: {text}")
 
@@ -96,12 +90,12 @@ class Display:
     def _left(self) -> float | None:
         """Seconds: of each kind of job the mean duration, of trainings that run what their steps say; None while a kind is not known."""
         now, left = time.monotonic(), 0.0
-        told = [running for running in self._running.values() if running.whole is not None]
+        told = [running for running in list(self._running.values()) if running.whole]  # another thread may ask while one ends
         for training, open_jobs in ((True, self.trainings - self.trainings_done), (False, self.cells - self.cells_done)):
             seconds, count = self._spent[training]
             if training:
-                left += sum(max(0.0, r.left - (now - r.at)) for r in told if r.left is not None)
-                open_jobs, seconds, count = open_jobs - len(told), seconds + sum(r.whole or 0.0 for r in told), count + len(told)
+                left += sum(max(0.0, r.left - (now - r.at)) for r in told)
+                open_jobs, seconds, count = open_jobs - len(told), seconds + sum(r.whole for r in told), count + len(told)
             if open_jobs > 0 and not count:
                 return None
             left += max(open_jobs, 0) * seconds / max(count, 1)
@@ -213,12 +207,10 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
-def _left(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The seconds that a training still needs and needs in all, if it goes on as it did; None where its record does not say."""
-    step, steps, seconds = (record.get(name) for name in ("step", "steps", "seconds"))
-    if not step or not steps or not seconds:
-        return None
-    return seconds * (steps - step) / step, seconds * steps / step
+def _times(record: Mapping[str, Any]) -> tuple[float, float]:
+    """The seconds that a training still needs and needs in all, if it goes on as it did; zeros where its record does not say."""
+    step, steps, seconds = (record.get(name) or 0 for name in ("step", "steps", "seconds"))
+    return (seconds * (steps - step) / step, seconds * steps / step) if step and steps else (0.0, 0.0)
 
 
 def progress_text(record: Mapping[str, Any]) -> str:

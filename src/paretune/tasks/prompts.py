@@ -358,34 +358,36 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
 def _split(prompts: tuple[Prompt, ...], *, share: float, seed: int) -> dict[str, tuple[Prompt, ...]]:
     """Whole groups of equal prompts go to one side; each draws its own place, so adding prompts moves few of the others."""
-    distinct = sorted({p.digest for p in prompts}, key=lambda digest: seed_for(seed, "test split", digest))
-    if len(distinct) < 2:
+    order = _order(prompts, "test split", seed)
+    if len(order) < 2:
         raise ConfigError(
             "a share for testing needs at least two different prompts",
-            found=f"{len(distinct)}",
+            found=f"{len(order)}",
             remedy="add prompts, or name a file of test prompts with test:",
         )
-    held = set(distinct[: min(max(1, round(share * len(distinct))), len(distinct) - 1)])
-    return {
-        "train": tuple(p for p in prompts if p.digest not in held),
-        "test": tuple(p for p in prompts if p.digest in held),
-    }
+    return _held(prompts, "test", order[: min(max(1, round(share * len(order))), len(order) - 1)])
 
 
 def _taken(prompts: tuple[Prompt, ...], count: int, *, seed: int) -> dict[str, tuple[Prompt, ...]]:
     """`count` of the training prompts for validation, in the same way; one is left at least."""
-    distinct = sorted({p.digest for p in prompts}, key=lambda digest: seed_for(seed, "validation split", digest))
-    if count >= len(distinct):
+    order = _order(prompts, "validation split", seed)
+    if count >= len(order):
         raise ConfigError(
             "prompts for validation leave some for training",
-            found=f"validation: {count} of {len(distinct)} different prompts",
+            found=f"validation: {count} of {len(order)} different prompts",
             remedy="ask for fewer, or name a file of them",
         )
-    held = set(distinct[:count])
-    return {
-        "train": tuple(p for p in prompts if p.digest not in held),
-        "validation": tuple(p for p in prompts if p.digest in held),
-    }
+    return _held(prompts, "validation", order[:count])
+
+
+def _order(prompts: Sequence[Prompt], stream: str, seed: int) -> list[str]:
+    """The different prompts, by digest, in the order in which they are held back."""
+    return sorted({p.digest for p in prompts}, key=lambda digest: seed_for(seed, stream, digest))
+
+
+def _held(prompts: Sequence[Prompt], name: str, digests: Sequence[str]) -> dict[str, tuple[Prompt, ...]]:
+    held = set(digests)
+    return {"train": tuple(p for p in prompts if p.digest not in held), name: tuple(p for p in prompts if p.digest in held)}
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -21,7 +21,7 @@ from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "cut_share", "draw", "draw_step", "preferences", "prompt_order"]
+__all__ = ["Responses", "cut_off", "draw", "draw_step", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -40,6 +40,10 @@ class Responses:
     w_NM: np.ndarray
     rewards_NM: np.ndarray  # raw, NaN = unscored
     texts: Sequence[str] = ()  # without special tokens
+
+    def kl_N(self, reference_NT: Tensor) -> np.ndarray:
+        """(N,) log pi - log pi_ref of whole responses, nats, from the reference's (N, T) log-probabilities."""
+        return ((self.logp_NT - reference_NT) * self.mask_NT).sum(1).double().cpu().numpy()
 
     def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
@@ -98,12 +102,12 @@ def draw(
     return Responses(made.prompts, ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM, made.texts)
 
 
-def cut_share(policy: Policy, made: Responses, limit: int) -> float:
-    """The share of responses that the limit of tokens ended."""
+def cut_off(policy: Policy, made: Responses, limit: int) -> np.ndarray:
+    """(N,) which responses the limit of tokens ended."""
     if made.tokens_NT.shape[1] < limit:
-        return 0.0
+        return np.zeros(len(made.tokens_NT), dtype=bool)
     ended_N = torch.isin(made.tokens_NT[:, -1], torch.tensor(policy.eos_ids, dtype=torch.long, device=made.tokens_NT.device))
-    return float((made.mask_NT[:, -1].bool() & ~ended_N).double().mean())
+    return (made.mask_NT[:, -1].bool() & ~ended_N).cpu().numpy()
 
 
 def draw_step(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False) -> Responses:

@@ -87,7 +87,7 @@ class Distillation(EmbeddedLearner):
                 part_NTV = _response_logits(policy, made, self.group, alone_NK, everything).float() * gates_NK[:, k, None, None]
                 teacher_NTV = part_NTV if teacher_NTV is None else teacher_NTV + part_NTV
         assert teacher_NTV is not None
-        kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
+        kl_N = made.kl_N(reference_NT)
         return DistillBatch(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, teacher_NTV)
 
     def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:

@@ -24,7 +24,7 @@ from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, cut_share, draw
+from paretune.training.batch import Responses, cut_off, draw
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.learner import (
@@ -139,7 +139,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             look(self, policy, task, spec, run)
         made = batch.responses
         told = {"kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm, "lr": lr}
-        told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": cut_share(policy, made, task.max_new_tokens)}
+        told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": float(cut_off(policy, made, task.max_new_tokens).mean())}
         return {"rewards_NM": made.rewards_NM, **told}
 
     @contextlib.contextmanager
@@ -161,8 +161,9 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         if self.step_kl is None:
             yield
             return
-        bound = max(self.step_kl, run.kl * SHARE, run.rounding * ABOVE)
-        if not (self._near(run, bound) or run.step % LOOK_EVERY == 0):
+        bound = self._bound(run)
+        near = run.step_kl is None or run.step_kl > bound / 4 or run.lr_share < 1
+        if not (near or run.step % LOOK_EVERY == 0):
             yield
             return
         made, weights = batch.responses, policy.parameters()
@@ -177,7 +178,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         old_N, before = logp_N(), [weight.detach().clone() for weight in weights]
         if fresh:
             run.rounding = float(((old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()) ** 2).mean()) / 2
-            bound = max(self.step_kl, run.kl * SHARE, run.rounding * ABOVE)
+            bound = self._bound(run)
         yield
         kept = 1.0  # of the update
         for attempt in range(ATTEMPTS):
@@ -195,9 +196,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         room = math.sqrt(bound / max(run.step_kl or 0.0, 1e-12))
         run.lr_share = min(1.0, run.lr_share * (max(kept, 0.1) if kept < 1 else min(room, 1.25)))
 
-    @staticmethod
-    def _near(run: Run, bound: float) -> bool:
-        return run.step_kl is None or run.step_kl > bound / 4 or run.lr_share < 1
+    def _bound(self, run: Run) -> float:
+        return max(self.step_kl or 0.0, run.kl * SHARE, run.rounding * ABOVE)
 
     def record(
         self, task: Task, spec: TrainSpec, run: Run, window: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
@@ -244,6 +244,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             loss.backward()
             total += float(loss.detach())
         return total
+
+    def reference_logp(self, policy: Policy, made: Responses, *, group: int | None = None) -> Tensor:
+        """(N, T) log-probabilities of the reference, pass by pass: an ordinary tensor, which autograd may keep."""
+        rows = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group or self.group)
+        with torch.inference_mode():
+            parts = [self.logp(policy, made, part, gates_NK=None, group=group) for part in rows]
+        return torch.cat(parts)
 
     def logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None, group: int | None = None) -> Tensor:
         """(rows, T) log-probabilities, gates None for the reference; whole groups, of `self.group` by default, read their prompt once."""

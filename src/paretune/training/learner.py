@@ -41,6 +41,7 @@ from paretune.training.checkpoint import (
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost, read_cost
 from paretune.training.spec import Artifact, TrainSpec
+from paretune.training.watch import named_means
 from paretune.training.weightings.base import State
 from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Objectives, Positive
 
@@ -362,12 +363,9 @@ def log_record(
     """
     names = objectives.names
     rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
-    unscored_M = np.isnan(rewards_NM).sum(0)
-    means_M = np.nansum(rewards_NM, axis=0) / np.maximum(len(rewards_NM) - unscored_M, 1)
-    known_M = unscored_M < len(rewards_NM)
     record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
-    record["rewards"] = {name: float(m) if k else None for name, m, k in zip(names, means_M, known_M, strict=True)}
-    record["unscored"] = dict(zip(names, unscored_M.tolist(), strict=True))
+    record["rewards"] = named_means(objectives, rewards_NM)
+    record["unscored"] = dict(zip(names, np.isnan(rewards_NM).sum(0).tolist(), strict=True))
     if group is not None:
         record["spread"] = {name: float(value) for name, value in zip(names, _spread(rewards_NM), strict=True)}
         record["equal"] = {name: float(value) for name, value in zip(names, _equal(rewards_NM, group), strict=True)}

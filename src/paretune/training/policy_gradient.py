@@ -80,10 +80,8 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
     @memory_explained(SMALLER)
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> PolicyBatch:
         combine, made = self.combine(spec), draw_step(self, policy, task, spec, step)
-        with torch.inference_mode():
-            parts = [self.logp(policy, made, rows, gates_NK=None) for rows in self.passes(made)]
-        reference_NT = torch.cat(parts)  # an ordinary tensor, which autograd may keep
-        kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
+        reference_NT = self.reference_logp(policy, made)
+        kl_N = made.kl_N(reference_NT)
         returns_NM = made.rewards_NM - task.beta * kl_N[:, None]
         jacobian = None
         if combine.needs_gramian:

@@ -6,13 +6,12 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import torch
 
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import Policy
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, cut_share, draw
+from paretune.training.batch import Responses, cut_off, draw
 from paretune.training.learner import Run
 from paretune.training.spec import TrainSpec
 from paretune.training.watch import guarded, guards_hold, named_means
@@ -64,10 +63,6 @@ def charge(run: Run, made: Responses) -> None:
 
 
 def _measured(learner: Any, policy: Policy, task: Task, made: Responses, group: int) -> tuple[np.ndarray, ...]:
-    """Of each response: rewards (N, M), preference (N, M), KL (N,) in nats, the share (N,) that was cut, guards (N, G)."""
-    with torch.inference_mode():
-        rows = made.passes(rows=learner.micro_batch, tokens=learner.micro_tokens, group=group)
-        reference_NT = torch.cat([learner.logp(policy, made, part, gates_NK=None, group=group) for part in rows])
-    kl_N = ((made.logp_NT - reference_NT) * made.mask_NT).sum(1).double().cpu().numpy()
-    cut_N = np.full(len(kl_N), cut_share(policy, made, task.max_new_tokens))
-    return made.rewards_NM, made.w_NM, kl_N, cut_N, task.score_guards(made.prompts, made.texts)
+    """Of each response: rewards (N, M), preference (N, M), KL (N,) in nats, whether it was cut off (N,), guards (N, G)."""
+    kl_N = made.kl_N(learner.reference_logp(policy, made, group=group))
+    return made.rewards_NM, made.w_NM, kl_N, cut_off(policy, made, task.max_new_tokens), task.score_guards(made.prompts, made.texts)

@@ -31,8 +31,9 @@ Records = Sequence[Mapping[str, Any]]
 
 def named_means(objectives: Objectives, scores_NM: np.ndarray) -> dict[str, float | None]:
     """Name -> mean of what was scored; None where nothing was."""
-    columns = dict(zip(objectives.names, scores_NM.T, strict=True))
-    return {name: float(np.nanmean(values_N)) if np.isfinite(values_N).any() else None for name, values_N in columns.items()}
+    known_M = (~np.isnan(scores_NM)).sum(0)
+    means_M = np.nansum(scores_NM, axis=0) / np.maximum(known_M, 1)
+    return {name: float(mean) if known else None for name, mean, known in zip(objectives.names, means_M, known_M, strict=True)}
 
 
 def guarded(guards: Objectives, scores_NG: np.ndarray, first: list[list[float | None]]) -> dict[str, Any]:
@@ -87,13 +88,14 @@ def read_warnings(folder: Path) -> dict[str, str]:
 def _latest(records: Records, samples: int) -> Records:
     """The last records that hold so many samples; none where there are fewer."""
     for start in range(len(records) - 1, -1, -1):
-        if _drawn(records, start) >= samples:
+        if _drawn(records, start, len(records)) >= samples:
             return records[start:]
     return ()
 
 
-def _drawn(records: Records, start: int) -> int:
-    return records[-1]["samples"] - (records[start - 1]["samples"] if start else 0)
+def _drawn(records: Records, start: int, stop: int) -> int:
+    """The samples of records[start:stop]."""
+    return records[stop - 1]["samples"] - (records[start - 1]["samples"] if start else 0)
 
 
 def _mean(records: Records, *path: str) -> float:
@@ -130,13 +132,13 @@ def _kl_rose(records: Records, names: Sequence[str], weights_M: np.ndarray, beta
     """Over the last six records: the KL rose by NATS, and what it costs more than the reward gained, which is not above its noise."""
     if len(records) < 6:
         return {}
-    halves = records[-6:-3], records[-3:]
-    kl, reward, noise = ([_mean(half, "kl") for half in halves], [], 0.0)
-    for half, before in zip(halves, (records[-7] if len(records) > 6 else None, records[-4]), strict=True):
+    count, (kl, reward, noise) = len(records), ([], [], 0.0)
+    for start, stop in ((count - 6, count - 3), (count - 3, count)):
+        half = records[start:stop]
+        kl.append(_mean(half, "kl"))
         reward.append(float(weights_M @ [_mean(half, "rewards", name) for name in names]))
-        drawn = half[-1]["samples"] - (before["samples"] if before else 0)
-        spread_M = np.array([_mean(half, "spread", name) for name in names])
-        noise += float((weights_M * spread_M) @ (weights_M * spread_M)) / max(drawn, 1)
+        spread_M = weights_M * [_mean(half, "spread", name) for name in names]
+        noise += float(spread_M @ spread_M) / max(_drawn(records, start, stop), 1)
     rose, gained = kl[1] - kl[0], reward[1] - reward[0]
     if not (rose >= NATS and gained < 2 * np.sqrt(noise) and gained < beta * rose):
         return {}
