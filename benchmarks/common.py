@@ -52,24 +52,31 @@ def paired_medians(a: Callable[[], Any], b: Callable[[], Any], rounds: int) -> t
     return statistics.median(seconds["a"]), statistics.median(seconds["b"]), times_as_fast(seconds, "a", "b")
 
 
-def grpo(
+def grpo(model: Any, tokenizer: Any, *, prompts: Sequence[Any], group: int, cpu: bool, **shape: Any) -> None:
+    """A training by TRL's GRPOTrainer with LoRA; the rest is as for `grpo_trainer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"num_generations": group, "temperature": 1.0, "top_k": 0, "use_cpu": cpu}
+        grpo_trainer(folder, model, tokenizer, prompts=[{"prompt": prompt} for prompt in prompts], **shape, **settings).train()
+
+
+def grpo_trainer(
+    folder: str,
     model: Any,
     tokenizer: Any,
     *,
-    prompts: Sequence[Any],
-    rewards: Sequence[Any],
+    prompts: Sequence[Mapping[str, Any]],
+    rewards: Any,
     rows: int,
-    group: int,
     tokens: int,
     steps: int,
     rank: int,
     alpha: int,
     beta: float,
     lr: float,
-    cpu: bool,
     stamp: Callable[[], Any],
-) -> None:
-    """A training by TRL's GRPOTrainer with LoRA; `stamp` is called after each step."""
+    **settings: Any,
+) -> Any:
+    """TRL's GRPOTrainer with LoRA, which logs and saves nothing; `stamp` is called after each step, `settings` are more of GRPOConfig."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -79,31 +86,18 @@ def grpo(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             stamp()
 
-    with tempfile.TemporaryDirectory() as folder:
-        shape = {"per_device_train_batch_size": rows, "num_generations": group, "max_completion_length": tokens, "max_steps": steps}
-        quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-        config = GRPOConfig(
-            output_dir=folder,
-            learning_rate=lr,
-            beta=beta,
-            temperature=1.0,
-            top_k=0,
-            use_cpu=cpu,
-            bf16=False,
-            gradient_checkpointing=False,
-            **shape,
-            **quiet,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=list(rewards),
-            args=config,
-            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-            peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
-        trainer.train()
+    shape = {"per_device_train_batch_size": rows, "max_completion_length": tokens, "max_steps": steps, "learning_rate": lr, "beta": beta}
+    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
+    config = GRPOConfig(output_dir=folder, bf16=False, gradient_checkpointing=False, **shape, **quiet, **settings)
+    return GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=Dataset.from_list(list(prompts)),
+        peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
 
 
 def machine() -> dict[str, Any]:

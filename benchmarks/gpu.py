@@ -294,9 +294,9 @@ def timed(split: Split) -> type:
             with split.part("collect"):
                 return super().collect(*args, **kwargs)
 
-        def logp(self, *args: Any, gates_NK: Any) -> Any:
+        def logp(self, *args: Any, gates_NK: Any, **settings: Any) -> Any:
             with split.part("reference" if gates_NK is None else "forward" if torch.is_grad_enabled() else "bound"):
-                return super().logp(*args, gates_NK=gates_NK)
+                return super().logp(*args, gates_NK=gates_NK, **settings)
 
         def gradient(self, *args: Any, **kwargs: Any) -> Any:
             with split.part("gradient"):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import emit
+from common import emit, grpo_trainer
 from paretune.registry import describe
 from paretune.seeds import forked_torch
 from paretune.tasks.base import Task
@@ -123,40 +123,21 @@ def ours() -> float:
 
 def trl_trainer(folder: str, rewards: Any, stamps: list[float], clock: Callable[[], float], **settings: Any) -> Any:
     """TRL's GRPOTrainer on `Letters`, at the shapes above; the time of each step's end goes to `stamps`."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            stamps.append(clock())
-
-    model, tokenizer = Letters().load()
-    config = GRPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=ROWS,
-        max_completion_length=TOKENS,
-        max_steps=WARM + TIMED,
-        learning_rate=LR,
+    return grpo_trainer(
+        folder,
+        *Letters().load(),
+        prompts=[{"prompt": text} for text in texts_of("train") * (WARM + TIMED)],
+        rewards=rewards,
+        rows=ROWS,
+        tokens=TOKENS,
+        steps=WARM + TIMED,
+        rank=RANK,
+        alpha=ALPHA,
         beta=BETA,
-        report_to="none",
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+        lr=LR,
+        stamp=lambda: stamps.append(clock()),
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
         **settings,
-    )
-    return GRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=rewards,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": texts_of("train") * (WARM + TIMED)}),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Clock()],
     )
 
 

@@ -218,7 +218,7 @@ def test_what_the_paths_run(gpu, monkeypatch):
 def test_seconds_of_a_step_go_to_their_parts(gpu, monkeypatch):
     late = Late(monkeypatch)
 
-    def logp(self, *given, gates_NK):
+    def logp(self, *given, gates_NK, **settings):
         late.give(3.0 if gates_NK is None else 7.0 if torch.is_grad_enabled() else 11.0)
 
     def collect(self):
