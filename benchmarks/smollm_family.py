@@ -38,7 +38,7 @@ from paretune.runs.recipe import Recipe, load_recipe
 from paretune.runs.suite import fit
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
-TRAINING = 1280  # samples of each of the three trainings
+TRAINING = 2560  # samples of each of the three trainings
 OBJECTIVES = (
     "objectives=[{name: brief, use: 'rewards.py:brief', low: 0, high: 1}, {name: positive, use: 'rewards.py:positive', low: 0, high: 1}]"
 )
