@@ -4,12 +4,14 @@
 
 Tasks are `exact-v1`, whose best policy pi*_w at any weights is known, and the family is these: no training is judged here, only asking. A
 user has weights drawn uniformly from the simplex and answers by Bradley and Terry's model, at the scale at which a given share of their
-answers to random pairs agrees with their weights. The pool holds RESPONSES to each of the eight training prompts, one from the optimum at
-each of as many weights. Regret is the share of the possible gain in J_w that pi* at the weights found so far loses: 1 - attainment.
+answers to random pairs agrees with their weights. The pool is what `paretune elicit` draws by default: EACH responses to each of the eight
+training prompts, of the policies at the vertices, at even weights and at others. Regret is the share of the possible gain in J_w that pi*
+at the weights found so far loses: 1 - attainment.
 
-Asked by: `ours`; `random`, our posterior with random pairs; `pref`, PReF (2503.06358): regularized maximum likelihood, and the pair that is
-longest in the inverse Hessian; `ample`, AMPLe (2411.00524, and its code): a posterior under (1 - 2 g) sigmoid + g, its mean, and the pair that
-halves it best, of those the one with equal variance in both halves. The last two are told the user's true scale, which ours must infer.
+Asked by: `ours`; `random`, our posterior with random pairs; `pref`, PReF (2503.06358): regularized maximum likelihood, and the pair that
+is longest in the inverse Hessian; `ample`, AMPLe (2411.00524, and its code): a posterior under (1 - 2 g) sigmoid + g, its mean, and the
+pair that halves it best, of those the one with equal variance in both halves. The last two are told the user's true scale, which ours
+must infer.
 
     regret_after_5, regret_after_10   median over seeds and users, M = 3, rho = 0, 80 % consistent
     elicit_vs_random                  random pairs' regret after 10 answers by ours
@@ -27,12 +29,11 @@ from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
 from common import emit
-from paretune.evaluation.elicit import Elicitation, Question
+from paretune.evaluation.elicit import EACH, Elicitation, Question, pool_preferences
 from paretune.registry import TASKS
 from paretune.seeds import generator
 
-JUDGED, DEVELOPMENT = range(100, 110), range(0, 10)
-RESPONSES = 12
+JUDGED, DEVELOPMENT = range(100, 110), range(10)
 ASKED = (1, 2, 3, 5, 7, 10, 15, 20)
 SETTINGS = {
     "M2 rho 0": (2, 0.0),
@@ -54,7 +55,7 @@ class Pool:
         rng = generator(seed, "pool")
         rewards_PRM = self.task.rewards_PRM("train")
         rewards, prompts = [], []
-        for w_M in rng.dirichlet(np.ones(count), RESPONSES):
+        for w_M in pool_preferences(count, EACH, seed):
             p_PR = np.exp(self.task.optimum_logp_PR(w_M, "train"))
             for prompt, p_R in enumerate(p_PR):
                 rewards.append(rewards_PRM[prompt, rng.choice(len(p_R), p=p_R / p_R.sum())])
@@ -175,9 +176,14 @@ def main() -> None:
             continue
         pools = {seed: Pool(count, rho, seed) for seed in (DEVELOPMENT if given.development else JUDGED)[: given.seeds]}
         for consistent in given.consistent:
-            regrets = {asker: np.array([session(pools[s], asker, s, u, consistent) for s in pools for u in range(given.users)]) for asker in given.askers}
+            regrets = {
+                asker: np.array([session(pools[s], asker, s, u, consistent) for s in pools for u in range(given.users)])
+                for asker in given.askers
+            }
             found[f"{name}, {consistent:.0%} consistent"] = {asker: _summary(values, given.users) for asker, values in regrets.items()}
-            print(name, consistent, {asker: np.round(np.median(values, axis=0), 4).tolist() for asker, values in regrets.items()}, flush=True)
+            print(
+                name, consistent, {asker: np.round(np.median(values, axis=0), 4).tolist() for asker, values in regrets.items()}, flush=True
+            )
     figures = {}
     main_case = found.get(f"{MAIN[0]}, {MAIN[1]:.0%} consistent", {})
     if {"ours", "random"} <= set(main_case):

@@ -1,4 +1,4 @@
-"""Preference elicitation: the posterior against integration on a grid, decisions against their definition, answers that teach what is true."""
+"""Preference elicitation: the posterior against integration on a grid, decisions against their definition, learning of true weights."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,8 @@ def test_consistent_answers_lead_to_the_weights_behind_them(w):
         regrets.append(asked.regret)
     low, high = asked.interval()
     assert asked.weights == pytest.approx(w, abs=0.06)
-    assert (low <= w).all() and (w <= high).all()
+    assert (low <= w).all()
+    assert (w <= high).all()
     assert regrets[-1] < 0.05 * regrets[0]
 
 
@@ -62,7 +63,7 @@ def test_three_options_and_three_objectives_work_the_same():
 def test_weights_minimize_the_expected_loss_and_regret_is_its_minimum():
     asked = Elicitation(POOL * [1, 5], PROMPTS, seed=0)  # objectives of unequal spread, or the mean would do
     asked.answer(Question(0, (0, 1)), 0)
-    S = sum(np.cov(asked.rewards_NM[PROMPTS == p].T, bias=True) for p in range(6)) / 6
+    S = sum(np.cov(asked.rewards_NM[p == PROMPTS].T, bias=True) for p in range(6)) / 6
 
     def loss(u):
         return np.mean([(w - u) @ S @ (w - u) / (w @ S @ w) for w in asked.w_IM])
@@ -92,7 +93,8 @@ def test_a_question_stands_until_it_is_answered_and_answers_can_be_replayed():
     assert asked.ask() == asked.ask()
     for chosen in (0, 1, TIE):
         question = asked.ask()
-        assert len(set(question.options)) == 2 and {int(PROMPTS[o]) for o in question.options} == {question.prompt}
+        assert len(set(question.options)) == 2
+        assert {int(PROMPTS[o]) for o in question.options} == {question.prompt}
         asked.answer(question, chosen)
     again = Elicitation(POOL, PROMPTS, seed=7)
     for told in asked.to_json()["answers"]:
@@ -110,7 +112,7 @@ def test_unscored_responses_are_counted_and_never_shown():
 
 
 @pytest.mark.parametrize(
-    "pool, prompts",
+    ("pool", "prompts"),
     [
         (np.ones((4, 2)), np.zeros(4)),
         (POOL[:2], np.arange(2)),

@@ -5,17 +5,24 @@ A posterior over the weights, the next pair to ask, the weights to use now, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import log_softmax, softmax
 
 from paretune.errors import ConfigError
 from paretune.seeds import generator
+from paretune.tasks.base import Task
+from paretune.types import Prompt
 
-__all__ = ["TIE", "Elicitation", "Question"]
+if TYPE_CHECKING:
+    from paretune.policy.family import Family
+
+__all__ = ["EACH", "TIE", "Elicitation", "Pool", "Question", "draw_pool", "pool_preferences"]
+
+EACH = 12  # responses to each prompt of a pool
 
 TIE = -1  # the answer to a question whose options are equally good
 PAIRS = 400  # of the pool's pairs, drawn anew for each question
@@ -31,6 +38,45 @@ class Question:
 
     prompt: int
     options: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What questions are made of: responses, their rewards, and the prompt of each (its place in `prompts`)."""
+
+    prompts: tuple[Prompt, ...]
+    responses_N: tuple[str, ...]
+    rewards_NM: np.ndarray
+    prompt_N: np.ndarray
+
+
+def pool_preferences(count: int, each: int, seed: int = 0) -> np.ndarray:
+    """(W, M) preferences of a pool: the vertices, even weights, and others drawn uniformly; `each`, and M + 1 at least."""
+    drawn_WM = generator(seed, "elicit", "pool").dirichlet(np.ones(count), max(each - count - 1, 0))
+    return np.concatenate([np.eye(count), np.full((1, count), 1 / count), drawn_WM])
+
+
+def draw_pool(
+    task: Task,
+    family: Family,
+    prompts: Sequence[Prompt],
+    *,
+    each: int = EACH,
+    seed: int = 0,
+    told: Callable[[int], None] = lambda done: None,
+) -> Pool:
+    """A pool of responses to each prompt, one at each of `pool_preferences`.
+
+    A response that was drawn twice for a prompt stands there once. `told` hears how many preferences are done.
+    """
+    found: dict[tuple[int, str], None] = {}
+    for done, w_M in enumerate(pool_preferences(family.objectives.count, each, seed), start=1):
+        made = family.sample(list(prompts), w_M.tolist(), seed=seed + done)
+        found.update({(place, texts[0]): None for place, texts in enumerate(made)})
+        told(done)
+    asked = [prompts[place] for place, _ in found]
+    texts = tuple(text for _, text in found)
+    return Pool(tuple(prompts), texts, task.score(asked, texts), np.array([place for place, _ in found]))
 
 
 class Elicitation:
@@ -53,7 +99,7 @@ class Elicitation:
 
     Source: Bradley and Terry 1952; Davidson 1970; Chopin 2002 (resample and move). Differs: the question is chosen by the expected loss
     of the decision, as in the knowledge gradient, and not by information about w. Hides: rewards are taken to be what somebody sees, and
-    preferences to be linear in them; whoever wants something that no objective measures gets weights that explain their answers least badly.
+    preferences to be linear in them; whoever wants what no objective measures gets the weights that explain their answers least badly.
     """
 
     def __init__(self, rewards_NM: np.ndarray, prompt_N: np.ndarray, *, options: int = 2, particles: int = 1500, seed: int = 0):
@@ -63,12 +109,14 @@ class Elicitation:
         self.answers: list[tuple[Question, int]] = []
         known_N = np.isfinite(rewards_NM).all(1)
         self.unscored = int((~known_N).sum())
-        self._groups = [rows for p in np.unique(self.prompt_N[known_N]) if len(rows := np.flatnonzero(known_N & (self.prompt_N == p))) >= options]
+        self._groups = [
+            rows for p in np.unique(self.prompt_N[known_N]) if len(rows := np.flatnonzero(known_N & (self.prompt_N == p))) >= options
+        ]
         inside = [rewards_NM[rows] - rewards_NM[rows].mean(0) for rows in self._groups]
         if options < 2 or not inside or not np.ptp(np.concatenate(inside), axis=0).any():
             raise ConfigError(
                 "a question shows at least two responses to one prompt whose rewards differ",
-                found=f"{options} options; {len(rewards_NM)} responses to {len(np.unique(self.prompt_N))} prompts, {self.unscored} unscored",
+                found=f"{options} options; {len(rewards_NM)} responses ({self.unscored} unscored), {len(np.unique(self.prompt_N))} prompts",
                 remedy="draw more responses to each prompt, at several preferences",
             )
         within_NM = np.concatenate(inside)
@@ -118,7 +166,9 @@ class Elicitation:
     def answer(self, question: Question, chosen: int) -> None:
         """Record which of a question's options is the best: its place from 0, or TIE. Raises ConfigError where it is neither."""
         if chosen != TIE and not 0 <= chosen < len(question.options):
-            raise ConfigError("an answer is the place of an option, or TIE", found=repr(chosen), remedy=f"answer 0 to {len(question.options) - 1}")
+            raise ConfigError(
+                "an answer is the place of an option, or TIE", found=repr(chosen), remedy=f"answer 0 to {len(question.options) - 1}"
+            )
         self.answers.append((question, chosen))
         rng = generator(self.seed, "elicit", "move", len(self.answers))
         weight_I = softmax(self._log_likelihood(self._x_IX, self.answers[-1:]))
