@@ -8,8 +8,8 @@ The best of them is found from the last symbol backwards. With V(s, a) the value
 sum_a p(a) (V(s, a) - beta log p(a) / p_ref(a)). Where the unrestricted maximum lies in the ellipsoid it is taken as it is, in closed form;
 elsewhere projected gradient ascent on u finds the restricted one.
 
-Source: ours; the observation is docs/benchmark.md's. Hides: every prefix is free to have a state of its own, which a model of finite rank
-need not manage, so this bounds what can be learned and is not always reached.
+Source: ours. Hides: every prefix is free to have a state of its own, which a model of finite rank need not manage, so that this bounds
+what can be learned and is not always reached.
 """
 
 from __future__ import annotations
