@@ -22,6 +22,7 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
+from paretune.policy.sampling import Sampling, stop_at
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, TASKS, checked, describe
 from paretune.tasks.base import Task
@@ -108,11 +109,14 @@ class Family:
         temperature: float = 1.0,
         system: str | None = None,
         raw: bool = False,
+        stop: Sequence[str] = (),
+        **sampling: Any,
     ) -> list[list[str]]:
         """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
 
         Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
-        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
+        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn. A text ends
+        before the first of `stop` that is in it. `sampling` are other fields of `policy.sampling.Sampling`, such as top_p.
         """
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
@@ -124,9 +128,9 @@ class Family:
         gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
         group = n if n <= SAMPLE_ROWS else 1  # each prompt is read once for all its responses
         read = asked if group == n else [prompt for prompt in asked for _ in range(n)]
-        settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "temperature": temperature}
+        settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "sampling": Sampling.of(temperature=temperature, **sampling)}
         drawn = generate(self.policy, read, gates_NK=gates_NK, group=group, batch=SAMPLE_ROWS // group, **settings)
-        answers = [text for rollout in drawn for text in rollout.texts]
+        answers = [text[: stop_at(text, stop)] for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:
