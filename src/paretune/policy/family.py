@@ -25,9 +25,9 @@ from paretune.policy.rules import GateRule
 from paretune.policy.sampling import Sampling, stop_at
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, TASKS, checked, describe
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, sharing_weights
 from paretune.tasks.prompts import as_prompt
-from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt
+from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt, canonical_json
 
 __all__ = ["Family"]
 
@@ -215,20 +215,27 @@ class Family:
         trust: bool = False,
         scoring: bool = True,
         self_test: bool = True,
+        bases: dict[str, Any] | None = None,
     ) -> Family:
         """A saved family, with its reference model loaded afresh and, unless `self_test` is false, tried out: see `policy.self_test`.
 
         `model` says where the reference model is now, if it has moved. Code that the family names is refused unless the caller says
-        `trust`; that of its objectives may stand there where it is not used for `scoring`.
+        `trust`; that of its objectives may stand there where it is not used for `scoring`. Families that are loaded with the same dict
+        as `bases` share the weights of a reference model that they have in common.
         """
         path = Path(path)
         card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
         _refuse(path, changed(path, card.get("files", {})))
         base = _found(card["base"], path, model)
-        loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
-        if device is not None:
-            loaded = loaded.to(device)
+        known = {} if bases is None or base.get("quantize") else bases  # quantized weights are no plain tensors
+        name = canonical_json(base)
+        if name not in known:
+            loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
+            known[name] = loaded if device is None else loaded.to(device), tokenizer
+        loaded, tokenizer = known[name]
+        if known is bases:
+            loaded = sharing_weights(loaded)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
         policy = build_mixing(card["mixing"], LoraBank.load(loaded, adapters), tokenizer)
         policy.load_extra(path)
