@@ -11,12 +11,14 @@ import numpy as np
 
 from paretune.policy.base import build_policy
 from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
 from paretune.policy.rollout import token_ids
 from paretune.policy.rules import Identity, PromptedRule
 from paretune.policy.sampling import Sampling
 from paretune.seeds import generator
 from paretune.serve.rows import Row
 from paretune.testing.mixings import fill, quick_task, random_adapters
+from paretune.types import Objectives
 
 TASK = quick_task(alphabet=6, length=4, layers=2)
 NAMES = TASK.objectives.names
@@ -95,3 +97,18 @@ def requests(family: Family, count: int, *, seed: int = 0, longest: int = 40, **
         asked |= {"stream": bool(n % 2), "logprobs": 2 if n % 7 == 0 else None}
         made.append(Heard(family, text, w_M, **{**asked, **settings}))
     return made
+
+
+@cache
+def spoken_family() -> Family:
+    """A family of the small model of examples/support_desk with random weights: real text, a chat template, hardly ever an end."""
+    from paretune.policy.mixing.parameter import ParameterMix
+    from paretune.tasks.pretrained import load_pretrained
+    from recipe_files import tiny_model
+
+    model, tokenizer = load_pretrained(str(tiny_model()))
+    bank = LoraBank.attach(model, names=["polite", "brief"], seed=0, rank=4)
+    for k in range(2):
+        fill(bank.parameters_of(k), 0.3, "spoken", k)
+    objectives = Objectives(("polite", "brief"), (0.0, 0.0), (1.0, 1.0))
+    return Family(ParameterMix(bank, tokenizer), Identity(), objectives, {"model": str(tiny_model())}, max_new_tokens=16, chat=True)

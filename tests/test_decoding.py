@@ -197,9 +197,7 @@ def test_a_prompt_read_in_pieces_and_from_what_is_known_says_the_same(policy_of,
         said = torch.cat([decoding.step()[0] for _ in range(LENGTH)], 1).tolist()
     rows = [(long, 0), ([2, 3], 1), (long, 0), (long, 0), ([*long[:4], 1], 0)]
     for row, (prompt, at) in enumerate(rows):
-        own = decode(
-            policy, *padded([prompt]), gates_NK=gates_PK[[at]], max_new_tokens=LENGTH, uniforms_NT=noise(row), suppress_eos=True
-        )
+        own = decode(policy, *padded([prompt]), gates_NK=gates_PK[[at]], max_new_tokens=LENGTH, uniforms_NT=noise(row), suppress_eos=True)
         assert said[row] == own.tokens_NT[0].tolist(), row
 
 
@@ -239,8 +237,10 @@ def test_a_text_stops_at_the_stop_that_is_complete_first():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": float("nan")}, {"temperature": 1e-300}, {"top_p": 0}, {"top_k": -1}, {"top_k": 1.5}, {"top_p": True}]
-    + [{"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": "1"}],
+    [
+        *({"temperature": float("nan")}, {"temperature": 1e-300}, {"top_p": 0}, {"top_k": -1}, {"top_k": 1.5}, {"top_p": True}),
+        *({"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": "1"}),
+    ],
     ids=str,
 )
 def test_what_no_sampling_is_is_refused(wrong):

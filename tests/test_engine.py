@@ -112,7 +112,8 @@ def test_kept_prompts_are_bounded_in_memory():
 def test_log_probabilities_are_those_of_the_policy_whatever_it_is_drawn_at():
     family = family_of()
     hot, plain = (
-        Heard(family, "abc", [0.3, 0.7], limit=6, seed=3, logprobs=3, sampling=sampling) for sampling in ({"temperature": 1.5, "top_k": 1}, {})
+        Heard(family, "abc", [0.3, 0.7], limit=6, seed=3, logprobs=3, sampling=sampling)
+        for sampling in ({"temperature": 1.5, "top_k": 1}, {})
     )
     greedy = Heard(family, "abc", [0.3, 0.7], limit=6, seed=3, logprobs=0, sampling={"temperature": 0})
     served(family, [hot, plain, greedy], arrivals=3)

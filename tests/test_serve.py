@@ -298,7 +298,9 @@ def test_bad_conversations_are_refused_by_name(families):
         assert re.search(rule, response.json()["error"]["rule"]), response.text
         assert response.json()["error"]["param"] == "messages"
     parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
-    (whole,), (inparts,) = (Api(families).post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": each}]}) for each in ("abc", parts))
+    (whole,), (inparts,) = (
+        Api(families).post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": each}]}) for each in ("abc", parts)
+    )
     assert texts(whole) == texts(inparts)
     (plain,) = Api({"fam": families["digits"]}).post("/v1/chat/completions", CHAT)
     assert plain.status_code == 400

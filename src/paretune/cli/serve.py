@@ -23,7 +23,9 @@ def serve(
     family: Annotated[list[Path], typer.Argument(help="Directories that `paretune fit` wrote; one base model is loaded once.")],
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(metavar="VARIABLE", help="The environment variable with the key that clients send.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="The environment variable with the key that clients send.")
+    ] = None,
     default: Annotated[str | None, typer.Option(help="The preference of requests without one: a=.7,b=.3. Default: even weights.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, max=4096, help="Responses that are decoded at a time.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, max=100_000, help="Responses that may wait; beyond them, status 429.")] = 256,
@@ -49,7 +51,11 @@ def serve(
 
     models = server.load_families(family, default=default, trust=trust, model=model)
     engine = Engine(
-        {name: served.family for name, served in models.items()}, rows=max_rows, queue=max_queue, chunk=chunk, prefix_bytes=prefix_cache * 2**20
+        {name: served.family for name, served in models.items()},
+        rows=max_rows,
+        queue=max_queue,
+        chunk=chunk,
+        prefix_bytes=prefix_cache * 2**20,
     )
     if key is None and host not in LOOPBACK:
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")

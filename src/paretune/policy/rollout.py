@@ -160,15 +160,13 @@ class Decoding:
 
     def take(self, reading: Reading, rows_N: Sequence[int], *, uniforms_NT: np.ndarray, samplings: Sequence[Sampling]) -> None:
         """Add rows behind those that are there: `rows_N` says of which prompt of a finished `reading` each is a response."""
-        assert reading.done and reading.logits_PV is not None
+        assert reading.logits_PV is not None, "a reading that is done"
         at_N = torch.tensor(rows_N, device=self.policy.device)
         logits_NV, mask_NT, cache = reading.logits_PV, reading.mask_PT, reading.cache
         if list(rows_N) != list(range(len(reading.prompts))):
             logits_NV, mask_NT = logits_NV[at_N], None if mask_NT is None else mask_NT[at_N]
             for layer in cache.layers:
-                layer.keys, layer.values = (
-                    _by_row(x, len(reading.prompts))[:, at_N].flatten(0, 1) for x in (layer.keys, layer.values)
-                )
+                layer.keys, layer.values = (_by_row(x, len(reading.prompts))[:, at_N].flatten(0, 1) for x in (layer.keys, layer.values))
         gates_NK = reading.gates_PK[at_N].contiguous()
         _claim(cache, gates_NK)
         self._seat(logits_NV, mask_NT, cache, gates_NK, uniforms_NT, samplings, [reading.prompts[i] for i in rows_N])
@@ -292,12 +290,11 @@ class Reading:
     at least the last token of a prompt is read anew. `gates_PK` has a row for each prompt.
     """
 
-    def __init__(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], gates_PK: Tensor, known: Sequence[tuple[Any, int]] | None = None
-    ):
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], gates_PK: Tensor, known: Sequence[tuple[Any, int]] | None = None):
         self.policy, self.prompts, self.at = policy, [list(prompt) for prompt in prompts], 0
         self.gates_PK: Tensor = gates_PK.to(policy.device, torch.float32)
-        self.cache, self.logits_PV = policy.new_cache(len(prompts)), None
+        self.cache = policy.new_cache(len(prompts))
+        self.logits_PV: Tensor | None = None
         lengths = [0] * len(prompts) if known is None else [length for _, length in known]
         assert all(0 <= length < len(prompt) for length, prompt in zip(lengths, self.prompts, strict=True))
         rest = [prompt[length:] for prompt, length in zip(self.prompts, lengths, strict=True)]

@@ -78,7 +78,7 @@ class Said:
 
 
 def shaped(logits_NV: Tensor, samplings: Sequence[Sampling], said: Sequence[Said | None]) -> Tensor:
-    """The logits with penalties, and -inf for tokens that top-k and top-p leave out; before the temperature. Writes into what it is given."""
+    """The logits with penalties, and -inf for tokens that top-k and top-p leave out; before the temperature. It writes into them."""
     for n, (sampling, words) in enumerate(zip(samplings, said, strict=True)):
         if sampling.penalizes and words is not None:
             _penalize(logits_NV[n], sampling, words)

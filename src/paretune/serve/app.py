@@ -299,7 +299,8 @@ async def _next(queue: asyncio.Queue[tuple[int, Piece]], gone: asyncio.Future[No
     """What comes next; ClientDisconnect where nobody waits for it any more."""
     coming = asyncio.ensure_future(queue.get())
     try:
-        await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {coming, gone}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if coming.done():
             return coming.result()
         raise ClientDisconnect
@@ -394,7 +395,9 @@ def serve(
     limits = limits or Limits()
     app = make_app(models, engine, key=key, limits=limits)
     AppStatus.disable_automatic_graceful_drain()  # streams go on to their end: the server waits for them
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(limits.drain), timeout_keep_alive=30, server_header=False)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=int(limits.drain), timeout_keep_alive=30, server_header=False
+    )
     with _listening(host, port) as listening:
         family = "[{}]" if ":" in host else "{}"
         server = _Told(config, lambda: ready(f"http://{family.format(host)}:{listening.getsockname()[1]}"))

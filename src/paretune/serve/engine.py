@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -259,7 +259,10 @@ class _Lane:
         free, chunk = self.engine.most - self.engine.running, self.engine.chunk
         room = chunk if self.rows else 4 * chunk  # tokens of short prompts, padded
         taken: list[Row] = []
-        batches: dict[bool, dict[tuple[bytes, tuple[int, ...], int], tuple[list[Row], Any]]] = {False: {}, True: {}}  # by prompt; known or not
+        batches: dict[bool, dict[tuple[bytes, tuple[int, ...], int], tuple[list[Row], Any]]] = {
+            False: {},
+            True: {},
+        }  # by prompt; known or not
         widest = 0
         for row in self._candidates():
             if len(taken) >= free:
@@ -383,6 +386,7 @@ class _Lane:
         text = self._texts.get(row)
         if text is None:
             text = self._texts[row] = Text(self.tokenizer, row.stop)
+        finish: str | None
         if token in self.eos:
             new, finish = text.end(row.said[:-1]), "stop"
         else:
@@ -402,7 +406,7 @@ class _Lane:
 
     def _keep(self, told: tuple[list[int], Tensor], tokens: list[int]) -> None:
         for n, logp_V in zip(*told, strict=True):
-            row, top = self.rows[n], ()
+            row, top = self.rows[n], cast(tuple[tuple[int, float], ...], ())
             if row.logprobs:
                 best = logp_V.topk(min(row.logprobs, len(logp_V)))
                 top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from paretune.errors import ConfigError, nearest, shown
 from paretune.hub import positions_of
@@ -143,7 +143,7 @@ def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> A
         gates_PK = np.broadcast_to(gates, (len(prompts), gates.shape[-1]))
     seed = _number(body, "seed", int, None)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    stream = _number(body, "stream", bool, False)
+    stream = _number(body, "stream", StrictBool, False)
     settings: dict[str, Any] = {"seed": seed, "stream": stream, "sampling": _sampling(body), "stop": _stop(body)}
     settings["logprobs"] = _logprobs(kind, body)
     limits = [_limit(kind, body, served, len(each)) for each in tokens]
@@ -155,7 +155,7 @@ def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> A
     with about("max_tokens"):
         for row in rows[::n]:
             engine.check(row)
-    options = checked("stream_options", dict[str, Any], body.get("stream_options", {}))
+    options = _number(body, "stream_options", dict[str, Any], {})
     weights = None if preference is None else dict(zip(preference.names, preference.weights, strict=True))
     echoed = {"preference": weights, "gates": _named(served, gates_PK[0]), "seed": seed}
     tell_usage = bool(options.get("include_usage"))
@@ -308,7 +308,7 @@ def _logprobs(kind: str, body: Mapping[str, Any]) -> int | None:
         most = _number(body, "logprobs", Natural, None) if body.get("logprobs") is not False else None
         name = "logprobs"
     else:
-        wanted = _number(body, "logprobs", bool, False)
+        wanted = _number(body, "logprobs", StrictBool, False)
         most, name = _number(body, "top_logprobs", Natural, 0), "top_logprobs"
         if most and not wanted:
             with about(name):
