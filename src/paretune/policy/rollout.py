@@ -24,6 +24,7 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
+from paretune.policy.cache import by_row, joint_cache, with_room
 from paretune.policy.sampling import Said, Sampling, draw, shaped
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 KEPT_BELOW = 0.75  # of the rows that are decoded: when so few still run, the others leave; each time the cache is copied once
+TRIMMED = 8  # columns that are empty in every row: so many are left out together
 BELOW_ONE = 1.0 - 2.0**-52  # times a uniform, times a total: less than the total, whatever the rounding
 
 
@@ -166,10 +168,57 @@ class Decoding:
         if list(rows_N) != list(range(len(reading.prompts))):
             logits_NV, mask_NT = logits_NV[at_N], None if mask_NT is None else mask_NT[at_N]
             for layer in cache.layers:
-                layer.keys, layer.values = (_by_row(x, len(reading.prompts))[:, at_N].flatten(0, 1) for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (by_row(x, len(reading.prompts))[:, at_N].flatten(0, 1) for x in (layer.keys, layer.values))
         gates_NK = reading.gates_PK[at_N].contiguous()
         _claim(cache, gates_NK)
         self._seat(logits_NV, mask_NT, cache, gates_NK, uniforms_NT, samplings, [reading.prompts[i] for i in rows_N])
+
+    def replace(
+        self, slots: Sequence[int], reading: Reading, rows_N: Sequence[int], *, uniforms_NT: np.ndarray, samplings: Sequence[Sampling]
+    ) -> None:
+        """As `take`, with the rows in the places of others, which are dropped. What others hold is not copied."""
+        assert reading.logits_PV is not None, "a reading that is done"
+        self._advance()
+        _refuse_other_caches(self.policy, reading.cache)
+        assert self._gates_NK is not None, "a reading has gates"
+        device = self.policy.device
+        at_N, here_N = torch.tensor(rows_N, device=device), torch.tensor(slots, device=device)
+        mine, theirs = self._cache.get_seq_length(), reading.cache.get_seq_length()
+        mask_NT = torch.ones(self.rows, mine, dtype=torch.long, device=device) if self._mask_NT is None else self._mask_NT
+        if theirs > mine:
+            mask_NT = functional.pad(mask_NT, (theirs - mine, 0))
+        mask_NT[here_N] = 0
+        mask_NT[here_N, -theirs:] = 1 if reading.mask_PT is None else reading.mask_PT[at_N]
+        for layer, read in zip(self._cache.layers, reading.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                if theirs > mine:
+                    setattr(layer, name, functional.pad(getattr(layer, name), (0, 0, theirs - mine, 0)))
+                by_row(getattr(layer, name), self.rows)[:, here_N, :, -theirs:] = by_row(getattr(read, name), len(reading.prompts))[:, at_N]
+        self._mask_NT = mask_NT
+        self._logits_NV = self._logits_NV.index_copy(0, here_N, reading.logits_PV[at_N])
+        self._gates_NK = self._gates_NK.index_copy(0, here_N, reading.gates_PK[at_N])
+        _claim(self._cache, self._gates_NK)
+        missing = uniforms_NT.shape[1] - self._draws_NT.shape[1]
+        self._draws_NT = functional.pad(self._draws_NT, (0, max(0, missing)))
+        self._draws_NT[here_N.to(self.place), : uniforms_NT.shape[1]] = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
+        for slot, place, sampling in zip(slots, rows_N, samplings, strict=True):
+            self._heat_N1[slot], self._count_N[slot], self._samplings[slot] = float(sampling.temperature), 0, sampling
+            self._said[slot] = Said(reading.prompts[place]) if sampling.penalizes else None
+        self._settle()
+
+    def rest(self, slots: Sequence[int]) -> None:
+        """Rows that nobody needs any more, until others take their places: they cost their share of a forward, and their columns may go."""
+        if self._mask_NT is None:
+            self._mask_NT = torch.ones(self.rows, self._cache.get_seq_length(), dtype=torch.long, device=self.policy.device)
+        self._mask_NT[list(slots)] = 0
+        self._mask_NT[list(slots), -1] = 1
+        for slot in slots:
+            self._samplings[slot], self._said[slot], self._count_N[slot] = Sampling(), None, 0
+        empty = int(self._mask_NT.argmax(1).min())
+        if empty >= TRIMMED:
+            self._mask_NT = self._mask_NT[:, empty:]
+            for layer in self._cache.layers:
+                layer.drop(empty)
 
     def _seat(
         self,
@@ -191,7 +240,7 @@ class Decoding:
             self._advance()
             self._check_beside(cache, gates_NK)
             mask_NT = self._joint_mask(mask_NT, n, self._cache.get_seq_length(), cache.get_seq_length())
-            cache = _joint_cache(self._cache, cache, self.rows, n)
+            cache = joint_cache(self._cache, cache, self.rows, n)
             gates_NK = None if gates_NK is None or self._gates_NK is None else torch.cat([self._gates_NK, gates_NK])
             width = max(self._draws_NT.shape[1], draws_NT.shape[1])
             draws_NT = torch.cat([functional.pad(draws, (0, width - draws.shape[1])) for draws in (self._draws_NT, draws_NT)])
@@ -199,6 +248,8 @@ class Decoding:
             count_N = torch.cat([self._count_N, count_N])
         self._cache, self._mask_NT, self._logits_NV, self._count_N = cache, mask_NT, logits_NV, count_N
         self._gates_NK, self._draws_NT, self._heat_N1 = gates_NK, draws_NT, heat_N1
+        if self.policy.has_plain_cache:
+            with_room(cache)
         self._samplings += samplings
         self._said += [Said(prompt) if each.penalizes else None for each, prompt in zip(samplings, prompts, strict=True)]
         self._settle()
@@ -242,7 +293,7 @@ class Decoding:
                 empty = int(mask_NT.argmax(1).min())
                 self._mask_NT = mask_NT[:, empty:]
             for layer in self._cache.layers:
-                layer.keys, layer.values = (_by_row(x, self.rows)[:, here_N, :, empty:].flatten(0, 1) for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (by_row(x, self.rows)[:, here_N, :, empty:].flatten(0, 1) for x in (layer.keys, layer.values))
             self._gates_NK = None if self._gates_NK is None else self._gates_NK[here_N].contiguous()
             _claim(self._cache, self._gates_NK)
             self._logits_NV = self._logits_NV[here_N]
@@ -348,7 +399,7 @@ class Reading:
         """The keys and values of one prompt, layer by layer, (copies, 1, heads, T, width), without padding: for a later reading."""
         columns = slice(None) if self.mask_PT is None else self.mask_PT[row].nonzero()[:, 0]
         return [
-            tuple(_by_row(x, len(self.prompts))[:, row : row + 1][:, :, :, columns].clone() for x in (layer.keys, layer.values))  # type: ignore[misc]
+            tuple(by_row(x, len(self.prompts))[:, row : row + 1][:, :, :, columns].clone() for x in (layer.keys, layer.values))  # type: ignore[misc]
             for layer in self.cache.layers
         ]
 
@@ -479,22 +530,6 @@ def _for_rows(gates: np.ndarray | Tensor | None, count: int) -> Tensor | None:
         return None
     gates = torch.as_tensor(gates, dtype=torch.float32)
     return gates.repeat(count, 1) if gates.dim() == 1 else gates
-
-
-def _joint_cache(one: Any, two: Any, n_one: int, n_two: int) -> Any:
-    """The second batch's rows behind the first's in one cache, keys and values padded on the left to the longer length."""
-    width = max(one.get_seq_length(), two.get_seq_length())
-    for mine, other in zip(one.layers, two.layers, strict=True):
-        for name in ("keys", "values"):
-            parts = [_by_row(getattr(layer, name), n) for layer, n in ((mine, n_one), (other, n_two))]
-            padded = [functional.pad(part, (0, 0, width - part.shape[3], 0)) for part in parts]
-            setattr(mine, name, torch.cat(padded, 1).flatten(0, 1))
-    return one
-
-
-def _by_row(states: Tensor, n: int) -> Tensor:
-    """(copies, N, heads, T, width) of a cache's states: a policy that stacks its experts has several blocks of N rows."""
-    return states.unflatten(0, (-1, n))
 
 
 def _claim(cache: Any, gates_NK: Tensor | None) -> None:

@@ -237,7 +237,7 @@ class _Lane:
                 kept = [n for n, row in enumerate(rows) if not row.ended]
                 rows[:], places[:] = [rows[n] for n in kept], [places[n] for n in kept]
             self.reading = [reading for reading in self.reading if reading[1]]
-        if self.rows and all(row.ended for row in self.rows):
+        if self.rows and all(row.ended for row in self.rows) and not (self.joins and self.reading):
             self._new_batch()
 
     def _candidates(self) -> list[Row]:
@@ -340,12 +340,20 @@ class _Lane:
         for place, row in firsts.items():
             self.prefixes.add(self._under(row), row.tokens, lambda place=place: reading.kept(place))  # type: ignore[misc]
         self.engine.read += sum(len(row.tokens) for row in firsts.values())
-        self._clear()
         uniforms = [row.uniforms_1T() for row in rows]
         width = max(row.shape[1] for row in uniforms)
         uniforms_NT = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in uniforms])
-        self.decoding.take(reading, places, uniforms_NT=uniforms_NT, samplings=[row.sampling for row in rows])
-        self.rows += rows
+        samplings = [row.sampling for row in rows]
+        free = [n for n, row in enumerate(self.rows) if row.ended][: len(rows)] if self.joins else []
+        some = len(free)
+        if some:
+            self.decoding.replace(free, reading, places[:some], uniforms_NT=uniforms_NT[:some], samplings=samplings[:some])
+            for slot, row in zip(free, rows, strict=False):
+                self._texts.pop(self.rows[slot], None)
+                self.rows[slot] = row
+        if some < len(rows):
+            self.decoding.take(reading, places[some:], uniforms_NT=uniforms_NT[some:], samplings=samplings[some:])
+            self.rows += rows[some:]
 
     def _clear(self) -> None:
         """Let rows that have ended leave the batch."""
@@ -357,7 +365,7 @@ class _Lane:
     def _step(self) -> None:
         engine, began = self.engine, time.monotonic()
         dead = sum(row.ended for row in self.rows)
-        if dead * DEAD_SHARE >= len(self.rows):
+        if dead * DEAD_SHARE >= len(self.rows) and not (self.waiting or self.reading):
             self._clear()
         logits_NV = self.decoding.logits()
         sound_N = logits_NV.amax(1).isfinite().tolist()
@@ -377,6 +385,8 @@ class _Lane:
             row.said.append(token)
             row.first = row.first or time.monotonic()
             self._hear(row, token)
+        if self.joins and (ended := [n for n, row in enumerate(self.rows) if row.ended]):
+            self.decoding.rest(ended)
         engine.drawn, engine.steps = engine.drawn + drawn, engine.steps + 1
         seconds = max(time.monotonic() - began, 1e-6)
         engine.speed += 0.1 * (drawn / seconds - engine.speed)
