@@ -9,7 +9,8 @@ import torch
 from paretune.errors import ConfigError
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
-from paretune.policy.rollout import Decoding, decode
+from paretune.policy.rollout import Decoding, Reading, decode
+from paretune.policy.sampling import Sampling, shaped, stop_at
 from paretune.seeds import generator
 from tiny_models import TOKENIZER, VOCAB, gemma2, llama, write_adapters
 
@@ -122,7 +123,7 @@ def test_a_row_says_what_it_says_alone(policy_of, mixing, reference):
         assert len({tuple(alone(policy, row, reference)[0][:4]) for row in range(4)}) > 1, "or the test sees nothing"
 
 
-def test_a_preference_before_the_prompt_joins_rows_of_its_length_only(tmp_path):
+def test_a_preference_before_the_prompt_joins_rows_of_any_length(tmp_path):
     make = lambda: llama(torch.float64)  # noqa: E731
     paths = write_adapters(make, tmp_path, [{}])
 
@@ -138,8 +139,14 @@ def test_a_preference_before_the_prompt_joins_rows_of_its_length_only(tmp_path):
         for row, prompt in ((0, [1, 2]), (1, [3, 4])):
             decoding.join(*padded([prompt]), gates_NK=gates_1K, uniforms_NT=noise(row))
         said = [decoding.step()[0] for _ in range(3)]
-        with pytest.raises(ConfigError, match="beside rows of their length"):
-            decoding.join(*padded([[1, 2, 3]]), gates_NK=gates_1K, uniforms_NT=noise(2))
+        decoding.join(*padded([[1, 2, 3, 5, 2, 1, 1]]), gates_NK=torch.tensor([[0.9, 0.1]]), uniforms_NT=noise(2))
+        later = [decoding.step()[0] for _ in range(3)]
+        decoding.leave(torch.tensor([True, False, False]))
+        later += [decoding.step()[0][-2:] for _ in range(3)]
+    for row, prompt, gates, tokens in ((1, [3, 4], gates_1K, said + later), (2, [1, 2, 3, 5, 2, 1, 1], torch.tensor([[0.9, 0.1]]), later)):
+        own = decode(policy, *padded([prompt]), gates_NK=gates, max_new_tokens=LENGTH, uniforms_NT=noise(row), suppress_eos=True)
+        place = [1] * 6 + [0] * 3 if row == 1 else [2] * 3 + [1] * 3
+        assert [int(token[at]) for token, at in zip(tokens, place, strict=True)] == own.tokens_NT[0, : len(tokens)].tolist()
     with Decoding(policy, suppress_eos=True) as decoding:  # a batch without padding, and one with: its mask does not count the preference
         decoding.join(*padded([[1, 2]]), gates_NK=gates_1K, uniforms_NT=noise(0))
         decoding.join(*padded([[3], [3, 4]]), gates_NK=gates_1K.repeat(2, 1), uniforms_NT=np.concatenate([noise(2), noise(1)]))
@@ -167,3 +174,75 @@ def test_what_cannot_be_decoded_together_is_refused(policy_of, tmp_path):
         decoding.join(*padded([[1, 2]]), gates_NK=torch.ones(1, 1), uniforms_NT=noise(0))
         with pytest.raises(ConfigError, match="plain attention"):
             decoding.join(*padded([[1, 2]]), gates_NK=torch.ones(1, 1), uniforms_NT=noise(1))
+
+
+@pytest.mark.parametrize("mixing", MIXINGS[:4], ids=str)
+def test_a_prompt_read_in_pieces_and_from_what_is_known_says_the_same(policy_of, mixing):
+    """Two prompts in pieces of two tokens; then both, and a third, from what was kept of the first; rows of one prompt read it once."""
+    policy, long = policy_of(mixing), [4, 5, 6, 7, 8, 9]
+    gates_PK = torch.tensor([[0.2, 0.9], [1.0, 0.0]])
+    with Decoding(policy, suppress_eos=True) as decoding:
+        reading = Reading(policy, [long, [2, 3]], gates_PK)
+        pieces = 0
+        while not reading.done:
+            reading.advance(2)
+            pieces += 1
+        assert pieces == 3
+        kept = reading.kept(0)
+        decoding.take(reading, [0, 1, 0], uniforms_NT=np.concatenate([noise(row) for row in range(3)]), samplings=[Sampling()] * 3)
+        again = Reading(policy, [long, [*long[:4], 1]], gates_PK[[0, 0]], [(kept, 5), (kept, 4)])
+        assert again.left == 1
+        again.advance()
+        decoding.take(again, [0, 1], uniforms_NT=np.concatenate([noise(row) for row in (3, 4)]), samplings=[Sampling()] * 2)
+        said = torch.cat([decoding.step()[0] for _ in range(LENGTH)], 1).tolist()
+    rows = [(long, 0), ([2, 3], 1), (long, 0), (long, 0), ([*long[:4], 1], 0)]
+    for row, (prompt, at) in enumerate(rows):
+        own = decode(policy, *padded([prompt]), gates_NK=gates_PK[[at]], max_new_tokens=LENGTH, uniforms_NT=noise(row), suppress_eos=True)
+        assert said[row] == own.tokens_NT[0].tolist(), row
+
+
+def test_top_k_and_top_p_keep_the_fewest_tokens():
+    logits_NV = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 6, dtype=torch.float64))
+    settings = [{}, {"top_k": 2}, {"top_p": 0.65}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.95}, {"top_p": 0.4, "temperature": 2.0}]
+    kept = shaped(logits_NV.clone(), [Sampling(**each) for each in settings], [None] * 6).isfinite().sum(1).tolist()
+    assert kept == [4, 2, 2, 2, 3, 2], "the last one at temperature 2, where the first has .33 of the mass"
+
+
+def test_penalties_are_those_of_transformers(policy_of):
+    """Repetition over prompt and response; presence and frequency over the response alone; each row its own, in one batch."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    policy, gates_NK = policy_of("parameter"), torch.tensor([[0.5, 0.5]] * 3)
+    samplings = [Sampling(repetition_penalty=1.7), Sampling(presence_penalty=2.0, frequency_penalty=1.5), Sampling()]
+    prompt, process = [1, 2, 3, 3], RepetitionPenaltyLogitsProcessor(1.7)
+    with Decoding(policy, suppress_eos=True) as decoding:
+        decoding.join(*padded([prompt] * 3), gates_NK=gates_NK, uniforms_NT=np.repeat(noise(0), 3, 0), samplings=samplings)
+        said = torch.zeros(3, 0, dtype=torch.long)
+        for _ in range(LENGTH):
+            logits_NV = decoding.logits().clone()
+            tokens_N1, logp_N1 = decoding.step()
+            first_V = process(torch.cat([torch.tensor([prompt]), said[:1]], 1), logits_NV[:1].clone())
+            counts_V = torch.bincount(said[1], minlength=VOCAB)
+            second_V = logits_NV[1:2] - 2.0 * (counts_V > 0) - 1.5 * counts_V
+            for row, logits in enumerate((first_V, second_V, logits_NV[2:])):
+                assert float(logits.log_softmax(1)[0, tokens_N1[row, 0]]) == pytest.approx(float(logp_N1[row, 0]))
+            said = torch.cat([said, tokens_N1], 1)
+
+
+def test_a_text_stops_at_the_stop_that_is_complete_first():
+    assert stop_at("abcd", ["abcd", "c"]) == 2
+    assert stop_at("abcd", ["bc", "abc"]) == 0
+    assert stop_at("abcd", ["x"]) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": float("nan")}, {"temperature": 1e-300}, {"top_p": 0}, {"top_k": -1}, {"top_k": 1.5}, {"top_p": True}),
+        *({"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": "1"}),
+    ],
+    ids=str,
+)
+def test_what_no_sampling_is_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)

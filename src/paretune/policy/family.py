@@ -22,11 +22,12 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
 from paretune.policy.rules import GateRule
+from paretune.policy.sampling import Sampling, stop_at
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, TASKS, checked, describe
-from paretune.tasks.base import Task
+from paretune.tasks.base import Task, sharing_weights
 from paretune.tasks.prompts import as_prompt
-from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt
+from paretune.types import Amount, Cost, Count, Objectives, Preference, Prompt, canonical_json
 
 __all__ = ["Family"]
 
@@ -108,11 +109,14 @@ class Family:
         temperature: float = 1.0,
         system: str | None = None,
         raw: bool = False,
+        stop: Sequence[str] = (),
+        **sampling: Any,
     ) -> list[list[str]]:
         """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
 
         Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
-        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn.
+        draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn. A text ends
+        before the first of `stop` that is in it. `sampling` are other fields of `policy.sampling.Sampling`, such as top_p.
         """
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
@@ -124,9 +128,9 @@ class Family:
         gates_NK = np.repeat(np.broadcast_to(gates, (len(asked), self.policy.K)), n, axis=0)
         group = n if n <= SAMPLE_ROWS else 1  # each prompt is read once for all its responses
         read = asked if group == n else [prompt for prompt in asked for _ in range(n)]
-        settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "temperature": temperature}
+        settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "sampling": Sampling.of(temperature=temperature, **sampling)}
         drawn = generate(self.policy, read, gates_NK=gates_NK, group=group, batch=SAMPLE_ROWS // group, **settings)
-        answers = [text for rollout in drawn for text in rollout.texts]
+        answers = [text[: stop_at(text, stop)] for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:
@@ -211,20 +215,27 @@ class Family:
         trust: bool = False,
         scoring: bool = True,
         self_test: bool = True,
+        bases: dict[str, Any] | None = None,
     ) -> Family:
         """A saved family, with its reference model loaded afresh and, unless `self_test` is false, tried out: see `policy.self_test`.
 
         `model` says where the reference model is now, if it has moved. Code that the family names is refused unless the caller says
-        `trust`; that of its objectives may stand there where it is not used for `scoring`.
+        `trust`; that of its objectives may stand there where it is not used for `scoring`. Families that are loaded with the same dict
+        as `bases` share the weights of a reference model that they have in common.
         """
         path = Path(path)
         card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
         _refuse(path, changed(path, card.get("files", {})))
         base = _found(card["base"], path, model)
-        loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
-        if device is not None:
-            loaded = loaded.to(device)
+        known = {} if bases is None or base.get("quantize") else bases  # quantized weights are no plain tensors
+        name = canonical_json(base)
+        if name not in known:
+            loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
+            known[name] = loaded if device is None else loaded.to(device), tokenizer
+        loaded, tokenizer = known[name]
+        if known is bases:
+            loaded = sharing_weights(loaded)
         adapters = {name: path / folder for name, folder in card["adapters"].items()}
         policy = build_mixing(card["mixing"], LoraBank.load(loaded, adapters), tokenizer)
         policy.load_extra(path)

@@ -24,6 +24,8 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
+from paretune.policy.cache import by_row, joint_cache, with_room
+from paretune.policy.sampling import Said, Sampling, draw, shaped
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt
@@ -31,6 +33,7 @@ from paretune.types import Prompt
 __all__ = [
     "Decoding",
     "Generation",
+    "Reading",
     "Rollout",
     "check_length",
     "decode",
@@ -46,6 +49,7 @@ __all__ = [
 ]
 
 KEPT_BELOW = 0.75  # of the rows that are decoded: when so few still run, the others leave; each time the cache is copied once
+TRIMMED = 8  # columns that are empty in every row: so many are left out together
 BELOW_ONE = 1.0 - 2.0**-52  # times a uniform, times a total: less than the total, whatever the rounding
 
 
@@ -110,6 +114,9 @@ class Decoding:
         self._common: float | Tensor = 1.0  # the temperature, one number where all rows have the same
         self._pending_N1: Tensor | None = None  # tokens that were drawn, and that the model has not seen yet
         self._count_N = torch.zeros(0, dtype=torch.long, device=self.place)  # tokens drawn by each row
+        self._samplings: list[Sampling] = []
+        self._said: list[Said | None] = []  # of rows with penalties
+        self._shapes = False  # whether some row has more than a temperature
 
     def __enter__(self) -> Decoding:
         self._contexts.enter_context(torch.inference_mode())
@@ -133,26 +140,107 @@ class Decoding:
         uniforms_NT: np.ndarray,
         group: int = 1,
         temperature: float = 1.0,
+        samplings: Sequence[Sampling] | None = None,
     ) -> None:
         """Read left-padded prompts, each once, and add `group` rows per prompt, prompt by prompt, behind the rows that are there.
 
         `uniforms_NT` has a column for every token that may be drawn. `gates_NK` has a row per response, the same for all of a prompt; None
-        is the reference. Raises ConfigError where prompt and response do not fit the model's positions, a temperature is negative, or the
-        rows that are there cannot have these beside them.
+        is the reference. `samplings` has one for each row, in place of `temperature`. Raises ConfigError where prompt and response do not
+        fit the model's positions, a temperature is negative, or the rows that are there cannot have these beside them.
         """
         n = prompt_ids_PT.shape[0] * group
-        assert uniforms_NT.shape[0] == n, "one stream per row"
         check_length(self.policy, self.policy.extra_positions + prompt_ids_PT.shape[1] + uniforms_NT.shape[1], temperature)
+        samplings = [Sampling(temperature)] * n if samplings is None else samplings
         gates_NK = gates_on(self.policy, gates_NK)
-        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
-        heat_N1 = torch.full((n, 1), float(temperature), dtype=torch.float64, device=self.place)
-        count_N = torch.zeros(n, dtype=torch.long, device=self.place)
         logits_NV, mask_NT, cache = read(self.policy, prompt_ids_PT, prompt_mask_PT, gates_NK, group)
+        own = 0 if gates_NK is None else self.policy.extra_positions
+        mask_NT = None if mask_NT is None else functional.pad(mask_NT, (own, 0), value=1)
+        prompts: list[Sequence[int]] = [()] * n
+        if any(sampling.penalizes for sampling in samplings):
+            prompts = [prompt_ids_PT[i // group][prompt_mask_PT[i // group].bool()].tolist() for i in range(n)]
+        self._seat(logits_NV, mask_NT, cache, gates_NK, uniforms_NT, samplings, prompts)
+
+    def take(self, reading: Reading, rows_N: Sequence[int], *, uniforms_NT: np.ndarray, samplings: Sequence[Sampling]) -> None:
+        """Add rows behind those that are there: `rows_N` says of which prompt of a finished `reading` each is a response."""
+        assert reading.logits_PV is not None, "a reading that is done"
+        at_N = torch.tensor(rows_N, device=self.policy.device)
+        logits_NV, mask_NT, cache = reading.logits_PV, reading.mask_PT, reading.cache
+        if list(rows_N) != list(range(len(reading.prompts))):
+            logits_NV, mask_NT = logits_NV[at_N], None if mask_NT is None else mask_NT[at_N]
+            for layer in cache.layers:
+                layer.keys, layer.values = (by_row(x, len(reading.prompts))[:, at_N].flatten(0, 1) for x in (layer.keys, layer.values))
+        gates_NK = reading.gates_PK[at_N].contiguous()
+        _claim(cache, gates_NK)
+        self._seat(logits_NV, mask_NT, cache, gates_NK, uniforms_NT, samplings, [reading.prompts[i] for i in rows_N])
+
+    def replace(
+        self, slots: Sequence[int], reading: Reading, rows_N: Sequence[int], *, uniforms_NT: np.ndarray, samplings: Sequence[Sampling]
+    ) -> None:
+        """As `take`, with the rows in the places of others, which are dropped. What others hold is not copied."""
+        assert reading.logits_PV is not None, "a reading that is done"
+        self._advance()
+        _refuse_other_caches(self.policy, reading.cache)
+        assert self._gates_NK is not None, "a reading has gates"
+        device = self.policy.device
+        at_N, here_N = torch.tensor(rows_N, device=device), torch.tensor(slots, device=device)
+        mine, theirs = self._cache.get_seq_length(), reading.cache.get_seq_length()
+        mask_NT = torch.ones(self.rows, mine, dtype=torch.long, device=device) if self._mask_NT is None else self._mask_NT
+        if theirs > mine:
+            mask_NT = functional.pad(mask_NT, (theirs - mine, 0))
+        mask_NT[here_N] = 0
+        mask_NT[here_N, -theirs:] = 1 if reading.mask_PT is None else reading.mask_PT[at_N]
+        for layer, read in zip(self._cache.layers, reading.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                if theirs > mine:
+                    setattr(layer, name, functional.pad(getattr(layer, name), (0, 0, theirs - mine, 0)))
+                by_row(getattr(layer, name), self.rows)[:, here_N, :, -theirs:] = by_row(getattr(read, name), len(reading.prompts))[:, at_N]
+        self._mask_NT = mask_NT
+        self._logits_NV = self._logits_NV.index_copy(0, here_N, reading.logits_PV[at_N])
+        self._gates_NK = self._gates_NK.index_copy(0, here_N, reading.gates_PK[at_N])
+        _claim(self._cache, self._gates_NK)
+        missing = uniforms_NT.shape[1] - self._draws_NT.shape[1]
+        self._draws_NT = functional.pad(self._draws_NT, (0, max(0, missing)))
+        self._draws_NT[here_N.to(self.place), : uniforms_NT.shape[1]] = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
+        for slot, place, sampling in zip(slots, rows_N, samplings, strict=True):
+            self._heat_N1[slot], self._count_N[slot], self._samplings[slot] = float(sampling.temperature), 0, sampling
+            self._said[slot] = Said(reading.prompts[place]) if sampling.penalizes else None
+        self._settle()
+
+    def rest(self, slots: Sequence[int]) -> None:
+        """Rows that nobody needs any more, until others take their places: they cost their share of a forward, and their columns may go."""
+        if self._mask_NT is None:
+            self._mask_NT = torch.ones(self.rows, self._cache.get_seq_length(), dtype=torch.long, device=self.policy.device)
+        self._mask_NT[list(slots)] = 0
+        self._mask_NT[list(slots), -1] = 1
+        for slot in slots:
+            self._samplings[slot], self._said[slot], self._count_N[slot] = Sampling(), None, 0
+        empty = int(self._mask_NT.argmax(1).min())
+        if empty >= TRIMMED:
+            self._mask_NT = self._mask_NT[:, empty:]
+            for layer in self._cache.layers:
+                layer.drop(empty)
+
+    def _seat(
+        self,
+        logits_NV: Tensor,
+        mask_NT: Tensor | None,
+        cache: Any,
+        gates_NK: Tensor | None,
+        uniforms_NT: np.ndarray,
+        samplings: Sequence[Sampling],
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        """Rows that were read; the mask has a column for every one of the cache."""
+        n = len(logits_NV)
+        assert len(uniforms_NT) == len(samplings) == n, "one stream per row"
+        draws_NT = torch.from_numpy(uniforms_NT * BELOW_ONE).to(self.place)
+        heat_N1 = torch.tensor([[float(each.temperature)] for each in samplings], dtype=torch.float64, device=self.place)
+        count_N = torch.zeros(n, dtype=torch.long, device=self.place)
         if self.rows:
             self._advance()
             self._check_beside(cache, gates_NK)
             mask_NT = self._joint_mask(mask_NT, n, self._cache.get_seq_length(), cache.get_seq_length())
-            cache = _joint_cache(self._cache, cache, self.rows, n)
+            cache = joint_cache(self._cache, cache, self.rows, n)
             gates_NK = None if gates_NK is None or self._gates_NK is None else torch.cat([self._gates_NK, gates_NK])
             width = max(self._draws_NT.shape[1], draws_NT.shape[1])
             draws_NT = torch.cat([functional.pad(draws, (0, width - draws.shape[1])) for draws in (self._draws_NT, draws_NT)])
@@ -160,19 +248,38 @@ class Decoding:
             count_N = torch.cat([self._count_N, count_N])
         self._cache, self._mask_NT, self._logits_NV, self._count_N = cache, mask_NT, logits_NV, count_N
         self._gates_NK, self._draws_NT, self._heat_N1 = gates_NK, draws_NT, heat_N1
-        self._common = _common(heat_N1)
+        if self.policy.has_plain_cache:
+            with_room(cache)
+        self._samplings += samplings
+        self._said += [Said(prompt) if each.penalizes else None for each, prompt in zip(samplings, prompts, strict=True)]
+        self._settle()
         _claim(cache, gates_NK)
 
+    def _settle(self) -> None:
+        """What holds for the rows that are there now: asked when rows come and go, not at every token."""
+        self._common = _common(self._heat_N1)
+        self._shapes = any(each.penalizes or each.cuts for each in self._samplings)
+
     def step(self) -> tuple[Tensor, Tensor]:
-        """Draw the next token of every row: tokens (N, 1) and their log-probabilities (N, 1) in nats, float64, at the row's temperature."""
+        """Draw the next token of every row: tokens (N, 1) and their log-probabilities (N, 1) in nats, float64, as the row draws them."""
+        logits_NV = self.logits()
+        if self._shapes:
+            logits_NV = shaped(logits_NV.clone(), self._samplings, self._said)
+        token_N1, logp_N1 = draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._common)
+        for words, (token,) in zip(self._said, token_N1.tolist(), strict=True) if self._shapes else ():
+            if words is not None:
+                words.add(token)
+        self._count_N = self._count_N + 1
+        self._pending_N1 = token_N1
+        return token_N1, logp_N1
+
+    def logits(self) -> Tensor:
+        """(N, V) float64 logits of the next tokens, before any row's sampling."""
         self._advance()
         logits_NV = self._logits_NV.to(self.place, torch.float64)
         if self.suppress_eos:
             logits_NV[:, self.policy.eos_ids] = -torch.inf
-        token_N1, logp_N1 = _draw(logits_NV, self._draws_NT.gather(1, self._count_N[:, None]), self._common)
-        self._count_N = self._count_N + 1
-        self._pending_N1 = token_N1
-        return token_N1, logp_N1
+        return logits_NV
 
     def leave(self, gone_N: Tensor) -> None:
         """Drop the rows where `gone_N` is true, and the columns that only they had filled."""
@@ -183,11 +290,10 @@ class Decoding:
             empty = 0
             if self._mask_NT is not None:
                 mask_NT = self._mask_NT[here_N]
-                # The tokens of a prompted preference stand in the cache before the columns of the mask: none may go.
-                empty = 0 if self.policy.extra_positions else int(mask_NT.argmax(1).min())
+                empty = int(mask_NT.argmax(1).min())
                 self._mask_NT = mask_NT[:, empty:]
             for layer in self._cache.layers:
-                layer.keys, layer.values = (_by_row(x, self.rows)[:, here_N, :, empty:].flatten(0, 1) for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (by_row(x, self.rows)[:, here_N, :, empty:].flatten(0, 1) for x in (layer.keys, layer.values))
             self._gates_NK = None if self._gates_NK is None else self._gates_NK[here_N].contiguous()
             _claim(self._cache, self._gates_NK)
             self._logits_NV = self._logits_NV[here_N]
@@ -195,7 +301,8 @@ class Decoding:
         elif not len(kept_N):
             self._cache = self._pending_N1 = None
         self._draws_NT, self._heat_N1, self._count_N = self._draws_NT[kept_N], self._heat_N1[kept_N], self._count_N[kept_N]
-        self._common = _common(self._heat_N1)
+        self._samplings, self._said = ([rows[n] for n in kept_N.tolist()] for rows in (self._samplings, self._said))
+        self._settle()
 
     def _advance(self) -> None:
         """Give the model the tokens that were drawn last, for the logits of the next ones."""
@@ -210,14 +317,12 @@ class Decoding:
         """The mask of these rows with `n` others below, whose caches have so many columns; None where nothing is padded."""
         if self._mask_NT is None and mask_NT is None and mine == theirs:
             return None
-        # The tokens of a prompted preference stand in the cache, but in no mask.
-        own = 0 if self._gates_NK is None else self.policy.extra_positions
         device = self.policy.device
         masks = [
-            torch.ones(count, length - own, dtype=torch.long, device=device) if mask is None else mask
+            torch.ones(count, length, dtype=torch.long, device=device) if mask is None else mask
             for mask, count, length in ((self._mask_NT, self.rows, mine), (mask_NT, n, theirs))
         ]
-        return torch.cat([functional.pad(mask, (max(mine, theirs) - own - mask.shape[1], 0)) for mask in masks])
+        return torch.cat([functional.pad(mask, (max(mine, theirs) - mask.shape[1], 0)) for mask in masks])
 
     def _check_beside(self, cache: Any, gates_NK: Tensor | None) -> None:
         _refuse_other_caches(self.policy, cache)
@@ -227,13 +332,76 @@ class Decoding:
                 found="rows with gates and rows without",
                 remedy="decode the reference's rows in a batch of their own",
             )
-        lengths = self._cache.get_seq_length(), cache.get_seq_length()
-        if self.policy.extra_positions and gates_NK is not None and lengths[0] != lengths[1]:
-            raise ConfigError(
-                "rows whose preference stands before the prompt are decoded beside rows of their length",
-                found=f"{lengths[1]} tokens beside {lengths[0]}, mixing {self.policy.mixing!r}",
-                remedy="decode them in a batch of their own",
-            )
+
+
+class Reading:
+    """Prompts that are read into a cache, a piece at a time, and then join a `Decoding`.
+
+    `known`, where given, has for every prompt what an earlier reading left of its first tokens (`Reading.kept`), and how many of them;
+    at least the last token of a prompt is read anew. `gates_PK` has a row for each prompt.
+    """
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], gates_PK: Tensor, known: Sequence[tuple[Any, int]] | None = None):
+        self.policy, self.prompts, self.at = policy, [list(prompt) for prompt in prompts], 0
+        self.gates_PK: Tensor = gates_PK.to(policy.device, torch.float32)
+        self.cache = policy.new_cache(len(prompts))
+        self.logits_PV: Tensor | None = None
+        lengths = [0] * len(prompts) if known is None else [length for _, length in known]
+        assert all(0 <= length < len(prompt) for length, prompt in zip(lengths, self.prompts, strict=True))
+        rest = [prompt[length:] for prompt, length in zip(self.prompts, lengths, strict=True)]
+        self.width = max(map(len, rest))
+        device = policy.device
+        self._ids_PT = torch.tensor([[policy.pad_id] * (self.width - len(row)) + row for row in rest], device=device)
+        mask_PT = torch.tensor([[0] * (self.width - len(row)) + [1] * len(row) for row in rest], device=device)
+        own = policy.extra_positions
+        if known is None:
+            mask_PT = functional.pad(mask_PT, (own, 0), value=1)
+        else:
+            longest = max(lengths)
+            before = [[0] * (longest - length) + [1] * (own + length) for length in lengths]
+            mask_PT = torch.cat([torch.tensor(before, device=device), mask_PT], 1)
+            self._open([states for states, _ in known], [own + length for length in lengths])
+        self.mask_PT = needed(mask_PT)
+
+    def _open(self, states: Sequence[Any], lengths: Sequence[int]) -> None:
+        """Begin with what is known, padded on the left to the longest."""
+        longest = max(lengths)
+        for at, layers in enumerate(zip(*states, strict=True)):
+            both = []
+            for part in (0, 1):
+                rows = [functional.pad(layer[part][:, :, :, :n], (0, 0, longest - n, 0)) for layer, n in zip(layers, lengths, strict=True)]
+                both.append(torch.cat(rows, 1).flatten(0, 1))
+            self.cache.update(*both, at)
+        if self.policy.parts_need_gates:
+            self.cache.paretune_gates = self.gates_PK
+
+    @property
+    def left(self) -> int:
+        """Columns that are not read yet."""
+        return self.width - self.at
+
+    @property
+    def done(self) -> bool:
+        """Whether all is read."""
+        return self.at == self.width
+
+    def advance(self, most: int | None = None) -> None:
+        """Read up to `most` columns more, all of them where `most` is None or the cache is none of plain attention."""
+        end = self.width if most is None or not self.policy.has_plain_cache else min(self.width, self.at + most)
+        ids_PT, mask_PT = self._ids_PT[:, self.at : end], self.mask_PT
+        if mask_PT is not None:
+            opens = self.policy.extra_positions if self.cache.get_seq_length() == 0 else 0  # those have no tokens here
+            mask_PT = mask_PT[:, opens : mask_PT.shape[1] - self.width + end]
+        logits_PV = self.policy.forward(ids_PT, gates_NK=self.gates_PK, attention_mask=mask_PT, cache=self.cache, last_only=True)
+        self.logits_PV, self.at = logits_PV[:, -1], end
+
+    def kept(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values of one prompt, layer by layer, (copies, 1, heads, T, width), without padding: for a later reading."""
+        columns = slice(None) if self.mask_PT is None else self.mask_PT[row].nonzero()[:, 0]
+        return [
+            tuple(by_row(x, len(self.prompts))[:, row : row + 1][:, :, :, columns].clone() for x in (layer.keys, layer.values))  # type: ignore[misc]
+            for layer in self.cache.layers
+        ]
 
 
 def decode(
@@ -247,15 +415,19 @@ def decode(
     group: int = 1,
     temperature: float = 1.0,
     suppress_eos: bool = False,
+    sampling: Sampling | None = None,
 ) -> Generation:
     """Responses of up to `max_new_tokens` tokens, `group` to each left-padded prompt (N = P * group rows, prompt by prompt).
 
     Arguments as for `Decoding.join`. `temperature` 0 takes the most likely token; `suppress_eos` gives EOS probability 0 (for timing only).
+    `sampling`, where given, is that of all rows, in place of `temperature`.
     """
     assert uniforms_NT.shape[1] >= max_new_tokens, "one uniform per token"
     uniforms_NT = uniforms_NT[:, :max_new_tokens]
     with Decoding(policy, suppress_eos=suppress_eos) as decoding:
-        decoding.join(prompt_ids_PT, prompt_mask_PT, gates_NK=gates_NK, uniforms_NT=uniforms_NT, group=group, temperature=temperature)
+        samplings = None if sampling is None else [sampling] * len(uniforms_NT)
+        settings: dict[str, Any] = {"group": group, "temperature": temperature, "samplings": samplings}
+        decoding.join(prompt_ids_PT, prompt_mask_PT, gates_NK=gates_NK, uniforms_NT=uniforms_NT, **settings)
         count, where = decoding.rows, decoding.place
         tokens_NT = torch.full((count, max_new_tokens), policy.pad_id, device=where)
         logp_NT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=where)
@@ -312,6 +484,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     temperature: float = 1.0,
     batch: int | None = None,
+    sampling: Sampling | None = None,
 ) -> Iterator[Rollout]:
     """Sampled responses, `group` to each prompt, in batches of `batch` prompts (None: one batch).
 
@@ -336,6 +509,7 @@ def generate(
             uniforms_NT=uniforms_NT,
             group=group,
             temperature=temperature,
+            sampling=sampling,
         )
         yield Rollout(rows[here], ids_PT, mask_PT, made, texts(policy.tokenizer, made), group)
 
@@ -356,22 +530,6 @@ def _for_rows(gates: np.ndarray | Tensor | None, count: int) -> Tensor | None:
         return None
     gates = torch.as_tensor(gates, dtype=torch.float32)
     return gates.repeat(count, 1) if gates.dim() == 1 else gates
-
-
-def _joint_cache(one: Any, two: Any, n_one: int, n_two: int) -> Any:
-    """The second batch's rows behind the first's in one cache, keys and values padded on the left to the longer length."""
-    width = max(one.get_seq_length(), two.get_seq_length())
-    for mine, other in zip(one.layers, two.layers, strict=True):
-        for name in ("keys", "values"):
-            parts = [_by_row(getattr(layer, name), n) for layer, n in ((mine, n_one), (other, n_two))]
-            padded = [functional.pad(part, (0, 0, width - part.shape[3], 0)) for part in parts]
-            setattr(mine, name, torch.cat(padded, 1).flatten(0, 1))
-    return one
-
-
-def _by_row(states: Tensor, n: int) -> Tensor:
-    """(copies, N, heads, T, width) of a cache's states: a policy that stacks its experts has several blocks of N rows."""
-    return states.unflatten(0, (-1, n))
 
 
 def _claim(cache: Any, gates_NK: Tensor | None) -> None:
@@ -409,27 +567,6 @@ def _common(heat_N1: Tensor) -> float | Tensor:
     """Temperatures as one number where all rows have the same: asked when rows come and go, not at every token."""
     first = float(heat_N1[0]) if len(heat_N1) else 1.0
     return first if bool((heat_N1 == first).all()) else heat_N1
-
-
-def _draw(logits_NV: Tensor, uniform_N1: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (N, 1) by inversion of the cumulative distribution, and their log-probabilities (N, 1); float64 throughout.
-
-    `temperature` is a number, or (N, 1); 0 takes the most likely token.
-    """
-    if isinstance(temperature, Tensor):
-        greedy_N1 = temperature == 0
-        token_N1, logp_N1 = _draw(logits_NV / temperature.masked_fill(greedy_N1, 1.0), uniform_N1, 1.0)
-        return torch.where(greedy_N1, logits_NV.argmax(1, keepdim=True), token_N1), logp_N1.masked_fill(greedy_N1, 0.0)
-    if temperature == 0:
-        return logits_NV.argmax(1, keepdim=True), torch.zeros_like(uniform_N1)
-    logits_NV = logits_NV if temperature == 1 else logits_NV / temperature
-    highest_N1 = logits_NV.amax(1, keepdim=True)
-    cumulative_NV = (logits_NV - highest_N1).exp_().cumsum_(1)
-    total_N1 = cumulative_NV[:, -1:]
-    # The first token whose cumulative mass exceeds the aim: never one of mass 0, because the aim stays below the total.
-    token_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * total_N1, right=True)
-    token_N1.clamp_(max=logits_NV.shape[1] - 1)  # logits that are no numbers: their log-probability will say so
-    return token_N1, logits_NV.gather(1, token_N1) - highest_N1 - total_N1.log()
 
 
 def texts(tokenizer: Any, generation: Generation) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paretune.tasks.preferences import judged_preferences
 
-__all__ = ["Task", "first_device", "keep_reference", "reference"]
+__all__ = ["Task", "first_device", "keep_reference", "reference", "sharing_weights"]
 
 
 class Task(ABC):
@@ -119,7 +119,7 @@ def reference(
             return model, tokenizer
         _kept[name] = model, tokenizer, _sums(model)
     model, tokenizer, _ = _kept[name]
-    return _copied(model), copy.deepcopy(tokenizer)
+    return sharing_weights(model), copy.deepcopy(tokenizer)
 
 
 def first_device() -> str:
@@ -138,7 +138,8 @@ def _plain(model: Any, device: str) -> bool:
     return plain and not getattr(model, "is_quantized", False) and where == {torch.device(device).type}
 
 
-def _copied(model: Any) -> Any:
+def sharing_weights(model: Any) -> Any:
+    """A copy of a model: modules of its own around the same weights."""
     import torch
 
     weights = {id(p): torch.nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}

@@ -75,6 +75,7 @@ class ParameterMix(Policy):
 class ReferencePolicy(ParameterMix):
     """The base model without adapters, whatever the gates."""
 
+    parts_need_gates = False
     vertices_are_experts = False
 
     def single_weights(self, gates_K: Tensor) -> Weights | str:

@@ -106,7 +106,8 @@ class PromptedMix(ParameterMix):
         keep = int(last_only) or input_ids_NT.shape[1]
         if opens:
             input_ids_NT = torch.cat([self.prefix(gates_NK), input_ids_NT], 1)
-        if attention_mask is not None:
+        past = 0 if opens else cache.get_seq_length()
+        if attention_mask is not None and (opens or attention_mask.shape[-1] < past + input_ids_NT.shape[1]):  # a mask may count the digits
             attention_mask = _widened(attention_mask, self.extra_positions, opens)
         if position_ids is not None:
             position_ids = position_ids + self.extra_positions

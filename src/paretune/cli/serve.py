@@ -1,0 +1,85 @@
+"""`paretune serve`: families over HTTP, with the preference in each request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paretune.cli.common import Plugins, Trust, app, plug, say
+from paretune.errors import ConfigError
+from paretune.policy.card import read_card
+
+__all__ = ["serve"]
+
+Base = Annotated[str | None, typer.Option("--model", help="Where the families' reference model is now, if it has moved.")]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@app.command()
+def serve(
+    family: Annotated[list[Path], typer.Argument(help="Directories that `paretune fit` wrote; one base model is loaded once.")],
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="The environment variable with the key that clients send.")
+    ] = None,
+    default: Annotated[str | None, typer.Option(help="The preference of requests without one: a=.7,b=.3. Default: even weights.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="Responses that are decoded at a time.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=1, max=100_000, help="Responses that may wait; beyond them, status 429.")] = 256,
+    chunk: Annotated[int, typer.Option(min=1, max=65536, help="Tokens of a long prompt that are read between two tokens.")] = 128,
+    prefix_cache: Annotated[int, typer.Option(min=0, max=2**20, help="MiB for prompts that others begin with; 0 keeps none.")] = 256,
+    max_body: Annotated[int, typer.Option(min=1, max=2**30, help="KiB of a request.")] = 4096,
+    drain: Annotated[int, typer.Option(min=0, max=86_400, help="Seconds that responses have to end after SIGTERM.")] = 60,
+    trust: Trust = False,
+    model: Base = None,
+    plugin: Plugins = None,
+) -> None:
+    """Serve families over HTTP, as the OpenAI API has it, with a preference in every request."""
+    for path in family:
+        read_card(path)
+    key = _key(api_key)
+    plug(plugin)
+    try:
+        from paretune.serve import app as server
+    except ImportError as error:
+        remedy = "pip install 'paretune[serve]'"
+        raise ConfigError("serving needs the packages of the extra `serve`", found=str(error), remedy=remedy) from error
+    from paretune.serve.engine import Engine
+
+    models = server.load_families(family, default=default, trust=trust, model=model)
+    engine = Engine(
+        {name: served.family for name, served in models.items()},
+        rows=max_rows,
+        queue=max_queue,
+        chunk=chunk,
+        prefix_bytes=prefix_cache * 2**20,
+    )
+    if key is None and host not in LOOPBACK:
+        say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
+    server.serve(
+        models,
+        engine,
+        host=host,
+        port=port,
+        key=key,
+        limits=server.Limits(body=max_body * 1024, drain=drain),
+        ready=lambda url: say(f"serving {', '.join(models)} at {url}/v1"),
+    )
+    say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _key(variable: str | None) -> str | None:
+    """The key that clients send, from the environment: a command line is seen by others."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "") if variable and "=" not in variable and "\0" not in variable else ""
+    if not key.strip():
+        raise ConfigError(
+            "--api-key names an environment variable that holds the key",
+            found="no such variable, or an empty one",
+            remedy="export PARETUNE_KEY=..., then --api-key PARETUNE_KEY",
+        )
+    return key.strip()

@@ -1,0 +1,205 @@
+"""The serving engine: what a row says equals `Family.sample`, whatever shares its batch."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from paretune.errors import ParetuneError
+from paretune.policy.contextual import Contextual, Features, GateBasis
+from paretune.seeds import generator
+from paretune.serve.engine import Engine, QueueFull
+from paretune.serve.rows import Prefixes, Text
+from serving import Heard, family_of, prompted, requests
+
+MIXINGS = [
+    "parameter",
+    "logit",
+    "hidden",
+    "factor",
+    "reference",
+    {"name": "merged", "how": "ties"},
+    {"name": "routed", "experts": 2},
+    {"name": "hidden-layer", "layer": 1},
+    {"name": "divergence", "divergence": "js"},
+    {"name": "robust", "radius": 0.3},
+]
+
+
+def contextual():
+    """A rule whose gates depend on the prompt."""
+    features = Features("words", 3)
+    terms = GateBasis(2, landmarks=4, width=0.5, top=1.5).terms
+    theta_DQM = generator(0, "theta").normal(size=(4, terms, 2)).tolist()
+    theta = tuple(tuple(tuple(row) for row in part) for part in theta_DQM)
+    return Contextual(features=features, mean_F=(0.0,) * 3, adapters=2, landmarks=4, width=0.5, top=1.5, theta_DQM=theta)
+
+
+FAMILIES = {str(mixing): lambda mixing=mixing: family_of(mixing) for mixing in MIXINGS}
+FAMILIES |= {"prompted": prompted, "contextual": lambda: family_of("parameter", contextual())}
+
+
+def served(family, heard, *, arrivals=None, **settings):
+    """Have the requests answered; they arrive a few at a time."""
+    engine = Engine({"family": family}, **settings)
+    engine.start()
+    rng = generator(0, "arrivals")
+    at = 0
+    while at < len(heard):
+        some = int(rng.integers(1, 6)) if arrivals is None else arrivals
+        engine.submit([each.row for each in heard[at : at + some]])
+        at += some
+        time.sleep(float(rng.random()) * 0.02)
+    engine.stop()
+    assert all(each.over.is_set() for each in heard)
+    return engine
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_row_says_is_what_sample_says_offline(name):
+    """Random arrivals, lengths, preferences, seeds, stops and penalties; long prompts in pieces, prompts that begin like others."""
+    family = FAMILIES[name]()
+    heard = requests(family, 24)
+    engine = served(family, heard, rows=7, chunk=16)
+    assert engine.running == engine.waiting == 0
+    for each in heard:
+        assert each.finish in ("stop", "length"), each.pieces[-1].error
+        assert each.text == each.offline(family), each.row
+    if name != "reference":
+        assert len({each.text for each in heard}) > 8, "or the test sees nothing"
+    if name not in ("merged", "factor", "contextual"):
+        assert engine.lanes["family"].prefixes.hits > 0 or len({each.row.vector for each in heard[::4]}) > 1
+
+
+def test_prompts_are_kept_by_gates_or_by_tokens_alone():
+    """At the parameter mixing a prompt's keys belong to its gates; at the logit mixing they serve every preference."""
+    for mixing, hits in (("parameter", [0, 39, 0]), ("logit", [0, 39, 39])):
+        family, found = family_of(mixing), []
+        engine = Engine({"family": family})
+        engine.start()
+        for w in ([0.5, 0.5], [0.5, 0.5], [0.2, 0.8]):
+            before = engine.lanes["family"].prefixes.hits
+            heard = Heard(family, "abcd" * 10, w, limit=4)
+            engine.submit([heard.row])
+            assert heard.over.wait(20)
+            found.append(engine.lanes["family"].prefixes.hits - before)
+            engine.call(lambda heard=heard, family=family: heard.text == heard.offline(family) or pytest.fail(heard.text)).result()
+        engine.stop()
+        assert found == hits, mixing
+
+
+def test_kept_prompts_are_bounded_in_memory():
+    known = Prefixes(limit=3000)
+    states = lambda: [(np.zeros(125), np.zeros(0))]  # noqa: E731 (1,000 bytes)
+    prompts = [[n] * 40 for n in range(5)]
+    for prompt in prompts:
+        known.add(b"", prompt, states)
+    assert known.size == 3000
+    assert [known.find(b"", [*prompt, 7]) is not None for prompt in prompts] == [False, False, True, True, True]
+    assert known.find(b"", [*prompts[2], 7])[1] == 40
+    assert known.find(b"", prompts[2])[1] == 39, "the last token is read anew"
+    assert known.find(b"other gates", prompts[2]) is None
+    known.add(b"", [9] * 40, states)
+    assert known.find(b"", prompts[2]) is not None, "it was used"
+    assert known.find(b"", prompts[3]) is None
+    known.add(b"", [1] * 31, states)
+    known.add(b"", [8] * 40, lambda: [(np.zeros(1000), np.zeros(0))])
+    assert known.size == 3000
+
+
+def test_log_probabilities_are_those_of_the_policy_whatever_it_is_drawn_at():
+    family = family_of()
+    hot, plain = (
+        Heard(family, "abc", [0.3, 0.7], limit=6, seed=3, logprobs=3, sampling=sampling)
+        for sampling in ({"temperature": 1.5, "top_k": 1}, {})
+    )
+    greedy = Heard(family, "abc", [0.3, 0.7], limit=6, seed=3, logprobs=0, sampling={"temperature": 0})
+    served(family, [hot, plain, greedy], arrivals=3)
+    spoken = [token for piece in hot.pieces for token in piece.spoken]
+    assert len(spoken) == len(hot.row.said)
+    for token in spoken:
+        assert token.token == token.top[0][0]
+        assert token.logp == token.top[0][1]
+        assert len(token.top) == 3
+    assert [token.logp for token in spoken] == pytest.approx([t.logp for piece in greedy.pieces for t in piece.spoken], abs=1e-5)
+
+
+def test_cancelled_rows_make_room_and_a_full_queue_refuses():
+    family = family_of(max_new_tokens=12)
+    engine = Engine({"family": family}, rows=2, queue=3)
+    rows = [Heard(family, "ab", [0.5, 0.5], limit=15, seed=n, stream=True) for n in range(6)]
+    engine.start()
+    paused = engine.call(lambda: time.sleep(0.5))
+    with pytest.raises(QueueFull, match="bounded queue") as full:
+        engine.submit([each.row for each in rows[:4]])
+    assert full.value.retry_after >= 1
+    engine.submit([each.row for each in rows[:3]])
+    with pytest.raises(QueueFull):
+        engine.submit([rows[3].row])
+    engine.cancel([rows[0].row, rows[2].row])
+    paused.result()
+    assert all(each.over.wait(20) for each in rows[:3])
+    assert [each.finish == "cancelled" for each in rows[:3]] == [True, False, True]
+    assert rows[1].text == engine.call(lambda: rows[1].offline(family)).result()
+    assert engine.running == engine.waiting == 0
+    engine.stop()
+    with pytest.raises(ParetuneError, match="engine that runs"):
+        engine.submit([rows[4].row])
+
+
+def test_a_stop_without_draining_ends_what_runs():
+    family = family_of()
+    engine = Engine({"family": family})
+    rows = [Heard(family, "ab", [0.5, 0.5], limit=15, seed=n) for n in range(3)]
+    engine.start()
+    paused = engine.call(lambda: time.sleep(0.2))
+    engine.submit([each.row for each in rows])
+    engine.stop(drain=False)
+    assert paused.done()
+    assert [each.finish for each in rows] == ["cancelled"] * 3
+
+
+def test_a_row_that_the_mixing_refuses_spoils_no_other():
+    family = family_of({"name": "divergence", "divergence": "forward-kl"})
+    good = [Heard(family, text, [0.5, 0.5], limit=5) for text in ("ab", "cd")]
+    bad = Heard(family, "abc", [0.5, 0.5], limit=5)
+    bad.row.gates_K[:] = -1, 2
+    bad.row.__post_init__()
+    served(family, [good[0], bad, good[1]], arrivals=3)
+    assert bad.finish == "error"
+    assert "none negative" in str(bad.pieces[-1].error)
+    assert [each.text for each in good] == [each.offline(family) for each in good]
+
+
+class Letters:
+    """Token n is letter n; tokens of 100 and more are halves of a character."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join("\ufffd" if n == 100 else "é" if n == 101 else chr(97 + n) for n in row).replace("\ufffdé", "é") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "told"),
+    [
+        ([0, 1, 2], (), ["a", "b", "c", ""]),
+        ([0, 1, 2, 3], ("bcx",), ["a", "", "", "bcd", ""]),  # may begin a stop string: held back, then told
+        ([0, 1, 2, 3], ("bc",), ["a", "", ""]),
+        ([0, 1, 2], ("cd",), ["a", "b", "", "c"]),
+        ([0, 100, 101, 1], (), ["a", "", "é", "b", ""]),
+        ([0, 1, 100], (), ["a", "b", "", "\ufffd"]),
+        ([0, 0, 0, 1], ("aab",), ["", "", "a", ""]),
+    ],
+    ids=str,
+)
+def test_text_is_told_as_soon_as_it_is_sure(tokens, stop, told):
+    text, found = Text(Letters(), stop), []
+    for token in tokens:
+        found.append(text.add(token))
+        if text.stopped:
+            break
+    else:
+        found.append(text.end(tokens))
+    assert found == told
+    assert text.whole == "".join(told)

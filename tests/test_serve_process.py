@@ -1,0 +1,203 @@
+"""A server on a socket: the official client, clients that leave or do not read, and the command from its start to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from paretune.policy.family import Family
+from paretune.serve.app import Limits, _listening, _Told, default_preference, load_families, make_app
+from paretune.serve.engine import Engine
+from paretune.serve.protocol import Served
+from serving import spoken_family
+
+PREFERENCE = {"polite": 0.7, "brief": 0.3}
+SAID = [{"role": "user", "content": "where is parcel 7?"}]
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A server in a thread of this process: its engine and address."""
+    import uvicorn
+
+    family = spoken_family()
+    engine = Engine({"family": family}, rows=16)
+    limits = Limits(send=0.5)
+    app = make_app({"family": Served("family", family, default_preference(family, None))}, engine, limits=limits)
+    listening, ready, found = _listening("127.0.0.1", 0), threading.Event(), []
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # what a client does not read fills it soon
+    server = _Told(uvicorn.Config(app, log_level="error"), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    assert ready.wait(30)
+    found.append(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    engine.url = found[0]
+    yield engine
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+    listening.close()
+
+
+def offline(engine, *given, **settings):
+    """`Family.sample` on the engine's thread: what runs there and what is asked here use one model."""
+    return engine.call(lambda: engine.families["family"].sample(*given, **settings)).result(60)
+
+
+def idle(engine, seconds=20.0):
+    """Whether nothing is decoded any more, in this time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not (engine.running or engine.waiting):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_the_official_client(running):
+    """Whole and streamed answers, models, choices, log-probabilities and errors, as the `openai` package reads them."""
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    asked = {"model": "family", "messages": SAID, "seed": 3, "max_tokens": 12, "extra_body": {"preference": PREFERENCE}}
+    want = offline(running, [SAID], PREFERENCE, n=2, seed=3, max_new_tokens=12)[0]
+    made = client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
+    assert [choice.message.content for choice in made.choices] == want
+    assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+    assert len(made.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert made.paretune["preference"] == PREFERENCE
+    pieces = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == want[0]
+    assert pieces[-1].usage.completion_tokens == 12
+    named = {**asked, "model": "family@polite=.7,brief=.3", "extra_body": {}}
+    assert client.chat.completions.create(**named).choices[0].message.content == want[0]
+    plain = client.completions.create(model="family", prompt="Customer: hello", seed=3, max_tokens=9, logprobs=1, stop=["zz"])
+    assert plain.choices[0].text == offline(running, ["Customer: hello"], [0.5, 0.5], seed=3, max_new_tokens=9, raw=True, stop=["zz"])[0][0]
+    assert len(plain.choices[0].logprobs.token_logprobs) == 9
+    assert [model.id for model in client.models.list()] == ["family"]
+    assert client.models.retrieve("family").paretune["default_preference"] == {"polite": 0.5, "brief": 0.5}
+    with pytest.raises(openai.BadRequestError, match="sum to 1") as refused:
+        client.chat.completions.create(**{**asked, "extra_body": {"preference": {"polite": 2}}})
+    assert refused.value.param == "preference"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(**{**asked, "model": "no"})
+    assert missing.value.code == "model_not_found"
+
+
+def request(engine, body):
+    """A socket on which a request was sent, raw."""
+    data = json.dumps(body).encode()
+    made = socket.create_connection(("127.0.0.1", int(engine.url.rpartition(":")[2])))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    made.sendall(head.encode() + data)
+    return made
+
+
+LONG = {"model": "family", "messages": SAID, "n": 16, "max_tokens": 200, "seed": 1}
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_leaves_frees_its_places(running, stream):
+    drawn = running.drawn
+    gone = request(running, {**LONG, "stream": stream})
+    while running.running < 16:
+        time.sleep(0.005)
+    if stream:
+        assert gone.recv(100).startswith(b"HTTP/1.1 200")
+    gone.close()
+    assert idle(running)
+    assert running.drawn - drawn < 16 * 190, "they were not decoded to their ends"
+
+
+def test_a_reader_that_does_not_read_holds_nobody_up(running):
+    """Its connection is closed when it has not taken a piece for `Limits.send` seconds; others are answered meanwhile."""
+    stuck = request(running, {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20})
+    other = httpx.post(f"{running.url}/v1/chat/completions", json={**LONG, "n": 1, "max_tokens": 5}, timeout=60)
+    assert other.status_code == 200
+    assert idle(running, 60)
+    stuck.settimeout(10)
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := stuck.recv(2**16):
+            received += part
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in received
+    stuck.close()
+
+
+def test_curl_as_the_page_has_it(running):
+    body = json.dumps({"model": "family", "messages": SAID, "preference": PREFERENCE, "max_tokens": 4, "seed": 1})
+    url = f"{running.url}/v1/chat/completions"
+    command = ["curl", "-s", url, "-H", "content-type: application/json", "-d", body]
+    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert made["choices"][0]["message"]["content"] == offline(running, [SAID], PREFERENCE, seed=1, max_new_tokens=4)[0][0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "family"
+    spoken_family().save(folder)
+    return folder
+
+
+def test_families_of_one_base_share_its_weights(saved, tmp_path):
+    spoken_family().save(tmp_path / "second")
+    models = load_families([saved, tmp_path / "second"], default="polite=1")
+    one, two = (models[name].family.policy for name in ("family", "second"))
+    shared = [layer.base.weight.data_ptr() for layer in one.bank.layers] == [layer.base.weight.data_ptr() for layer in two.bank.layers]
+    assert shared
+    assert one.model is not two.model
+    assert models["second"].default.weights == (1.0, 0.0)
+    with torch_no_grad():
+        two.bank.parameters_of(0)[1].zero_()
+    kept = Family.load(saved)
+    said = [family.sample(["hello"], {"polite": 1}, max_new_tokens=8)[0][0] for family in (models["family"].family, kept)]
+    assert said[0] == said[1] != models["second"].family.sample(["hello"], {"polite": 1}, max_new_tokens=8)[0][0]
+
+
+def torch_no_grad():
+    import torch
+
+    return torch.no_grad()
+
+
+def test_the_command_from_start_to_drain(saved):
+    """SIGTERM: new clients are refused, a stream that was begun goes to its end, and the command ends with 0."""
+    env = {**os.environ, "PARETUNE_KEY": "a key of the test"}
+    command = [sys.executable, "-m", "paretune", "serve", str(saved), "--port", "0", "--api-key", "PARETUNE_KEY"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            said = next(line for line in process.stderr if line.startswith("serving"))
+            url = said.split()[-1]
+            key = {"authorization": "Bearer a key of the test"}
+            assert httpx.get(f"{url}/models").status_code == 401
+            assert httpx.get(f"{url}/models", headers=key).json()["data"][0]["id"] == "family"
+            with httpx.stream("POST", f"{url}/chat/completions", json={**LONG, "stream": True}, headers=key, timeout=60) as response:
+                lines = response.iter_lines()
+                first = next(lines)
+                process.send_signal(signal.SIGTERM)
+                late = time.monotonic() + 10
+                while time.monotonic() < late:
+                    try:
+                        httpx.get(f"{url}/models", headers=key)
+                    except httpx.TransportError:
+                        break
+                    time.sleep(0.02)
+                else:
+                    pytest.fail("a server that drains takes no new clients")
+                rest = [first, *lines]
+            assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest[-3:]
+            assert sum('"finish_reason":"' in line for line in rest) == 16
+            assert process.wait(30) == 0
+            assert "stopped" in process.stderr.read()
+        finally:
+            process.kill()
