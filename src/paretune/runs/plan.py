@@ -126,7 +126,7 @@ class Schedule:
         else:
             member.waiting.add(key)
             if key not in self._wanted:
-                job = train_job(self._store, spec)
+                job = train_job(self._store, spec, learner=member.learner)
                 self._display.wanted(job)
                 self._executor.submit(job)
             self._wanted[key].append(member)
