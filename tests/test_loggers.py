@@ -1,4 +1,4 @@
-"""Where a training's log goes beside train.jsonl: TensorBoard, trackio and W&B as they are installed; what breaks, and what is said twice."""
+"""Where a training's log goes beside train.jsonl: TensorBoard, trackio and W&B as installed; what breaks, and what is said twice."""
 
 import dataclasses
 import importlib.util
@@ -146,7 +146,7 @@ def test_a_logger_that_is_not_installed_is_refused_with_its_extra(name, monkeypa
     file = tmp_path / "suite.yaml"
     file.write_text(f"learner:\n  name: pg\n  report_to: [{name}]\n")
     document = load(file)
-    with pytest.raises(ConfigError, match="suite.yaml"), document.at("learner"):
+    with pytest.raises(ConfigError, match=r"suite\.yaml"), document.at("learner"):
         LEARNERS.build(document.data["learner"])
 
 

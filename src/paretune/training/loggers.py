@@ -26,7 +26,7 @@ from paretune.errors import ConfigError, nearest, raised_by, shown
 from paretune.files import disk_errors, note, write_json
 from paretune.training.cost import LOG
 
-__all__ = ["LOGGERS", "Logger", "Loggers", "Reporter", "figures_of", "named_loggers"]
+__all__ = ["LOGGERS", "Logger", "Loggers", "Reporter", "figures_of", "named_loggers", "read_log"]
 
 PROJECT = "paretune"  # as trackio and W&B call a collection of runs
 
@@ -94,7 +94,7 @@ class Trackio(Logger):
 
 
 class WandB(Logger):
-    """A run of the project WANDB_PROJECT, or "paretune". Without a key, and with WANDB_MODE=offline, in ROOT/logs/wandb for `wandb sync`."""
+    """A run of the project WANDB_PROJECT, or "paretune". Without a key, and with WANDB_MODE=offline, in ROOT/logs for `wandb sync`."""
 
     def __init__(self, folder: Path, *, key: str, label: str, config: Mapping[str, Any]):
         import wandb
@@ -198,7 +198,7 @@ class Reporter:
             note(text)
 
     def _send(self, record: Mapping[str, Any]) -> None:
-        earlier = [line for line in _lines(self._work / LOG) if line["step"] < record["step"]] if self._waiting else []
+        earlier = [line for line in read_log(self._work) if line["step"] < record["step"]] if self._waiting else []
         for name in list(self._waiting):
             with self._watched(name):
                 self._open[name] = self._waiting[name](self._folder, **self._about)
@@ -261,11 +261,11 @@ def _row(answer: Mapping[str, Any]) -> dict[str, str]:
     return {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": answer["response"], "scores": scores}
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that is not whole is left out."""
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a training's log, whole lines only, also while it is written; none where there is no log."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in (folder / LOG).read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 found += [json.loads(line)] if line.endswith(b"\n") else []
     return found
