@@ -92,7 +92,7 @@ def test_a_logger_that_fails_is_warned_of_once_and_the_training_goes_on(tmp_path
     kept.fails, seen = 2, []
     path = trained(tmp_path, dataclasses.replace(LEARNER, report_to="json"), progress=seen.append)
     assert [line["step"] for line in log_of(path)] == [2, 4]
-    said = [record.get("warnings") for record in seen]
+    said = [record.get("warnings") for record in seen if "step" in record]
     assert said == [{"report_to json": said[0]["report_to json"]}, None]
     assert "RuntimeError: no network" in said[0]["report_to json"]
     assert [step for step, _ in kept.responses] == [0, 2], "before it failed"

@@ -24,6 +24,7 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
+from paretune.progress import counted
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt
@@ -322,7 +323,7 @@ def generate(
     counts = occurrences(rows) if numbers is None else numbers
     gates = _for_rows(gates_NK, len(rows))
     size = batch or len(prompts)
-    for start in range(0, len(prompts), size):
+    for start in counted("sampling batch", range(0, len(prompts), size)):
         chosen, here = prompts[start : start + size], slice(start * group, (start + size) * group)
         ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
         check_length(policy, policy.extra_positions + ids_PT.shape[1] + max_new_tokens, temperature)  # before noise of that length is drawn

@@ -31,6 +31,7 @@ import paretune
 from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
+from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
@@ -165,14 +166,24 @@ def read_job(path: Path) -> dict[str, Any]:
 
 @refuse_exit()
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
-    """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
-    store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()
+    """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError.
+
+    `progress` gets every record of a training's log, and {"doing": what is loaded, searched or measured, n of m}.
+    """
+    store, tasks, state = Store(path.resolve().parents[2]), tasks or Tasks(), State()
+
+    def hear(what: str, done: int, of: int) -> None:
+        state.hear(what, done, of)
+        if progress is not None and done < of:
+            progress({"doing": state.text()})
+
     try:
         job = read_job(path)
-        if job["kind"] == TRAIN:
-            _train(store, job, tasks, progress)
-        else:
-            _measure(store, job["spec"], job["waves"], tasks)
+        with heard(hear):
+            if job["kind"] == TRAIN:
+                _train(store, job, tasks, progress)
+            else:
+                _measure(store, job["spec"], job["waves"], tasks)
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, StoreError):
             raise no_room(store.root, error) from error

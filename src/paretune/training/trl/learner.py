@@ -32,7 +32,7 @@ import torch
 
 from paretune.errors import ConfigError, TrainingError
 from paretune.files import disk_errors, note, seal, write_json
-from paretune.hub import is_gguf, local_or_hub
+from paretune.hub import is_gguf, local_or_hub, quietly
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
 from paretune.policy.lora.files import WEIGHTS_FILE, write_adapter
@@ -276,7 +276,9 @@ class TrlLearner(SampledLearner):
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
-        loaded = AutoModelForCausalLM.from_pretrained(local_or_hub(base["model"]), revision=base.get("revision"), quantization_config=nf4)
+        with quietly("loading the model"):
+            where = local_or_hub(base["model"])
+            loaded = AutoModelForCausalLM.from_pretrained(where, revision=base.get("revision"), quantization_config=nf4)
         loaded.generation_config = ends
         return loaded, tokenizer
 
