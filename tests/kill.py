@@ -29,6 +29,7 @@ from paretune.runs.store import Store
 from paretune.runs.suite import fit, run_suite
 from paretune.runs.tune import read_plan, tune
 from paretune.seeds import generator
+from paretune.training.cost import TIMED
 
 TASK = {"name": "exact-v1", "alphabet": 3, "length": 2, "prompt_count": 2, "width": 32, "layers": 1}
 LEARNER = {"name": "pg", "samples": 96, "batch": 8, "group": 4, "rank": 2, "log_every": 3, "checkpoint_every": 2}
@@ -46,8 +47,7 @@ TUNED = {
     "methods": [{"name": "experts"}],
     "tune": {"learner.lr": [1e-3, 1e-2, "log"]},
 }
-CLOCK = ("seconds", "tokens_per_s")
-UNSEEN = (*CLOCK, "folder", "sha256")  # what a clock or a place is part of
+UNSEEN = (*TIMED, "folder", "sha256")  # what a clock or a place is part of
 
 
 def bench(root: Path) -> None:

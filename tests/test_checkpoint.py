@@ -5,7 +5,7 @@ import pytest
 from learner_cases import SMALL, TASK, killed, log_of, spec_of, weights
 from paretune.errors import TrainingError
 from paretune.runs.display import progress_text
-from paretune.training.cost import read_cost
+from paretune.training.cost import TIMED, read_cost
 from paretune.training.policy_gradient import PolicyGradient
 
 
@@ -27,9 +27,8 @@ def test_a_killed_training_resumes_bitwise(tmp_path, when, optimizer):
     assert steps == list(range((when - 1) // 2 * 2 + 1, 11)), "nothing is trained twice but what was after the checkpoint"
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     whole, resumed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
-    timing = ("seconds", "tokens_per_s")
-    assert [{k: v for k, v in x.items() if k not in timing} for x in resumed] == [
-        {k: v for k, v in x.items() if k not in timing} for x in whole
+    assert [{k: v for k, v in x.items() if k not in TIMED} for x in resumed] == [
+        {k: v for k, v in x.items() if k not in TIMED} for x in whole
     ]
     assert read_cost(tmp_path / "killed").samples == 160
 

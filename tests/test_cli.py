@@ -48,6 +48,7 @@ COMMANDS = {
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
+    "log": {"TARGET", "KEY", "--responses", "--json"},
     "tune": {
         *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
         *("--no-prune", "--write", "--plugin", "--json"),

@@ -19,14 +19,13 @@ from paretune.registry import LEARNERS, METHODS
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner
 from paretune.training.batch import draw_step
-from paretune.training.cost import read_cost
+from paretune.training.cost import TIMED, read_cost
 from paretune.training.modpo import Modpo, modpo_loss
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.trl.dpo import TrlModpo, _collate
 from paretune.training.trl.learner import Trl
 from processes import alone
 
-TIMED = ("seconds", "tokens_per_s")
 EVERY = {**SMALL, "log_every": 1}
 ADAM = {"optimizer": "adam", "lr": 1e-2}  # Muon rounds to bfloat16, which would hide small differences
 

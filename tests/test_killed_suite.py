@@ -16,6 +16,7 @@ from kill import torment
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.runs.suite import run_suite
 from paretune.seeds import generator
+from paretune.training.cost import TIMED
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="forks a process that has loaded torch"),
@@ -29,7 +30,6 @@ SUITE = {
     "methods": [{"name": "linear", "points": 3}, {"name": "experts", "mixing": ["parameter", "logit"]}],
     "seeds": [0],
 }
-CLOCK = ("seconds", "tokens_per_s")
 
 
 def start(root):
@@ -64,7 +64,7 @@ def kill_after(child, root, more, delay):
 
 def without_clock(value):
     if isinstance(value, dict):
-        return {key: without_clock(item) for key, item in value.items() if key not in CLOCK}
+        return {key: without_clock(item) for key, item in value.items() if key not in TIMED}
     return [without_clock(item) for item in value] if isinstance(value, list) else value
 
 

@@ -237,7 +237,7 @@ def test_lines_for_a_log(bench, capsys):
     run_suite(suite_of(), bench.root, executor="in-process")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("[trainings 0/1, cells 0/1, ")
+    assert lines[0].startswith("[trainings 0/2, cells 0/1, ")
     assert "] training fake at (0, 1) on fake-task(seed=1)" in lines[0]
     assert lines[1].startswith("[trainings 1/2, cells 0/1, ")
     assert "] trained fake at (0, 1) on fake-task(seed=1) in 0." in lines[1]

@@ -23,7 +23,7 @@ from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.advantages import advantages
 from paretune.training.batch import prompt_order
-from paretune.training.cost import read_cost
+from paretune.training.cost import TIMED, read_cost
 from paretune.training.exact import enumerated
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
@@ -189,8 +189,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
     assert not (torn / "ledger.json").exists()
     learner.train(spec_of(learner), TASK, torn)
     assert (torn / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
-    timed = ("seconds", "tokens_per_s")
-    first, second = ([{k: v for k, v in line.items() if k not in timed} for line in lines(folder)] for folder in (whole, torn))
+    first, second = ([{k: v for k, v in line.items() if k not in TIMED} for line in lines(folder)] for folder in (whole, torn))
     assert first == second
     assert [line["step"] for line in first] == [1, 2, 3, 4, 5, 6]
     assert not (torn / "checkpoint").exists()
@@ -199,7 +198,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(fields, tmp_path):
 @pytest.mark.usefixtures("one_thread")
 def test_a_line_of_the_log_averages_the_steps_before_the_checkpoint_too_and_damage_is_seen(tmp_path):
     """A checkpoint at 4, lines at 3 and 6: step 4 is in the line of 6, after a kill too; a damaged checkpoint is not resumed from."""
-    learner, timed = Trl(**{**TINY, "log_every": 3}), ("seconds", "tokens_per_s")
+    learner = Trl(**{**TINY, "log_every": 3})
     learner.train(spec_of(learner), TASK, tmp_path / "whole")
     for name in ("torn", "damaged"):
         assert alone(_killed, learner, tmp_path / name, 6) == -signal.SIGKILL
@@ -209,7 +208,7 @@ def test_a_line_of_the_log_averages_the_steps_before_the_checkpoint_too_and_dama
     with pytest.warns(UserWarning, match="damaged checkpoint is not resumed from"):
         learner.train(spec_of(learner), TASK, tmp_path / "damaged")
     every = [
-        [{k: v for k, v in line.items() if k not in timed} for line in lines(tmp_path / name)] for name in ("whole", "torn", "damaged")
+        [{k: v for k, v in line.items() if k not in TIMED} for line in lines(tmp_path / name)] for name in ("whole", "torn", "damaged")
     ]
     assert every[0] == every[1] == every[2]
     assert [line["step"] for line in every[0]] == [3, 6]

@@ -5,16 +5,20 @@ A GGUF file (the format of llama.cpp) holds a model, often quantized, and its to
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
 import shlex
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from paretune.errors import ConfigError
+from paretune.progress import during
 
 __all__ = [
     "check_pretrained",
@@ -26,6 +30,7 @@ __all__ = [
     "local_or_hub",
     "located",
     "positions_of",
+    "quietly",
     "refuse_kernels",
     "text_config",
     "unloadable",
@@ -72,6 +77,22 @@ def _alone(path: Path) -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory(prefix="paretune-gguf-")
     (Path(folder.name) / path.name).symlink_to(path)
     return folder  # removed when the process ends
+
+
+@contextlib.contextmanager
+def quietly(what: str) -> Iterator[None]:
+    """Load or save something large: whoever listens hears `what`, and the bars and FutureWarnings of transformers are left out."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with during(what), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -39,7 +39,10 @@ __all__ = [
     "loaded_plugins",
     "nearest",
     "not_plain",
+    "unkeyed",
 ]
+
+UNKEYED = {"keyed": False}  # metadata of a field that changes nothing in what is computed, such as where a training's log goes
 
 
 class Registry:
@@ -208,15 +211,20 @@ METHODS = Registry("method", "paretune.methods")
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """The JSON description of a registered instance: name, version, every field, and `content` hashes where it has any.
+    """The JSON description of a registered instance: name, version, every field that is not `unkeyed`, and `content` hashes.
 
     Fields that are None where they follow from others have the number that follows, by the method `resolved`.
     """
-    fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init}
+    fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init and f.metadata.get("keyed", True)}
     fields |= thing.resolved() if hasattr(thing, "resolved") else {}
     content = thing.content() if hasattr(thing, "content") else {}
     described = {"name": thing.registered_name, "version": thing.version, **fields}
     return {**described, "content": content} if content else described
+
+
+def unkeyed(thing: Any) -> dict[str, Any]:
+    """The fields that `describe` leaves out, because results do not depend on them."""
+    return {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init and not f.metadata.get("keyed", True)}
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
+from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("aloud", "app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
 
 
@@ -141,6 +142,18 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
     return executor
 
 
+def aloud(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command that may take long say what it is at: within seconds, then every half minute without a line."""
+
+    @functools.wraps(command)
+    def speaking(*given: Any, **named: Any) -> None:
+        with Heartbeat(command.__name__):
+            command(*given, **named)
+
+    speaking.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+    return speaking
+
+
 def plug(plugins: list[Path] | None) -> None:
     """Load the files given with --plugin."""
     from paretune.registry import load_plugin
@@ -183,3 +196,4 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """Print one line to stderr."""
     print(printable(text), file=sys.stderr, flush=True)
+    spoken()

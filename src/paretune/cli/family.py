@@ -16,6 +16,7 @@ from paretune.cli.common import (
     Plugins,
     Preference,
     Trust,
+    aloud,
     app,
     check_writable,
     on_ray,
@@ -42,6 +43,7 @@ Base = Annotated[str | None, typer.Option("--model", help="Where the family's re
 
 
 @app.command()
+@aloud
 @on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
@@ -85,6 +87,7 @@ def fit(
 
 
 @app.command()
+@aloud
 def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     preference: Preference,
@@ -121,6 +124,7 @@ def sample(
 
 
 @app.command()
+@aloud
 def export(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     preference: Preference,
@@ -147,6 +151,7 @@ def export(
 
 
 @app.command()
+@aloud
 def explain(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],

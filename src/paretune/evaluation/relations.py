@@ -52,6 +52,7 @@ from paretune.evaluation.stats import LEVEL, MIN_PROMPTS, MIN_UNITS
 from paretune.policy.base import build_policy
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import generate
+from paretune.progress import counted
 from paretune.registry import describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
@@ -369,7 +370,7 @@ def _sampled(task: Task, prompts: int, group: int, seed: int) -> _Found:
     known = task.prompts("train")
     places = np.sort(generator(seed, "relations", "prompts").permutation(len(known))[:prompts])
     rewards, rows = [], []
-    for prompt in (known[i] for i in places):
+    for prompt in counted("sampling prompt", [known[i] for i in places]):
         (made,) = generate(
             policy, [prompt], gates_NK=None, max_new_tokens=task.max_new_tokens, seed=seed_for(seed, "relations"), group=group
         )

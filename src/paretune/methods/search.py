@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from paretune.errors import ConfigError, ParetuneError
+from paretune.progress import during
 from paretune.seeds import seed_for
 
 __all__ = [
@@ -95,7 +96,8 @@ class Evaluations:
             return self._known[name]
         if len(self.values) == self._budget:
             raise Spent
-        value = float(self._score(point_K.copy()))
+        with during(f"searching weights, {len(self.values) + 1}" + ("" if self._budget is None else f" of {self._budget}")):
+            value = float(self._score(point_K.copy()))
         self._known[name] = value
         self.values.append(value)
         if value > self.best or (self.best_K is None and not np.isnan(value)):

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paretune.errors import ConfigError, RewardError
-from paretune.hub import check_pretrained, content_of, load_tokenizer, located, positions_of, refuse_kernels, unloadable
+from paretune.hub import check_pretrained, content_of, load_tokenizer, located, positions_of, quietly, refuse_kernels, unloadable
 from paretune.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -176,14 +176,15 @@ def _load_now(objective: ModelObjective) -> Loaded:
     options: dict[str, Any] = {"revision": objective.revision, "trust_remote_code": objective.trust_remote_code}
     try:
         tokenizer = load_tokenizer(objective.model, **options)
-        model, info = getattr(transformers, objective.loader).from_pretrained(
-            **located(objective.model, weights=True),
-            use_safetensors=True,
-            dtype=objective.dtype,
-            output_loading_info=True,
-            **options,
-            **objective.load_options(),
-        )
+        with quietly(f"loading {objective.model}"):
+            model, info = getattr(transformers, objective.loader).from_pretrained(
+                **located(objective.model, weights=True),
+                use_safetensors=True,
+                dtype=objective.dtype,
+                output_loading_info=True,
+                **options,
+                **objective.load_options(),
+            )
     except Exception as error:
         raise unloadable(objective.what, objective.model, objective.revision, error, loader=objective.loader) from error
     objective.check_missing(sorted(info["missing_keys"]))

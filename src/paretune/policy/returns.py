@@ -23,6 +23,7 @@ import torch
 from paretune.policy.base import Policy
 from paretune.policy.rollout import Rollout, generate
 from paretune.policy.scoring import token_logp
+from paretune.progress import counted
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
@@ -168,7 +169,7 @@ class ExactReturns(Returns):
             return self._exact.logp_from_logits(logits, self.split).cpu().numpy()
 
     def at(self, gates_W: Gates) -> Measured:
-        found = [self._returns(gates) for gates in gates_W]
+        found = [self._returns(gates) for gates in counted("measuring preference", list(gates_W))]
         rewards_WPM, kl_WP = (np.stack(parts) for parts in zip(*found, strict=True))
         distinct = len({_name_of(gates) for gates in gates_W})
         _charge(distinct, 0, distinct * self.tokens)
@@ -223,7 +224,7 @@ class SampledReturns(Returns):
         prompt_S = np.arange(self.samples) % len(prompts)
         rows, numbers = [prompts[int(p)] for p in prompt_S], [s // len(prompts) for s in range(self.samples)]
         names = [_name_of(gates) for gates in gates_W]
-        for name, gates in zip(names, gates_W, strict=True):
+        for name, gates in counted("measuring preference", list(zip(names, gates_W, strict=True))):
             if name not in self._known:
                 gates_PK = _for_prompts(gates, len(prompts), self.policy)
                 gates_SK = None if gates_PK is None else gates_PK[prompt_S]

@@ -26,6 +26,7 @@ from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
 from paretune.policy.sampling import Said, Sampling, draw, shaped
+from paretune.progress import counted
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt
@@ -495,7 +496,7 @@ def generate(
     counts = occurrences(rows) if numbers is None else numbers
     gates = _for_rows(gates_NK, len(rows))
     size = batch or len(prompts)
-    for start in range(0, len(prompts), size):
+    for start in counted("sampling batch", range(0, len(prompts), size)):
         chosen, here = prompts[start : start + size], slice(start * group, (start + size) * group)
         ids_PT, mask_PT = encode(policy.tokenizer, chosen, policy.device)
         check_length(policy, policy.extra_positions + ids_PT.shape[1] + max_new_tokens, temperature)  # before noise of that length is drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ SHOWN = (
 
 def console() -> Console:
     """A console for tables: as wide as the terminal, or wide enough where there is none."""
-    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, markup=False, emoji=False)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE, highlight=False, markup=False, emoji=False)
 
 
 def print_table(table: Table, to: Console, *, title: str = "") -> None:

@@ -1,6 +1,6 @@
 """Jobs: train one adapter, or measure one method on one task, from a JSON file to a published directory.
 
-    ROOT/logs/jobs/train-<key>.json   {"kind": "train", "label", "plugins", "spec": a TrainSpec}
+    ROOT/logs/jobs/train-<key>.json   {"kind": "train", "label", "plugins", "spec": a TrainSpec, "unkeyed": fields of the learner}
     ROOT/logs/jobs/cell-<key>.json    {"kind": "cell", "label", "plugins", "spec": {method, task, learner, seed, evaluation}, "waves"}
 
 A worker, this process, and `python -m paretune.runs.local FILE` by hand do the same and publish the same. A job that was done before does
@@ -31,9 +31,11 @@ import paretune
 from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
-from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins
+from paretune.progress import State, heard
+from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
+from paretune.training.loggers import Reporter
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.watch import read_warnings
 from paretune.types import canonical_json, key_of
@@ -78,9 +80,10 @@ class Outcome:
     cause: BaseException | None = None
 
 
-def train_job(store: Store, spec: TrainSpec) -> Job:
-    """Write the job that trains `spec`."""
-    return _write(store, TRAIN, spec.key, training_label(spec), spec.to_json())
+def train_job(store: Store, spec: TrainSpec, *, learner: Any = None) -> Job:
+    """Write the job that trains `spec`; the fields of `learner` that no key knows (`registry.unkeyed`) hold for its own."""
+    more = {"unkeyed": unkeyed(learner)} if learner is not None else {}
+    return _write(store, TRAIN, spec.key, training_label(spec), spec.to_json(), **more)
 
 
 def cell_job(store: Store, spec: Mapping[str, Any], label: str, waves: Sequence[Sequence[str]]) -> Job:
@@ -163,14 +166,24 @@ def read_job(path: Path) -> dict[str, Any]:
 
 @refuse_exit()
 def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
-    """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError."""
-    store, tasks = Store(path.resolve().parents[2]), tasks or Tasks()
+    """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError.
+
+    `progress` gets every record of a training's log, and {"doing": what is loaded, searched or measured, n of m}.
+    """
+    store, tasks, state = Store(path.resolve().parents[2]), tasks or Tasks(), State()
+
+    def hear(what: str, done: int, of: int) -> None:
+        state.hear(what, done, of)
+        if progress is not None and done < of:
+            progress({"doing": state.text()})
+
     try:
         job = read_job(path)
-        if job["kind"] == TRAIN:
-            _train(store, TrainSpec.from_json(job["spec"]), tasks, progress)
-        else:
-            _measure(store, job["spec"], job["waves"], tasks)
+        with heard(hear):
+            if job["kind"] == TRAIN:
+                _train(store, job, tasks, progress)
+            else:
+                _measure(store, job["spec"], job["waves"], tasks)
     except Exception as error:
         if is_disk_full(error) and not isinstance(error, StoreError):
             raise no_room(store.root, error) from error
@@ -210,16 +223,21 @@ def as_error(record: Mapping[str, Any], where: str) -> ParetuneError:
     return TrainingError(f"{record['label'] or 'a job'} ends without an error", found=found, remedy=f"the traceback is in {where}")
 
 
-def _train(store: Store, spec: TrainSpec, tasks: Tasks, progress: Progress | None) -> None:
+def _train(store: Store, job: Mapping[str, Any], tasks: Tasks, progress: Progress | None) -> None:
+    spec = TrainSpec.from_json(job["spec"])
     store.recover(spec.key)
     if store.artifact(spec.key) is not None:
         return
     task, learner = tasks.get(spec.task), _rebuild(LEARNERS, spec.learner)
+    has = unkeyed(learner)
+    learner = dataclasses.replace(learner, **{name: value for name, value in job.get("unkeyed", {}).items() if name in has})
     parents = _artifacts(store, spec.parents)
     work = store.begin(spec.key)
     with disk_errors(store.root):
         write_json(work / "spec.json", spec.to_json())
-    cost = learner.train(spec, task, work, parents=parents, progress=progress)
+    about: dict[str, Any] = {"key": spec.key, "label": job["label"], "config": spec.to_json(), "progress": progress}
+    with Reporter(getattr(learner, "report_to", "none"), work=work, folder=store.root / "logs", **about) as reporter:
+        cost = learner.train(spec, task, work, parents=parents, progress=reporter)
     if not cost.storage_bytes:
         cost = dataclasses.replace(cost, storage_bytes=sum(p.stat().st_size for p in work.glob("*.safetensors")))
     with disk_errors(store.root):

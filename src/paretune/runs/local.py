@@ -138,7 +138,7 @@ def _answer(path: Path, tasks: Tasks, answers: Any) -> dict[str, Any]:
 
     def progress(record: Mapping[str, Any]) -> None:
         nonlocal told
-        if time.monotonic() - told > PROGRESS_EVERY:
+        if time.monotonic() - told > PROGRESS_EVERY or record.get("warnings"):  # what is warned of is not left out
             told = time.monotonic()
             print(json.dumps({"event": "progress", "record": dict(record)}, default=str), file=answers, flush=True)
 

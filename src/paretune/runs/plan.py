@@ -9,6 +9,7 @@ from typing import Any
 
 from paretune.errors import ConfigError, refuse_exit
 from paretune.runs.display import Display
+from paretune.runs.forecast import Chain, Expected, expected, foreseen
 from paretune.runs.jobs import TRAIN, Job, Outcome, failure, train_job
 from paretune.runs.pool import Executor
 from paretune.runs.store import ARTIFACTS, Store
@@ -33,6 +34,7 @@ class Member:
     done: dict[str, Artifact] = field(default_factory=dict)
     waves: list[list[str]] = field(default_factory=list)
     waiting: set[str] = field(default_factory=set)  # of the last wave, what is not trained yet
+    adaptive: bool = False  # its plan looks at results: what it asks for next, only its turn tells
     over: bool = False  # ready, or failed
 
 
@@ -79,6 +81,8 @@ class Schedule:
     def run(self, members: list[Member]) -> None:
         """Until all are over. Raises StoreError where the disk is full."""
         for member in members:
+            self._foresee(member)
+        for member in members:
             self._advance(member)
         for outcome in self._executor.outcomes():
             key = outcome.job.key
@@ -97,21 +101,39 @@ class Schedule:
                 wave = next_wave(member)
             except Exception as error:
                 member.over = True
-                self._display.given_up(member.label, str(error))
+                self._display.given_up(member.label, str(error), member=member.key)
                 self._on_failed(member, failure(error, label=member.label), error)
                 return
             if not wave:
                 break
             member.waves.append(list(wave))
+            if member.adaptive and self._display.shows:
+                chain = Chain([[expected(key, spec) for key, spec in wave.items()]], self._cell(member), more=True)
+                self._display.foresee(member.key, chain)
             for key, spec in wave.items():
                 self._obtain(member, key, spec)
             if member.over or member.waiting:
                 return
         member.over = True
         job = self._on_ready(member)
+        if member.adaptive:
+            self._display.foresee(member.key, None if job is None else Chain([], self._cell(member)))
         if job is not None:
             self._measured[job.key] = member
             self._executor.submit(job)
+
+    def _foresee(self, member: Member) -> None:
+        """Tell the display of the waves to come; an artifact that is there already is none of them."""
+        if not self._display.shows:
+            return
+        waves, member.adaptive = foreseen(member.method, member.task, member.learner, member.done, member.seed)
+        to_train = [[expected(key, spec) for key, spec in wave.items() if self._store.artifact(key) is None] for wave in waves]
+        self._display.foresee(member.key, Chain(to_train, self._cell(member), more=member.adaptive))
+
+    def _cell(self, member: Member) -> Expected | None:
+        """How the member is measured; None where it is not, as in a fit."""
+        method = member.spec.get("method")
+        return None if method is None else Expected(member.key, ((str(member.spec["task"]), str(method)), str(method), "cell"))
 
     def _obtain(self, member: Member, key: str, spec: TrainSpec) -> None:
         self.specs[key] = spec
@@ -126,7 +148,7 @@ class Schedule:
         else:
             member.waiting.add(key)
             if key not in self._wanted:
-                job = train_job(self._store, spec)
+                job = train_job(self._store, spec, learner=member.learner)
                 self._display.wanted(job)
                 self._executor.submit(job)
             self._wanted[key].append(member)
@@ -156,5 +178,5 @@ class Schedule:
         member.over = True
         error = self.broken[key]
         message = f"its training {key} failed: {error['message']}"
-        self._display.given_up(member.label, message)
+        self._display.given_up(member.label, message, member=member.key)
         self._on_failed(member, {**error, "label": member.label, "message": message, "training": key}, cause)

@@ -164,7 +164,7 @@ class RayWorkers(Pool[_Place]):
         if fit:
             self._starved_since = None
             self._limit = self._asked_limit or fit
-            self.display.side_by_side = min(self._limit, fit)
+            self.display.forecast.side_by_side = min(self._limit, fit)
             return
         if self._starved_since is None:
             self._starved_since = time.monotonic()
@@ -440,8 +440,11 @@ class Remote:
     def run(self, path: str) -> dict[str, Any]:
         """Do the job and say how it ended, as `attempt` does."""
 
+        said: dict[str, str] = {}  # the driver asks now and then, and may not see every record
+
         def progress(record: Mapping[str, Any]) -> None:
-            self.last = {"path": path, "record": dict(record)}
+            said.update(record.get("warnings", {}))
+            self.last = {"path": path, "record": {**record, **({"warnings": dict(said)} if said else {})}}
 
         try:
             with open(path, "r+", encoding="utf-8") as handle:

@@ -42,7 +42,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 from paretune.errors import ConfigError, nearest, shown
 from paretune.files import disk_errors, sealed, write_json
 from paretune.methods.base import Method
-from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe
+from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe, unkeyed
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, said_of, training_label
@@ -403,4 +403,4 @@ def _running(
 
 def _whole(registry: Registry, given: Any) -> Any:
     """The same with its fields checked and converted (1 is not 1.0 in a key), also where it was made by calling the class."""
-    return registry.build(describe(given) if hasattr(given, "registered_name") else given)
+    return registry.build({**describe(given), **unkeyed(given)} if hasattr(given, "registered_name") else given)

@@ -20,6 +20,7 @@ from paretune.hub import (
     local_or_hub,
     located,
     positions_of,
+    quietly,
     refuse_kernels,
     text_config,
     unloadable,
@@ -155,15 +156,16 @@ def load_pretrained(
     wide = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            **located(model, weights=True),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-            **({} if quantize is None else {"quantization_config": _quantization(quantize, wide)}),
-        )
+        with quietly("loading the model"):
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                **located(model, weights=True),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                dtype=dtype,
+                output_loading_info=True,
+                **({} if quantize is None else {"quantization_config": _quantization(quantize, wide)}),
+            )
     except Exception as error:
         raise unloadable(REFERENCE, model, revision, error) from error
     loaded, info = found

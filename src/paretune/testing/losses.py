@@ -25,6 +25,7 @@ from paretune.seeds import forked_torch, generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_task
 from paretune.testing.objectives import attempt, check_registered, require
+from paretune.training.cost import TIMED
 from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.learner import Learner
 from paretune.training.spec import Artifact, TrainSpec
@@ -198,5 +199,5 @@ def _check_resumption(learner: EmbeddedLearner, task: ExactTask, spec: TrainSpec
 def _left(work: Path) -> dict[str, Any]:
     """Adapters and log of a training, times left out."""
     lines = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
-    log = [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_s")} for line in lines]
+    log = [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
     return {"log": log, **{str(p.relative_to(work)): p.read_bytes() for p in sorted(work.rglob("*.safetensors"))}}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +41,7 @@ class Responses:
     w_NM: np.ndarray
     rewards_NM: np.ndarray  # raw, NaN = unscored
     texts: Sequence[str] = ()  # without special tokens
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of "sampling" and of "rewards", their scores
 
     def kl_N(self, reference_NT: Tensor) -> np.ndarray:
         """(N,) log pi - log pi_ref of whole responses, nats, from the reference's (N, T) log-probabilities."""
@@ -79,6 +81,7 @@ def draw(
     its own; `spec.rule` says which gates its rows have.
     With `reference` the responses are the reference's, and `logp_NT` is its own.
     """
+    began = time.perf_counter()
     known = task.prompts("train") if known is None else known
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
     w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
@@ -94,12 +97,14 @@ def draw(
             group=group,
             temperature=temperature,
         )
+    sampled = time.perf_counter()
     streams = [(prompt.digest, n) for prompt, n in zip(made.prompts, occurrences(made.prompts), strict=True)]
     noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in streams]
     rewards_NM = task.observe(made.prompts, made.texts, streams=noise)
-    drawn = made.responses
-    ids_PT, mask_PT = made.prompt_ids_PT, made.prompt_mask_PT
-    return Responses(made.prompts, ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, gates_NK, w_NM, rewards_NM, made.texts)
+    seconds = {"sampling": sampled - began, "rewards": time.perf_counter() - sampled}
+    drawn, ids_PT, mask_PT = made.responses, made.prompt_ids_PT, made.prompt_mask_PT
+    shared = (gates_NK, w_NM, rewards_NM, made.texts, seconds)
+    return Responses(made.prompts, ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, *shared)
 
 
 def cut_off(policy: Policy, made: Responses, limit: int) -> np.ndarray:

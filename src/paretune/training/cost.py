@@ -22,9 +22,13 @@ from paretune.errors import StoreError
 from paretune.files import read_json, sealed, write_json, write_text
 from paretune.types import Cost
 
-__all__ = ["FINISHED", "LEDGER", "LOG", "Cost", "as_if_alone", "beside", "keep_finished", "read_cost", "then", "write_cost"]
+__all__ = [
+    *("FINISHED", "LEDGER", "LOG", "PHASES", "TIMED", "Cost", "as_if_alone", "beside", "keep_finished", "read_cost", "then", "write_cost"),
+]
 
 LOG = "train.jsonl"
+PHASES = "tokens_per_s_of"  # in a line of the log: phase -> speed
+TIMED = ("seconds", "tokens_per_s", PHASES)  # what a clock says in a line of the log: two runs of one training differ there
 LEDGER, FINISHED = "ledger.json", "FINISHED"  # what a training cost; the same with hashes, until the training is published
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
+from paretune.registry import UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.training.batch import Responses, cut_off, draw
@@ -38,10 +40,10 @@ from paretune.training.learner import (
     watch_unscored,
 )
 from paretune.training.spec import TrainSpec
-from paretune.training.validation import charge, look
+from paretune.training.validation import charge, look, respond
 from paretune.training.watch import ACT_EVERY, KL_ROSE, unsaid, warnings_of
 from paretune.training.weightings.base import State
-from paretune.types import Count, Positive
+from paretune.types import Count, Natural, Positive
 
 __all__ = ["Batch", "EmbeddedLearner"]
 
@@ -63,6 +65,17 @@ class Batch:
     weights_NM: np.ndarray
     advantage_N: np.ndarray
     state: State  # of the weighting, after this batch
+    _seen: list[Tensor] = field(default_factory=list, kw_only=True, repr=False)
+
+    def scored(self, rows: slice, logp_NT: Tensor) -> None:
+        """Keep what scoring says of these rows, for the log: the gap to what sampling said, and which ratios are clipped."""
+        if not self._seen:
+            self._seen.append(torch.full_like(self.responses.logp_NT, torch.nan, dtype=torch.float32))
+        self._seen[0][rows] = logp_NT.detach().float()
+
+    def seen_NT(self) -> Tensor | None:
+        """(N, T) log-probabilities as last scored, NaN where they were not; None where nothing was."""
+        return self._seen[0] if self._seen else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +85,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `validation.look`.
     """
 
+    on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own
+
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
     validation_samples: Count = 64  # responses of each validation of the stopping rule
     look_samples: Count = 128  # of each look at validation prompts
@@ -79,6 +94,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    log_samples: Natural | None = field(default=None, metadata=UNKEYED)  # prompts whose responses are logged; None: 4 of sampled tasks
+    log_samples_every: Count | None = field(default=None, metadata=UNKEYED)  # steps; None: a tenth of the training, 10 at least
 
     def rules(self) -> dict[str, bool]:
         return {
@@ -123,8 +140,11 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         if run.step == 0:
             look(self, policy, task, spec, run)
+            respond(self, policy, task, spec, run)
+        began = time.perf_counter()
         batch = self.collect(policy, task, spec, run.step, run.weighting)
-        run.weighting = batch.state
+        run.weighting, collected = batch.state, time.perf_counter()
+        told: dict[str, Any] = {"kl": float(batch.kl_N.mean()), "kl_max": float(batch.kl_N.max())}
         run.kl += (max(0.0, float(batch.kl_N.mean())) - run.kl) / (5 if run.step else 1)  # over about five batches
         self._count(run, policy, batch, task)
         for epoch in range(self.epochs):
@@ -133,14 +153,37 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
                 group["lr"] = lr
             with self.bounded(policy, batch, run, fresh=epoch == 0):
                 loss, norm = self.update(policy, optimizer, batch, beta=task.beta, step=run.step)
+            told |= self._scoring(batch) if epoch == 0 else {"clipped": self.clipped(batch)}
+        seconds = {**batch.responses.seconds, "update": time.perf_counter() - collected}
+        seconds["reference"] = max(0.0, collected - began - sum(batch.responses.seconds.values()))
         run.step += 1
         self.watch(policy, task, spec, run)
         if run.step % self.validate_every == 0 or run.step == self.steps:
             look(self, policy, task, spec, run)
+        respond(self, policy, task, spec, run)
         made = batch.responses
-        told = {"kl": float(batch.kl_N.mean()), "loss": loss, "gradient_norm": norm, "lr": lr}
+        told |= {"loss": loss, "gradient_norm": norm, "lr": lr, "seconds_of": seconds}
         told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": float(cut_off(policy, made, task.max_new_tokens).mean())}
         return {"rewards_NM": made.rewards_NM, **told}
+
+    def clipped(self, batch: Batch) -> float | None:
+        """The share of the batch that the last update clipped; None for a loss that does not clip."""
+        return None
+
+    def _scoring(self, batch: Batch) -> dict[str, float | None]:
+        """For the log, of a batch that was just scored: entropy, the gap between sampling and scoring, the spread of advantages.
+
+        `entropy_estimate` is minus the mean log-probability of the responses, nats per response, which has the entropy's expectation;
+        `logp_gap` the mean difference per token, nats, of what sampling and scoring say of it.
+        """
+        made, seen_NT = batch.responses, batch.seen_NT()
+        found: dict[str, float | None] = {"advantage_spread": float(batch.advantage_N.std()) if batch.advantage_N.any() else None}
+        if self.on_policy:
+            found["entropy_estimate"] = -float((made.logp_NT * made.mask_NT).sum(1).double().mean())
+            if seen_NT is not None:
+                known_NT = made.mask_NT.bool() & ~seen_NT.isnan()
+                found["logp_gap"] = float((seen_NT - made.logp_NT.float()).abs()[known_NT].double().mean())
+        return found
 
     @contextlib.contextmanager
     def bounded(self, policy: ParameterMix, batch: Batch, run: Run, *, fresh: bool) -> Iterator[None]:
@@ -170,12 +213,14 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         count = min(len(made.tokens_NT), max(self.group, LOOK_ROWS - LOOK_ROWS % self.group), self.passes(made)[0].stop)
         rows = slice(0, count)
 
-        def logp_N() -> Tensor:
+        def logp_N(*, first: bool = False) -> Tensor:
             with torch.inference_mode():
                 logp_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows])
+            if first:
+                batch.scored(rows, logp_NT)
             return (logp_NT * made.mask_NT[rows]).sum(1).double()
 
-        old_N, before = logp_N(), [weight.detach().clone() for weight in weights]
+        old_N, before = logp_N(first=fresh), [weight.detach().clone() for weight in weights]
         if fresh:
             run.rounding = float(((old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()) ** 2).mean()) / 2
             bound = self._bound(run)
@@ -209,6 +254,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         first = run.step - len(window)
         if looks := [look for look in run.looks if look["step"] > first or (look["step"] == first == 0)]:
             record["looks"] = looks
+        record |= {"responses": run.responses} if run.responses else {}
+        run.responses = []
         found = warnings_of([*records, record], run.looks, task, spec.preference, group=self.group)
         if KL_ROSE in found and (run.lr_cut is None or run.step >= run.lr_cut + ACT_EVERY * self.log_every):
             run.lr_cap, run.lr_cut = run.lr_cap / 2, run.step

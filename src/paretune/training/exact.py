@@ -80,11 +80,12 @@ class ExactGradient(StoppingRule, Learner):
         return run.step >= self.steps or run.converged
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: ExactTask, spec: TrainSpec, run: Run) -> dict[str, Any]:
-        value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting)
+        told: dict[str, Any] = {}
+        value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting, told=told)
         read, size = task.inputs("train").input_ids_PT.numel(), sum(p.numel() for p in policy.model.parameters())
         run.step, run.updates, run.tokens, run.flops = run.step + 1, run.updates + 1, run.tokens + read, run.flops + 6.0 * size * read
         self.watch(policy, task, spec, run)
-        return {"value": value, "rewards": dict(zip(task.objectives.names, rewards_M.tolist(), strict=True)), "kl": kl}
+        return {"value": value, "rewards": dict(zip(task.objectives.names, rewards_M.tolist(), strict=True)), "kl": kl, **told}
 
     def record(
         self, task: ExactTask, spec: TrainSpec, run: Run, window: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
@@ -109,8 +110,13 @@ class ExactGradient(StoppingRule, Learner):
         spec: TrainSpec,
         step: int,
         state: State | None = None,
+        *,
+        told: dict[str, Any] | None = None,
     ) -> tuple[float, np.ndarray, float, State]:
-        """One step up; returns J_w, the expected rewards (M,) and the KL in nats before it, means, and the weighting's state."""
+        """One step up; returns J_w, the expected rewards (M,) and the KL in nats before it, means, and the weighting's state.
+
+        `told` gets what else the log says of it: all of it exact, entropy in nats per response.
+        """
         for group in optimizer.param_groups:
             group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         w_PM = preferences(spec, step, task.prompt_count, task.objectives.count)
@@ -142,6 +148,12 @@ class ExactGradient(StoppingRule, Learner):
             jacobian.descend(parameters, weights_PM[0])
         else:
             (-(aggregated(all_of, combine, weights_PM, task) if combine.aggregates else utility)).backward()
+        if told is not None:
+            spread_M = np.sqrt(np.maximum(np.diagonal(all_of.covariance_MM), 0.0)).tolist()
+            told |= {"spread": dict(zip(task.objectives.names, spread_M, strict=True)), "kl_max": kl_P.detach().max().item()}
+            told["entropy"] = -(all_of.p_PR * all_of.logp_PR).detach().sum(1).mean().item()
+            told["gradient_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            told["lr"] = optimizer.param_groups[0]["lr"]
         optimizer.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
-from paretune.registry import GATE_RULES
+from paretune.registry import GATE_RULES, UNKEYED
 from paretune.tasks.base import Task, first_device, reference
 from paretune.training.checkpoint import (
     Progress,
@@ -39,7 +40,8 @@ from paretune.training.checkpoint import (
     unpacked,
 )
 from paretune.training.combine import Combine
-from paretune.training.cost import Cost, read_cost
+from paretune.training.cost import PHASES, Cost, read_cost
+from paretune.training.loggers import Loggers
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.watch import named_means
 from paretune.training.weightings.base import State
@@ -76,6 +78,7 @@ class Learner(ABC):
     targets: Name | tuple[Name, ...] = "all-linear"
     device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
+    report_to: Loggers = field(default="none", metadata=UNKEYED)  # where `fit` and suites send the log: tensorboard, trackio, wandb
 
     def resolved(self) -> dict[str, Any]:
         """What `describe` says instead of a field that follows from others: a key names the alpha that is trained with."""
@@ -308,6 +311,7 @@ class Run:
     step_kl: float | None = None  # of the last update that was looked at, before it was shortened
     lr_cap: float = 1.0  # of the learning rate, halved where KL rises and the reward does not
     lr_cut: int | None = None  # the step of the last halving
+    responses: list[dict[str, Any]] = field(default_factory=list)  # to fixed prompts, since the last line; see `validation.respond`
 
 
 def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
@@ -356,8 +360,9 @@ def log_record(
     lr: float,
     group: int | None = None,
 ) -> dict[str, Any]:
-    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name.
+    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name, None for none.
 
+    Of a number whose name ends in `_max` it is the maximum. `seconds_of`, the seconds of each phase of a step, becomes its speed.
     `outside` is there only where rewards left their declared ranges: see `Objectives.outside`. With `group`, the rows of which lie
     together: `spread`, the standard deviation over responses, and `equal`, the share of groups in which all scores are the same.
     """
@@ -370,8 +375,19 @@ def log_record(
         record["spread"] = {name: float(value) for name, value in zip(names, _spread(rewards_NM), strict=True)}
         record["equal"] = {name: float(value) for name, value in zip(names, _equal(rewards_NM, group), strict=True)}
     record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
-    record |= {name: float(np.mean([row[name] for row in window])) for name in window[0] if name != "rewards_NM"}
-    return record | {"lr": lr}
+    for name in dict.fromkeys(name for row in window for name in row if name not in ("rewards_NM", "seconds_of")):
+        values = [row[name] for row in window if row.get(name) is not None]
+        record |= {name: float((np.max if name.endswith("_max") else np.mean)(values))} if values else {}
+    return record | _speeds(window) | {"lr": lr}
+
+
+def _speeds(window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Generated tokens per second of each phase of a step alone; nothing where a loop does not say."""
+    seconds: Counter[str] = Counter()
+    for row in window:
+        seconds.update(row.get("seconds_of", {}))
+    tokens = sum(row["length"] * len(row["rewards_NM"]) for row in window if "seconds_of" in row)
+    return {PHASES: {name: round(tokens / max(spent, 1e-9), 1) for name, spent in seconds.items()}} if seconds else {}
 
 
 def _spread(rewards_NM: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["kl_terms", "policy_loss"]
+__all__ = ["clipped_share", "kl_terms", "policy_loss"]
 
 
 def kl_terms(logp: Tensor, reference_logp: Tensor, estimator: str) -> Tensor:
@@ -55,13 +55,35 @@ def policy_loss(
     mask_NT = mask_NT.to(logp_NT.dtype)
     share_N1 = 1.0 if length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True).clamp(min=1.0)
     old_logp_NT = logp_NT.detach() if old_logp_NT is None else old_logp_NT
-    change = (logp_NT - old_logp_NT) * mask_NT
-    if ratio == "sequence":
-        change = (change * share_N1).sum(1, keepdim=True)
-    raw = change.exp()
-    kept = raw if clip_eps is None else raw.clamp(1.0 - clip_eps, 1.0 + clip_eps)
-    advantage_N1 = advantage_N[:, None].to(logp_NT.dtype)
-    gain = torch.minimum(raw * advantage_N1, kept * advantage_N1)
+    raw, kept = _gains(logp_NT, mask_NT, advantage_N, old_logp_NT, clip_eps, ratio, share_N1)
+    gain = torch.minimum(raw, kept)
     if ratio == "token":
         gain = gain * mask_NT * share_N1
     return -gain.sum() / rows
+
+
+def clipped_share(
+    logp_NT: Tensor, mask_NT: Tensor, advantage_N: Tensor, *, old_logp_NT: Tensor, clip_eps: float, ratio: str, length: str
+) -> float:
+    """The share of responses, or with `ratio` "token" of tokens, whose ratio `policy_loss` clips, so that they have no gradient.
+
+    Source: the clipped ratio of PPO (1707.06347). Differs: nothing.
+    Hides: a ratio that left the interval on the side where its gradient stays is not counted.
+    """
+    mask_NT = mask_NT.to(logp_NT.dtype)
+    share_N1 = 1.0 if length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True).clamp(min=1.0)
+    raw, kept = _gains(logp_NT, mask_NT, advantage_N, old_logp_NT, clip_eps, ratio, share_N1)
+    counted = mask_NT if ratio == "token" else torch.ones_like(raw)
+    return float(((kept < raw) * counted).sum() / counted.sum().clamp(min=1.0))
+
+
+def _gains(
+    logp_NT: Tensor, mask_NT: Tensor, advantage_N: Tensor, old_NT: Tensor, eps: float | None, ratio: str, share_N1: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Advantage times the ratio, and times the clipped ratio: (N, T) for ratios per token, else (N, 1)."""
+    change = (logp_NT - old_NT) * mask_NT
+    if ratio == "sequence":
+        change = (change * share_N1).sum(1, keepdim=True)
+    raw, advantage_N1 = change.exp(), advantage_N[:, None].to(logp_NT.dtype)
+    kept = raw if eps is None else raw.clamp(1.0 - eps, 1.0 + eps)
+    return raw * advantage_N1, kept * advantage_N1

@@ -123,6 +123,7 @@ class Modpo(EmbeddedLearner):
     """
 
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = LACKS
+    on_policy: ClassVar[bool] = False
 
     labeled: Natural | None = None
     labels: Labels = "expected"

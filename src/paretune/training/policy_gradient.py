@@ -10,7 +10,7 @@ the response. Its expected gradient is the gradient of J_w, before clipping and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
 from paretune.training.learner import memory_explained, not_finite
-from paretune.training.loss import kl_terms, policy_loss
+from paretune.training.loss import clipped_share, kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 from paretune.types import Positive
@@ -120,9 +120,18 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         jacobian.descend(policy.bank.parameters(), batch.weights_NM[0])  # all that is needed has been computed
         return -float(batch.advantage_N.mean())
 
+    def clipped(self, batch: Batch) -> float | None:
+        made, seen = batch.responses, batch.seen_NT()
+        if self.epochs == 1 or seen is None:
+            return None
+        advantage_N = torch.from_numpy(batch.advantage_N).to(seen.device)
+        settings: dict[str, Any] = {"clip_eps": self.clip_eps, "ratio": self.ratio, "length": self.length}
+        return clipped_share(seen, made.mask_NT, advantage_N, old_logp_NT=made.logp_NT.float(), **settings)
+
     def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:
         made, n = batch.responses, len(batch.kl_N)
         logp_NT, mask_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows]), made.mask_NT[rows]
+        batch.scored(rows, logp_NT)
         loss = policy_loss(
             logp_NT,
             mask_NT,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
+from paretune.hub import quietly
 from paretune.seeds import forked_torch, generator, seed_for
 from paretune.types import key_of
 
@@ -83,13 +84,15 @@ def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedToke
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".wip-", dir=home))
-        _pretrain(spec).save_pretrained(aside)
-        _tokenizer(spec).save_pretrained(aside)
+        with quietly("making the reference model"):
+            _pretrain(spec).save_pretrained(aside)
+            _tokenizer(spec).save_pretrained(aside)
         try:
             aside.replace(folder)
         except OSError:  # another process published it first: theirs is the same
             shutil.rmtree(aside)
-    model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    with quietly("loading the model"):
+        model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 

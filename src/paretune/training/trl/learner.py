@@ -32,7 +32,7 @@ import torch
 
 from paretune.errors import ConfigError, TrainingError
 from paretune.files import disk_errors, note, seal, write_json
-from paretune.hub import is_gguf, local_or_hub
+from paretune.hub import is_gguf, local_or_hub, quietly
 from paretune.objectives.base import refuse_unscored
 from paretune.policy.lora.bank import lora_config
 from paretune.policy.lora.files import WEIGHTS_FILE, write_adapter
@@ -62,6 +62,13 @@ from paretune.training.watch import KL_ROSE, unsaid, warnings_of
 __all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 
 FREE = {"report_to": "none", "ddp_find_unused_parameters": False, "save_total_limit": 2, "disable_tqdm": True}
+OF_TRL = {  # what a line of the log takes from TRL's, where its trainer says so: entropy is per token, exact
+    "entropy_per_token": "entropy",
+    "clipped": "clip_ratio/region_mean",
+    "length": "completions/mean_length",
+    "cut": "completions/clipped_ratio",
+    "logp_gap": "sampling/sampling_logp_difference/mean",
+}
 MARK, DONE = "paretune.json", "DONE"  # in a checkpoint of TRL's: what Paretune knows of it; it is whole
 SMALLER = (
     "lower micro_batch (rows per backward; the result stays the same), set checkpointing: true, "
@@ -79,6 +86,10 @@ class TrlLearner(SampledLearner):
         **dict.fromkeys(
             ("stop_cv", "stop_window", "validate_every", "validation_samples", "look_samples", "keep", "guard_drop", "patience"),
             ("TRL trains a fixed number of steps", "leave the fields of validation and of the stopping rule out"),
+        ),
+        **dict.fromkeys(
+            ("log_samples", "log_samples_every"),
+            ("TRL's trainers show responses themselves", "settings: {log_completions: true} prints those of each step"),
         ),
     }
 
@@ -265,7 +276,9 @@ class TrlLearner(SampledLearner):
             )
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         ends = model.generation_config
-        loaded = AutoModelForCausalLM.from_pretrained(local_or_hub(base["model"]), revision=base.get("revision"), quantization_config=nf4)
+        with quietly("loading the model"):
+            where = local_or_hub(base["model"])
+            loaded = AutoModelForCausalLM.from_pretrained(where, revision=base.get("revision"), quantization_config=nf4)
         loaded.generation_config = ends
         return loaded, tokenizer
 
@@ -358,7 +371,8 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             self.kl = self.kl if kl is None else kl
             if state.global_step % learner.epochs:
                 return
-            self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm})
+            told = {name: float(logs[theirs]) for name, theirs in OF_TRL.items() if logs.get(theirs) is not None}
+            self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm, **told})
             if step == learner.steps or step % learner.log_every == 0:
                 if self.log is not None:
                     lr = learner.lr * learner.pace(step - 1)
