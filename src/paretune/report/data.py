@@ -269,7 +269,7 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
     if not folders and not broken:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
-        remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
+        remedy = f"run `paretune bench SUITE.yaml --root {root}`, or `paretune fit RECIPE.yaml`, first"
         raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
     records: dict[str, dict[str, Any]] = {}
     truths: dict[str, dict[str, Any]] = {}  # one copy of what all cells of a task say about it: most of what they hold

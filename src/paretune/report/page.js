@@ -96,7 +96,8 @@
     }
     for (const [at, said] of x.ticks) text(said, { x: at, y: box[3] + 18, "text-anchor": "middle", class: "tick" }, svg);
     node("line", { x1: box[0], x2: box[2], y1: box[3], y2: box[3], class: "zero" }, svg);
-    text(view.y.title, { x: 0, y: 12, class: "title" }, svg);
+    const caption = plot.parentNode.querySelector("figcaption");
+    if (!caption || caption.textContent.toLowerCase() !== view.y.title.toLowerCase()) text(view.y.title, { x: 0, y: 12, class: "title" }, svg);
     text(view.x.title, { x: box[2], y: height - 6, "text-anchor": "end", class: "title" }, svg);
     const taken = [];
     pen.font = "600 12px " + getComputedStyle(root).fontFamily;

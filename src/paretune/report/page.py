@@ -50,7 +50,7 @@ def write_page(results: Results, folder: Path) -> Path:
 def render(name: str, *, figures: Sequence[Figure] = (), looks: Mapping[str, Look], lead: Sequence[str] = (), **more: Any) -> str:
     """A page from a template that extends base.html.j2. Its figures are drawn by page.js, in which `lead` stand out; without any it needs
     no script."""
-    filters = {"tint": tint, "groups": _groups, "whole": _whole}
+    filters = {"tint": tint, "groups": _groups, "whole": _whole, "code": _code}
     return template(name, **filters).render(
         looks=looks,
         lead=lead,
@@ -154,6 +154,16 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 def _whole(text: str) -> str:
     """A text that is not broken at its equals signs."""
     return text.replace(" = ", "\u00a0=\u00a0")
+
+
+def _code(text: str) -> Any:
+    """What stands in backticks, as code."""
+    from markupsafe import Markup, escape
+
+    pieces = str(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if n % 2 and n + 1 < len(pieces) else escape(piece) for n, piece in enumerate(pieces)
+    )
 
 
 def _groups(columns: list[Column], few: Sequence[str] | None = None) -> list[tuple[str, int, bool]]:
