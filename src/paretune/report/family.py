@@ -333,7 +333,7 @@ def write_fitted(folder: Path, out: Path | None = None) -> Path:
         lines=_lines(fitted) if fitted.found else [],
         start=_start(fitted) if fitted.found else None,
         labels=labels,
-        warnings=[text for text in fitted.card["meta"].get("warnings", {}).values()],
+        warnings=list(fitted.card["meta"].get("warnings", {}).values()),
         facts=_facts(fitted),
         untrained=UNTRAINED,
         few=FEW,
@@ -352,9 +352,8 @@ def _facts(fitted: Fitted) -> list[tuple[str, str]]:
     base = card["base"]
     facts = [("model", str(base.get("model") or json.dumps(base.get("task"))))]
     facts += [("objectives", ", ".join(fitted.names)), ("method", _plain(meta["method"]))] if meta.get("method") else []
-    facts += [
-        ("learner", _plain(learner)) for learner in {json.dumps(t.spec["learner"]): t.spec["learner"] for t in fitted.trainings}.values()
-    ]
+    learners = {json.dumps(training.spec["learner"]): training.spec["learner"] for training in fitted.trainings}
+    facts += [("learner", _plain(learner)) for learner in learners.values()]
     facts += [("seed", str(meta["seed"]))] if meta.get("seed") is not None else []
     total = (meta.get("ledger") or {}).get("total")
     if total:

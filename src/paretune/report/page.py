@@ -160,10 +160,9 @@ def _code(text: str) -> Any:
     """What stands in backticks, as code."""
     from markupsafe import Markup, escape
 
-    pieces = str(text).split("`")
-    return Markup("").join(
-        Markup("<code>{}</code>").format(piece) if n % 2 and n + 1 < len(pieces) else escape(piece) for n, piece in enumerate(pieces)
-    )
+    pieces = [*enumerate(str(text).split("`"))]
+    shown = (Markup("<code>{}</code>").format(piece) if n % 2 and n + 1 < len(pieces) else escape(piece) for n, piece in pieces)
+    return Markup("").join(shown)
 
 
 def _groups(columns: list[Column], few: Sequence[str] | None = None) -> list[tuple[str, int, bool]]:

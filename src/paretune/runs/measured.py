@@ -37,8 +37,8 @@ def measured_at(recipe: Recipe) -> np.ndarray:
 
 def said_of(w_M: Sequence[float], names: Sequence[str]) -> str:
     """A preference in words: "brief only", "mostly brief", "all alike"; else its weights."""
-    w_M = np.asarray(w_M, dtype=float)
-    lead, others = int(w_M.argmax()), np.delete(w_M, w_M.argmax())
+    lead = int(np.argmax(w_M))
+    others = [w for k, w in enumerate(w_M) if k != lead]
     if np.isclose(w_M[lead], 1):
         return f"{names[lead]} only"
     if np.allclose(w_M, 1 / len(w_M)):
