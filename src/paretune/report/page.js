@@ -5,7 +5,7 @@
   const { views, looks, lead, shapes } = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg", CEILING = "the exact optimum";
   const root = document.documentElement, tip = document.getElementById("tip");
-  const picked = new Set(), chosen = {}, drawn = new Map();
+  const picked = new Set(), chosen = {}, drawn = new Map(), rest = { plots: [], timer: 0 };
   const pen = document.createElement("canvas").getContext("2d");
   const all = (query, from) => Array.from((from || document).querySelectorAll(query));
   const minus = (text) => (Number(text) === 0 ? text.replace("-", "") : text.replace("-", "\u2212"));
@@ -84,9 +84,14 @@
     return found;
   }
 
+  function size(plot) {
+    const width = Math.max(240, plot.clientWidth);
+    return [width, Math.round(Math.min(460, Math.max(280, 0.62 * width)))];
+  }
+
   function draw(plot) {
     const view = views[plot.id][chosen[plot.id]] || Object.values(views[plot.id])[0];
-    const width = Math.max(240, plot.clientWidth), height = Math.round(Math.min(460, Math.max(280, 0.62 * width)));
+    const [width, height] = size(plot);
     const box = [46, 26, width - 10, height - 42];
     const x = scale(view.x, box[0], box[2], 64), y = scale(view.y, box[3], box[1], 44);
     const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
@@ -209,8 +214,23 @@
     tip.hidden = true;
     root.classList.toggle("picking", picked.size > 0);
     all("button[data-series]").forEach((button) => button.setAttribute("aria-pressed", String(picked.has(button.dataset.series))));
-    all(".plot").forEach(draw);
+    const late = all(".plot").filter((plot) => {
+      plot.style.height = size(plot)[1] + "px";
+      const { top, bottom } = plot.getBoundingClientRect(), seen = bottom > -200 && top < innerHeight + 200;
+      if (seen) draw(plot);
+      return !seen;
+    });
+    clearTimeout(rest.timer);
+    rest.plots = late;
+    rest.timer = setTimeout(step, 0);
   }
+
+  // What is not on the screen is drawn afterwards, one picture at a time; all of it before the page is printed.
+  function step() {
+    if (rest.plots.length) { draw(rest.plots.shift()); rest.timer = setTimeout(step, 0); }
+  }
+
+  addEventListener("beforeprint", () => { while (rest.plots.length) draw(rest.plots.shift()); });
 
   function pick(name, more) {
     const alone = picked.has(name) && (more || picked.size === 1);

@@ -106,7 +106,7 @@ def _boards(results: Results) -> list[tuple[Setting, str, Table]]:
     if any(row.get("samples_total") for row in every):
         left_out |= {"tokens_total", "tokens_path"}
     left_out |= {c.key for c in LEADERBOARD if c.key.startswith(("attainment_", "gain_"))}
-    kept = [replace(c, group=c.group.format(prompts="these prompts") if c.group.startswith("on") else c.group) for c in LEADERBOARD]
+    kept = [replace(c, group="") if c.group.startswith("on") else c for c in sorted(LEADERBOARD, key=lambda c: c.key not in FEW)]
     kept = [column for column in kept if column.key not in left_out and any(row.get(column.key) is not None for row in every)]
     helps = {c.key: c.help for c in LEADERBOARD}
     found = []
