@@ -167,3 +167,28 @@ def run_directory(
     (root / "suites").mkdir()
     write_json(root / "suites" / f"{suite}.json", {"format": 1, "cells": cells})
     return root
+
+
+def check_view(view: dict[str, Any]) -> None:
+    """A figure's description is whole: what the page and the SVG files draw exists for every point, and lies inside the axes."""
+    x, y = (view[axis]["range"] for axis in "xy")
+    assert x[0] < x[1]
+    assert y[0] < y[1]
+    assert not view["x"]["log"] or x[0] > 0
+    for one in view["series"]:
+        count = len(one["x"])
+        assert count
+        assert len(one["y"]) == count
+        assert len(one["text"]) in (0, count)
+        assert set(one) <= {"name", "x", "y", "text", "line", "below", "error", "band", "hollow", "plain", "spots"}
+        error, band = one.get("error", {}), one.get("band")
+        for axis, (low, high) in (("x", x), ("y", y)):
+            half = error.get(axis, [0.0] * count)
+            assert len(half) == count
+            assert all(low <= v - e and v + e <= high for v, e in zip(one[axis], half, strict=True)), one["name"]
+        for ends in band or ():
+            assert len(ends) == count
+            assert all(y[0] <= v <= y[1] for v in ends)
+        for number, true in enumerate(one.get("below", [])):
+            assert true is None or true < y[0] == one["y"][number]
+        assert all(0 <= spot < count for spot in one.get("spots", ()))

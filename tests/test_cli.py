@@ -248,7 +248,8 @@ def test_fit_then_sample(tmp_path):
     recipe = write_recipe(tmp_path, tiny_model())
     short = ["learner.samples=16", "learner.batch=8", "learner.group=4", "learner.rank=2", "max_new_tokens=4"]
     fitted = json.loads(run("fit", recipe, *short, "--samples", 4, "--json").stdout)
-    assert [row["preference"] for row in fitted["measured"]] == ["the untrained model", "loud only", "brief only", "all alike"]
+    along = ["loud only", "mostly loud", "all alike", "mostly brief", "brief only"]
+    assert [row["preference"] for row in fitted["measured"]] == ["the untrained model", *along]
     assert fitted["measured"][0]["kl"] == 0
     assert all(0 <= row["brief"] <= 1 for row in fitted["measured"])
     again = run("fit", recipe, *short, "--samples", 0, "--json")

@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import product
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 from scipy.stats import binomtest, bootstrap, trim_mean
 
@@ -31,14 +30,15 @@ from paretune.report.comparison import (
     write_rows,
 )
 from paretune.report.data import Cell, Results, Setting, assemble
-from paretune.report.figures import DRAWN, profile_figures, to_svg
+from paretune.report.drawing import to_svg
+from paretune.report.figures import DRAWN, profile_figures
 from paretune.report.findings import findings
 from paretune.report.page import write_page
 from paretune.report.terminal import print_leaderboard
 from paretune.runs.store import CELL_SPEC
 from paretune.seeds import generator
 from paretune.types import Estimate, key_of
-from report_cells import JUDGED_WM, METHODS, measured, optimum, publish, record
+from report_cells import JUDGED_WM, METHODS, check_view, measured, optimum, publish, record
 
 SEEDS = tuple(range(100, 112))
 RHOS = (0.8, -0.8)
@@ -295,7 +295,7 @@ def test_gains_are_compared_within_a_setting_over_seeds_of_trainings(tmp_path):
     assert "worst gain" in page
     assert "By relationship" not in page
     (figure,) = profile_figures(results)
-    assert figure.views["test"]["layout"]["xaxis"]["title"]["text"] == "worst gain, test prompts"
+    assert figure.views["test"]["x"]["title"] == "worst gain, test prompts"
     assert {key for key in rows(results)[0] if key.startswith("gain_worst_test")} == {
         f"gain_worst_test{end}" for end in ("", "_low", "_high", "_min")
     }
@@ -379,10 +379,9 @@ def test_profiles_count_runs_and_their_pictures_are_valid(results):
     assert [figure.title for figure in figures] == [ALL, "rho = 0.8", "rho = \u22120.8"]
     for figure in figures:
         (view,) = figure.views.values()
-        go.Figure(view)
-        bands = [trace for trace in view["data"] if trace.get("fill")]
-        assert len(bands) == len(view["data"]) / 2 == 4
-        assert to_svg([(figure.title, view)], alt=figure.alt).count("<polygon") >= 4
+        check_view(view)
+        assert len([one for one in view["series"] if one["band"]]) == len(view["series"]) == 4
+        assert to_svg([(figure.title, view)], results.looks, alt=figure.alt).count("<polygon") == 4
 
 
 def test_many_methods_are_drawn_by_the_best():
@@ -391,7 +390,7 @@ def test_many_methods_are_drawn_by_the_best():
         records.append(cell("linear", 0.0, seed, share=0.3 + k / 20))
         records[-1]["method"]["points"] = k
     (figure,) = profile_figures(gathered(records))
-    names = {trace["name"] for trace in figure.views["train"]["data"]}
+    names = {trace["name"] for trace in figure.views["train"]["series"]}
     assert {f"linear points {k}" for k in range(3, DRAWN + 3)} <= names
     assert len(names) <= DRAWN + 1  # one of them is the baseline
 

@@ -6,25 +6,18 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 
 from paretune.errors import ConfigError, StoreError
+from paretune.registry import METHODS as METHODS_SHIPPED
 from paretune.report.data import assemble, load
-from paretune.report.figures import (
-    COLORS,
-    Series,
-    attainment_figures,
-    cost_figures,
-    front_figures,
-    looks,
-    loss_figures,
-    place,
-)
+from paretune.report.drawing import Series, place, to_svg
+from paretune.report.figures import attainment_figures, cost_figures, front_figures, leaders, loss_bars
 from paretune.report.findings import findings
+from paretune.report.looks import BASELINES, COLORS, FIXED, SHIPPED, looks
 from paretune.report.page import tint, write_page
 from paretune.report.tables import (
     CEILING,
@@ -42,7 +35,7 @@ from paretune.report.tables import (
 )
 from paretune.report.terminal import print_leaderboard
 from paretune.runs.store import ARTIFACTS, CELLS, Store
-from report_cells import JUDGED_WM, METHODS, REFERENCE_M, measured, optimum, publish, record, run_directory
+from report_cells import JUDGED_WM, METHODS, REFERENCE_M, check_view, measured, optimum, publish, record, run_directory
 
 
 def write_report(root, *, out=None):
@@ -130,13 +123,13 @@ def test_the_headline_of_exact_tasks_is_the_training_split_everywhere(tmp_path, 
     assert glance.columns[-1].title == "worst of all, test prompts"
     for make in (front_figures, attainment_figures):
         assert list(make(results)[0].views) == ["train", "test"]
-    cost, loss = cost_figures(results)[0], loss_figures(results)[0]
-    assert list(cost.views) == list(loss.views) == ["train"]
-    heights = {trace["name"]: trace["y"] for trace in cost.views["train"]["data"]}
+    cost = cost_figures(results)[0]
+    assert list(cost.views) == ["train"]
+    heights = {one["name"]: one["y"] for one in cost.views["train"]["series"]}
     assert heights == {"linear": pytest.approx([0.9] * 2), "emorl-shared": pytest.approx([0.6] * 2)}
     assert [row["loss"] for row in loss_table(results).rows] == pytest.approx([0.4])
-    for view in (cost.views["train"], loss.views["train"]):
-        assert "training prompts" in view["layout"]["xaxis"]["title"]["text"] + view["layout"]["yaxis"]["title"]["text"]
+    assert [bar["loss"] for _, bars in loss_bars(results) for bar in bars] == pytest.approx([0.4])
+    assert "training prompts" in cost.views["train"]["y"]["title"]
     said = findings(results)
     assert said[0] == "linear holds up best: its worst attainment on training prompts is 0.90."
     assert said[-1].startswith("New prompts cost most for linear")
@@ -146,16 +139,20 @@ def test_the_headline_of_exact_tasks_is_the_training_split_everywhere(tmp_path, 
     assert out.index("linear") < out.index("emorl-shared")
     page = write_report(tmp_path, out=tmp_path / "out").read_text()
     for words in (
-        "Sorted by the worst attainment on training prompts.",
-        "The worst attainment on training prompts",
+        "Sorted by the worst attainment on training prompts:",
+        "holds up best: its worst attainment on training prompts is 0.90.</h1>",
         "every number that names no other prompts are on training prompts",
-        "<dt>on training prompts: IGD+</dt>",
-        "<dt>attainment, test: worst</dt><dd>on test prompts, the lowest attainment",
-        '<span class="which">training prompts</span>',
+        "<dt>IGD+</dt>",
+        "<dt>worst attainment</dt><dd>the lowest attainment",
+        "loss of attainment, training prompts",
     ):
         assert words in page, words
-    shown = re.findall(r'data-view="(\w+)" data-prompts="[^"]+" data-section="(\w+)" aria-pressed="(\w+)"', page)
-    assert shown == [(v, s, p) for s in ("fronts", "attainment") for v, p in (("train", "true"), ("test", "false"))]
+    shown = re.findall(r'data-view="(\w+)" data-section="(\w+)" aria-pressed="(\w+)"', page)
+    assert shown == [(v, s, p) for s in ("attainment", "leaderboard", "fronts") for v, p in (("train", "true"), ("test", "false"))]
+    parts = re.findall(r'<div data-board="exact-v1" data-split="(\w+)"( data-off)?>(.*?)</div>\s*</div>', page, re.S)
+    assert [(split, bool(off)) for split, off, _ in parts] == [("train", False), ("test", True)]
+    worst = [re.findall(r'<td class="share" data-value="([-.\d]+)"', body) for _, _, body in parts]
+    assert [float(found[2]) for found in worst] == pytest.approx([0.9, 0.5]), "each tab is ranked on its own prompts"
     for path in (tmp_path / "out" / "figures").glob("*.svg"):
         assert "training prompts" in path.read_text()
 
@@ -253,30 +250,47 @@ def test_relations_are_what_the_tasks_verified(results):
     assert len(rows) == 3 * 2 * 2
 
 
-FIGURES = (front_figures, attainment_figures, cost_figures, loss_figures)
+FIGURES = (front_figures, attainment_figures, cost_figures)
 
 
 @pytest.mark.parametrize("make", FIGURES)
-def test_figures_are_valid_plotly_and_label_every_method(results, make):
+def test_figures_are_whole_and_their_files_label_every_method(results, make):
     figures = make(results)
     assert len(figures) == 3
     for figure in figures:
         for view in figure.views.values():
-            go.Figure(view)  # raises for an unknown property or a bad value
-            names = {trace["name"] for trace in view["data"]}
-            written = re.sub(r"<[^>]*>", "", " ".join(note["text"] for note in view["layout"]["annotations"]))
-            if make is not loss_figures:
-                assert names - {CEILING} <= set(results.families)
-                missing = [name for name in names - {CEILING} if name not in written]
-                assert len(missing) <= 2, missing  # no free place: the key still names it
+            check_view(view)
+            names = {one["name"] for one in view["series"]} - {CEILING}
+            assert names <= set(results.families)
+            picture = ElementTree.fromstring(to_svg([(figure.title, view)], results.looks, alt=figure.alt))
+            written = " ".join(node.text or "" for node in picture.iter("{http://www.w3.org/2000/svg}tspan"))
+            missing = [name for name in names if name not in written]
+            assert len(missing) <= 2, missing  # no free place: the key still names it
+
+
+def test_bars_of_a_loss_lie_side_by_side_and_sum_to_it(results):
+    found = loss_bars(results)
+    assert [setting.label for setting, _ in found] == [setting.label for setting in results.settings]
+    for _, bars in found:
+        assert [bar["loss"] for bar in bars] == sorted(bar["loss"] for bar in bars)
+        for bar in bars:
+            assert sum(value for _, value, _, _ in bar["parts"]) == pytest.approx(bar["loss"])
+            right = [(left, left + width) for _, value, left, width in bar["parts"] if value > 0]
+            assert right[0][0] == pytest.approx(bar["zero"])
+            assert all(b[0] == pytest.approx(a[1]) for a, b in pairwise(right))
+            assert all(-1e-9 <= left <= left + width <= 100 + 1e-9 for _, _, left, width in bar["parts"])
+
+
+def test_three_methods_and_the_one_to_beat_are_named_in_pictures(results):
+    assert leaders(results) == ("emorl-shared", "experts hidden", "experts logit", "linear")
 
 
 def test_a_method_that_ignores_the_preference_is_one_marker_in_the_front(results):
     view = front_figures(results)[0].views["test"]
-    points = {trace["name"]: len(trace["x"]) for trace in view["data"]}
+    points = {one["name"]: len(one["x"]) for one in view["series"]}
     assert points["uniform"] == points["reference"] == 1
     assert points["linear"] == 11
-    reference = next(trace for trace in view["data"] if trace["name"] == "reference")
+    reference = next(one for one in view["series"] if one["name"] == "reference")
     assert np.allclose([reference["x"][0], reference["y"][0]], REFERENCE_M)
 
 
@@ -299,18 +313,16 @@ def test_labels_cover_neither_each_other_nor_leave_the_plot():
 
 def test_the_page_needs_no_network_and_no_mouse(root, tmp_path):
     text = write_report(root, out=tmp_path).read_text()
-    ours = (
-        text.replace(text[text.index("plotly.js v") : text.index('<script type="application/json"')], "") if "plotly.js v" in text else text
-    )
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", ours)
-    assert "plotly.js" in text
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+    assert "import(" not in text
+    assert "fetch(" not in text
     for setting in ("rho = 0.8", "rho = \u22120.8"):
-        assert setting in ours
+        assert setting in text
     for words in ("exact optimum", "What the numbers say", "experts parameter", "commit", "0123456789abcdef", "torch 2.13.0"):
-        assert words in ours
-    assert re.search(r"<td[^>]*>\u22120\.2\d</td>", ours)  # the soup's worst attainment stands in a table, not only in a figure
-    views = re.search(r'<script type="application/json" id="views">(.*?)</script>', text, re.S)
-    assert set(json.loads(views[1])) == {re.sub('"', "", i) for i in re.findall(r'class="plot" id=("[^"]+")', text)}
+        assert words in text
+    assert re.search(r"<td[^>]*>\u22120\.2\d</td>", text)  # the soup's worst attainment stands in a table, not only in a figure
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert set(json.loads(data[1])["views"]) == set(re.findall(r'class="plot" id="([^"]+)"', text))
 
 
 def test_points_below_the_range_are_arrows_and_say_where_they_lie(tmp_path):
@@ -320,17 +332,17 @@ def test_points_below_the_range_are_arrows_and_say_where_they_lie(tmp_path):
         data["metrics"]["splits"]["train"] = measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)
         publish(tmp_path, data)
     results = load(tmp_path)
-    for view in (attainment_figures(results)[0].views["train"], cost_figures(results)[0].views["train"]):
-        go.Figure(view)
-        low, high = view["layout"]["yaxis"]["range"]
-        below = {trace["name"]: trace for trace in view["data"] if "arrow-down" in trace["marker"]["symbol"]}
+    for figure in (attainment_figures(results)[0], cost_figures(results)[0]):
+        view = figure.views["train"]
+        check_view(view)
+        below = {one["name"]: one for one in view["series"] if "below" in one}
         assert set(below) == {"expert objective 0", "expert objective 1"}
-        for (_, trace), value in zip(sorted(below.items()), ("\u22122.30", "\u22121.20"), strict=True):
-            assert set(trace["y"]) == {round(low, 6)}
-            assert all(f"at {value}" in text for text in trace["text"])
-            (note,) = [note for note in view["layout"]["annotations"] if note.get("name") == trace["name"]]
-            assert note["text"].endswith(f"{trace['name']} {value}")
-    assert high == 1.13
+        picture = to_svg([(figure.title, view)], results.looks, alt=figure.alt)
+        for name, value in (("expert objective 0", -2.3), ("expert objective 1", -1.2)):
+            assert below[name]["below"] == pytest.approx([value] * len(below[name]["x"]))
+            assert f">{name} \u2212{-value:.2f}<" in picture
+        assert picture.count('d="M0 1.3 1.1-.5') == sum(len(one["x"]) for one in below.values()), "each is drawn as an arrow"
+    assert attainment_figures(results)[0].views["train"]["y"]["range"][1] == 1.13
 
 
 def test_names_from_outside_cannot_break_the_page(tmp_path):
@@ -356,15 +368,10 @@ def test_json_in_the_page_holds_no_character_that_html_knows(tmp_path, name):
         publish(tmp_path, data)
     page = write_report(tmp_path)
     text = page.read_text()
-    block = text.partition('<script type="application/json" id="views">')[2].partition("</script>")[0]
+    block = text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
     assert not set(block) & set("<>&\u2028\u2029")
-    views = json.loads(block)
-    for figure in views.values():
-        for view in figure.values():
-            titles = [view["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
-            notes = [note["text"] for note in view["layout"].get("annotations", ())]
-            assert not re.findall(r"<(?!/?b>|span style|/span>)", " ".join([*titles, *notes])), "plotly takes tags in texts for its own"
-    assert {name} <= {trace["name"] for figure in views.values() for view in figure.values() for trace in view["data"]}
+    views = json.loads(block)["views"]
+    assert {name} <= {one["name"] for figure in views.values() for view in figure.values() for one in view["series"]}
     assert set(views) == set(re.findall(r'class="plot" id="([^"]+)"', text))
     pictures = list((page.parent / "figures").glob("*.svg"))
     assert pictures
@@ -460,7 +467,7 @@ def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
     results = load(tmp_path)
     assert [f.title for f in front_figures(results)] == [f"exact-v1: {pair}" for pair in ("a and b", "a and c", "b and c")]
     for figure in [*front_figures(results), *attainment_figures(results)]:
-        go.Figure(figure.views["test"])
+        check_view(figure.views["test"])
     write_report(tmp_path)
 
 
@@ -481,12 +488,13 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert (rows[0]["gain_mean"], rows[0]["gain_low"]) == (0.2, pytest.approx(0.15))
     assert load(tmp_path).settings[0].splits == ("test", "train"), "without an optimum the headline is the test split"
     page = write_report(tmp_path).read_text()
-    assert "Sorted by the worst gain on test prompts." in page
-    assert "<dt>gain, test prompts: low</dt>" in page
+    assert "Sorted by the worst gain on test prompts:" in page
+    assert "+0.20 <small>[+0.15, +0.25]</small>" in page
+    assert "Too few responses to tell whether a method gains at every preference: linear, the best, is at +0.20 [0.00, +0.30]" in page
     for make in (attainment_figures, cost_figures):
         view = make(load(tmp_path))[0].views["test"]
-        go.Figure(view)
-        assert all(0.1 <= y <= 0.2 for trace in view["data"] for y in trace["y"])
+        check_view(view)
+        assert all(0.1 <= y <= 0.2 for one in view["series"] for y in one["y"])
         assert "exact" not in json.dumps(view)
     assert "true front of these tasks is not known" in page
     assert "Gain against preference" in page
@@ -535,11 +543,81 @@ def test_a_damaged_cell_is_named(tmp_path):
         load(tmp_path)
 
 
+def methods_of(*names):
+    return {name: {"name": name} for name in names}
+
+
 def test_looks_are_distinct_without_color():
-    found = looks({f"m{k}": "meta-policy" for k in range(14)} | {f"b{k}": "baseline" for k in range(4)})
+    plugins, baselines = [f"m{k}" for k in range(14)], [f"b{k}" for k in range(4)]
+    found = looks(methods_of(*plugins, *baselines), baselines)
     assert len({(look.marker, look.dash) for look in found.values()}) == 18
-    assert len({(look.color, look.mark) for look in found.values()}) == 18, "a table shows no dashes"
-    assert len({look.color for look in list(found.values())[:7]}) == len(COLORS)
+    assert len({(look.hex, look.mark) for look in found.values()}) == 18, "a table shows no dashes"
+    grays = {light for light, _ in COLORS[12:]}
+    assert {found[name].hex for name in baselines} <= grays
+    assert not {found[name].hex for name in plugins} & grays
+
+
+def test_a_method_has_one_color_and_one_marker_in_every_report():
+    """Not by its place: alone, among all others, and among plug-ins; and no two shipped methods are alike."""
+    names = [name for name in METHODS_SHIPPED if METHODS_SHIPPED[name].card.category != "baseline"]
+    assert {name.partition(" ")[0] for name in SHIPPED} == set(names), "a new method is added to the end of SHIPPED"
+    assert len(set(FIXED.values())) == len(FIXED) - 1, "`expert` is `expert 0`"
+    whole = looks(methods_of(*sorted(names), "mine", "zzz"))
+    for name in [*names, "mine"]:
+        alone, few = looks(methods_of(name))[name], looks(methods_of("zzz", "bridge", name))[name]
+        assert (alone.color, alone.marker) == (few.color, few.marker) == (whole[name].color, whole[name].marker), name
+    known = {name: (look.color, look.marker) for name, look in whole.items()}
+    assert known["bridge"] == (0, "circle")
+    assert known["conditioned"] == (1, "square")
+    assert known["linear"] == (4, "triangle-down")
+    assert known["emorl"] == (6, "hexagon")
+    assert known["tchebycheff"] == FIXED["tchebycheff"] == (9, "plus"), "names are added at the end, or old ones change"
+    assert BASELINES["reference"] == (12, "cross")
+    assert len({FIXED[name][0] for name in SHIPPED[:12]}) == 12, "those that are compared most differ in color"
+
+
+def test_variants_of_a_method_share_its_color_and_differ_in_marker():
+    variants = {f"linear points {n}": {"name": "linear", "points": n} for n in range(5)}
+    found = looks(variants | methods_of("bridge"))
+    assert {found[label].hex for label in variants} == {found["linear points 0"].hex} == {looks(methods_of("linear"))["linear"].hex}
+    assert len({found[label].marker for label in variants}) == 5
+    alone = looks({"experts": {"name": "experts", "mixing": "parameter"}})["experts"]
+    both = looks({f"experts {m}": {"name": "experts", "mixing": m} for m in ("logit", "parameter")})
+    assert (alone.color, alone.marker) == (both["experts parameter"].color, both["experts parameter"].marker)
+
+
+def test_colors_can_be_seen_on_both_grounds():
+    """A contrast of at least 3 to white and to the dark page, as WCAG asks of graphics."""
+
+    def light(color):
+        parts = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for on_white, on_dark in COLORS:
+        assert 1.05 / (light(on_white) + 0.05) >= 3
+        assert (light(on_dark) + 0.05) / (light("#14171b") + 0.05) >= 3
+
+
+def test_intervals_lie_inside_the_axes_and_gains_have_bands(tmp_path):
+    """Wide intervals at the ends: ranges made of the points alone cut them off."""
+    for label, gain in (("linear", 0.2), ("experts logit", 0.1)):
+        data = record(label, rho=0.0, task_seed=100)
+        data["metrics"]["exact"] = False
+        for split in data["metrics"]["splits"].values():
+            split |= dict.fromkeys(("attainment", "regret", "igd_plus", "utility_loss", "controllability", "loss"))
+            ends = [{"value": gain, "low": gain - 0.9, "high": gain + 0.9, "n": 64} for _ in JUDGED_WM]
+            split |= {"gain": {"mean": ends[0], "per_preference": ends}, "returns_error": [[0.7, 0.5]] * len(JUDGED_WM)}
+        data["fronts"] = data["verified"] = None
+        publish(tmp_path, data)
+    results = load(tmp_path)
+    (front,), (gain,) = front_figures(results), attainment_figures(results)
+    for figure in (front, gain):
+        check_view(figure.views["test"])
+    (one,) = [one for one in gain.views["test"]["series"] if one["name"] == "linear"]
+    assert one["band"] == [pytest.approx([-0.7] * 11), pytest.approx([1.1] * 11)]
+    assert front.views["test"]["series"][0]["error"] == {"x": [0.7] * 11, "y": [0.5] * 11}
+    assert to_svg([("", gain.views["test"])], results.looks, alt="").count("<polygon") == 2
 
 
 @pytest.mark.parametrize(

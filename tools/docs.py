@@ -29,7 +29,8 @@ import typer
 from paretune.cli import app
 from paretune.cli.catalog import describe_name, taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
-from paretune.report.figures import attainment_figures, front_figures, to_svg
+from paretune.report.drawing import to_svg
+from paretune.report.figures import attainment_figures, front_figures
 from paretune.report.tables import Table, glance_table, minus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -335,7 +336,7 @@ def picture() -> str:
     titles = (f"{last}, {on}: the exact front", f"{last}, {on}: attainment")
     views = [next(iter(make(few)[-1].views.values())) for make in (front_figures, attainment_figures)]
     alt = f"Two objectives that conflict ({last}, {on}): how near each method comes to the exact Pareto front."
-    return to_svg(list(zip(titles, views, strict=True)), alt=alt)
+    return to_svg(list(zip(titles, views, strict=True)), few.looks, alt=alt)
 
 
 def quick() -> Results:

@@ -74,8 +74,21 @@ def report(
     rows: Annotated[Path | None, typer.Option(help="Also write one row per setting and method to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write index.html (one page, no network) and tables/*.csv from what a run directory holds."""
-    _report(root, suite, out, as_json=as_json, rows=rows)
+    """Write index.html (one page, no network) and tables/*.csv from what a run directory holds, and the page of every family in it."""
+    from paretune.report.family import write_families
+    from paretune.runs.store import CELLS, Store
+
+    cells = bool(Store(root).published(CELLS)) if (root / CELLS).is_dir() else False
+    families = [] if suite or rows else write_families(root, out / "families" if out and cells else out)
+    if cells or not families:
+        _report(root, suite, out, as_json=as_json, rows=rows)
+    elif as_json:
+        print_json({"families": [{"report": str(page), "measured": found.to_json() if found else None} for page, found in families]})
+        return
+    for page, found in families:
+        if found and not as_json:
+            show_table(found, title=f"{page.parent.name}: mean scores on test prompts")
+        (say if as_json else tell)(f"family: {page}")
 
 
 @app.command()

@@ -31,7 +31,6 @@ from paretune.policy.card import read_card
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
-    from paretune.report.tables import Table
     from paretune.runs.recipe import Recipe
     from paretune.tasks.base import Task
 
@@ -74,16 +73,26 @@ def fit(
         who = None if executor == "local" else executor  # then --workers decides
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
         family.save(folder)
-    rows = _measure(plan, family, samples, folder) if samples else None
+    from paretune.report.family import findings_of, load_fitted, measured_table, write_fitted
+    from paretune.runs.measured import measure, measured_at
+
+    if samples:
+        say(f"measuring {len(measured_at(plan))} preferences, {samples} responses each")
+        measure(plan, family, folder, samples=samples)
+    page, fitted = write_fitted(folder), load_fitted(folder)
+    rows = measured_table(fitted) if samples else None
     if as_json:
-        print_json({"family": str(folder), "objectives": list(family.objectives.names), "measured": rows.to_json() if rows else None})
+        measured = rows.to_json() if rows else None
+        print_json({"family": str(folder), "objectives": fitted.names, "measured": measured, "report": str(page)})
         return
     if rows:
         for text in family.meta.get("warnings", {}).values():
             say(f"while it trained: {text}")
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
+        tell("\n".join(findings_of(fitted)))
     example = _even_weights(family.objectives.names)
-    typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
+    tried = f'paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"'
+    typer.echo(f"page: {page}\n{folder}\ntry it: {tried}")
 
 
 @app.command()
@@ -211,45 +220,6 @@ def _family_name(plan: Recipe) -> str:
     method = describe(plan.method)
     key = key_of({"task": describe(plan.task), "method": method, "learner": describe(plan.learner), "seed": plan.seed})
     return f"{method['name']}-{key[:8]}"
-
-
-def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
-    """Mean scores and KL on test prompts, at the recipe's preferences, or for each objective alone and for all alike.
-
-    They are written into the family's folder too, for the cards of its exports.
-    """
-    import json
-
-    import numpy as np
-
-    from paretune.evaluation.evaluate import evaluate
-    from paretune.evaluation.metrics import plain
-    from paretune.files import disk_errors, sealed, write_json
-    from paretune.methods.search import simplex_lattice
-    from paretune.report.tables import Column, Table
-    from paretune.serve.model_card import MEASURED
-
-    count, names = family.objectives.count, family.objectives.names
-    if plan.preferences is None:
-        w_WM = np.concatenate([np.eye(count), np.full((1, count), 1 / count)])
-        labels = [*(f"{name} only" for name in names), "all alike"]
-    else:
-        w_WM = simplex_lattice(count, plan.preferences) if isinstance(plan.preferences, int) else np.array(plan.preferences)
-        labels = [", ".join(f"{name}={w:.2g}" for name, w in zip(names, w_M, strict=True)) for w_M in w_WM]
-    say(f"measuring {len(w_WM)} preferences, {samples} responses each")
-    measured = evaluate(plan.task, family, w_WM=w_WM, splits=("test",), samples=samples, seed=plan.seed).metrics["splits"]["test"]
-    with disk_errors(folder, "a family"):
-        about = {"split": "test", "samples": samples, "preferences": w_WM.tolist(), "measured": plain(measured)}
-        write_json(folder / MEASURED, sealed(json.loads(json.dumps(about))))
-    guards = measured.get("guards", {})
-    shown = [*(Column(name, name) for name in names), *(Column(name, f"{name} (guard)") for name in guards), Column("kl", "KL")]
-    columns = (Column("preference", "preference", "text"), *shown)
-    start = dict(zip(names, measured["reference"]["rewards"], strict=True)) | {name: each["reference"] for name, each in guards.items()}
-    rows: list[dict[str, Any]] = [{"preference": "the untrained model", **start, "kl": 0.0}]
-    for w, (label, rewards_M, kl) in enumerate(zip(labels, measured["rewards"], measured["kl"]["per_preference"], strict=True)):
-        guarded = {name: each["per_preference"][w] for name, each in guards.items()}
-        rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), **guarded, "kl": kl})
-    return Table("measured", columns, rows)
 
 
 def _even_weights(names: Sequence[str]) -> str:

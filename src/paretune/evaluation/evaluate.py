@@ -197,7 +197,11 @@ def _sampled(
     nothing: dict[str, Any] = dict.fromkeys(("attainment", "regret", "igd_plus", "utility_loss", "controllability", "loss"))
     return curve, {
         **_means(curve),
-        "reference": {"rewards": _means(start)["rewards"][0]},
+        "reference": {
+            "rewards": _means(start)["rewards"][0],
+            "rewards_error": over_prompts(start.returns_WSM[0], start.prompt_S).half,
+            "utility": _estimates(start_WS, start.prompt_S)["per_preference"],
+        },
         "utility": _estimates(utility_WS, drawn.prompt_S),
         "gain": _paired(utility_WS, start_WS, drawn.prompt_S, exact=False),
         "hypervolume": {

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, StoreError, nearest
+from paretune.report.looks import Look, looks
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
 from paretune.types import canonical_json, check_name
 
@@ -162,6 +163,17 @@ class Setting:
         rows = [[value["value"] if isinstance(value, Mapping) else value for value in values] for values in each]
         return np.array(rows, dtype=float).mean(0) if rows else np.empty(0)
 
+    def band(self, label: str, split: str) -> np.ndarray | None:
+        """(2, W) ends of the 95 % intervals of `qualities` over prompts; None where nothing was sampled."""
+        each = [values for cell in self.of(label) if (values := cell.measured(split, self.quality, "per_preference"))]
+        if self.exact or not each:
+            return None
+        known = np.array([[[v["value"], v["low"], v["high"]] for v in values] for values in each], dtype=float)
+        if not np.isfinite(known).any(axis=(0, 1)).all():
+            return None
+        mean_W, half_W = known[..., 0].mean(0), np.sqrt(((known[..., 2] - known[..., 1]) ** 2).sum(0)) / 2 / len(each)
+        return np.stack([mean_W - half_W, mean_W + half_W])
+
     def front(self, split: str) -> dict[str, np.ndarray] | None:
         """Means over the shared seeds of the exact front's points, (K, M) at the same K preferences, and of the reference's returns (M,).
 
@@ -199,9 +211,16 @@ class Results:
 
     @cached_property
     def families(self) -> dict[str, str]:
-        """Label -> family, baselines last: the order in which methods get their looks."""
+        """Label -> family, baselines last: the order of methods in a report."""
         found = {cell.label: str(cell.record["card"]["category"]) for cell in self.cells}
         return dict(sorted(found.items(), key=lambda item: (item[1] == "baseline", item[1] == "meta-policy", item)))
+
+    @cached_property
+    def looks(self) -> dict[str, Look]:
+        """Label -> color and marker, the same in every report."""
+        methods = {cell.label: cell.record["method"] for cell in self.cells}
+        gray = [label for label, family in self.families.items() if family == "baseline"]
+        return looks({label: methods[label] for label in self.families}, gray)
 
     @property
     def prompts(self) -> str:
@@ -250,7 +269,7 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
     broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
     if not folders and not broken:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
-        remedy = f"run `paretune bench SUITE.yaml --root {root}` first"
+        remedy = f"run `paretune bench SUITE.yaml --root {root}`, or `paretune fit RECIPE.yaml`, first"
         raise ConfigError("a report needs at least one finished cell", found=found, remedy=remedy)
     records: dict[str, dict[str, Any]] = {}
     truths: dict[str, dict[str, Any]] = {}  # one copy of what all cells of a task say about it: most of what they hold

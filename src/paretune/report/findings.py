@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ FAR = 0.1  # attainments closer than this are not "far apart"
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences, most important first: about exact tasks, about guards that were lost, and what was said while methods trained.
+    """Sentences, most important first: about exact tasks, gains elsewhere, guards that were lost, and what was said while methods trained.
 
     None about what was not measured. Numbers are the headline's unless they say.
     """
@@ -25,7 +26,7 @@ def findings(results: Results) -> list[str]:
     rows = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in exact]
     board = [{**row, "worst": worst} for row in rows if (worst := headline(row)) is not None]
     contest = [row for row in board if row["category"] != "baseline"]
-    seen = [*_guards(results), *_warned(results)]
+    seen = [*_gains(results), *_guards(results), *_warned(results)]
     if not board:
         return seen
     sentences = [_best(results), *_sweep(results), _levels(results), _order(results, board), _same(results)]
@@ -41,6 +42,32 @@ def _best(results: Results) -> str:
     where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
     text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
     return text + (f", at {where.label}." if len(settings) > 1 else ".")
+
+
+def _gains(results: Results) -> list[str]:
+    """Which method gains most at its worst preference where the optimum is not known, and whether there are enough responses to tell."""
+    settings = [setting for setting in results.settings if not setting.exact]
+    worst: dict[str, dict[str, Any]] = {}
+    for label, family in results.families.items():
+        each = [cell.measured(s.headline, "gain", "per_preference") or () for s in settings for cell in s.of(label)]
+        known = [found for found in chain(*each) if found["value"] is not None]
+        if family != "baseline" and known and all(label in setting.labels for setting in settings):
+            worst[label] = min(known, key=lambda found: found["value"])
+    if not worst:
+        return []
+    label = max(worst, key=lambda label: worst[label]["value"])
+    found, on = worst[label], PROMPTS[settings[0].headline]
+    gain = signed(found["value"])
+    if found["low"] is None:
+        return [f"{label} gains most at its worst preference: {gain} in utility over the untrained model, on {on}."]
+    gain = f"{gain} [{signed(found['low'])}, {signed(found['high'])}]"
+    if found["low"] > 0:
+        return [f"{label} gains most at its worst preference: {gain} in utility over the untrained model, on {on}."]
+    if found["high"] < 0:
+        return [f"No method gains at every preference: at its worst one, the best of them, {label}, is at {gain} in utility, on {on}."]
+    return [
+        f"Too few responses to tell whether a method gains at every preference: {label}, the best, is at {gain} at its worst one, on {on}."
+    ]
 
 
 def _sweep(results: Results) -> list[str]:

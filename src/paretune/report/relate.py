@@ -13,7 +13,7 @@ import numpy as np
 from paretune.errors import printable
 from paretune.evaluation.metrics import plain
 from paretune.files import disk_errors, new_folder
-from paretune.report.figures import PALETTE, axis, frame, template
+from paretune.report.drawing import PALETTE, template
 from paretune.report.tables import Column, Table, minus
 
 if TYPE_CHECKING:  # they load torch
@@ -87,7 +87,7 @@ def heat_map(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str])
     trace = {"type": "heatmap", "z": shown, "x": list(columns), "y": list(rows), "zmin": -1, "zmax": 1}
     trace |= {"colorscale": [[(end + 1) / 2, _color(end)] for end in (-1.0, 0.0, 1.0)], "text": text, "texttemplate": "%{text}"}
     trace |= {"hovertemplate": "%{y}<br>%{x}: %{z:.3f}<extra></extra>", "hoverongaps": False}
-    return {"data": [trace], "layout": {**frame(), "plot_bgcolor": UNKNOWN, "xaxis": axis(""), "yaxis": axis("", autorange="reversed")}}
+    return {"data": [trace], "layout": {"plot_bgcolor": UNKNOWN, "yaxis": {"autorange": "reversed"}}}
 
 
 def heat_maps(found: Relations, probe: Probe | None = None) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -22,7 +22,7 @@ from paretune.types import Estimate
 
 __all__ = [
     *("CEILING", "COSTS", "LEADERBOARD", "LOSS_PARTS", "TABLES", "Column", "Table", "keyed", "minus", "short_count", "signed"),
-    *("attainment_table", "cost_table", "costs", "failure_table", "front_table", "generation_table", "glance_table", "headline"),
+    *("attainment_table", "board", "cost_table", "costs", "failure_table", "front_table", "generation_table", "glance_table", "headline"),
     *("leaderboard", "loss_table", "relation_table"),
 ]
 
@@ -199,13 +199,7 @@ COSTS = ("trainings", "forwards_per_token", "evaluations", "samples_total", "sam
 def leaderboard(results: Results) -> Table:
     """One row per setting and method, best worst attainment (or gain) of the headline first; the exact optimum on top."""
 
-    def rank(row: Mapping[str, Any]) -> list[float]:
-        return [-np.inf if (value := headline(row, which)) is None else value for which in ("worst", "mean")]
-
-    rows = []
-    for setting in results.settings:
-        ranked = sorted((_row(setting, label) for label in setting.labels), key=rank, reverse=True)
-        rows += [*([_ceiling(setting)] if setting.exact else []), *ranked]
+    rows = [row for setting in results.settings for row in board(setting, setting.headline)]
     return Table("leaderboard", LEADERBOARD, rows)
 
 
@@ -215,8 +209,18 @@ def headline(row: Mapping[str, Any], which: str = "worst") -> float | None:
     return row.get(f"gain_{which}") if attained is None else attained
 
 
-def _row(setting: Setting, label: str) -> dict[str, Any]:
-    cells, on = setting.of(label), setting.headline
+def board(setting: Setting, split: str) -> list[dict[str, Any]]:
+    """The leaderboard's rows of one setting, on one split's prompts: the best worst value first, the exact optimum on top."""
+
+    def rank(row: Mapping[str, Any]) -> list[float]:
+        return [-np.inf if (value := headline(row, which)) is None else value for which in ("worst", "mean")]
+
+    ranked = sorted((_row(setting, label, split) for label in setting.labels), key=rank, reverse=True)
+    return [*([_ceiling(setting, split)] if setting.exact else []), *ranked]
+
+
+def _row(setting: Setting, label: str, on: str) -> dict[str, Any]:
+    cells = setting.of(label)
     row: dict[str, Any] = {"setting": setting.label, "method": label, "category": cells[0].record["card"]["category"], "prompts": on}
     for split in SPLITS:
         row[f"attainment_worst_{split}"] = _over(min, (cell.summary(split, "worst", "attainment") for cell in cells))
@@ -234,11 +238,11 @@ def _row(setting: Setting, label: str) -> dict[str, Any]:
     return row | {"unknown": sum(count or 0 for count in unknown)}
 
 
-def _ceiling(setting: Setting) -> dict[str, Any]:
-    row = {"setting": setting.label, "method": CEILING, "prompts": setting.headline, "cells": len(setting.task_seeds), **OPTIMUM}
+def _ceiling(setting: Setting, on: str) -> dict[str, Any]:
+    row = {"setting": setting.label, "method": CEILING, "prompts": on, "cells": len(setting.task_seeds), **OPTIMUM}
     row |= {f"attainment_{which}_{split}": 1.0 for which in ("worst", "mean") for split in setting.splits}
     for key, path in {"hypervolume_share": ("hypervolume", "share_of_optimum"), "igd_plus": ("igd_plus", "of_optimum")}.items():
-        row[key] = _over(np.mean, (cell.measured(setting.headline, *path) for cell in setting.cells))
+        row[key] = _over(np.mean, (cell.measured(on, *path) for cell in setting.cells))
     return row
 
 

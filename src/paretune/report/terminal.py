@@ -14,7 +14,6 @@ from rich.text import Text
 from paretune.errors import printable
 from paretune.report.comparison import baselines, board_tables, note
 from paretune.report.data import PROMPTS, Results
-from paretune.report.figures import looks
 from paretune.report.findings import findings
 from paretune.report.tables import CEILING, Column, Table, leaderboard
 
@@ -97,7 +96,7 @@ Heads = Sequence[tuple[Column, str]]
 
 
 def _print(results: Results, to: Console, title: str, more: str, rows: Sequence[dict[str, Any]], columns: Heads) -> None:
-    known = looks(results.families)
+    known = results.looks
     heading = Text.assemble((title, "bold"), f"  ({more})")
     grid = Grid(title=heading, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column("method", no_wrap=True, vertical="bottom")
@@ -105,7 +104,7 @@ def _print(results: Results, to: Console, title: str, more: str, rows: Sequence[
         grid.add_column(head, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
         label, look = row["method"], known.get(row["method"])
-        name = Text.assemble((f"{look.mark} ", look.color), label) if look else Text(f"  {label}")
+        name = Text.assemble((f"{look.mark} ", look.hex), label) if look else Text(f"  {label}")
         told = [(column, row.get(column.key)) for column, _ in columns]
         harm = [column.key.startswith(("attainment", "gain")) and value is not None and value < 0 for column, value in told]
         texts = [Text(column.show(value), style=HARM if bad else "") for (column, value), bad in zip(told, harm, strict=True)]

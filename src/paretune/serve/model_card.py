@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paretune.errors import StoreError
-from paretune.files import is_sealed, read_json
 from paretune.hub import is_gguf, is_local
+from paretune.runs.measured import read_measured
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
 
-__all__ = ["MEASURED", "VLLM_RANKS", "Exported", "known_results", "model_card", "neutral_sampling", "record", "vllm_rank"]
+__all__ = ["VLLM_RANKS", "Exported", "known_results", "model_card", "neutral_sampling", "record", "vllm_rank"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank; an adapter of any lower rank is served under it
-READ = "measurements are read as they were written"
-MEASURED = "measured.json"  # beside family.json: what `paretune fit` measured
 NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # what samples the policy itself
 ENDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 PACKAGES = ("paretune", "torch", "transformers", "peft", "safetensors")
@@ -110,10 +107,7 @@ def known_results(family: Family, w_M: Sequence[float], results: str | Path | No
     if results is None:
         return None
     folder = Path(results)
-    if (folder / MEASURED).is_file():
-        found = read_json(folder / MEASURED, rule=READ, remedy="remove it; `paretune fit` measures again")
-        if "sha256" in found and not is_sealed(found):
-            raise StoreError(READ, found=f"{folder / MEASURED}: other content", remedy="remove it; `paretune fit` measures again")
+    if (found := read_measured(folder)) is not None:
         return _nearest(family, w_M, found["preferences"], found["measured"], found["split"], f"{found['samples']} responses")
     root = folder.parent.parent if (folder / "family.json").is_file() else folder
     trained, store = set(family.meta.get("trainings", ())), Store(root)
