@@ -32,7 +32,7 @@ RAY = {"--address", "--cpus-per-job", "--gpus-per-job", "--memory-per-job", "--w
 # Every command with its arguments and flags. Change this only together with the README and the changelog.
 COMMANDS = {
     "demo": {"--root", "--workers", "--json"},
-    "ls": {"KIND", "--plugin", "--json"},
+    "ls": {"KIND", "ROOT", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
     "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},

@@ -30,6 +30,7 @@ __all__ = [
     "LEARNERS",
     "METHODS",
     "OBJECTIVES",
+    "PLUGIN_REMEDY",
     "GATE_RULES",
     "TASKS",
     "Registry",
@@ -40,6 +41,9 @@ __all__ = [
     "nearest",
     "not_plain",
 ]
+
+
+PLUGIN_REMEDY = "; one of your own comes with --plugin FILE.py, in Python with load_plugin"
 
 
 class Registry:
@@ -71,7 +75,8 @@ class Registry:
     def __getitem__(self, name: str) -> type:
         self._load()
         if not isinstance(name, str) or name not in self._classes:
-            raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=nearest(shown(name), self._classes))
+            remedy = nearest(shown(name), self._classes) + PLUGIN_REMEDY
+            raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=remedy)
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table, tell
+from paretune.cli.common import (
+    Json,
+    Overrides,
+    Plugins,
+    Workers,
+    app,
+    check_writable,
+    examples,
+    on_ray,
+    plug,
+    print_json,
+    say,
+    show_table,
+    tell,
+)
 from paretune.errors import ConfigError
 from paretune.files import disk_errors, write_text
 
@@ -22,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["bench", "check", "demo", "report", "tune"]
 
 
-@app.command()
+@app.command(**examples("paretune demo", "paretune demo --workers 4 --root my-demo"))
 def demo(
     root: Annotated[Path, typer.Option(help="The run directory.")] = Path("paretune-runs/quick"),
     workers: Workers = None,
@@ -32,7 +46,13 @@ def demo(
     _bench("quick", [], root, "local", workers, dry_run=False, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune bench quick --dry-run",
+        "paretune bench suite.yaml learner.samples=20000 seeds=[0,1] --workers 4",
+        "paretune bench suite.yaml --executor ray --gpus-per-job 1",
+    )
+)
 @on_ray
 def bench(
     suite: Annotated[str, typer.Argument(help="A YAML file, or the name of a suite that ships with Paretune.")],
@@ -49,7 +69,7 @@ def bench(
     _bench(suite, overrides or [], root, executor, workers, dry_run=dry_run, as_json=as_json)
 
 
-@app.command()
+@app.command(**examples("paretune report paretune-runs/quick", "paretune report runs --suite mine --out page"))
 def report(
     root: Annotated[Path, typer.Argument(help="A run directory.")],
     suite: Annotated[str | None, typer.Option(help="Only the cells of this suite.")] = None,
@@ -61,7 +81,7 @@ def report(
     _report(root, suite, out, as_json=as_json, rows=rows)
 
 
-@app.command()
+@app.command(**examples("paretune check paretune-runs/quick", "paretune check runs/families/bridge-1a2b3c4d --json"))
 def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
     """Hash everything published again, families too; exit code 1 if anything is not what was published."""
     from paretune.runs.store import ARTIFACTS, CELLS, Store
@@ -146,7 +166,9 @@ def _not_searched() -> Iterator[None]:
         gc.unfreeze()
 
 
-@app.command()
+@app.command(
+    **examples("paretune tune recipe.yaml --trials 20", "paretune tune suite.yaml --method bridge --metric mean --write best.yaml")
+)
 def tune(
     target: Annotated[str, typer.Argument(help="A recipe or a suite, with the fields to search under tune:.", metavar="RECIPE|SUITE")],
     overrides: Overrides = None,

@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
 
 
 class _Group(TyperGroup):
     """Turns what a person can meet into one message on stderr and an exit code; anything else keeps its traceback."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each with its first sentence, whole."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (one.help or "").split("\n\n")[0].split(". ")[0]) for name, one in self.commands.items()])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,6 +46,8 @@ class _Group(TyperGroup):
                         raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
                 return super().invoke(ctx)
         except ParetuneError as error:
+            if isinstance(error.__cause__, SystemExit) and isinstance(error.__cause__.__context__, BrokenPipeError):
+                raise typer.Exit(1) from None  # whoever read our table has seen enough
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
@@ -76,7 +83,13 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: no boxes in a pipe or a narrow terminal, and flags without a type
 )
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    """For `app.command`: what stands below a command's help."""
+    return {"epilog": "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])}
 
 
 def _version(asked: bool) -> None:

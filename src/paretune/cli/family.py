@@ -18,6 +18,7 @@ from paretune.cli.common import (
     Trust,
     app,
     check_writable,
+    examples,
     on_ray,
     plug,
     print_json,
@@ -25,8 +26,11 @@ from paretune.cli.common import (
     show_table,
     tell,
 )
+from paretune.cli.places import find_family
 from paretune.errors import ConfigError
-from paretune.policy.card import read_card
+from paretune.files import check_new
+from paretune.policy.card import found_base, read_card
+from paretune.types import Preference as Weights
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
@@ -37,11 +41,18 @@ if TYPE_CHECKING:
 __all__ = ["explain", "export", "fit", "sample"]
 
 System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
+FamilyName = Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote, or its name as `paretune ls families` prints it.")]
 Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
 Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune fit recipe.yaml",
+        "paretune fit recipe.yaml method=bridge learner.samples=6400 --workers 2",
+        "paretune fit recipe.yaml --dry-run",
+    )
+)
 @on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
@@ -84,9 +95,14 @@ def fit(
     typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
 
 
-@app.command()
+@app.command(
+    **examples(
+        'paretune sample FAMILY --preference polite=.7,brief=.3 "My parcel is late."',
+        "paretune sample FAMILY --preference brief=1 --file prompts.jsonl --n 4 --json",
+    )
+)
 def sample(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     preference: Preference,
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
@@ -101,13 +117,14 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
-    read_card(family)
-    from paretune.policy.family import Family
+    family, _ = _asked(family, preference, model)
     from paretune.tasks.prompts import read_requests
 
     asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
     if not asked:
         raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
+    from paretune.policy.family import Family
+
     loaded = Family.load(family, trust=trust, model=model)
     settings: dict[str, Any] = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature}
     made = loaded.sample(asked, preference, system=system, raw=raw, **settings)
@@ -115,14 +132,24 @@ def sample(
         print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(asked, made, strict=True)])
         return
     for prompt, texts in zip(asked, made, strict=True):
-        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        for text in texts:
-            tell(text if len(asked) == 1 else f"{shown}\n  {text}")
+        if len(asked) > 1:
+            tell(f"=== {prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)}")
+        for place, text in enumerate(texts, start=1):
+            if len(asked) > 1 or n > 1:
+                tell(f"--- {place} of {n}")
+            tell(text)
+            if not text.strip():
+                say("an empty response: the model ended it with its first token")
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune export FAMILY --preference polite=.7,brief=.3 --out polite-70",
+        "paretune export FAMILY --preference brief=1 --out brief-lora --as adapter",
+    )
+)
 def export(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     preference: Preference,
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
@@ -132,9 +159,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
-    read_card(family)
-    from paretune.policy.family import Family
+    family, card = _asked(family, preference, model)
+    check_new(out, "an export is written into a new folder")
+    from paretune.serve.export import check_mixture, check_request
     from paretune.serve.export import export as write
+
+    check_request(out, kind, dtype)
+    check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
+    from paretune.policy.family import Family
 
     made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
@@ -146,9 +178,14 @@ def export(
     typer.echo(f"how to load it: {made.path / 'README.md'}")
 
 
-@app.command()
+@app.command(
+    **examples(
+        'paretune explain FAMILY "My parcel is late." --preference polite=.7,brief=.3 --samples 0',
+        'paretune explain FAMILY "Where is it?" --preference brief=1 --recipe recipe.yaml --html it.html',
+    )
+)
 def explain(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
     preference: Preference,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Sampled responses to explain.")] = 1,
@@ -169,19 +206,22 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
-    read_card(family)
+    family, _ = _asked(family, preference, model)
+    split = _split(split)
+    check_writable(html, "--html")
+    if not prompt:
+        raise ConfigError("there is a prompt to answer", found="an empty one", remedy='add "your prompt"')
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family
     from paretune.report.page import sensitivity_table, token_table, write_explanation
 
     plug(plugin)
-    check_writable(html, "--html")
     loaded = Family.load(family, trust=trust, scoring=recipe is None, model=model)
     settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
     found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
     task = _task(loaded, recipe, trust) if samples else None
-    slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
+    slopes = sensitivity(task, loaded, preference, split=split, samples=samples, seed=seed) if task else None
     if html is not None:
         write_explanation(html, found, slopes, family=loaded)
         say(f"wrote {html}")
@@ -196,6 +236,15 @@ def explain(
         show_table(sensitivity_table(slopes), title=f"Slope of each return towards each objective, {split} prompts")
     elif samples:
         say("returns were not measured: give --recipe, the file that the family was fitted from")
+
+
+def _asked(given: Path, preference: str, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """The family's folder, and what its file says; ConfigError for what can be found wrong without its model."""
+    family = find_family(given)
+    card = read_card(family)
+    Weights.of(card["objectives"]["names"], preference)
+    found_base(card["base"], family, model)
+    return family, card
 
 
 def _family_name(plan: Recipe) -> str:
@@ -213,8 +262,6 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
 
     They are written into the family's folder too, for the cards of its exports.
     """
-    import json
-
     import numpy as np
 
     from paretune.evaluation.evaluate import evaluate

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from paretune.errors import ConfigError
-from paretune.files import changed, disk_errors, hashes_of, new_folder, seal_problems, sealed
+from paretune.files import changed, check_new, disk_errors, hashes_of, new_folder, seal_problems, sealed
 from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
-from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
+from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, found_base, read_card
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
@@ -166,8 +166,7 @@ class Family:
     def save(self, path: str | Path) -> None:
         """Write family.json and adapters/<name>/ in plain PEFT format into the new directory `path`, which appears whole or not at all."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
+        check_new(path, "a family is saved into a new directory")
         with disk_errors(path, "a family"), new_folder(path) as aside:
             self._write(aside, path.resolve())
 
@@ -221,7 +220,7 @@ class Family:
         card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
         _refuse(path, changed(path, card.get("files", {})))
-        base = _found(card["base"], path, model)
+        base = found_base(card["base"], path, model)
         loaded, tokenizer = load_base(base, trust=trust, scoring=scoring)
         if device is not None:
             loaded = loaded.to(device)
@@ -255,25 +254,6 @@ def _movable(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return dict(base)
     model = Path(base["model"]).expanduser().resolve()
     return {**base, "model": str(model), "beside": os.path.relpath(model, path)}
-
-
-def _found(base: Mapping[str, Any], path: Path, given: str | Path | None) -> dict[str, Any]:
-    """Where the base of the family in `path` is now: `given`, else beside the family as before, else where it was."""
-    plain = {name: value for name, value in base.items() if name != "beside"}
-    if given is not None and "model" not in base:
-        raise ConfigError("a base that moves is a model", found=f"{path}: the base is a task", remedy="leave --model (model=) out")
-    beside = path.resolve() / base.get("beside", base.get("model", ""))
-    if given is not None:
-        plain["model"] = str(given)
-    elif "beside" in base and beside.exists():
-        plain["model"] = os.path.normpath(beside)
-    elif "model" in base and is_local(base["model"]) and not Path(base["model"]).expanduser().exists():
-        raise ConfigError(
-            "a family finds its reference model",
-            found=f"nothing at {base['model']}",
-            remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
-        )
-    return plain
 
 
 def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> tuple[Any, Any]:

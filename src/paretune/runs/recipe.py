@@ -30,7 +30,7 @@ from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import RecipeTask, _name_of, _objective
 from paretune.types import Preference, check_name
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "task_entry"]
 
 TASK_KEYS = {
     **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
@@ -57,8 +57,45 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, complete and check a recipe; ConfigError, with the line, before anything runs. An override reads `learner.lr=1e-3`."""
     path = Path(path)
+    return _checked(config.load(path, overrides, short={"prompts": "path"}), path)
+
+
+def is_recipe(data: Mapping[str, Any]) -> bool:
+    """Whether a YAML file says what only a recipe does, and nothing that only a suite does."""
+    return "objectives" in data and "tasks" not in data
+
+
+def is_suite(data: Mapping[str, Any]) -> bool:
+    """Whether a YAML file says what only a suite does."""
+    return "tasks" in data or "methods" in data
+
+
+def task_entry(path: Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Any, int]:
+    """The task of a recipe as an entry of a suite's `tasks:`, the recipe's learner and its seed.
+
+    `changes` are keys of the recipe with other values, paths under the current folder. A value that is a list where the recipe takes
+    one value stays a list, which the suite varies.
+    """
     document = config.load(path, overrides, short={"prompts": "path"})
+    varied: dict[str, Any] = {}
+    for key, value in (changes or {}).items():
+        if key not in TASK_KEYS:
+            rule, remedy = "an entry with recipe: changes what the recipe says of its task", nearest(key, TASK_KEYS)
+            raise ConfigError(rule, found=repr(key), remedy=remedy)
+        several = isinstance(value, list) and key not in SCORED
+        document.data[key] = value[0] if several and value else value
+        document.overridden[(key,)] = f"{key} in the suite"
+        varied |= {key: value} if several else {}
+    recipe = _checked(document, path)
+    entry = {TASK_KEYS[key]: value for key, value in {**document.data, **varied}.items() if key in TASK_KEYS}
+    return {"name": "recipe", **entry}, document.data.get("learner"), recipe.seed
+
+
+def _checked(document: config.Document, path: Path) -> Recipe:
     given = document.data
+    if is_suite(given):
+        remedy = f"paretune bench {path} runs it; `paretune fit` takes one model, its prompts and objectives, and one method"
+        raise ConfigError("a recipe is fitted, and a suite is benched", found=f"a suite: {path.name}", remedy=remedy)
     _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS])
     for key in ("model", "prompts", "objectives"):
         if given.get(key) is None:

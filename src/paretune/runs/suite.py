@@ -4,6 +4,7 @@
     about: every method at three correlations     # optional
     tasks:
       - {name: exact-v1, rho: [0.8, 0.0, -0.8]}   # one task per value; several lists give their product, in the order written
+      - {recipe: my.yaml, beta: [0.05, 0.1]}      # the model, prompts and objectives of a recipe, some of its keys changed
     learner: {name: exact, steps: 100}
     methods: [reference, {name: experts, mixing: [parameter, logit]}]   # lists as in tasks
     seeds: [100, 101]      # the seed of every training, and of every task that has a `seed` field
@@ -11,7 +12,8 @@
     samples: 64            # per preference and split, where a task is not exact
     tune: {learner.lr: [1e-3, 1e-1, log]}   # for `paretune tune` alone
 
-A plain name stands for {name: ...}. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
+A plain name stands for {name: ...}, in `tasks` a name that ends in .yaml for {recipe: ...}. A suite without `learner:` takes the one
+of its recipe. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
 field, write the entry twice.
 
 Every combination of a task, a seed and a method is a *cell*. A cell's key is a hash of everything that its numbers depend on, so suites
@@ -28,6 +30,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import re
 import textwrap
 import time
 import types
@@ -49,6 +52,7 @@ from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settin
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
+from paretune.runs.recipe import _named, is_recipe, load_recipe, task_entry
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
@@ -59,7 +63,7 @@ if TYPE_CHECKING:  # these load torch
     from paretune.policy.family import Family
     from paretune.training.learner import Learner
 
-__all__ = ["Row", "Suite", "Summary", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
+__all__ = ["Row", "Suite", "Summary", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 
 EXECUTORS = ("local", "in-process", "ray")
 
@@ -86,11 +90,51 @@ def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """The checked suite, and where everything in it stands. Raises ConfigError with file and line."""
     if isinstance(given, str | Path):
         document = load(given, overrides)
+        folder = Path(given).resolve().parent
+        if is_recipe(document.data):
+            remedy = f"paretune fit {given} fits its method; paretune compare {given} --methods experts,bridge runs several"
+            raise ConfigError("a suite names tasks, methods and seeds", found=f"a recipe: {document.name}", remedy=remedy)
     else:
-        document = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite")
+        document, folder = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite"), Path.cwd()
         for text in overrides:
             document.override(text)
+    _take_recipes(document, folder)
     return document.validate(Suite), document
+
+
+def compared(
+    recipe: str | Path, methods: Sequence[Any], overrides: Sequence[str] = (), *, seeds: int = 1, samples: int = 64
+) -> tuple[dict[str, Any], Path]:
+    """A suite of these methods, and of the untrained model, on a recipe's task with its learner; and the recipe's run directory.
+
+    Its trainings are those of `paretune fit`: what that trained is not trained again.
+    """
+    entry, learner, seed = task_entry(Path(recipe), overrides)
+    root = load_recipe(recipe, overrides).root
+    rows = ["reference", *(one for one in methods if one != "reference")]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(recipe).stem).lstrip(".-_") or "recipe"
+    made = {"name": name, "tasks": [entry], "methods": rows, "seeds": [seed + n for n in range(seeds)], "samples": samples}
+    return made | ({} if learner is None else {"learner": _named(learner, "pg")}), root
+
+
+def _take_recipes(document: Document, folder: Path) -> None:
+    """Write the tasks of recipes, and the learner of theirs, into a suite."""
+    tasks, learners = document.data.get("tasks"), []
+    for place, entry in enumerate(tasks if isinstance(tasks, list) else ()):
+        entry = {"recipe": entry} if isinstance(entry, str) and entry.endswith((".yaml", ".yml")) else entry
+        if not isinstance(entry, dict) or "recipe" not in entry:
+            continue
+        with document.at("tasks", place):
+            given = checked("recipe:", str, entry["recipe"])
+            where = Path.cwd() if any(typed[:2] == ("tasks", place) or typed == ("tasks",) for typed in document.overridden) else folder
+            changes = {key: value for key, value in entry.items() if key != "recipe"}
+            tasks[place], learner, _ = task_entry(where / Path(given).expanduser(), changes=changes)
+            learners.append(learner)
+    if learners and "learner" not in document.data:
+        if any(one != learners[0] for one in learners):
+            found, remedy = "recipes with different ones, and no learner: beside tasks:", "write learner: into the suite"
+            raise ConfigError("a suite has one learner", found=found, remedy=remedy)
+        document.data |= {} if learners[0] is None else {"learner": _named(learners[0], "pg")}
 
 
 def members_of(suite: Suite, document: Document) -> list[Member]:
