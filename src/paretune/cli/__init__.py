@@ -25,4 +25,4 @@ def main() -> None:
     app()
 
 
-from paretune.cli import bench, catalog, family, objectives  # noqa: E402, F401
+from paretune.cli import bench, catalog, family, objectives, recipes  # noqa: E402, F401

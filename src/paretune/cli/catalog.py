@@ -25,7 +25,7 @@ from paretune.registry import LEARNERS, METHODS, OBJECTIVES, PLUGIN_REMEDY, TASK
 from paretune.report.tables import Column, Table
 from paretune.runs.config import load
 
-__all__ = ["CATALOG", "KINDS", "catalog", "describe_name", "list_", "made_catalog", "show", "suite_path", "taxonomy"]
+__all__ = ["CATALOG", "KINDS", "catalog", "describe_name", "fields_of", "list_", "made_catalog", "show", "suite_path", "taxonomy"]
 
 
 @app.command("ls", **examples("paretune ls methods", "paretune ls runs", "paretune ls runs paretune-runs/quick", "paretune ls families"))
@@ -131,7 +131,7 @@ def _described(kind: str, name: str) -> dict[str, Any]:
     cls: Any = REGISTRIES[kind][name]
     card = dataclasses.asdict(cls.card) if hasattr(cls, "card") else None
     about = inspect.cleandoc(cls.__doc__ or "")
-    return {"kind": kind[:-1], "name": name, "version": cls.version, "about": about, "card": card, "fields": list(_fields(cls))}
+    return {"kind": kind[:-1], "name": name, "version": cls.version, "about": about, "card": card, "fields": list(fields_of(cls))}
 
 
 def taxonomy() -> Table:
@@ -204,7 +204,7 @@ def _bounds(name: re.Match[str]) -> str:
     )
 
 
-def _fields(cls: type) -> Iterator[dict[str, Any]]:
+def fields_of(cls: type) -> Iterator[dict[str, Any]]:
     """The hyperparameters; what is said of each is the comment beside it in the source."""
     said: dict[str, str] = {}
     for owner in reversed(cls.__mro__):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paretune.runs.ray import Ray
 
 __all__ = [
-    *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
+    *("DryRun", "Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
     *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
 
@@ -108,6 +108,7 @@ def start(version: Annotated[bool, typer.Option("--version", help="Print the ver
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
 

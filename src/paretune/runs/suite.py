@@ -52,8 +52,8 @@ from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settin
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
-from paretune.runs.recipe import _named, is_recipe, load_recipe, task_entry
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
+from paretune.runs.recipe import _named, is_recipe, load_recipe, task_entry
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
 from paretune.training.cost import as_if_alone, read_cost
@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # these load torch
 
 __all__ = ["Row", "Suite", "Summary", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 
+OWN_KEYS = {"prompts", "objectives", "guards"}  # what a recipe's task is written with, and `RecipeTask` has other names for
 EXECUTORS = ("local", "in-process", "ray")
 
 Entry = Annotated[dict[str, Any], BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
@@ -119,17 +120,18 @@ def compared(
 
 def _take_recipes(document: Document, folder: Path) -> None:
     """Write the tasks of recipes, and the learner of theirs, into a suite."""
-    tasks, learners = document.data.get("tasks"), []
+    tasks: Any = document.data.get("tasks")
+    learners: list[Any] = []
     for place, entry in enumerate(tasks if isinstance(tasks, list) else ()):
         entry = {"recipe": entry} if isinstance(entry, str) and entry.endswith((".yaml", ".yml")) else entry
-        if not isinstance(entry, dict) or "recipe" not in entry:
+        if not isinstance(entry, dict) or not ("recipe" in entry or (entry.get("name") == "recipe" and OWN_KEYS & set(entry))):
             continue
         with document.at("tasks", place):
-            given = checked("recipe:", str, entry["recipe"])
-            where = Path.cwd() if any(typed[:2] == ("tasks", place) or typed == ("tasks",) for typed in document.overridden) else folder
-            changes = {key: value for key, value in entry.items() if key != "recipe"}
-            tasks[place], learner, _ = task_entry(where / Path(given).expanduser(), changes=changes)
-            learners.append(learner)
+            typed = any(one[:2] in (("tasks",), ("tasks", place)) for one in document.overridden)
+            where, file = Path.cwd() if typed else folder, checked("recipe:", str | None, entry.get("recipe"))
+            changes = {key: value for key, value in entry.items() if key not in ("recipe", "name")}
+            tasks[place], learner, _ = task_entry(file and where / Path(file).expanduser(), changes=changes, folder=where)
+            learners += [learner] if file else []
     if learners and "learner" not in document.data:
         if any(one != learners[0] for one in learners):
             found, remedy = "recipes with different ones, and no learner: beside tasks:", "write learner: into the suite"
