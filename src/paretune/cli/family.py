@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paretune.cli.common import (
+    DryRun,
     Json,
     Overrides,
     Plugins,
@@ -35,6 +38,7 @@ from paretune.types import Preference as Weights
 if TYPE_CHECKING:
     from paretune.policy.family import Family
     from paretune.report.tables import Table
+    from paretune.runs.estimate import Estimate
     from paretune.runs.recipe import Recipe
     from paretune.tasks.base import Task
 
@@ -62,6 +66,7 @@ def fit(
     samples: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure the result with; 0 does not measure.")
     ] = 32,
+    dry_run: DryRun = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -74,12 +79,17 @@ def fit(
     from paretune.runs.suite import fit as fit_family
 
     folder = plan.root / "families" / _family_name(plan)
+    if dry_run:
+        _foretell(plan, samples, workers, as_json=as_json)
+        return
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
         family = Family.load(folder, trust=plan.task.trust_remote_code)
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
+        say(_estimated(plan, samples, workers, rate=False).line())
+        check_new(folder, "a family is saved into a new directory")
         who = None if executor == "local" else executor  # then --workers decides
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
         family.save(folder)
@@ -255,6 +265,42 @@ def _family_name(plan: Recipe) -> str:
     method = describe(plan.method)
     key = key_of({"task": describe(plan.task), "method": method, "learner": describe(plan.learner), "seed": plan.seed})
     return f"{method['name']}-{key[:8]}"
+
+
+def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estimate:
+    from paretune.methods.search import simplex_lattice
+    from paretune.runs.estimate import estimate
+
+    count, given = plan.task.objectives.count, plan.preferences
+    preferences = count + 1 if given is None else len(simplex_lattice(count, given) if isinstance(given, int) else given)
+    return estimate(plan, preferences=preferences, samples=samples, workers=workers, rate=rate)
+
+
+def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> None:
+    """What a fit would do and cost; nothing is trained or kept."""
+    from paretune.report.tables import Column, Table
+    from paretune.runs.display import _clock
+
+    say("estimating; nothing is trained or kept")
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _estimated(plan, samples, workers, rate=True)
+    if as_json:
+        print_json(found.to_json())
+        return
+    counts = (Column("samples", "samples", "count"), Column("tokens", "tokens, at most", "count"))
+    columns = (Column("label", "training", "text"), Column("wave", "wave", "count"), Column("state", "state", "text"), *counts)
+    rows = [{**vars(one), "wave": one.wave + 1, "state": "done" if one.done else "planned"} for one in found.trainings]
+    show_table(Table("trainings", columns, rows), title=f"Trainings of {plan.method.registered_name}, in {plan.root}")
+    rate, seconds = found.rate, [found.train_seconds or 0.0, found.measure_seconds or 0.0]
+    assert rate is not None
+    tell(f"{found.line()}")
+    by = f"{found.workers} workers" if found.workers > 1 else "one process"
+    tell(f"training:  about {_clock(seconds[0])} in {by}")
+    tell(f"measuring: about {_clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
+    tell(f"memory:    about {rate.memory / 2**20:,.0f} MiB per process")
+    for name in found.judged:
+        tell(f"requests:  up to {found.total('samples') + found.measured:,} of {name}, which asks a service")
+    tell(f"estimated from {rate.source}")
 
 
 def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:

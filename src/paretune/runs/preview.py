@@ -80,7 +80,8 @@ def _remarks(scores: list[dict[str, Any]], cut: float, texts: list[str], limit: 
         if "mean" not in row:
             continue
         if row["lowest"] == row["highest"]:
-            said.append(f"{name} is constant: every response scores {row['mean']:.3g}, so that nothing can be learned of it")
+            lost = "nothing can be learned of it" if row["role"] == "objective" else "it shows nothing"
+            said.append(f"{name} is constant: every response scores {row['mean']:.3g}, so that {lost}")
         elif row["alike"] is not None and row["alike"] >= ALIKE:
             said.append(f"{name} is equal for all responses to {row['alike']:.0%} of the prompts: little can be learned of it")
     if cut >= CUT:

@@ -56,7 +56,7 @@ def propose(model: str, prompts: Path, out: Path) -> Proposal:
     names = [name for name in ANSWERS if all(str(row.get(name) or "").strip() for row in rows)]
     answers = [name for name in names if max(len(str(row[name])) for row in rows) <= BRIEF]
     said = {"messages": "conversations", "text": "texts", "transcript": "transcripts"}[form]
-    remarks = [f"{len(rows)} prompts, {said} in the column {column!r}, {min(lengths)} to {max(lengths)} tokens long"]
+    remarks = [f"{len(rows)} prompts, {said} in the column {column!r}, {_range(lengths)} tokens long"]
     remarks += ["the tokenizer has a chat template: a text becomes what a user says"] if source.get("chat") else []
     remarks += [f"prompts of more than {longest} characters are left out: they do not fit the model's context"] if longest else []
     remarks += [f"the column {answers[0]!r} holds answers: they are compared"] if answers else []
@@ -127,6 +127,10 @@ def _from(folder: Path, path: Path) -> str:
     """A path as a recipe in `folder` writes it."""
     relative = os.path.relpath(path.resolve(), folder)
     return relative if relative.startswith("..") else f"./{relative}"
+
+
+def _range(lengths: Sequence[int]) -> str:
+    return " to ".join(map(str, dict.fromkeys((min(lengths), max(lengths)))))
 
 
 def _line(key: str, value: Any) -> str:

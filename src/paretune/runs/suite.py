@@ -48,6 +48,7 @@ from paretune.methods.base import Method
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
+from paretune.runs.estimate import Foreseen, foresee
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, said_of, training_label
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
@@ -231,6 +232,7 @@ class Summary:
     cells: tuple[Row, ...]
     trainings: tuple[Row, ...]
     seconds: float
+    foreseen: Mapping[str, Any] | None = None  # of a dry run: samples, tokens (at most) and measured responses of all that is to do
 
     def count(self, status: str) -> int:
         """Cells with this status."""
@@ -256,7 +258,11 @@ class Summary:
         planned = [row for row in (*self.trainings, *self.cells) if row.status == "planned"]
         if planned:
             lines = [f"{row.status:8} {kind} {row.key} {row.label}" for kind, row in self._rows()]
-            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these"])
+            cost = self.foreseen or {}
+            known = f"\n{cost['samples']:,} samples and at most {cost['tokens']:,} tokens to train with" if cost.get("samples") else ""
+            known += f", {cost['measured']:,} responses to measure with" if known and cost["measured"] else ""
+            known += "; methods that plan by results may ask for more" if known and not cost["whole"] else ""
+            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these{known}"])
         done = self.count("new") + self.count("done")
         lines = [
             f"suite {self.suite}: {done} of {len(self.cells)} cells ({self.count('done')} were there), "
@@ -387,6 +393,8 @@ def _run(
 def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float) -> Summary:
     """What a run would do, as far as it can be known without training."""
     cells, trainings = [], {}
+    ahead: dict[str, Foreseen] = {}
+    whole, measured = True, 0
     for member in members:
         if store.cell(member.key) is not None:
             cells.append(Row(member.key, member.label, "done"))
@@ -402,9 +410,16 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
                     else:
                         member.done[key] = artifact
             cells.append(Row(member.key, member.label, "planned"))
+            later, all_known = foresee(store, member)
+            ahead |= {one.key: one for one in later if not one.done}
+            whole = whole and all_known
+            if isinstance(member.task, Task) and not member.task.is_exact:
+                measured += suite.samples * (len(member.task.judged()) + 1) * len(suite.splits)
         except Exception as error:
             cells.append(Row(member.key, member.label, "failed", str(error)))
-    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began)
+    total = {field: sum(getattr(one, field) or 0 for one in ahead.values()) for field in ("samples", "tokens")}
+    foreseen = {**total, "measured": measured, "whole": whole}
+    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began, foreseen)
 
 
 def _executor(given: str | Ray, workers: int | None) -> str | Ray:
