@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, html_table
 from paretune.files import changed, check_new, disk_errors, hashes_of, new_folder, seal_problems, sealed
 from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
@@ -33,7 +33,7 @@ __all__ = ["Family"]
 SAMPLE_ROWS = 64  # rows sampled in one batch
 
 
-@dataclass
+@dataclass(repr=False)
 class Family:
     """A policy for every preference: what training leaves, and what is served.
 
@@ -58,6 +58,25 @@ class Family:
     def __post_init__(self):
         if not self.rule.searches:
             self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
+
+    def _facts(self) -> dict[str, str]:
+        total, base = self.meta.get("ledger", {}).get("total", {}), self.base.get("model") or self.base.get("task", {}).get("name")
+        trained = f"{total['samples']:,} samples, {total['tokens']:,} tokens, {total['seconds']:.0f} s" if total else ""
+        return {
+            "method": str(self.meta.get("method", {}).get("name", "unknown")),
+            "objectives": ", ".join(self.objectives.names),
+            "adapters": f"{self.policy.K}: {', '.join(self.policy.bank.names)}" if self.policy.K else "none",
+            "mixing": self.policy.mixing,
+            "reference model": str(base),
+            **({"trained on": trained} if trained else {}),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Family: {'; '.join(f'{name} {value}' for name, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table("A family of policies", (), self._facts().items())
 
     @property
     def stepwise(self) -> bool:
