@@ -99,8 +99,8 @@ class Registry:
             params.pop("content", None)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for name, value in params.items():
-            if name in getattr(cls, "lacks", {}):  # what a relative of the class has
-                rule, remedy = cls.lacks[name]
+            if name in (lacks := {k: v for owner in reversed(cls.__mro__) for k, v in vars(owner).get("lacks", {}).items()}):
+                rule, remedy = lacks[name]  # what a relative of the class has
                 raise _at(name, ConfigError(rule, found=f"{label}, {name}={shown(value)}", remedy=remedy))
             if name not in fields:
                 error = ConfigError(f"{label} has the fields that it declares", found=shown(name), remedy=nearest(shown(name), fields))

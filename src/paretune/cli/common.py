@@ -110,7 +110,7 @@ Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python f
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.lr=1e-3.", metavar="[KEY=VALUE]...")]
 
 Preference = Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")]
 

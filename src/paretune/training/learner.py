@@ -179,7 +179,9 @@ def placed(model: Any, device: str, dtype: str | None) -> Any:
 class SampledLearner(Learner):
     """Settings of a loop on sampled responses: how many, with which optimizer and schedule, and in what pieces."""
 
-    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {}  # fields of other learners: name -> the rule, the way out
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {  # fields of other learners: name -> the rule, the way out
+        "steps": ("a learner that samples counts responses; its steps are samples // batch", "give samples, such as learner.samples=6400")
+    }
     keeps: ClassVar[Mapping[str, Any]] = {}  # fields that `like` does not take over
 
     samples: int = 40_000  # responses drawn in all; steps are samples // batch
