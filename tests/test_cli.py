@@ -34,7 +34,7 @@ COMMANDS = {
     "demo": {"--root", "--workers", "--json"},
     "ls": {"KIND", "ROOT", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
-    "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
+    "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--dry-run", "--plugin", "--json"},
     "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {
         *{"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--file"},
@@ -48,6 +48,10 @@ COMMANDS = {
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
+    "compare": {"RECIPE", "OVERRIDES", "--methods", "--seeds", "--samples", "--root", "--workers", "--dry-run", "--plugin", "--json"},
+    "init": {"MODEL", "PROMPTS", "--out", "--json"},
+    "preview": {"RECIPE", "OVERRIDES", "--prompts", "--n", "--plugin", "--json"},
+    "schema": {"--out", "--plugin"},
     "tune": {
         *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
         *("--no-prune", "--write", "--plugin", "--json"),

@@ -78,7 +78,7 @@ def fit(
     from paretune.policy.family import Family
     from paretune.runs.suite import fit as fit_family
 
-    folder = plan.root / "families" / _family_name(plan)
+    folder, key = _family_folder(plan)
     if dry_run:
         _foretell(plan, samples, workers, as_json=as_json)
         return
@@ -92,6 +92,7 @@ def fit(
         check_new(folder, "a family is saved into a new directory")
         who = None if executor == "local" else executor  # then --workers decides
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
+        family.meta["key"] = key
         family.save(folder)
     rows = _measure(plan, family, samples, folder) if samples else None
     if as_json:
@@ -257,14 +258,18 @@ def _asked(given: Path, preference: str, model: str | None) -> tuple[Path, dict[
     return family, card
 
 
-def _family_name(plan: Recipe) -> str:
-    """The same recipe names the same family."""
+def _family_folder(plan: Recipe) -> tuple[Path, str]:
+    """Where a recipe's family lies, and its key: the same recipe names the same family, and a name belongs to one."""
     from paretune.registry import describe
     from paretune.types import key_of
 
     method = describe(plan.method)
     key = key_of({"task": describe(plan.task), "method": method, "learner": describe(plan.learner), "seed": plan.seed})
-    return f"{method['name']}-{key[:8]}"
+    folder = plan.root / "families" / (plan.name or f"{method['name']}-{key[:8]}")
+    if plan.name and (folder / "family.json").is_file() and read_card(folder)["meta"].get("key") != key:
+        found, remedy = f"{folder}, of another recipe or other settings", "choose another name:, or remove that folder"
+        raise ConfigError("a name belongs to one family", found=found, remedy=remedy)
+    return folder, key
 
 
 def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estimate:

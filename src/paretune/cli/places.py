@@ -101,7 +101,7 @@ def _rows(root: Path) -> Iterator[dict[str, Any]]:
     unfinished = "running" if store.is_busy() else "stopped"
     for kind, (job, said) in JOBS.items():
         failures = store.failures(kind)
-        for folder in sorted((root / kind).glob("*" if (root / kind).is_dir() else "")):
+        for folder in sorted((root / kind).glob("*")):
             key = folder.name.removeprefix(WIP)
             done = not folder.name.startswith(".") and (folder / DONE).is_file()
             if not done and not folder.name.startswith(WIP):

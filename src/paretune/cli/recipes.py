@@ -128,7 +128,7 @@ def schema(
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe, from the classes that read it; what is said of a field is the comment beside it."""
     from paretune.registry import LEARNERS, METHODS, OBJECTIVES
-    from paretune.runs.recipe import NEEDED, TASK_KEYS
+    from paretune.runs.recipe import FOLDER_NAME, NEEDED, TASK_KEYS
     from paretune.tasks.prompts import PromptSource
     from paretune.tasks.recipe import RecipeTask
 
@@ -144,6 +144,8 @@ def recipe_schema() -> dict[str, Any]:
     for name, one in defs.items():
         if name.startswith("objective-"):
             one["properties"]["name"] = {"type": "string", "description": "what it is called; without it, what it uses"}
+            if getattr(OBJECTIVES[str(one["properties"]["use"].get("const", "function"))], "of_reference", False):
+                one["required"].remove("model")  # the recipe's
     scored = {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in defs if name.startswith("objective-")]}}
     prompts = {"anyOf": [{"type": "string", "description": "a file"}, _of_class(PromptSource)]}
     weights = {"type": "array", "items": {"type": ["array", "object"]}, "minItems": 1}
@@ -151,6 +153,7 @@ def recipe_schema() -> dict[str, Any]:
     properties |= {"prompts": prompts, "objectives": {**scored, "minItems": 2}, "guards": scored}
     properties |= {kind: _one_of(kind, registry, defs) for kind, registry in (("method", METHODS), ("learner", LEARNERS))}
     properties |= {
+        "name": {"type": "string", "pattern": f"^{FOLDER_NAME}$", "description": "what the family's folder is called"},
         "seed": {"type": "integer", "default": 0},
         "output": {"type": "string", "description": "the run directory; default: runs, beside the recipe"},
         "preferences": {"anyOf": [{"type": "integer", "minimum": 2}, weights], "description": "where the result is measured"},
@@ -178,7 +181,7 @@ def _of_class(cls: Any) -> dict[str, Any]:
 
 def _named(made: dict[str, Any], key: str, name: Any) -> dict[str, Any]:
     value = {"const": name, "type": "string"} if isinstance(name, str) else name
-    return {**made, "properties": {key: value, **made["properties"]}, "required": [key, *made.get("required", ())]}
+    return {**made, "properties": {key: value, **made["properties"]}, "required": list(dict.fromkeys([key, *made.get("required", ())]))}
 
 
 def _one_of(kind: str, registry: Any, defs: dict[str, Any]) -> dict[str, Any]:

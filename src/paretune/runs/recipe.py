@@ -7,6 +7,7 @@
     guards: []               # written as objectives are: looked at on validation prompts and in the end, never trained
     method: experts          # or {name: experts, mixing: logit}; learner as well
     preferences: 11          # where the result is measured
+    name: support            # of the family: runs/families/support
 
 Relative paths mean the recipe's folder, and in an override the current one.
 """
@@ -41,6 +42,7 @@ TASK_KEYS = {
     "guards": "guard_specs",
 }
 SCORED = ("objectives", "guards")
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NEEDED = ("model", "prompts", "objectives")
 PROMPT_KEYS = [field.name for field in fields(PromptSource)]
 STAND_IN = {
@@ -48,7 +50,7 @@ STAND_IN = {
     "prompt_source": {"path": "prompts.jsonl"},
     "objective_specs": [{"use": "length"}, {"use": "length", "name": "2"}],
 }
-RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
+RUN_KEYS = ("name", "method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Recipe:
     learner: Any
     seed: int
     root: Path
+    name: str | None = None  # of the family; None: the method's and a hash
     preferences: int | tuple[tuple[float, ...], ...] | None = None  # where the result is measured: points per edge, or weights
 
 
@@ -121,8 +124,8 @@ def _checked(document: config.Document, path: Path, *, typed: Path | None = None
     task.check()
     with document.at("preferences"):
         preferences = _preferences(given.get("preferences"), task.objectives.names)
-    root = Path(given["output"])
-    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, preferences=preferences)
+    root, name = Path(given["output"]), given.get("name")
+    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, name=name, preferences=preferences)
 
 
 def _check_needed(given: Mapping[str, Any], path: Path, key: str) -> None:
@@ -137,6 +140,10 @@ def _check_places(document: config.Document) -> None:
         if key in given:
             with document.at(key):
                 checked(f"{key}:", kind, given.get(key))
+    with document.at("name"):
+        if given.get("name") is not None and not (isinstance(given["name"], str) and re.fullmatch(FOLDER_NAME, given["name"])):
+            remedy = "use letters, digits, dots, dashes and underscores"
+            raise ConfigError("name: is what the family's folder is called", found=shown(given["name"]), remedy=remedy)
     with document.at("output"):
         if not given.get("output", "").isprintable():
             raise ConfigError("output: is a folder's name, on one line", found=shown(given["output"]), remedy="for example output: runs")
