@@ -500,3 +500,58 @@ def test_a_dry_run_of_a_suite_counts_later_waves(tmp_path):
     assert planned.foreseen["samples"] == 48
     assert planned.foreseen["whole"] is True
     assert "48 samples and at most 384 tokens" in planned.text()
+
+
+def test_the_command_that_fit_suggests_asks_a_prompt_of_the_recipe(fitted):
+    recipe, _ = fitted
+    line = run("fit", recipe, "--samples", 0).stdout.splitlines()[-1]
+    typed = line.split("--preference ")[1].split(" ", 1)[1]
+    asked = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, text=True, check=True).stdout
+    assert asked == load_recipe(recipe).task.prompts("test")[0].text
+
+
+# In a notebook
+
+
+def test_an_evaluation_of_samples_says_its_gain_on_test_prompts(fitted):
+    import paretune as pt
+
+    recipe, folder = fitted
+    family = pt.Family.load(folder)
+    report = pt.evaluate(load_recipe(recipe).task, family, samples=6)
+    gains = [one["value"] for one in report.metrics["splits"]["test"]["gain"]["per_preference"]]
+    assert (report.quality, report.split) == ("gain", "test")
+    assert report.worst == min(gains)
+    assert report.mean == pytest.approx(sum(gains) / len(gains))
+    said = f"worst {_number(report.worst)}, mean {_number(report.mean)}"
+    assert repr(report) == f"<Evaluation: gain on test prompts at 11 preferences: {said}>"
+    page = report._repr_html_()
+    assert page.count("<tr>") == 12
+    assert "95 %" not in page  # two prompts are too few for an interval
+    assert "loud, brief" in repr(family)
+    assert "<td>experts</td>" in family._repr_html_()
+    assert max(len(repr(family)), len(repr(report))) < 500
+
+
+def _number(value):
+    return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def test_a_table_for_a_notebook_shows_texts_and_runs_nothing():
+    from paretune.errors import html_table
+
+    assert "<script>" not in html_table("<script>", ["<script>"], [["<script>"]])
+
+
+def test_an_evaluation_knows_what_is_unknown():
+    from paretune.evaluation.evaluate import Evaluation
+
+    split = {"attainment": {"per_preference": [None, 0.5]}, "rewards": [[0.1], [None]], "kl": {"per_preference": [0.1, None]}}
+    metrics = {"exact": True, "objectives": ["a"], "preferences": [[1.0], [1.0]], "splits": {"test": split}}
+    one = Evaluation({}, metrics, None)
+    assert (one.split, one.worst, one.mean) == ("test", 0.5, 0.5)
+    assert "\N{EN DASH}" in one._repr_html_()
+    metrics["exact"], split["gain"] = False, {"per_preference": [{"value": 0.25, "low": 0.125, "high": 0.5, "n": 9}] * 2}
+    assert "<td>[0.125, 0.500]</td>" in one._repr_html_()
+    metrics["exact"], split["attainment"]["per_preference"] = True, [None, None]
+    assert (one.worst, one.mean) == (None, None)

@@ -115,7 +115,7 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory, or a famil
 @app.command(
     **examples(
         "paretune compare recipe.yaml --methods experts,bridge,conditioned",
-        "paretune compare recipe.yaml learner.samples=6400 --methods 'experts,{name: experts, mixing: logit}' --seeds 3",
+        "paretune compare recipe.yaml --methods 'uniform,{name: experts, mixing: logit}' --seeds 3",
     )
 )
 def compare(

@@ -103,7 +103,7 @@ def fit(
             say(f"while it trained: {text}")
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
     example = _even_weights(family.objectives.names)
-    typer.echo(f'{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"')
+    typer.echo(f"{folder}\ntry it: paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} {_typed_prompt(plan)}")
 
 
 @app.command(
@@ -343,6 +343,16 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
         guarded = {name: each["per_preference"][w] for name, each in guards.items()}
         rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), **guarded, "kl": kl})
     return Table("measured", columns, rows)
+
+
+def _typed_prompt(plan: Recipe) -> str:
+    """A test prompt as a shell takes it; a conversation as its JSON would not be read by a person, so that its last words stand for it."""
+    prompt = plan.task.prompts("test")[0]
+    text = prompt.text if prompt.text is not None else prompt.messages[-1]["content"]  # type: ignore[index]
+    if len(text) > 200 or not text.replace("\n", "").isprintable():
+        return '"your prompt"'
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'" if "\n" in text else shlex.quote(text)
 
 
 def _even_weights(names: Sequence[str]) -> str:

@@ -67,7 +67,8 @@ def relate(
                 f"after {looked.steps} steps at equal weights" if looked.steps else "at initialization, of LoRA's B alone (A has none yet)"
             )
             show_table(gradient_table(looked), title=f"Gradients {place}")
-        for line in [*_warnings(found), *map(str, advice)]:
+        measure = [f"To know for yours: paretune compare {target} --methods experts,bridge,conditioned"] if Path(target).is_file() else []
+        for line in [*_warnings(found), *map(str, advice), *measure]:
             tell(f"• {line}")
     for path in written:
         say(f"wrote {path}")
