@@ -32,9 +32,9 @@ RAY = {"--address", "--cpus-per-job", "--gpus-per-job", "--memory-per-job", "--w
 # Every command with its arguments and flags. Change this only together with the README and the changelog.
 COMMANDS = {
     "demo": {"--root", "--workers", "--json"},
-    "ls": {"KIND", "--plugin", "--json"},
+    "ls": {"KIND", "ROOT", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
-    "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--plugin", "--json"},
+    "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--dry-run", "--plugin", "--json"},
     "normalize": {"RECIPE", "OVERRIDES", "--column", "--samples", "--limit", "--seed", "--plugin", "--json"},
     "sample": {
         *{"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--file"},
@@ -49,6 +49,10 @@ COMMANDS = {
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},
     "log": {"TARGET", "KEY", "--responses", "--json"},
+    "compare": {"RECIPE", "OVERRIDES", "--methods", "--seeds", "--samples", "--root", "--workers", "--dry-run", "--plugin", "--json"},
+    "init": {"MODEL", "PROMPTS", "--out", "--json"},
+    "preview": {"RECIPE", "OVERRIDES", "--prompts", "--n", "--plugin", "--json"},
+    "schema": {"--out", "--plugin"},
     "tune": {
         *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
         *("--no-prune", "--write", "--plugin", "--json"),

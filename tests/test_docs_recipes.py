@@ -77,7 +77,8 @@ def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
 
 def test_the_suite_of_the_page_runs(recipe, tmp_path):
     suite = yaml.safe_load(block("yaml", "# suite.yaml"))
-    suite["tasks"][0] |= {"model": str(tiny_model()), "max_new_tokens": 4}
+    two = [{"name": "correct", "use": "answer"}, {"name": "brief", "use": "length"}]
+    suite["tasks"][0] |= {"objectives": two, "beta": 0.1, "max_new_tokens": 4}
     suite |= {"learner": {"name": "pg", "samples": 16, "batch": 8, "group": 4, "rank": 2}, "samples": 2}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     ran = CliRunner().invoke(app, ["bench", "suite.yaml", "--root", "runs", "--executor", "in-process", "--json"])

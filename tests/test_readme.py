@@ -104,8 +104,10 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
-    worst = {line.split(" prompts")[0]: float(line.split()[-1]) for line in out.splitlines() if "worst" in line}
-    assert set(worst) == {f"{mixing} on {split}" for mixing in ("parameter", "logit") for split in ("train", "test")}
-    assert worst["logit on train"] > worst["parameter on train"] + 0.05  # measured: 0.2; under conflict the soup is worse
+    said = [re.fullmatch(r"(\w+): worst (-?[.\d]+), mean (-?[.\d]+)", line) for line in out.splitlines() if "worst" in line]
+    worst, mean = ({match[1]: float(match[place]) for match in said} for place in (2, 3))
+    assert set(worst) == {"parameter", "logit"}
+    assert worst["logit"] > worst["parameter"] + 0.05  # training prompts, measured: 0.2; under conflict the soup is worse
+    assert all(mean[name] > worst[name] for name in worst)
     assert len(list((tmp_path / "runs" / "artifacts").glob("*/DONE"))) == 2, "the second mixing found its experts"
     assert (tmp_path / "my-family" / "family.json").is_file()

@@ -1,6 +1,6 @@
 """Generate the parts of the documentation that the code and the committed results determine.
 
-    python tools/docs.py               write README.md, docs/*.md and docs/figures/front.svg anew
+    python tools/docs.py               write README.md, docs/*.md, docs/figures/front.svg and the catalog of `paretune ls` anew
     python tools/docs.py --root DIR    first copy the quick suite's results from a run directory into benchmarks/results/quick.json
     python tools/docs.py --check       write nothing; exit 1 where a file differs from what would be written
 
@@ -27,7 +27,7 @@ from typing import Any
 import typer
 
 from paretune.cli import app
-from paretune.cli.catalog import describe_name, taxonomy
+from paretune.cli.catalog import CATALOG, describe_name, made_catalog, taxonomy
 from paretune.report.data import PROMPTS, Results, assemble, load
 from paretune.report.drawing import to_svg
 from paretune.report.figures import attainment_figures, front_figures
@@ -287,7 +287,8 @@ def commands() -> str:
         parts += [f"## `{' '.join(['paretune', name, *arguments, '[OPTIONS]'])}`\n", f"{' '.join((command.help or '').split())}\n"]
         parts += ["| argument or option | value | default | |", "|---|---|---|---|"]
         parts += [_parameter(p, hints[p.name]) for p in command.params if p.name in hints]
-        parts.append("")
+        shown = "\n".join(line.strip() for line in (command.epilog or "").split("\n")[2:])
+        parts += ["", f"```text\n{shown}\n```", ""] if shown else [""]
     return "\n".join(parts)
 
 
@@ -406,8 +407,9 @@ def pages() -> Iterator[Path]:
 
 def wanted() -> dict[Path, str]:
     """Every generated file, and what should stand in it."""
+    listed = json.dumps(made_catalog(), indent=1, ensure_ascii=False) + "\n"  # first: what follows reads the classes, too
     made = {path: BLOCK.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}{m[3]}", path.read_text(encoding="utf-8")) for path in pages()}
-    return {**made, PICTURE: picture()}
+    return {**made, PICTURE: picture(), SOURCE / CATALOG: listed}
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import html
 import re
 import sys
 import sysconfig
@@ -30,6 +31,7 @@ __all__ = [
     "StoreError",
     "TaskError",
     "TrainingError",
+    "html_table",
     "nearest",
     "own_code",
     "printable",
@@ -115,6 +117,14 @@ def redacted(text: str) -> str:
     """The text with *** in place of keys, passwords and what a URL carries of them."""
     masked = IN_URL.sub(lambda found: f"{found[1] or found[2]}***", str(text))
     return NAMED.sub(r"\1***", KEY.sub("***", masked))
+
+
+def html_table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A plain table for notebooks; every text is escaped."""
+    cells = ["<tr>" + "".join(f"<td>{html.escape(printable(text))}</td>" for text in row) + "</tr>" for row in rows]
+    titles = "".join(f"<th>{html.escape(printable(text))}</th>" for text in head)
+    top = f"<caption>{html.escape(printable(caption))}</caption><thead><tr>{titles}</tr></thead>"
+    return f"<table>{top}<tbody>{''.join(cells)}</tbody></table>"
 
 
 SHOWN = 60  # names in one message

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ParetuneError, StoreError
+from paretune.errors import ConfigError, ParetuneError, StoreError
 from paretune.types import canonical_json
 
 __all__ = [
-    *("ASIDE", "card_problems", "changed", "digest", "disk_errors", "force", "force_names", "hashes_of", "is_disk_full", "is_sealed"),
-    *("manifest", "new_file", "new_folder", "no_room", "note", "read_json", "read_manifest", "remove"),
+    *("ASIDE", "card_problems", "changed", "check_new", "digest", "disk_errors", "force", "force_names", "hashes_of", "is_disk_full"),
+    *("is_sealed", "manifest", "new_file", "new_folder", "no_room", "note", "read_json", "read_manifest", "remove"),
     *("seal", "seal_problems", "sealed", "write_json", "write_text"),
 ]
 
@@ -68,6 +68,12 @@ def new_file(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def check_new(path: Path, rule: str) -> None:
+    """ConfigError where a folder that is made at the end of long work is there already, with something in it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(rule, found=f"{path} exists", remedy="choose another name, or remove it")
 
 
 @contextlib.contextmanager

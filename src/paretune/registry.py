@@ -30,6 +30,7 @@ __all__ = [
     "LEARNERS",
     "METHODS",
     "OBJECTIVES",
+    "PLUGIN_REMEDY",
     "GATE_RULES",
     "TASKS",
     "Registry",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 UNKEYED = {"keyed": False}  # metadata of a field that changes nothing in what is computed, such as where a training's log goes
+
+
+PLUGIN_REMEDY = "; one of your own comes with --plugin FILE.py, in Python with load_plugin"
 
 
 class Registry:
@@ -74,7 +78,8 @@ class Registry:
     def __getitem__(self, name: str) -> type:
         self._load()
         if not isinstance(name, str) or name not in self._classes:
-            raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=nearest(shown(name), self._classes))
+            remedy = nearest(shown(name), self._classes) + PLUGIN_REMEDY
+            raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=remedy)
         return self._classes[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -97,8 +102,8 @@ class Registry:
             params.pop("content", None)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for name, value in params.items():
-            if name in getattr(cls, "lacks", {}):  # what a relative of the class has
-                rule, remedy = cls.lacks[name]
+            if name in (lacks := {k: v for owner in reversed(cls.__mro__) for k, v in vars(owner).get("lacks", {}).items()}):
+                rule, remedy = lacks[name]  # what a relative of the class has
                 raise _at(name, ConfigError(rule, found=f"{label}, {name}={shown(value)}", remedy=remedy))
             if name not in fields:
                 error = ConfigError(f"{label} has the fields that it declares", found=shown(name), remedy=nearest(shown(name), fields))

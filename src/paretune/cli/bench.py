@@ -1,4 +1,4 @@
-"""`paretune demo`, `bench`, `tune`, `report` and `check`: suites, what they found, and whether it is still what was published."""
+"""`paretune demo`, `bench`, `compare`, `tune`, `report` and `check`: suites, what they found, and whether it is as published."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paretune.cli.common import (
+    DryRun,
     Json,
     Overrides,
     Plugins,
@@ -19,6 +20,7 @@ from paretune.cli.common import (
     aloud,
     app,
     check_writable,
+    examples,
     on_ray,
     plug,
     print_json,
@@ -33,10 +35,10 @@ if TYPE_CHECKING:
     from paretune.report.tables import Table
     from paretune.runs.tune import Tuning
 
-__all__ = ["bench", "check", "demo", "report", "tune"]
+__all__ = ["bench", "check", "compare", "demo", "report", "tune"]
 
 
-@app.command()
+@app.command(**examples("paretune demo", "paretune demo --workers 4 --root my-demo"))
 @aloud
 def demo(
     root: Annotated[Path, typer.Option(help="The run directory.")] = Path("paretune-runs/quick"),
@@ -47,16 +49,22 @@ def demo(
     _bench("quick", [], root, "local", workers, dry_run=False, as_json=as_json)
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune bench quick --dry-run",
+        "paretune bench suite.yaml learner.samples=20000 seeds=[0,1] --workers 4",
+        "paretune bench suite.yaml --executor ray --gpus-per-job 1",
+    )
+)
 @aloud
 @on_ray
 def bench(
     suite: Annotated[str, typer.Argument(help="A YAML file, or the name of a suite that ships with Paretune.")],
     overrides: Overrides = None,
-    root: Annotated[Path | None, typer.Option(help="The run directory. Default: paretune-runs/<suite>.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The run directory. Default: paretune-runs/ and the suite's name.")] = None,
     executor: Annotated[str, typer.Option(help="local: worker processes; in-process: this one; ray: a Ray cluster.")] = "local",
     workers: Workers = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: DryRun = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +73,7 @@ def bench(
     _bench(suite, overrides or [], root, executor, workers, dry_run=dry_run, as_json=as_json)
 
 
-@app.command()
+@app.command(**examples("paretune report paretune-runs/quick", "paretune report runs --suite mine --out page"))
 @aloud
 def report(
     root: Annotated[Path, typer.Argument(help="A run directory.")],
@@ -91,7 +99,7 @@ def report(
         (say if as_json else tell)(f"family: {page}")
 
 
-@app.command()
+@app.command(**examples("paretune check paretune-runs/quick", "paretune check runs/families/bridge-1a2b3c4d --json"))
 @aloud
 def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
     """Hash everything published again, families too; exit code 1 if anything is not what was published."""
@@ -122,17 +130,56 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory, or a famil
         raise typer.Exit(1)
 
 
+@app.command(
+    **examples(
+        "paretune compare recipe.yaml --methods experts,bridge,conditioned",
+        "paretune compare recipe.yaml --methods 'uniform,{name: experts, mixing: logit}' --seeds 3",
+    )
+)
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, learner; its method is left out.")],
+    methods: Annotated[str, typer.Option(help="Names, or mappings with settings, between commas. The untrained model is always there.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from the recipe's on.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Responses per preference and split.")] = 64,
+    root: Annotated[Path | None, typer.Option(help="The run directory. Default: the recipe's, whose trainings are used again.")] = None,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    plugin: Plugins = None,
+    as_json: Json = False,
+) -> None:
+    """Run several methods on a recipe's model, prompts and objectives, then write the report."""
+    from paretune.runs.config import load, parse
+
+    plug(plugin)
+    load(recipe)  # refused here, before anything large is imported
+    rows = parse(f"methods: [{methods}]", name="--methods").data["methods"]
+    if not rows or not all(isinstance(row, str | dict) for row in rows):
+        raise ConfigError("--methods names methods", found=repr(methods), remedy="for example --methods experts,bridge")
+    from paretune.runs.suite import compared
+
+    suite, own = compared(recipe, rows, overrides or [], seeds=seeds, samples=samples)
+    _bench(suite, [], root or own, "local", workers, dry_run=dry_run, as_json=as_json)
+
+
 def _bench(
-    suite: str, overrides: list[str], root: Path | None, executor: str, workers: int | None, *, dry_run: bool, as_json: bool
+    suite: str | dict[str, Any],
+    overrides: list[str],
+    root: Path | None,
+    executor: Any,
+    workers: int | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from paretune.cli.catalog import suite_path
 
-    path = suite_path(suite)
-    from paretune.runs.suite import run_suite
+    given = suite_path(suite) if isinstance(suite, str) else suite
+    from paretune.runs.suite import load_suite, run_suite
 
-    folder = root or Path("paretune-runs") / path.stem
+    folder = root or Path("paretune-runs") / load_suite(given, overrides)[0].name
     with contextlib.redirect_stdout(sys.stderr):  # a reward, or a plugin, may print
-        summary = run_suite(path, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
+        summary = run_suite(given, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
     if dry_run:
         print_json(summary.to_json()) if as_json else tell(summary.text())
         return
@@ -177,7 +224,9 @@ def _not_searched() -> Iterator[None]:
         gc.unfreeze()
 
 
-@app.command()
+@app.command(
+    **examples("paretune tune recipe.yaml --trials 20", "paretune tune suite.yaml --method bridge --metric mean --write best.yaml")
+)
 @aloud
 def tune(
     target: Annotated[str, typer.Argument(help="A recipe or a suite, with the fields to search under tune:.", metavar="RECIPE|SUITE")],

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Plugins, app, plug, print_json, show_table
+from paretune.cli.common import Json, Plugins, app, examples, plug, print_json, say, show_table
+from paretune.cli.places import families_table, runs_table
 from paretune.errors import ConfigError, nearest
-from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, Registry
+from paretune.registry import LEARNERS, METHODS, OBJECTIVES, PLUGIN_REMEDY, TASKS, Registry, loaded_plugins
 from paretune.report.tables import Column, Table
 from paretune.runs.config import load
 
-__all__ = ["KINDS", "catalog", "describe_name", "list_", "show", "suite_path", "taxonomy"]
+__all__ = ["CATALOG", "KINDS", "catalog", "describe_name", "fields_of", "list_", "made_catalog", "show", "suite_path", "taxonomy"]
 
 
-@app.command("ls")
+@app.command("ls", **examples("paretune ls methods", "paretune ls runs", "paretune ls runs paretune-runs/quick", "paretune ls families"))
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="methods, tasks, objectives, learners or suites; all of them if left out.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, tasks, objectives, learners, suites (all of these if left out), runs or families.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Argument(help="Of runs and families: a run directory, or a folder with some. Default: here.")
+    ] = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """List what there is: methods (the taxonomy), tasks, objectives, learners, suites."""
+    """List what there is: methods (the taxonomy), tasks, objectives, learners, suites; or what was run here, and its families."""
     plug(plugin)
-    tables = {name: catalog(name) for name in ([kind] if kind else KINDS)}
+    if kind in PLACES:
+        tables = {kind: PLACES[kind](root or Path())}
+    elif root is not None:
+        raise ConfigError("a folder goes with runs or families", found=f"{kind} {root}", remedy="leave the folder out")
+    else:
+        tables = {name: catalog(name) for name in ([kind] if kind else KINDS)}
     if as_json:
         print_json(tables[kind].to_json() if kind else {name: table.to_json() for name, table in tables.items()})
         return
     for name, table in tables.items():
-        show_table(table, title="" if kind else name)
+        wanted = SHORT.get(name, [column.key for column in table.columns])
+        shown = Table(name, tuple(column for column in table.columns if column.key in wanted), table.rows)
+        if name in PLACES and not table.rows:
+            say(f"no {name} in {root or 'this folder'}, nor in the folders below it")
+        else:
+            show_table(shown, title="" if kind else name)
 
 
-@app.command()
+@app.command(**examples("paretune show bridge", "paretune show pg", "paretune show quick"))
 def show(name: Annotated[str, typer.Argument(help="As `paretune ls` prints it.")], plugin: Plugins = None, as_json: Json = False) -> None:
     """Show one method, task, objective, learner or suite: its card, its fields and their defaults."""
     plug(plugin)
@@ -65,6 +85,9 @@ def _print_description(thing: dict[str, Any]) -> None:
 
 REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectives": OBJECTIVES, "learners": LEARNERS}
 KINDS = (*REGISTRIES, "suites")
+PLACES = {"runs": runs_table, "families": families_table}  # what lies in folders
+SHORT = {"methods": ("name", "summary")}  # the columns that a person is shown, where `show` and --json have more
+CATALOG = "results/catalog.json"  # in the package, made by tools/docs.py: what ships, so that nobody imports torch to read it
 COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -74,14 +97,41 @@ BOUNDED = re.compile(r"\b(Count|Natural|Positive|Amount|Share|Fraction)\b")  # o
 def catalog(kind: str) -> Table:
     """One row per name of a kind; methods with what their cards say."""
     if kind not in KINDS:
-        raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, KINDS))
+        raise ConfigError("`paretune ls` lists one kind of thing", found=repr(kind), remedy=nearest(kind, (*KINDS, *PLACES)))
     if kind == "methods":
         return taxonomy()
-    said = {name: str(load(path).data.get("about", "")) for name, path in _suites().items()}
-    if kind != "suites":
-        said = {name: _first_sentence(REGISTRIES[kind][name]) for name in REGISTRIES[kind]}
+    if kind == "suites":
+        said = {name: str(load(path).data.get("about", "")) for name, path in _suites().items()}
+    elif shipped := _shipped():
+        said = {name: _first_sentence(one["about"]) for name, one in shipped[kind].items()}
+    else:
+        said = {name: _first_sentence(inspect.cleandoc(REGISTRIES[kind][name].__doc__ or "")) for name in REGISTRIES[kind]}
     columns = (Column("name", "name", "text"), Column("summary", "what it is", "text"))
     return Table(kind, columns, [{"name": name, "summary": summary} for name, summary in said.items()])
+
+
+def _shipped() -> dict[str, dict[str, dict[str, Any]]] | None:
+    """Kind -> name -> what `describe_name` says; None where a plugin may have added to it, or the classes are in memory anyway."""
+    if "paretune.methods.base" in sys.modules or loaded_plugins() or entry_points(group="paretune.plugins"):
+        return None
+    return _read_catalog()
+
+
+@cache
+def _read_catalog() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads((files("paretune") / CATALOG).read_text(encoding="utf-8"))
+
+
+def made_catalog() -> dict[str, dict[str, dict[str, Any]]]:
+    """The content of CATALOG, from the classes themselves."""
+    return {kind: {name: _described(kind, name) for name in registry} for kind, registry in REGISTRIES.items()}
+
+
+def _described(kind: str, name: str) -> dict[str, Any]:
+    cls: Any = REGISTRIES[kind][name]
+    card = dataclasses.asdict(cls.card) if hasattr(cls, "card") else None
+    about = inspect.cleandoc(cls.__doc__ or "")
+    return {"kind": kind[:-1], "name": name, "version": cls.version, "about": about, "card": card, "fields": list(fields_of(cls))}
 
 
 def taxonomy() -> Table:
@@ -95,29 +145,31 @@ def taxonomy() -> Table:
         Column("zero_shot", "a new preference is free", "yes"),
         Column("source", "source", "text"),
     )
-    cards = {name: METHODS[name].card for name in METHODS}  # type: ignore[attr-defined]
+    shipped = _shipped()
+    cards: dict[str, dict[str, Any]] = (
+        {name: one["card"] for name, one in shipped["methods"].items()}
+        if shipped
+        else {name: dataclasses.asdict(METHODS[name].card) for name in METHODS}  # type: ignore[attr-defined]
+    )
     order = {family: place for place, family in enumerate(("single-policy", "multi-policy", "meta-policy", "baseline"))}
-    names = sorted(cards, key=lambda name: (order.get(cards[name].category, len(order)), name))
-    return Table("methods", columns, [{"name": name, **{c.key: getattr(cards[name], c.key) for c in columns[1:]}} for name in names])
+    names = sorted(cards, key=lambda name: (order.get(cards[name]["category"], len(order)), name))
+    return Table("methods", columns, [{"name": name, **{c.key: cards[name][c.key] for c in columns[1:]}} for name in names])
 
 
 def describe_name(name: str) -> list[dict[str, Any]]:
     """Everything called `name`: {"kind", "name", "version", "about", "card", "fields": [{"name", "type", "default", "about"}]}."""
-    found: list[dict[str, Any]] = []
-    for kind, registry in REGISTRIES.items():
-        if name in list(registry):
-            cls = registry[name]
-            card = dataclasses.asdict(cls.card) if hasattr(cls, "card") else None
-            about = inspect.cleandoc(cls.__doc__ or "")
-            version = cls.version  # type: ignore[attr-defined]
-            found.append({"kind": kind[:-1], "name": name, "version": version, "about": about, "card": card, "fields": list(_fields(cls))})
+    shipped = _shipped() or {}
+    found = [things[name] for things in shipped.values() if name in things]
+    found = found or [_described(kind, name) for kind, registry in REGISTRIES.items() if name not in _suites() and name in list(registry)]
     suites = _suites()
     if name in suites:
         text = suites[name].read_text(encoding="utf-8")
         found.append({"kind": "suite", "name": name, "about": load(suites[name]).data.get("about", ""), "text": text})
     if not found:
         known = {n for registry in REGISTRIES.values() for n in registry} | set(suites)
-        raise ConfigError("`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known))
+        raise ConfigError(
+            "`paretune show` takes the name of something that exists", found=repr(name), remedy=nearest(name, known) + PLUGIN_REMEDY
+        )
     return found
 
 
@@ -138,9 +190,8 @@ def _suites() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(str(files("paretune") / "suites")).glob("*.yaml"))}
 
 
-def _first_sentence(cls: type) -> str:
-    text = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
-    return re.split(r"(?<=[.;:])\s", text)[0].rstrip(".;:")
+def _first_sentence(about: str) -> str:
+    return re.split(r"(?<=\S\.)\s", " ".join(about.split("\n\n")[0].split()))[0].rstrip(".")
 
 
 def _bounds(name: re.Match[str]) -> str:
@@ -153,7 +204,7 @@ def _bounds(name: re.Match[str]) -> str:
     )
 
 
-def _fields(cls: type) -> Iterator[dict[str, Any]]:
+def fields_of(cls: type) -> Iterator[dict[str, Any]]:
     """The hyperparameters; what is said of each is the comment beside it in the source."""
     said: dict[str, str] = {}
     for owner in reversed(cls.__mro__):

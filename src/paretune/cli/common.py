@@ -26,13 +26,18 @@ if TYPE_CHECKING:
     from paretune.runs.ray import Ray
 
 __all__ = [
-    *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("aloud", "app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("DryRun", "Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
+    *("aloud", "app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
 
 
 class _Group(TyperGroup):
     """Turns what a person can meet into one message on stderr and an exit code; anything else keeps its traceback."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each with its first sentence, whole."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, (one.help or "").split("\n\n")[0].split(". ")[0]) for name, one in self.commands.items()])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,6 +47,8 @@ class _Group(TyperGroup):
                         raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
                 return super().invoke(ctx)
         except ParetuneError as error:
+            if isinstance(error.__cause__, SystemExit) and isinstance(error.__cause__.__context__, BrokenPipeError):
+                raise typer.Exit(1) from None  # whoever read our table has seen enough
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
@@ -77,7 +84,13 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: no boxes in a pipe or a narrow terminal, and flags without a type
 )
+
+
+def examples(*lines: str) -> dict[str, Any]:
+    """For `app.command`: what stands below a command's help."""
+    return {"epilog": "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])}
 
 
 def _version(asked: bool) -> None:
@@ -96,8 +109,9 @@ def start(version: Annotated[bool, typer.Option("--version", help="Print the ver
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.steps=20.", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.lr=1e-3.", metavar="[KEY=VALUE]...")]
 
 Preference = Annotated[str, typer.Option(help="Weights that sum to 1: a=.7,b=.3; an objective left out has 0.")]
 

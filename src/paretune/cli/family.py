@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paretune.cli.common import (
+    DryRun,
     Json,
     Overrides,
     Plugins,
@@ -19,6 +22,7 @@ from paretune.cli.common import (
     aloud,
     app,
     check_writable,
+    examples,
     on_ray,
     plug,
     print_json,
@@ -26,22 +30,33 @@ from paretune.cli.common import (
     show_table,
     tell,
 )
+from paretune.cli.places import find_family
 from paretune.errors import ConfigError
-from paretune.policy.card import read_card
+from paretune.files import check_new
+from paretune.policy.card import found_base, read_card
+from paretune.types import Preference as Weights
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
+    from paretune.runs.estimate import Estimate
     from paretune.runs.recipe import Recipe
     from paretune.tasks.base import Task
 
 __all__ = ["explain", "export", "fit", "sample"]
 
 System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
+FamilyName = Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote, or its name as `paretune ls families` prints it.")]
 Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
 Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune fit recipe.yaml",
+        "paretune fit recipe.yaml method=bridge learner.samples=6400 --workers 2",
+        "paretune fit recipe.yaml --dry-run",
+    )
+)
 @aloud
 @on_ray
 def fit(
@@ -52,6 +67,7 @@ def fit(
     samples: Annotated[
         int, typer.Option(min=0, max=1_000_000, help="Responses per preference to measure the result with; 0 does not measure.")
     ] = 32,
+    dry_run: DryRun = False,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
@@ -63,15 +79,21 @@ def fit(
     from paretune.policy.family import Family
     from paretune.runs.suite import fit as fit_family
 
-    folder = plan.root / "families" / _family_name(plan)
+    folder, key = _family_folder(plan)
+    if dry_run:
+        _foretell(plan, samples, workers, as_json=as_json)
+        return
     if (folder / "family.json").is_file():
         say(f"this family was fitted before: {folder}")
         family = Family.load(folder, trust=plan.task.trust_remote_code)
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
+        say(_estimated(plan, samples, workers, rate=False).line())
+        check_new(folder, "a family is saved into a new directory")
         who = None if executor == "local" else executor  # then --workers decides
         family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
+        family.meta["key"] = key
         family.save(folder)
     from paretune.report.family import findings_of, load_fitted, measured_table, write_fitted
     from paretune.runs.measured import measure, measured_at
@@ -91,14 +113,19 @@ def fit(
         show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
         tell("\n".join(findings_of(fitted)))
     example = _even_weights(family.objectives.names)
-    tried = f'paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} "your prompt"'
+    tried = f"paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} {_typed_prompt(plan)}"
     typer.echo(f"page: {page}\n{folder}\ntry it: {tried}")
 
 
-@app.command()
+@app.command(
+    **examples(
+        'paretune sample FAMILY --preference polite=.7,brief=.3 "My parcel is late."',
+        "paretune sample FAMILY --preference brief=1 --file prompts.jsonl --n 4 --json",
+    )
+)
 @aloud
 def sample(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     preference: Preference,
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
     file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
@@ -113,13 +140,14 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample responses from a policy family at one preference."""
-    read_card(family)
-    from paretune.policy.family import Family
+    family, _ = _asked(family, preference, model)
     from paretune.tasks.prompts import read_requests
 
     asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
     if not asked:
         raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
+    from paretune.policy.family import Family
+
     loaded = Family.load(family, trust=trust, model=model)
     settings: dict[str, Any] = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "temperature": temperature}
     made = loaded.sample(asked, preference, system=system, raw=raw, **settings)
@@ -127,15 +155,25 @@ def sample(
         print_json([{"prompt": prompt, "responses": texts} for prompt, texts in zip(asked, made, strict=True)])
         return
     for prompt, texts in zip(asked, made, strict=True):
-        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-        for text in texts:
-            tell(text if len(asked) == 1 else f"{shown}\n  {text}")
+        if len(asked) > 1:
+            tell(f"=== {prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)}")
+        for place, text in enumerate(texts, start=1):
+            if len(asked) > 1 or n > 1:
+                tell(f"--- {place} of {n}")
+            tell(text)
+            if not text.strip():
+                say("an empty response: the model ended it with its first token")
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune export FAMILY --preference polite=.7,brief=.3 --out polite-70",
+        "paretune export FAMILY --preference brief=1 --out brief-lora --as adapter",
+    )
+)
 @aloud
 def export(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     preference: Preference,
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
@@ -145,9 +183,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
-    read_card(family)
-    from paretune.policy.family import Family
+    family, card = _asked(family, preference, model)
+    check_new(out, "an export is written into a new folder")
+    from paretune.serve.export import check_mixture, check_request
     from paretune.serve.export import export as write
+
+    check_request(out, kind, dtype)
+    check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
+    from paretune.policy.family import Family
 
     made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)
     if as_json:
@@ -159,10 +202,15 @@ def export(
     typer.echo(f"how to load it: {made.path / 'README.md'}")
 
 
-@app.command()
+@app.command(
+    **examples(
+        'paretune explain FAMILY "My parcel is late." --preference polite=.7,brief=.3 --samples 0',
+        'paretune explain FAMILY "Where is it?" --preference brief=1 --recipe recipe.yaml --html it.html',
+    )
+)
 @aloud
 def explain(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: FamilyName,
     prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
     preference: Preference,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Sampled responses to explain.")] = 1,
@@ -183,19 +231,22 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Which expert moved each token, and how each return answers to each weight."""
-    read_card(family)
+    family, _ = _asked(family, preference, model)
+    split = _split(split)
+    check_writable(html, "--html")
+    if not prompt:
+        raise ConfigError("there is a prompt to answer", found="an empty one", remedy='add "your prompt"')
     from paretune.evaluation.explain import explain as explain_family
     from paretune.evaluation.explain import sensitivity
     from paretune.policy.family import Family
     from paretune.report.page import sensitivity_table, token_table, write_explanation
 
     plug(plugin)
-    check_writable(html, "--html")
     loaded = Family.load(family, trust=trust, scoring=recipe is None, model=model)
     settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
     found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
     task = _task(loaded, recipe, trust) if samples else None
-    slopes = sensitivity(task, loaded, preference, split=_split(split), samples=samples, seed=seed) if task else None
+    slopes = sensitivity(task, loaded, preference, split=split, samples=samples, seed=seed) if task else None
     if html is not None:
         write_explanation(html, found, slopes, family=loaded)
         say(f"wrote {html}")
@@ -212,14 +263,73 @@ def explain(
         say("returns were not measured: give --recipe, the file that the family was fitted from")
 
 
-def _family_name(plan: Recipe) -> str:
-    """The same recipe names the same family."""
+def _asked(given: Path, preference: str, model: str | None) -> tuple[Path, dict[str, Any]]:
+    """The family's folder, and what its file says; ConfigError for what can be found wrong without its model."""
+    family = find_family(given)
+    card = read_card(family)
+    Weights.of(card["objectives"]["names"], preference)
+    found_base(card["base"], family, model)
+    return family, card
+
+
+def _family_folder(plan: Recipe) -> tuple[Path, str]:
+    """Where a recipe's family lies, and its key: the same recipe names the same family, and a name belongs to one."""
     from paretune.registry import describe
     from paretune.types import key_of
 
     method = describe(plan.method)
     key = key_of({"task": describe(plan.task), "method": method, "learner": describe(plan.learner), "seed": plan.seed})
-    return f"{method['name']}-{key[:8]}"
+    folder = plan.root / "families" / (plan.name or f"{method['name']}-{key[:8]}")
+    if plan.name and (folder / "family.json").is_file() and read_card(folder)["meta"].get("key") != key:
+        found, remedy = f"{folder}, of another recipe or other settings", "choose another name:, or remove that folder"
+        raise ConfigError("a name belongs to one family", found=found, remedy=remedy)
+    return folder, key
+
+
+def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estimate:
+    from paretune.methods.search import simplex_lattice
+    from paretune.runs.estimate import estimate
+
+    count, given = plan.task.objectives.count, plan.preferences
+    preferences = count + 1 if given is None else len(simplex_lattice(count, given) if isinstance(given, int) else given)
+    return estimate(plan, preferences=preferences, samples=samples, workers=workers, rate=rate)
+
+
+def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> None:
+    """What a fit would do and cost; nothing is trained or kept."""
+    from paretune.report.tables import Column, Table
+    from paretune.runs.display import _clock
+
+    say("estimating; nothing is trained or kept")
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _estimated(plan, samples, workers, rate=True)
+    if as_json:
+        print_json(found.to_json())
+        return
+    counts = (Column("samples", "samples", "count"), Column("tokens", "tokens, at most", "count"))
+    columns = (Column("label", "training", "text"), Column("wave", "wave", "count"), Column("state", "state", "text"), *counts)
+    rows = [{**vars(one), "wave": one.wave + 1, "state": "done" if one.done else "planned"} for one in found.trainings]
+    show_table(Table("trainings", columns, rows), title=f"Trainings of {plan.method.registered_name}, in {plan.root}")
+    rate, seconds = found.rate, [found.train_seconds or 0.0, found.measure_seconds or 0.0]
+    assert rate is not None
+    tell(f"{found.line()}")
+    by = f"{found.workers} workers" if found.workers > 1 else "one process"
+    tell(f"training:  about {_clock(seconds[0])} in {by}")
+    tell(f"measuring: about {_clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
+    tell(f"memory:    about {rate.memory / 2**20:,.0f} MiB per process")
+    for name in found.judged:
+        tell(f"requests:  up to {found.total('samples') + found.measured:,} of {name}, which asks a service")
+    tell(f"estimated from {rate.source}")
+
+
+def _typed_prompt(plan: Recipe) -> str:
+    """A test prompt as a shell takes it; a conversation as its JSON would not be read by a person, so that its last words stand for it."""
+    prompt = plan.task.prompts("test")[0]
+    text = prompt.text if prompt.text is not None else prompt.messages[-1]["content"]  # type: ignore[index]
+    if len(text) > 200 or not text.replace("\n", "").isprintable():
+        return '"your prompt"'
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escaped}'" if "\n" in text else shlex.quote(text)
 
 
 def _even_weights(names: Sequence[str]) -> str:

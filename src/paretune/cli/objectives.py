@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, aloud, app, plug, print_json, say, show_table, tell
+from paretune.cli.common import Json, Overrides, Plugins, aloud, app, examples, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["normalize", "relate"]
 
 
-@app.command()
+@app.command(
+    **examples(
+        "paretune relate exact-v1 rho=-0.8", "paretune relate recipe.yaml --prompts 32 --probe", "paretune relate recipe.yaml --out related"
+    )
+)
 @aloud
 def relate(
     target: Annotated[str, typer.Argument(help="A task, such as exact-v1, or a recipe's YAML file.", metavar="TASK|RECIPE")],
@@ -64,13 +68,14 @@ def relate(
                 f"after {looked.steps} steps at equal weights" if looked.steps else "at initialization, of LoRA's B alone (A has none yet)"
             )
             show_table(gradient_table(looked), title=f"Gradients {place}")
-        for line in [*_warnings(found), *map(str, advice)]:
+        measure = [f"To know for yours: paretune compare {target} --methods experts,bridge,conditioned"] if Path(target).is_file() else []
+        for line in [*_warnings(found), *map(str, advice), *measure]:
             tell(f"• {line}")
     for path in written:
         say(f"wrote {path}")
 
 
-@app.command()
+@app.command(**examples("paretune normalize recipe.yaml --column reply", "paretune normalize recipe.yaml --samples 8"))
 @aloud
 def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],

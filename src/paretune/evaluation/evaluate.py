@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, html_table
 from paretune.evaluation import metrics
 from paretune.evaluation.metrics import hypervolume, igd_plus, plain, summary
 from paretune.evaluation.stats import over_prompts
@@ -40,13 +40,69 @@ SPLITS = ("train", "test")
 SHOWN_PREFERENCES, SHOWN_PROMPTS = 5, 10  # of the responses that a report shows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
-    """Curves per split, raw; `metrics`, nested and strict JSON (None = unknown); and what the outer level's searches cost."""
+    """Curves per split, raw; `metrics`, nested and strict JSON (None = unknown); and what the outer level's searches cost.
+
+    `worst` and `mean` are over the preferences: of attainment where the optimum is known, else of the gain over the untrained model; on
+    training prompts where the optimum is known, else on test prompts, if these were measured (`split` says which). None is unknown.
+    """
 
     curves: dict[str, Curve]
     metrics: dict[str, Any]
     cost: Cost
+
+    @property
+    def quality(self) -> str:
+        """What `worst` and `mean` are of: "attainment", or "gain"."""
+        return "attainment" if self.metrics["exact"] else "gain"
+
+    @property
+    def split(self) -> str:
+        """The prompts that `worst` and `mean` are on."""
+        order = SPLITS if self.metrics["exact"] else SPLITS[::-1]
+        return next(split for split in order if split in self.metrics["splits"])
+
+    @property
+    def worst(self) -> float | None:
+        """The lowest attainment, or gain, at any of the preferences."""
+        return min(known) if (known := self._known()) else None
+
+    @property
+    def mean(self) -> float | None:
+        """The mean attainment, or gain, over the preferences."""
+        return sum(known) / len(known) if (known := self._known()) else None
+
+    def _known(self) -> list[float]:
+        return [value for value in self._per_preference() if value is not None]
+
+    def _per_preference(self) -> list[float | None]:
+        values = self.metrics["splits"][self.split][self.quality]["per_preference"]
+        return [value["value"] if isinstance(value, dict) else value for value in values]
+
+    def _head(self) -> str:
+        of = f"{self.quality} on {self.split} prompts at {len(self.metrics['preferences'])} preferences"
+        return f"{of}: worst {_shown(self.worst)}, mean {_shown(self.mean)}"
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {self._head()}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: one row per preference, with its interval where there is one."""
+        found, names = self.metrics["splits"][self.split], self.metrics["objectives"]
+        known = found[self.quality]["per_preference"]
+        low_high = [f"[{_shown(v['low'])}, {_shown(v['high'])}]" if isinstance(v, dict) and v["low"] is not None else "" for v in known]
+        head = [*(f"w {name}" for name in names), self.quality, *(["95 %"] if any(low_high) else []), *names, "KL"]
+        rows = []
+        for n, w_M in enumerate(self.metrics["preferences"]):
+            interval = [low_high[n]] if any(low_high) else []
+            numbers = [_shown(value) for value in (*found["rewards"][n], found["kl"]["per_preference"][n])]
+            rows.append([*(f"{w:.2g}" for w in w_M), _shown(self._per_preference()[n]), *interval, *numbers])
+        return html_table(self._head(), head, rows)
+
+
+def _shown(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def evaluate(

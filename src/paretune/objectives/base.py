@@ -58,6 +58,7 @@ class Objective(ABC):
     high: float
 
     rounding: ClassVar[float] = 0.0  # how much a score may change with the other texts of its batch: 0 unless a model computes it
+    asks_service: ClassVar[bool] = False  # every score is a request that may cost money
     places: ClassVar[Mapping[str, str]] = {}  # fields that hold a "path", or a "model" (a path or a name on the hub)
 
     @property

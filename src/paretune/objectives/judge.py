@@ -68,6 +68,8 @@ class Judge(Objective):
     change behind its name: the cache keeps what was said, the key of a training does not notice.
     """
 
+    asks_service: ClassVar[bool] = True
+
     url: str  # the part before /chat/completions, for example http://127.0.0.1:8000/v1
     model: str
     rubric: str

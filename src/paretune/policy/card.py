@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from paretune.errors import ConfigError, shown
+from paretune.hub import is_local
 
-__all__ = ["FAMILY_FILE", "FAMILY_FORMAT", "read_card"]
+__all__ = ["FAMILY_FILE", "FAMILY_FORMAT", "found_base", "read_card"]
 
 FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
 
@@ -70,3 +73,25 @@ def read_card(path: Path) -> dict[str, Any]:
         where, found = ".".join(map(str, first["loc"])), shown(first.get("input"))
         raise ConfigError(f"{FAMILY_FILE}: {where}: {first['msg']}", found=f"{found} in {file}", remedy="fit the family again") from None
     return card
+
+
+def found_base(base: Mapping[str, Any], path: Path, given: str | Path | None) -> dict[str, Any]:
+    """Where the base of the family in `path` is now: `given`, else beside the family as before, else where it was."""
+    plain = {name: value for name, value in base.items() if name != "beside"}
+    if given is not None and "model" not in base:
+        raise ConfigError("a base that moves is a model", found=f"{path}: the base is a task", remedy="leave --model (model=) out")
+    beside = path.resolve() / base.get("beside", base.get("model", ""))
+    if given is not None:
+        if is_local(str(given)) and not Path(given).expanduser().exists():
+            remedy = "give the folder of the model that the family was fitted from"
+            raise ConfigError("a family finds its reference model", found=f"nothing at {given}", remedy=remedy)
+        plain["model"] = str(given)
+    elif "beside" in base and beside.exists():
+        plain["model"] = os.path.normpath(beside)
+    elif "model" in base and is_local(base["model"]) and not Path(base["model"]).expanduser().exists():
+        raise ConfigError(
+            "a family finds its reference model",
+            found=f"nothing at {base['model']}",
+            remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
+        )
+    return plain

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError
-from paretune.files import changed, disk_errors, hashes_of, new_folder, seal_problems, sealed
+from paretune.errors import ConfigError, html_table
+from paretune.files import changed, check_new, disk_errors, hashes_of, new_folder, seal_problems, sealed
 from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
-from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, read_card
+from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, found_base, read_card
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
 from paretune.policy.rollout import generate
@@ -34,7 +34,7 @@ __all__ = ["Family"]
 SAMPLE_ROWS = 64  # rows sampled in one batch
 
 
-@dataclass
+@dataclass(repr=False)
 class Family:
     """A policy for every preference: what training leaves, and what is served.
 
@@ -59,6 +59,25 @@ class Family:
     def __post_init__(self):
         if not self.rule.searches:
             self.gates(np.eye(self.objectives.count))  # a rule for other objectives or adapters fails here, not at the first request
+
+    def _facts(self) -> dict[str, str]:
+        total, base = self.meta.get("ledger", {}).get("total", {}), self.base.get("model") or self.base.get("task", {}).get("name")
+        trained = f"{total['samples']:,} samples, {total['tokens']:,} tokens, {total['seconds']:.0f} s" if total else ""
+        return {
+            "method": str(self.meta.get("method", {}).get("name", "unknown")),
+            "objectives": ", ".join(self.objectives.names),
+            "adapters": f"{self.policy.K}: {', '.join(self.policy.bank.names)}" if self.policy.K else "none",
+            "mixing": self.policy.mixing,
+            "reference model": str(base),
+            **({"trained on": trained} if trained else {}),
+        }
+
+    def __repr__(self) -> str:
+        return f"<Family: {'; '.join(f'{name} {value}' for name, value in self._facts().items())}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table("A family of policies", (), self._facts().items())
 
     @property
     def stepwise(self) -> bool:
@@ -170,8 +189,7 @@ class Family:
     def save(self, path: str | Path) -> None:
         """Write family.json and adapters/<name>/ in plain PEFT format into the new directory `path`, which appears whole or not at all."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError("a family is saved into a new directory", found=f"{path} exists", remedy="choose another name, or remove it")
+        check_new(path, "a family is saved into a new directory")
         with disk_errors(path, "a family"), new_folder(path) as aside:
             self._write(aside, path.resolve())
 
@@ -227,7 +245,7 @@ class Family:
         card = read_card(path)
         rule = GATE_RULES.build(card["rule"])
         _refuse(path, changed(path, card.get("files", {})))
-        base = _found(card["base"], path, model)
+        base = found_base(card["base"], path, model)
         known = {} if bases is None or base.get("quantize") else bases  # quantized weights are no plain tensors
         name = canonical_json(base)
         if name not in known:
@@ -266,25 +284,6 @@ def _movable(base: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return dict(base)
     model = Path(base["model"]).expanduser().resolve()
     return {**base, "model": str(model), "beside": os.path.relpath(model, path)}
-
-
-def _found(base: Mapping[str, Any], path: Path, given: str | Path | None) -> dict[str, Any]:
-    """Where the base of the family in `path` is now: `given`, else beside the family as before, else where it was."""
-    plain = {name: value for name, value in base.items() if name != "beside"}
-    if given is not None and "model" not in base:
-        raise ConfigError("a base that moves is a model", found=f"{path}: the base is a task", remedy="leave --model (model=) out")
-    beside = path.resolve() / base.get("beside", base.get("model", ""))
-    if given is not None:
-        plain["model"] = str(given)
-    elif "beside" in base and beside.exists():
-        plain["model"] = os.path.normpath(beside)
-    elif "model" in base and is_local(base["model"]) and not Path(base["model"]).expanduser().exists():
-        raise ConfigError(
-            "a family finds its reference model",
-            found=f"nothing at {base['model']}",
-            remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
-        )
-    return plain
 
 
 def load_base(base: Mapping[str, Any], *, trust: bool = False, scoring: bool = True) -> tuple[Any, Any]:

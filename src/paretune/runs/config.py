@@ -1,6 +1,6 @@
 """Configuration: a YAML file and `key=value` overrides become one plain dict, and every error names the file, the line and the nearest key.
 
-    document = load("suite.yaml", ["learner.steps=20", "methods.experts.mixing=hidden"])
+    document = load("suite.yaml", ["learner.lr=1e-3", "methods.experts.mixing=hidden"])
     suite = document.validate(Suite)  # a pydantic model
     with document.at("methods", 0):  # adds "(suite.yaml, line 6)" to a ConfigError
         METHODS.build(document.data["methods"][0])
@@ -76,7 +76,7 @@ class Document:
         dotted, equals, given = text.partition("=")
         steps = dotted.strip().split(".")
         if not equals or not all(steps):
-            raise ConfigError("an override reads key=value", found=repr(text), remedy="for example learner.steps=20")
+            raise ConfigError("an override reads key=value", found=repr(text), remedy="for example learner.lr=1e-3")
         try:
             value = _read(given, {})
         except YAMLError as error:

@@ -7,12 +7,15 @@
     guards: []               # written as objectives are: looked at on validation prompts and in the end, never trained
     method: experts          # or {name: experts, mixing: logit}; learner as well
     preferences: 11          # where the result is measured
+    name: support            # of the family: runs/families/support
 
 Relative paths mean the recipe's folder, and in an override the current one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +33,7 @@ from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import RecipeTask, _name_of, _objective
 from paretune.types import Preference, check_name
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "task_entry"]
 
 TASK_KEYS = {
     **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
@@ -39,7 +42,15 @@ TASK_KEYS = {
     "guards": "guard_specs",
 }
 SCORED = ("objectives", "guards")
-RUN_KEYS = ("method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+NEEDED = ("model", "prompts", "objectives")
+PROMPT_KEYS = [field.name for field in fields(PromptSource)]
+STAND_IN = {
+    "model": "owner/model",
+    "prompt_source": {"path": "prompts.jsonl"},
+    "objective_specs": [{"use": "length"}, {"use": "length", "name": "2"}],
+}
+RUN_KEYS = ("name", "method", "learner", "seed", "output", "preferences", "tune")  # `tune` is for `paretune tune` alone
 
 
 @dataclass(frozen=True)
@@ -51,26 +62,60 @@ class Recipe:
     learner: Any
     seed: int
     root: Path
+    name: str | None = None  # of the family; None: the method's and a hash
     preferences: int | tuple[tuple[float, ...], ...] | None = None  # where the result is measured: points per edge, or weights
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, complete and check a recipe; ConfigError, with the line, before anything runs. An override reads `learner.lr=1e-3`."""
     path = Path(path)
-    document = config.load(path, overrides, short={"prompts": "path"})
+    return _checked(config.load(path, overrides, short={"prompts": "path"}), path)
+
+
+def is_recipe(data: Mapping[str, Any]) -> bool:
+    """Whether a YAML file says what only a recipe does, and nothing that only a suite does."""
+    return "objectives" in data and "tasks" not in data
+
+
+def is_suite(data: Mapping[str, Any]) -> bool:
+    """Whether a YAML file says what only a suite does."""
+    return "tasks" in data or "methods" in data
+
+
+def task_entry(
+    file: Path | None, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None, *, folder: Path | None = None
+) -> tuple[dict[str, Any], Any, int]:
+    """The task of a recipe as an entry of a suite's `tasks:`, the recipe's learner and its seed.
+
+    `changes` are keys of the recipe with other values, or all that there is where no `file` is given; their paths mean `folder`. A list
+    where a recipe takes one value stays one, which the suite varies.
+    """
+    document = config.Document({}, "the suite") if file is None else config.load(file, overrides, short={"prompts": "path"})
+    varied: dict[str, Any] = {}
+    for key, value in (changes or {}).items():
+        if key not in TASK_KEYS:
+            raise ConfigError("an entry of a recipe has the recipe's keys", found=repr(key), remedy=nearest(key, TASK_KEYS))
+        several = isinstance(value, list) and key not in SCORED
+        document.data[key] = value[0] if several and value else value
+        document.overridden[(key,)] = f"{key} in the suite"
+        varied |= {key: value} if several else {}
+    recipe = _checked(document, file or Path("the suite"), typed=folder)
+    entry = {TASK_KEYS[key]: value for key, value in {**document.data, **varied}.items() if key in TASK_KEYS}
+    return {"name": "recipe", **entry}, document.data.get("learner"), recipe.seed
+
+
+def _checked(document: config.Document, path: Path, *, typed: Path | None = None) -> Recipe:
+    """The recipe in a document; paths in it mean the folder of `path`, those of overrides `typed` (None: the current one)."""
     given = document.data
+    if is_suite(given):
+        remedy = f"paretune bench {path} runs it; `paretune fit` takes one model, its prompts and objectives, and one method"
+        raise ConfigError("a recipe is fitted, and a suite is benched", found=f"a suite: {path.name}", remedy=remedy)
     _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS])
-    for key in ("model", "prompts", "objectives"):
-        if given.get(key) is None:
-            raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
+    for key in NEEDED:
+        _check_needed(given, path, key)
     _check_shape(document)
-    _anchor(document, path.resolve().parent)
-    for key, kind in (("output", str), ("tune", dict[str, Any] | None)):
-        with document.at(key):
-            checked(f"{key}:", kind, given.get(key))
-    with document.at("output"):
-        if not given["output"].isprintable():
-            raise ConfigError("output: is a folder's name, on one line", found=shown(given["output"]), remedy="for example output: runs")
+    _anchor(document, path.resolve().parent, typed or Path.cwd())
+    _check_places(document)
     task = _build_task(document)
     with document.at("method"):
         method = METHODS.build(_named(given.get("method"), "experts"))
@@ -79,8 +124,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     task.check()
     with document.at("preferences"):
         preferences = _preferences(given.get("preferences"), task.objectives.names)
-    root = Path(given["output"])
-    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, preferences=preferences)
+    root, name = Path(given["output"]), given.get("name")
+    return Recipe(task=task, method=method, learner=learner, seed=given.get("seed", 0), root=root, name=name, preferences=preferences)
+
+
+def _check_needed(given: Mapping[str, Any], path: Path, key: str) -> None:
+    if given.get(key) is None:
+        raise ConfigError("a recipe names a model, prompts and objectives", found=f"no {key}: in {path.name}", remedy=f"add {key}:")
+
+
+def _check_places(document: config.Document) -> None:
+    """What only a run looks at: `output` and `tune`."""
+    given = document.data
+    for key, kind in (("output", str), ("tune", dict[str, Any] | None)):
+        if key in given:
+            with document.at(key):
+                checked(f"{key}:", kind, given.get(key))
+    with document.at("name"):
+        if given.get("name") is not None and not (isinstance(given["name"], str) and re.fullmatch(FOLDER_NAME, given["name"])):
+            remedy = "use letters, digits, dots, dashes and underscores"
+            raise ConfigError("name: is what the family's folder is called", found=shown(given["name"]), remedy=remedy)
+    with document.at("output"):
+        if not given.get("output", "").isprintable():
+            raise ConfigError("output: is a folder's name, on one line", found=shown(given["output"]), remedy="for example output: runs")
 
 
 def _specs(given: Mapping[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
@@ -113,7 +179,7 @@ def _check_shape(document: config.Document) -> None:
     with document.at("prompts"):
         if not isinstance(given["prompts"], dict):
             raise ConfigError("prompts: is a file, or its settings", found=repr(given["prompts"]), remedy="write prompts: prompts.jsonl")
-    _known("prompts", document, [f.name for f in fields(PromptSource)], "prompts")
+    _known("prompts", document, PROMPT_KEYS, "prompts")
     example = "write a list: - {name: brief, use: length}"
     for key in SCORED:
         with document.at(key):
@@ -130,19 +196,20 @@ def _check_shape(document: config.Document) -> None:
             raise ConfigError("the seed is a whole number", found=repr(given["seed"]), remedy="for example seed: 0")
 
 
-def _known(what: str, document: config.Document, keys: Sequence[str], *place: str) -> None:
+def _known(what: str, document: config.Document, keys: Sequence[str], *place: str, only: str | None = None) -> None:
     here = document.data[place[0]] if place else document.data
     for key in here:
-        if key not in keys:
+        if key not in keys and only in (None, key):
             with document.at(*place, key):
                 raise ConfigError(f"{what} has the keys that it declares", found=repr(key), remedy=nearest(key, keys))
 
 
-def _build_task(document: config.Document) -> RecipeTask:
-    """The task, with its objectives and prompts looked at one by one so that a complaint says where."""
+def _build_task(document: config.Document, values: Mapping[str, Any] | None = None, *, parts: bool = True) -> RecipeTask:
+    """The task, with its objectives and prompts (the `parts`) looked at one by one so that a complaint says where."""
     given = document.data
+    values = values or {TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}
     try:
-        task = TASKS.build({"name": "recipe", **{TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}})
+        task = TASKS.build({"name": "recipe", **values})
     except ConfigError as error:
         rule = error.rule.removeprefix("task recipe: ").replace("prompt_source", "prompts").replace("objective_specs", "objectives")
         rule = rule.replace("guard_specs", "guards")
@@ -150,6 +217,8 @@ def _build_task(document: config.Document) -> RecipeTask:
         named = [keys.get(str(step), step) for step in error.place] or rule.partition(":")[0].partition(",")[0].split(".")
         where = f" ({document.where(*named)})" if named[0] in given else ""
         raise ConfigError(rule, found=error.found + where, remedy=error.remedy) from error
+    if not parts:
+        return task
     with document.at("model"):
         check_pretrained(task.model)
     for key, place, spec in _specs(given):
@@ -162,8 +231,8 @@ def _build_task(document: config.Document) -> RecipeTask:
     return task
 
 
-def _anchor(document: config.Document, folder: Path) -> None:
-    """Make every path absolute: under the recipe's folder, or where an override gave it, under the current one.
+def _anchor(document: config.Document, folder: Path, typed_in: Path) -> None:
+    """Make every path absolute: under the recipe's folder, or where an override gave it, under `typed_in`.
 
     Objectives that read the reference model get its name.
     """
@@ -172,7 +241,7 @@ def _anchor(document: config.Document, folder: Path) -> None:
         if not isinstance(text, str):
             return text
         typed = any(place[:depth] in document.overridden for depth in range(1, len(place) + 1))
-        path = Path(os.path.normpath((Path.cwd() if typed else folder) / Path(text).expanduser()))
+        path = Path(os.path.normpath((typed_in if typed else folder) / Path(text).expanduser()))
         return str(path) if always or text.startswith((".", "/", "~")) or is_gguf(text) or path.exists() else text
 
     given, prompts = document.data, document.data["prompts"]
@@ -193,3 +262,112 @@ def _anchor(document: config.Document, folder: Path) -> None:
                 spec[key] = absolute(spec[key], role, place, key, always=kind == "path")
         if known and "model" not in spec and getattr(OBJECTIVES[spec["use"]], "of_reference", False):
             spec.update({key: given[key] for key in ("model", "revision", "dtype", "trust_remote_code") if key in given})
+
+
+# All mistakes at once
+
+
+def mistakes(path: str | Path, overrides: Sequence[str] = ()) -> list[ConfigError]:
+    """Everything that is wrong with a recipe; [] where it loads. What is wrong is left out, and the rest looked at by itself."""
+    path, found = Path(path), _Found()
+    with found:
+        load_recipe(path, overrides)
+        return []
+    with contextlib.suppress(ConfigError):  # no YAML at all, or an override that leads nowhere: that is all that can be said
+        document = config.load(path, overrides, short={"prompts": "path"})
+        if not is_suite(document.data):
+            _look_at_parts(document, path, found)
+    return found.errors
+
+
+class _Found:
+    """A block after which the ConfigError that ended it is one of `errors`."""
+
+    def __init__(self) -> None:
+        self.errors: list[ConfigError] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, ConfigError) and str(error) not in map(str, self.errors):
+            self.errors.append(error)
+        return isinstance(error, ConfigError)
+
+
+def _look_at_parts(document: config.Document, path: Path, found: _Found) -> None:
+    given = document.data
+    for key in list(given):
+        with found:
+            _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS], only=key)
+    given = document.data = {key: value for key, value in given.items() if key in (*TASK_KEYS, *RUN_KEYS) and value is not None}
+    for key in NEEDED:
+        with found:
+            _check_needed(given, path, key)
+    for key in [key for key in ("prompts", *SCORED, "seed") if key in given]:  # what has the wrong shape goes
+        alone = dataclasses.replace(document, data={"prompts": {}, "objectives": []} | {key: given[key]})
+        with found:
+            _check_shape(alone)
+            given[key] = alone.data[key]
+            continue
+        if key == "prompts" and isinstance(given[key], dict):
+            for name in list(given[key]):
+                with found:
+                    _known("prompts", document, PROMPT_KEYS, "prompts", only=name)
+            given[key] = {name: value for name, value in given[key].items() if name in PROMPT_KEYS}
+        elif key in SCORED and isinstance(given[key], list):
+            given[key] = [spec if isinstance(spec, dict) else {} for spec in given[key]]
+        else:
+            del given[key]
+    usable = {"model": "", "prompts": {}, "objectives": []} | given
+    document.data = given = usable
+    with found:
+        _check_places(document)
+    with contextlib.suppress(ConfigError):
+        _anchor(document, path.resolve().parent, Path.cwd())
+    _look_at_values(document, found)
+
+
+def _look_at_values(document: config.Document, found: _Found) -> None:
+    """Each field of the task by itself, the objectives one by one, then what needs several of them."""
+    given, good = document.data, []
+    for key, field in TASK_KEYS.items():
+        if key in given and key not in NEEDED and key not in SCORED:
+            with found:
+                _build_task(document, {**STAND_IN, field: given[key]}, parts=False)
+    for key, place, spec in _specs(given):
+        with found, document.at(key, place):
+            objective = _objective(spec)
+            check_callable(_name_of(spec), objective, None)
+            objective.check()
+            good.append((key, place, spec))
+    for key, registry, default in (("method", METHODS, "experts"), ("learner", LEARNERS, "pg")):
+        entry = _named(given.get(key), default)
+        settings = entry if isinstance(entry, dict) else {}
+        for name, value in settings.items():
+            with found, document.at(key):
+                registry.build({"name": settings["name"], name: value})
+        with found, document.at(key):
+            registry.build(entry)
+    with found, document.at("preferences"):
+        _preferences(given.get("preferences"), [_name_of(spec) for spec in given["objectives"]])
+    usable = True
+    if given["model"]:
+        with found, document.at("model"):
+            usable = False
+            check_pretrained(given["model"])
+            usable = True
+    columns: tuple[str, ...] | None = None
+    if given["prompts"]:
+        with found, document.at("prompts"):
+            source = checked("prompts", PromptSource, given["prompts"])
+            columns = source.columns
+    if columns is None:
+        return
+    for key, place, spec in good:
+        with found, document.at(key, place):
+            check_callable(_name_of(spec), _objective(spec), columns)
+    if usable and given["model"]:
+        plain: dict[str, Any] = {key: given[key] for key in ("model", "revision", "trust_remote_code") if key in given}
+        with found, document.at("prompts"):
+            _build_task(document, {**STAND_IN, **plain, "prompt_source": given["prompts"]}, parts=False).check()

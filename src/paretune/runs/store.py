@@ -134,6 +134,17 @@ class Store:
             problems += [f"{(folder / problem).relative_to(self.root)}" for problem in card_problems(folder / FAMILY)]
         return problems + self.suites()[1]
 
+    def is_busy(self) -> bool:
+        """Whether a process writes here now."""
+        try:
+            with open(self.root / ".lock", encoding="utf-8") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     # Writing
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@
     about: every method at three correlations     # optional
     tasks:
       - {name: exact-v1, rho: [0.8, 0.0, -0.8]}   # one task per value; several lists give their product, in the order written
+      - {recipe: my.yaml, beta: [0.05, 0.1]}      # the model, prompts and objectives of a recipe, some of its keys changed
     learner: {name: exact, steps: 100}
     methods: [reference, {name: experts, mixing: [parameter, logit]}]   # lists as in tasks
     seeds: [100, 101]      # the seed of every training, and of every task that has a `seed` field
@@ -11,7 +12,8 @@
     samples: 64            # per preference and split, where a task is not exact
     tune: {learner.lr: [1e-3, 1e-1, log]}   # for `paretune tune` alone
 
-A plain name stands for {name: ...}. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
+A plain name stands for {name: ...}, in `tasks` a name that ends in .yaml for {recipe: ...}. A suite without `learner:` takes the one
+of its recipe. A field whose declared type is itself a list or a tuple takes a list as its value; to vary such a
 field, write the entry twice.
 
 Every combination of a task, a seed and a method is a *cell*. A cell's key is a hash of everything that its numbers depend on, so suites
@@ -28,6 +30,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import re
 import textwrap
 import time
 import types
@@ -45,11 +48,13 @@ from paretune.methods.base import Method
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe, unkeyed
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
+from paretune.runs.estimate import Foreseen, foresee
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, said_of, training_label
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
+from paretune.runs.recipe import _named, is_recipe, load_recipe, task_entry
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
 from paretune.training.cost import as_if_alone, read_cost
@@ -59,8 +64,9 @@ if TYPE_CHECKING:  # these load torch
     from paretune.policy.family import Family
     from paretune.training.learner import Learner
 
-__all__ = ["Row", "Suite", "Summary", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
+__all__ = ["Row", "Suite", "Summary", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 
+OWN_KEYS = {"prompts", "objectives", "guards"}  # what a recipe's task is written with, and `RecipeTask` has other names for
 EXECUTORS = ("local", "in-process", "ray")
 
 Entry = Annotated[dict[str, Any], BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
@@ -86,11 +92,52 @@ def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """The checked suite, and where everything in it stands. Raises ConfigError with file and line."""
     if isinstance(given, str | Path):
         document = load(given, overrides)
+        folder = Path(given).resolve().parent
+        if is_recipe(document.data):
+            remedy = f"paretune fit {given} fits its method; paretune compare {given} --methods experts,bridge runs several"
+            raise ConfigError("a suite names tasks, methods and seeds", found=f"a recipe: {document.name}", remedy=remedy)
     else:
-        document = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite")
+        document, folder = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite"), Path.cwd()
         for text in overrides:
             document.override(text)
+    _take_recipes(document, folder)
     return document.validate(Suite), document
+
+
+def compared(
+    recipe: str | Path, methods: Sequence[Any], overrides: Sequence[str] = (), *, seeds: int = 1, samples: int = 64
+) -> tuple[dict[str, Any], Path]:
+    """A suite of these methods, and of the untrained model, on a recipe's task with its learner; and the recipe's run directory.
+
+    Its trainings are those of `paretune fit`: what that trained is not trained again.
+    """
+    entry, learner, seed = task_entry(Path(recipe), overrides)
+    root = load_recipe(recipe, overrides).root
+    rows = ["reference", *(one for one in methods if one != "reference")]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(recipe).stem).lstrip(".-_") or "recipe"
+    made = {"name": name, "tasks": [entry], "methods": rows, "seeds": [seed + n for n in range(seeds)], "samples": samples}
+    return made | ({} if learner is None else {"learner": _named(learner, "pg")}), root
+
+
+def _take_recipes(document: Document, folder: Path) -> None:
+    """Write the tasks of recipes, and the learner of theirs, into a suite."""
+    tasks: Any = document.data.get("tasks")
+    learners: list[Any] = []
+    for place, entry in enumerate(tasks if isinstance(tasks, list) else ()):
+        entry = {"recipe": entry} if isinstance(entry, str) and entry.endswith((".yaml", ".yml")) else entry
+        if not isinstance(entry, dict) or not ("recipe" in entry or (entry.get("name") == "recipe" and OWN_KEYS & set(entry))):
+            continue
+        with document.at("tasks", place):
+            typed = any(one[:2] in (("tasks",), ("tasks", place)) for one in document.overridden)
+            where, file = Path.cwd() if typed else folder, checked("recipe:", str | None, entry.get("recipe"))
+            changes = {key: value for key, value in entry.items() if key not in ("recipe", "name")}
+            tasks[place], learner, _ = task_entry(file and where / Path(file).expanduser(), changes=changes, folder=where)
+            learners += [learner] if file else []
+    if learners and "learner" not in document.data:
+        if any(one != learners[0] for one in learners):
+            found, remedy = "recipes with different ones, and no learner: beside tasks:", "write learner: into the suite"
+            raise ConfigError("a suite has one learner", found=found, remedy=remedy)
+        document.data |= {} if learners[0] is None else {"learner": _named(learners[0], "pg")}
 
 
 def members_of(suite: Suite, document: Document) -> list[Member]:
@@ -185,6 +232,7 @@ class Summary:
     cells: tuple[Row, ...]
     trainings: tuple[Row, ...]
     seconds: float
+    foreseen: Mapping[str, Any] | None = None  # of a dry run: samples, tokens (at most) and measured responses of all that is to do
 
     def count(self, status: str) -> int:
         """Cells with this status."""
@@ -210,7 +258,11 @@ class Summary:
         planned = [row for row in (*self.trainings, *self.cells) if row.status == "planned"]
         if planned:
             lines = [f"{row.status:8} {kind} {row.key} {row.label}" for kind, row in self._rows()]
-            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these"])
+            cost = self.foreseen or {}
+            known = f"\n{cost['samples']:,} samples and at most {cost['tokens']:,} tokens to train with" if cost.get("samples") else ""
+            known += f", {cost['measured']:,} responses to measure with" if known and cost["measured"] else ""
+            known += "; methods that plan by results may ask for more" if known and not cost["whole"] else ""
+            return "\n".join([*lines, f"{len(planned)} to do in {self.root}; methods may ask for more trainings after these{known}"])
         done = self.count("new") + self.count("done")
         lines = [
             f"suite {self.suite}: {done} of {len(self.cells)} cells ({self.count('done')} were there), "
@@ -341,6 +393,8 @@ def _run(
 def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float) -> Summary:
     """What a run would do, as far as it can be known without training."""
     cells, trainings = [], {}
+    ahead: dict[str, Foreseen] = {}
+    whole, measured = True, 0
     for member in members:
         if store.cell(member.key) is not None:
             cells.append(Row(member.key, member.label, "done"))
@@ -356,9 +410,16 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
                     else:
                         member.done[key] = artifact
             cells.append(Row(member.key, member.label, "planned"))
+            later, all_known = foresee(store, member)
+            ahead |= {one.key: one for one in later if not one.done}
+            whole = whole and all_known
+            if isinstance(member.task, Task) and not member.task.is_exact:
+                measured += suite.samples * (len(member.task.judged()) + 1) * len(suite.splits)
         except Exception as error:
             cells.append(Row(member.key, member.label, "failed", str(error)))
-    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began)
+    total = {field: sum(getattr(one, field) or 0 for one in ahead.values()) for field in ("samples", "tokens")}
+    foreseen = {**total, "measured": measured, "whole": whole}
+    return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began, foreseen)
 
 
 def _executor(given: str | Ray, workers: int | None) -> str | Ray:

@@ -137,7 +137,7 @@ def read_plan(
         chosen = _one_method(suite.methods, method)
         alone = suite.model_copy(update={"methods": [chosen]})
         cells = tuple((member.task, member.seed) for member in members_of(alone, document))
-        learner, root, count = suite.learner, Path("paretune-runs") / path.stem, suite.samples
+        learner, root, count = suite.learner, Path("paretune-runs") / suite.name, suite.samples
     judged = sorted({seed for task, seed in cells if hasattr(task, "seed") and seed in JUDGED_SEEDS})
     if judged:
         raise ConfigError(

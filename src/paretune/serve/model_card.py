@@ -90,6 +90,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "chat": family.chat,
         "system": family.system,
         "sampling": NEUTRAL,
+        "max_new_tokens": family.max_new_tokens or 64,
         "base": base,
         "method": meta.get("method"),
         "seed": meta.get("seed"),
@@ -225,7 +226,7 @@ def _loading(made: Exported, facts: Mapping[str, Any], *, closes: bool) -> str:
         "# The policy itself: the settings that the base model was published with would change its distribution.",
         f"model.generation_config = GenerationConfig({sampling}, {ends})",
         "with torch.no_grad():",
-        "    answer = model.generate(input_ids=input_ids, max_new_tokens=8)",
+        f"    answer = model.generate(input_ids=input_ids, max_new_tokens={facts['max_new_tokens']})",
         "print(tokenizer.decode(answer[0, input_ids.shape[1] :]))",
     ]
     said = [*(_prefix(facts) if made.prefix else []), *(_chat(facts) if facts["chat"] else []), _sampling(facts)]

@@ -73,9 +73,9 @@ class Learner(ABC):
     registered_name: ClassVar[str]
     version: ClassVar[int]
 
-    rank: Count = 16
+    rank: Count = 16  # of the LoRA adapters
     alpha: Count | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
-    targets: Name | tuple[Name, ...] = "all-linear"
+    targets: Name | tuple[Name, ...] = "all-linear"  # which layers get adapters; or names, as PEFT takes them
     device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
     report_to: Loggers = field(default="none", metadata=UNKEYED)  # where `fit` and suites send the log: tensorboard, trackio, wandb
@@ -182,26 +182,28 @@ def placed(model: Any, device: str, dtype: str | None) -> Any:
 class SampledLearner(Learner):
     """Settings of a loop on sampled responses: how many, with which optimizer and schedule, and in what pieces."""
 
-    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {}  # fields of other learners: name -> the rule, the way out
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {  # fields of other learners: name -> the rule, the way out
+        "steps": ("a learner that samples counts responses; its steps are samples // batch", "give samples, such as learner.samples=6400")
+    }
     keeps: ClassVar[Mapping[str, Any]] = {}  # fields that `like` does not take over
 
-    samples: int = 40_000
-    batch: int = 64
-    group: int = 8
-    optimizer: Literal["muon", "adam"] = "muon"
+    samples: int = 40_000  # responses drawn in all; steps are samples // batch
+    batch: int = 64  # responses per step
+    group: int = 8  # responses to each prompt of a batch, which are compared with each other
+    optimizer: Literal["muon", "adam"] = "muon"  # Muon needed half the steps on exact tasks
     lr: float = 5e-3  # for "adam", 3e-3 does about as well as it can on exact-v1
     momentum: Fraction = 0.9  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)  # of "adam"
-    clip_norm: Positive | None = 1.0
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_norm: Positive | None = 1.0  # of the gradient; None: it is not clipped
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate, down to 0
     warmup: Natural = 0  # steps of linear warm-up
     epochs: int = 1  # updates on each batch
     micro_batch: Count | None = None  # rows per forward and backward; None is the whole batch at once
     checkpointing: bool = False  # of activations: decoder layers keep their input only and run again in the backward
     temperature: float = 1.0  # the policy that is trained is the tempered one
-    max_unscored: float = 0.10
-    log_every: int = 10
-    checkpoint_every: int = 100
+    max_unscored: float = 0.10  # the share of responses without a score that stops a training
+    log_every: int = 10  # steps
+    checkpoint_every: int = 100  # steps
 
     def __post_init__(self):
         for rule, kept in self.rules().items():
@@ -264,7 +266,7 @@ class StoppingRule(ABC):
     """
 
     stop_cv: Amount | None = None  # stop when std / mean of the last `stop_window` validations is below
-    stop_window: int = 20
+    stop_window: int = 20  # the latest validations that stop_cv looks at
     validate_every: int = 10  # steps
 
     @abstractmethod

@@ -38,12 +38,12 @@ __all__ = ["PolicyBatch", "PolicyGradient", "PolicySettings"]
 class PolicySettings:
     """Settings of the policy-gradient loss, whichever loop runs it."""
 
-    baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
-    normalize: Literal["none", "batch", "group", "batch_returns"] = "none"
-    kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    length: Literal["sum", "token_mean"] = "sum"
-    ratio: Literal["sequence", "token"] = "sequence"
+    baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"  # the mean return of the others of a group, or of all
+    normalize: Literal["none", "batch", "group", "batch_returns"] = "none"  # by whose spread advantages are divided
+    kl_in: Literal["reward", "loss"] = "reward"  # where the price of KL is: part of the return, or a term of the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see `kl_terms`: k1 in the reward; k2 or k3 in the loss
+    length: Literal["sum", "token_mean"] = "sum"  # over the tokens of a response, or their mean
+    ratio: Literal["sequence", "token"] = "sequence"  # of new to old probabilities, from the second of several epochs on
     clip_eps: Positive = 0.2  # of the ratio, from the second of several epochs on
 
     def rules(self) -> dict[str, bool]:
