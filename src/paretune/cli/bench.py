@@ -136,6 +136,7 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory, or a famil
         "paretune compare recipe.yaml --methods 'uniform,{name: experts, mixing: logit}' --seeds 3",
     )
 )
+@aloud
 def compare(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, learner; its method is left out.")],
     methods: Annotated[str, typer.Option(help="Names, or mappings with settings, between commas. The untrained model is always there.")],
