@@ -27,9 +27,9 @@ EACH = 12  # responses to each prompt of a pool
 TIE = -1  # the answer to a question whose options are equally good
 PAIRS = 400  # of the pool's pairs, drawn anew for each question
 MOVES = 4  # of every particle after an answer
-# Natural logarithms, mean and spread. CONSISTENCY: a user's scale times the typical difference of two responses' utilities; at 3 four in
-# five answers to random pairs are consistent. TIES: how often responses of equal utility are called a tie.
-CONSISTENCY, TIES = (np.log(3.0), 1.0), (np.log(0.3), 1.0)
+# Natural logarithms, mean and spread. CONSISTENCY: a user's scale times the typical difference of two responses' utilities; at 1.6 four in
+# five answers to random pairs are consistent, at .8 seven in ten, at 7 nineteen in twenty. TIES: how often responses of equal utility are called a tie.
+CONSISTENCY, TIES = (np.log(1.6), 0.8), (np.log(0.3), 1.0)
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ class Elicitation:
         candidates = self._draw(rng, PAIRS)
         w_IM, loss_I = self._scaled()
         weighted_IX = np.concatenate([w_IM * loss_I[:, None], loss_I[:, None]], axis=1)
-        chosen_CIO = self._choices(np.stack([self.rewards_NM[list(q.options)] for q in candidates]), self._x_IX)
-        sums_COX = np.einsum("cio,ix->cox", chosen_CIO, weighted_IX, optimize=True)
-        gain_C = (np.einsum("com,mn,con->co", sums_COX[..., :-1], self._S, sums_COX[..., :-1]) / sums_COX[..., -1]).sum(1)
+        shown_OCM = np.stack([self.rewards_NM[list(question.options)] for question in candidates], axis=1)
+        sums_OCX = np.exp(self._log_choices(shown_OCM, self._x_IX)) @ weighted_IX
+        gain_C = (np.einsum("ocm,mn,ocn->oc", sums_OCX[..., :-1], self._S, sums_OCX[..., :-1]) / sums_OCX[..., -1]).sum(0)
         return candidates[int(gain_C.argmax())]
 
     def answer(self, question: Question, chosen: int) -> None:
@@ -205,20 +205,16 @@ class Elicitation:
         """(C, M) differences of rewards between two responses to one prompt."""
         return np.stack([self.rewards_NM[q.options[0]] - self.rewards_NM[q.options[1]] for q in self._draw(rng, PAIRS)])
 
-    def _choices(self, rewards_COM: np.ndarray, x_IX: np.ndarray) -> np.ndarray:
-        """(C, I, O + 1) probabilities of each option and of a tie."""
-        return np.exp(self._log_choices(rewards_COM, x_IX))
-
-    def _log_choices(self, rewards_COM: np.ndarray, x_IX: np.ndarray) -> np.ndarray:
+    def _log_choices(self, rewards_OCM: np.ndarray, x_IX: np.ndarray) -> np.ndarray:
+        """(O + 1, C, I) log-probabilities of each option of each question, and of a tie."""
         w_IM, scale_I, ties_I = _weights(x_IX), np.exp(x_IX[:, -2]), x_IX[:, -1]
-        utility_CIO = np.einsum("com,im->cio", rewards_COM, w_IM * scale_I[:, None], optimize=True)
-        tie_CI1 = utility_CIO.mean(2, keepdims=True) + ties_I[:, None]
-        return log_softmax(np.concatenate([utility_CIO, tie_CI1], axis=2), axis=2)
+        utility_OCI = rewards_OCM @ (w_IM * scale_I[:, None]).T
+        return log_softmax(np.concatenate([utility_OCI, utility_OCI.mean(0, keepdims=True) + ties_I]), axis=0)
 
     def _log_likelihood(self, x_IX: np.ndarray, answers: Sequence[tuple[Question, int]]) -> np.ndarray:
         total_I = np.zeros(len(x_IX))
         for question, chosen in answers:
-            total_I += self._log_choices(self.rewards_NM[None, list(question.options)], x_IX)[0, :, chosen]
+            total_I += self._log_choices(self.rewards_NM[list(question.options)][:, None], x_IX)[chosen, 0]
         return total_I
 
     def _log_density(self, x_IX: np.ndarray) -> np.ndarray:
