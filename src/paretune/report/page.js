@@ -254,7 +254,7 @@
   function boards(section) {
     const tab = section.dataset.tab;
     all("[data-board]", section).forEach((board) => { board.hidden = board.hasAttribute("data-off") || (tab !== undefined && board.dataset.board !== tab); });
-    all(".choice", section).forEach((choice) => { choice.hidden = tab === "all"; });
+    all(".choice, [data-more]", section).forEach((choice) => { choice.hidden = tab === "all"; });
   }
 
   all("[data-tab]").forEach((section) => {
