@@ -252,7 +252,7 @@ def _front_figures(fitted: Fitted) -> list[Figure]:
         every = np.concatenate([points_WM[known_W][:, pair], start_M[None, pair]])
         half = np.concatenate([errors_WM[known_W][:, pair], start_error_M[None, pair]])
         ranges = [padded(every[:, k] - half[:, k], every[:, k] + half[:, k]) for k in (0, 1)]
-        plot = Plot([f"return of {names[k]}" for k in pair], *ranges)
+        plot = Plot([f"return of {names[k]}" for k in pair], *ranges, both=True)
         line = len(names) == 2
         order = np.argsort([w_M[0] for w_M in fitted.w_WM]) if line else np.arange(len(known_W))
         kept = [w for w in order if known_W[w]]
