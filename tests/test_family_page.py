@@ -204,6 +204,18 @@ def test_report_reads_what_fit_made(tmp_path):
     assert str(pages[0]) in both.stderr
 
 
+def test_a_damaged_family_is_left_out_and_alone_it_is_an_error(tmp_path):
+    folder = family_in(tmp_path, measured([0.2] * 5))
+    (folder / MEASURED).write_text("{")
+    alone = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert (alone.exit_code, "measurements are read as they were written" in alone.stderr) == (StoreError.exit_code, True)
+    family_in(tmp_path, measured([0.1] * 5), name="whole")
+    both = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert both.exit_code == 0
+    assert "left out: measurements are read as they were written" in both.stderr
+    assert "whole/index.html" in both.stdout
+
+
 def test_where_a_result_is_measured():
     class Of:
         def __init__(self, count, preferences=None):

@@ -87,7 +87,11 @@ def report(
     from paretune.runs.store import CELLS, Store
 
     cells = bool(Store(root).published(CELLS)) if (root / CELLS).is_dir() else False
-    families = [] if suite or rows else write_families(root, out / "families" if out and cells else out)
+    families, refused = ([], []) if suite or rows else write_families(root, out / "families" if out and cells else out)
+    if refused and not (cells or families):
+        raise refused[0]
+    for error in refused:
+        say(f"left out: {error}")
     if cells or not families:
         _report(root, suite, out, as_json=as_json, rows=rows)
     elif as_json:

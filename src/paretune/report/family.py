@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from paretune.errors import ParetuneError
 from paretune.files import disk_errors, write_text
 from paretune.policy.card import read_card
 from paretune.report.figures import Figure, Plot, padded
@@ -251,7 +252,7 @@ def _front_figures(fitted: Fitted) -> list[Figure]:
         every = np.concatenate([points_WM[known_W][:, pair], start_M[None, pair]])
         half = np.concatenate([errors_WM[known_W][:, pair], start_error_M[None, pair]])
         ranges = [padded(every[:, k] - half[:, k], every[:, k] + half[:, k]) for k in (0, 1)]
-        plot = Plot([f"return of {names[k]}" for k in pair], *ranges)
+        plot = Plot([f"return of {names[k]}" for k in pair], *ranges, both=True)
         line = len(names) == 2
         order = np.argsort([w_M[0] for w_M in fitted.w_WM]) if line else np.arange(len(known_W))
         kept = [w for w in order if known_W[w]]
@@ -368,13 +369,17 @@ def _plain(thing: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in thing.items() if value is not None)
 
 
-def write_families(root: Path, out: Path | None = None) -> list[tuple[Path, Table | None]]:
-    """The page of every family of a run directory, or of the folder itself where it is one, with what was measured of it.
+def write_families(root: Path, out: Path | None = None) -> tuple[list[tuple[Path, Table | None]], list[ParetuneError]]:
+    """The page of every family of a run directory, or of the folder itself where it is one, with what was measured of it; and why some
+    have none.
 
     `out` is another folder for it; of several families, that of a folder for each.
     """
-    folders = Store(root).families()
-    places = [out / folder.name if out and len(folders) > 1 else out for folder in folders]
-    pages = [write_fitted(folder, place) for folder, place in zip(folders, places, strict=True)]
-    fitted = [load_fitted(folder) for folder in folders]
-    return [(page, measured_table(one) if one.found else None) for page, one in zip(pages, fitted, strict=True)]
+    folders, pages, refused = Store(root).families(), [], []
+    for folder in folders:
+        try:
+            page, fitted = write_fitted(folder, out / folder.name if out and len(folders) > 1 else out), load_fitted(folder)
+            pages.append((page, measured_table(fitted) if fitted.found else None))
+        except ParetuneError as error:
+            refused.append(error)
+    return pages, refused

@@ -3,11 +3,11 @@
 Every figure names the methods that matter beside their curves, so that it can be read on paper; its numbers are in the CSV file of the same
 name. A view is
 
-    {"x", "y": {"title", "range", "log"}, "levels": [{"at", "name"}], "series": [{"name", "x", "y", "text", "line", ...}]}
+    {"x", "y": {"title", "range", "log"}, "both", "levels": [{"at", "name"}], "series": [{"name", "x", "y", "text", "line", ...}]}
 
-in units of the data. `text` says more of each point when it is pointed to. A series may have `below` (the true value of a point that lies
-under the range, and is drawn as an arrow at its edge), `error` (half widths, {"x", "y"}), `band` ([lower], [upper]), `hollow` (points
-without filling), `plain` (no markers) and `spots` (points to which its label may point).
+in units of the data; `both` where x is a result, as y is. `text` says more of each point when it is pointed to. A series may have `below`
+(the true value of a point that lies under the range, and is drawn as an arrow at its edge), `error` (half widths, {"x", "y"}), `band`
+([lower], [upper]), `hollow` (points without filling), `plain` (no markers) and `spots` (points to which its label may point).
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 class Plot:
     """A view in the making. A point below the range is drawn at the lower edge as an arrow with its value."""
 
-    def __init__(self, titles: Sequence[str], x: tuple[float, float], y: tuple[float, float], *, log: bool = False):
+    def __init__(self, titles: Sequence[str], x: tuple[float, float], y: tuple[float, float], *, log: bool = False, both: bool = False):
         self.floor = y[0]
         axes = [{"title": title, "range": _numbers(ends), "log": False} for title, ends in zip(titles, (x, y), strict=True)]
         axes[0]["log"] = log
         self.levels: list[dict[str, Any]] = []
         self.series: list[dict[str, Any]] = []
-        self.axes = axes
+        self.axes, self.both = axes, both
 
     def draw(self, name: str, points: np.ndarray, text: Sequence[str] = (), *, line: bool, **more: Any) -> None:
         """A series of (n, 2) points."""
@@ -96,7 +96,7 @@ class Plot:
 
     def view(self) -> dict[str, Any]:
         """The whole description."""
-        return {"x": self.axes[0], "y": self.axes[1], "levels": self.levels, "series": self.series}
+        return {"x": self.axes[0], "y": self.axes[1], "both": self.both, "levels": self.levels, "series": self.series}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _front(setting: Setting, split: str, *, pair: tuple[int, int]) -> dict[str, 
     ends = [points + sign * errors[label] for label, (_, points) in curves.items() for sign in (-1, 1)]
     whole = np.concatenate([*ends, exact_K2])
     titles = [f"return of {setting.objectives[k]}" for k in pair]
-    plot = Plot(titles, padded(whole[:, 0]), padded(whole[:, 1]))
+    plot = Plot(titles, padded(whole[:, 0]), padded(whole[:, 1]), both=True)
     if front is not None:
         spread = list(range(0, len(exact_K2), max(1, len(exact_K2) // 8)))
         plot.draw(CEILING, exact_K2, [weights(w_M) for w_M in front["w"]], line=flat, plain=flat, spots=spread)

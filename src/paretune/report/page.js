@@ -180,7 +180,7 @@
     const px = (event.clientX - frame.left) * times, py = (event.clientY - frame.top) * times;
     let best = null;
     for (const one of series) one.at.forEach(([a, b], k) => {
-      const gap = Math.hypot(a - px, b - py) + (one.front ? 0 : 3);
+      const gap = Math.hypot(a - px, b - py) + (one.name === CEILING ? 8 : one.front ? 0 : 3);
       if (gap < 30 && (best === null || gap < best.gap)) best = { gap, one, k, a, b };
     });
     if (best === null) return leave(svg);
@@ -198,9 +198,19 @@
     if (look) { const mark = node("svg", { class: "mark", style: "color:" + color(one.name) }); node("use", { href: "#m-" + look.marker }, mark); head.prepend(mark); }
     tip.replaceChildren(head, ...lines.map((line) => { const made = document.createElement("span"); made.textContent = line; return made; }));
     tip.hidden = false;
+    // Beside the point, where it covers the fewest names and stays on the screen.
     const left = frame.left + best.a / times, top = frame.top + best.b / times, { width, height } = tip.getBoundingClientRect();
-    tip.style.left = Math.max(8, Math.min(innerWidth - width - 8, left + 16 + width < innerWidth ? left + 16 : left - width - 16)) + "px";
-    tip.style.top = (top - height - 14 > 50 ? top - height - 14 : top + 18) + "px";
+    const names = all(".label", svg).map((label) => label.getBoundingClientRect());
+    const over = (x, y) => names.reduce((sum, r) => sum + Math.max(0, Math.min(x + width, r.right) - Math.max(x, r.left)) * Math.max(0, Math.min(y + height, r.bottom) - Math.max(y, r.top)), 0);
+    const places = [];
+    for (const x of [left + 18, left - width - 18, left - width / 2]) for (const y of [top - height - 16, top + 18, top - height / 2]) {
+      const off = Math.max(0, 8 - x, x + width + 8 - innerWidth) + Math.max(0, 50 - y, y + height + 8 - innerHeight);
+      const covers = x < left + 8 && x + width > left - 8 && y < top + 8 && y + height > top - 8;
+      places.push([over(x, y) + 1e3 * off + (covers ? 1e5 : 0), x, y]);
+    }
+    const [, x, y] = places.reduce((a, b) => (b[0] < a[0] ? b : a));
+    tip.style.left = x + "px";
+    tip.style.top = y + "px";
   }
 
   const interval = (half) => (half ? " ± " + number(half) : "");
@@ -254,7 +264,7 @@
   function boards(section) {
     const tab = section.dataset.tab;
     all("[data-board]", section).forEach((board) => { board.hidden = board.hasAttribute("data-off") || (tab !== undefined && board.dataset.board !== tab); });
-    all(".choice", section).forEach((choice) => { choice.hidden = tab === "all"; });
+    all(".choice, [data-more]", section).forEach((choice) => { choice.hidden = tab === "all"; });
   }
 
   all("[data-tab]").forEach((section) => {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # they load torch
 __all__ = ["gradient_table", "heat_map", "heat_maps", "heat_svg", "objective_table", "pair_table", "to_json", "write_relations"]
 
 CONFLICT, NEUTRAL, AGREE, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 178), "#d5d9de"
-RATES = (Column("rate_second", "second per\nfirst"), Column("rate_first", "first per\nsecond"))
+RATES = (Column("rate_second", "gain of second\nper gain of first"), Column("rate_first", "gain of first\nper gain of second"))
 
 
 def objective_table(found: Relations) -> Table:
@@ -31,7 +31,7 @@ def objective_table(found: Relations) -> Table:
     columns = (
         *(Column("name", "objective", "text"), Column("mean", "mean"), Column("low", "lowest"), Column("high", "highest")),
         *(Column("spread", "spread"), Column("paid", "not its most\ncommon score", "share")),
-        *(Column("flat", "groups of 8\nall alike", "share"), Column("noise", "noise / spread", "share")),
+        *(Column("flat", "groups of 8 that\nteach nothing", "share"), Column("noise", "noise / spread", "share")),
         Column("unscored", "unscored", "count"),
     )
     return Table("objectives", columns, plain(found.objectives))
