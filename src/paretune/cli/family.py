@@ -287,12 +287,10 @@ def _family_folder(plan: Recipe) -> tuple[Path, str]:
 
 
 def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estimate:
-    from paretune.methods.search import simplex_lattice
     from paretune.runs.estimate import estimate
+    from paretune.runs.measured import measured_at
 
-    count, given = plan.task.objectives.count, plan.preferences
-    preferences = count + 1 if given is None else len(simplex_lattice(count, given) if isinstance(given, int) else given)
-    return estimate(plan, preferences=preferences, samples=samples, workers=workers, rate=rate)
+    return estimate(plan, preferences=len(measured_at(plan)), samples=samples, workers=workers, rate=rate)
 
 
 def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> None:
