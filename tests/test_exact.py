@@ -170,7 +170,7 @@ def test_same_dials_same_task_and_prompts_do_not_overlap(task):
         ({"rho": -0.6, "objective_count": 3}, "rho = -0.6", "between -0.5 and 0.99 for 3 objectives"),
         ({"objective_count": 1}, "objective_count = 1", "between 2 and 8"),
         ({"alphabet": 26, "length": 4}, "456,976", "enumerated"),
-        ({"alphabet": 2, "prompt_count": 5}, "2 x 5 prompts", "distinct"),
+        ({"alphabet": 2, "prompt_count": 5}, "5 + 5 prompts", "distinct"),
         ({"beta": 0.0}, "beta = 0", "beta lies between"),
     ],
 )

@@ -141,9 +141,9 @@ def read_plan(
     judged = sorted({seed for task, seed in cells if hasattr(task, "seed") and seed in JUDGED_SEEDS})
     if judged:
         raise ConfigError(
-            f"nothing is tuned on the seeds {JUDGED_SEEDS[0]} to {JUDGED_SEEDS[-1]}: results are judged there",
+            "nothing is tuned on the seeds 100 to 109 and 200 to 209: results are judged there",
             found=f"seeds {', '.join(map(str, judged))}",
-            remedy="tune on development seeds, 0 to 9: seeds=[0,1,2]",
+            remedy="tune on development seeds, 0 to 9 or 10 to 19: seeds=[0,1,2]",
         )
     named = [_entry(given, default) for given, default in ((learner, "pg"), (chosen, "experts"))]
     space = space_of(document, learner=named[0], method=named[1])

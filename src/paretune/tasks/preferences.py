@@ -23,7 +23,7 @@ JUDGED_OTHER = 66
 KEEP_OUT = 0.005
 
 
-JUDGED_SEEDS = range(100, 110)  # of tasks that are drawn from a seed: nothing is tuned on them
+JUDGED_SEEDS = (*range(100, 110), *range(200, 210))  # of tasks that are drawn from a seed: nothing is tuned on them
 
 
 def judged_preferences(count: int) -> np.ndarray:

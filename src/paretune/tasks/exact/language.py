@@ -46,6 +46,7 @@ class ReferenceSpec:
     stop: float = 0.12  # mean chance of EOS after each symbol
     spread: float = 0.8  # standard deviation of the language's logits
     steps: int = 200
+    head: float = 1.0  # the output head begins this many times larger
 
 
 def alphabet_of(count: int) -> str:
@@ -77,7 +78,8 @@ def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedToke
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     home = Path(os.environ.get("PARETUNE_CACHE", "~/.cache/paretune")).expanduser()
-    folder = home / f"reference-{key_of({'recipe': RECIPE, **dataclasses.asdict(spec)})}"
+    told = {name: value for name, value in dataclasses.asdict(spec).items() if name != "head" or value != 1}
+    folder = home / f"reference-{key_of({'recipe': RECIPE, **told})}"
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".wip-", dir=home))
@@ -124,6 +126,8 @@ def _pretrain(spec: ReferenceSpec) -> PreTrainedModel:
     try:
         with forked_torch(seed_for(spec.seed, "reference")):
             model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight *= spec.head
         target_AAV = torch.from_numpy(softmax(language_logits(spec), axis=-1)).float()
         rng = generator(spec.seed, "pre-training")
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)

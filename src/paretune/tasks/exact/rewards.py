@@ -168,15 +168,15 @@ NOISE_DRAWS = 2000
 
 
 def choose_prompts(drawn_NT: np.ndarray, count: int, *, contexts: bool) -> np.ndarray:
-    """(2 count, T) distinct prompts in the order in which they were drawn; with `contexts`, `count` of each first letter."""
+    """(count, T) distinct prompts in the order in which they were drawn; with `contexts`, half of them of each first letter."""
     _, first = np.unique(drawn_NT, axis=0, return_index=True)
     distinct = drawn_NT[np.sort(first)]
     if contexts:
-        rows = [np.flatnonzero(distinct[:, 0] == letter)[:count] for letter in range(CONTEXTS)]
+        rows = [np.flatnonzero(distinct[:, 0] == letter)[: count // CONTEXTS] for letter in range(CONTEXTS)]
         distinct = distinct[np.sort(np.concatenate(rows))]
-    if len(distinct) < 2 * count:
+    if len(distinct) < count:
         raise TaskError("prompts are distinct", found=f"{len(distinct)} distinct ones", remedy="ask for fewer prompts")
-    return distinct[: 2 * count]
+    return distinct[:count]
 
 
 # Scale

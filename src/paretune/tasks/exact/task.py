@@ -3,7 +3,9 @@
 Regularized return of objective k: J_k = mean over prompts of (E[r_k] - beta * KL(pi || pi_ref)), KL over whole responses in nats.
 For a preference w the optimum of w . J is pi*_w(y|x) proportional to pi_ref(y|x) exp(w . r(x, y) / beta): the front is closed form.
 
-`exact-v1` with its default dials is the judged family. Task seeds 0-9 are for development, 100-109 for judging.
+`exact-v1` with its default dials is the first judged family: task seeds 0-9 are for development, 100-109 for judging. Under its frozen head
+the optimum cannot be represented everywhere. In `exact-v2` it can: the reference's head begins five times larger, with the same loss of
+pre-training, and the ceiling is at least 0.998 at every judged preference. Seeds 10-19 are for development, 200-209 for judging.
 
 The dials, verified when the rewards are first built (a task that misses one raises TaskError):
 
@@ -31,7 +33,7 @@ and those of `tasks.dials`, off by default:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +46,7 @@ from paretune.objectives.base import score_all
 from paretune.registry import TASKS
 from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
+from paretune.tasks.exact.ceiling import ceiling_W
 from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, sample_language
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
@@ -126,15 +129,20 @@ class ExactTask(Task):
                 found=f"{self.alphabet} symbols and length {self.length}: {self.alphabet**self.length:,} full-length responses",
                 remedy="keep alphabet ** length at or below 20,000",
             )
-        if 2 * self.prompt_count > self.alphabet**3:
+        if self.prompt_count + self.tested > self.alphabet**3:
             raise TaskError(
                 "training and test prompts are distinct strings of 3 symbols",
-                found=f"2 x {self.prompt_count} prompts from {self.alphabet} symbols",
-                remedy=f"at most {self.alphabet**3 // 2} prompts, or a larger alphabet",
+                found=f"{self.prompt_count} + {self.tested} prompts from {self.alphabet} symbols",
+                remedy=f"at most {self.alphabet**3} prompts together, or a larger alphabet",
             )
         _check_dials(self)
 
     # What every task has
+
+    @property
+    def tested(self) -> int:
+        """How many test prompts there are."""
+        return self.prompt_count
 
     @property
     def objectives(self) -> Objectives:  # type: ignore[override]
@@ -223,6 +231,13 @@ class ExactTask(Task):
         kl_P = (p_PR * (logp_PR - self.reference_logp_PR(split))).sum(1)
         return np.einsum("pr,prm->pm", p_PR, self.rewards_PRM(split)), kl_P
 
+    def ceiling_W(self, w_WM: np.ndarray, split: str) -> np.ndarray:
+        """(W,) the best attainment at each preference of any policy with the reference's own head; see `tasks.exact.ceiling`."""
+        return self._ceiling_W(w_WM, split, self.rewards_PRM(split))
+
+    def _ceiling_W(self, w_WM: np.ndarray, split: str, rewards_PRM: np.ndarray) -> np.ndarray:
+        return ceiling_W(reference(self)[0], self.tree, self.reference_logp_PR(split), rewards_PRM, self.beta, w_WM)
+
     def J_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
         """(M,) regularized returns, mean over prompts."""
         rewards_PM, kl_P = self.returns(logp_PR, split)
@@ -292,38 +307,39 @@ class ExactTask(Task):
 
     @cached_property
     def _prompts_PT(self) -> np.ndarray:
-        """(2P, 3) distinct prompts of both splits, drawn from the reference's language."""
-        count = (400 if not self.context else 200 * self.alphabet) * self.prompt_count
-        drawn = sample_language(self._reference, generator(self.seed, "prompts"), count, self._reference.context)
-        return choose_prompts(drawn, self.prompt_count, contexts=bool(self.context))
+        """(P, 3) distinct prompts of both splits, drawn from the reference's language."""
+        count = self.prompt_count + self.tested
+        many = (200 if not self.context else 100 * self.alphabet) * count
+        drawn = sample_language(self._reference, generator(self.seed, "prompts"), many, self._reference.context)
+        return choose_prompts(drawn, count, contexts=bool(self.context))
 
     @cached_property
     def _contexts_P(self) -> np.ndarray:
-        """(2P,) the context of every prompt of both splits."""
-        return self._prompts_PT[:, 0] if self.context else np.zeros(2 * self.prompt_count, dtype=np.int64)
+        """(P,) the context of every prompt of both splits."""
+        return self._prompts_PT[:, 0] if self.context else np.zeros(len(self._prompts_PT), dtype=np.int64)
 
     @cached_property
     def _rows(self) -> dict[str, np.ndarray]:
-        """Which of the 2P prompts belong to each split: of 500 seeded splits the one whose halves are closest to rho.
+        """Which prompts belong to each split: of 500 seeded splits the one whose parts are closest to rho.
 
-        Both halves have their share of each context, and are compared context by context.
+        Both parts have their share of each context, and are compared context by context.
         """
         pairs = ~np.eye(self.objective_count, dtype=bool)
         off_P = np.stack([c_MM[pairs] for c_MM in correlations_P(self._dense_all_PRM, self._reference_all_PR)]) - self._rho_P[:, None]
         rng = generator(self.seed, "split")
         if not self.context:
-            orders = [rng.permutation(2 * self.prompt_count) for _ in range(500)]
-            order = min(orders, key=lambda rows: np.abs(off_P[rows].reshape(2, self.prompt_count, -1).mean(1)).max())
-            return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, 2), strict=True)}
-        halves: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+            orders = [rng.permutation(len(off_P)) for _ in range(500)]
+            order = min(orders, key=lambda rows: _off(off_P, rows, self.prompt_count))
+            return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, [self.prompt_count]), strict=True)}
+        parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         for context in range(CONTEXTS):
             here = np.flatnonzero(self._contexts_P == context)
-            cut = (len(here) + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
+            cut = (self.prompt_count + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
             orders = [rng.permutation(here) for _ in range(500)]
-            order = min(orders, key=lambda rows: max(np.abs(off_P[part].mean(0)).max() for part in (rows[:cut], rows[cut:])))
-            halves["train"].append(order[:cut])
-            halves["test"].append(order[cut:])
-        return {split: np.sort(np.concatenate(parts)) for split, parts in halves.items()}
+            order = min(orders, key=lambda rows: _off(off_P, rows, cut))
+            parts["train"].append(order[:cut])
+            parts["test"].append(order[cut:])
+        return {split: np.sort(np.concatenate(rows)) for split, rows in parts.items()}
 
     @cached_property
     def _inputs(self) -> dict[str, TreeInputs]:
@@ -344,7 +360,7 @@ class ExactTask(Task):
 
     @property
     def _rho_P(self) -> np.ndarray:
-        """(2P,) the correlation that each prompt is to have."""
+        """(P,) the correlation that each prompt is to have, of both splits."""
         return self.rho + self.context * np.array([1.0, -1.0])[self._contexts_P]
 
     @cached_property
@@ -392,6 +408,58 @@ class ExactTask(Task):
         return "".join(names[s] for s in symbols)
 
 
+@TASKS.register("exact-v2")
+@dataclass(frozen=True)
+class RepresentableTask(ExactTask):
+    """An exact task whose optimum a policy with the frozen head can be, and whose training prompts are enough to learn from.
+
+    `ceiling` is the least share of the possible gain that is representable, at every judged preference and on both splits, checked when
+    the rewards are first built.
+    """
+
+    prompt_count: int = 32
+    test_count: int = 32
+    head: float = 5.0
+    ceiling: float = 0.998
+
+    def __post_init__(self):
+        for name, value, low, high in (
+            ("test_count", self.test_count, 1, 512),
+            ("head", self.head, 0.1, 100),
+            ("ceiling", self.ceiling, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise TaskError(f"{name} lies between {low:g} and {high:g}", found=f"{name} = {value:g}", remedy="choose it in that range")
+        super().__post_init__()
+
+    @property
+    def tested(self) -> int:
+        return self.test_count
+
+    @property
+    def _reference(self) -> ReferenceSpec:
+        return replace(super()._reference, head=self.head)
+
+    def rewards_PRM(self, split: str) -> np.ndarray:
+        if self._worst_ceiling < self.ceiling:
+            raise TaskError(
+                f"a policy with the frozen head can reach {self.ceiling:g} of the possible gain at every judged preference",
+                found=f"{self._worst_ceiling:.4f} with a head of {self.head:g}",
+                remedy="choose a larger head, a smaller strength or scale, or a lower ceiling",
+            )
+        return super().rewards_PRM(split)
+
+    @cached_property
+    def _worst_ceiling(self) -> float:
+        plain = super().rewards_PRM
+        return min(float(self._ceiling_W(self.judged(), split, plain(split)).min()) for split in SPLITS)
+
+
+def _off(off_P: np.ndarray, rows: np.ndarray, cut: int) -> float:
+    """How far the parts of a split, rows[:cut] and the rest, are from the wanted correlations."""
+    return max(float(np.abs(off_P[part].mean(0)).max()) for part in (rows[:cut], rows[cut:]))
+
+
 def _check_dials(task: ExactTask) -> None:
     """Raise TaskError for dials that contradict each other or leave a context empty; their ranges were checked before."""
     m = task.objective_count
@@ -417,9 +485,10 @@ def _check_dials(task: ExactTask) -> None:
             found=f"prompt_count = {task.prompt_count} for {CONTEXTS} contexts",
             remedy="ask for at least 2 prompts, or leave context at 0",
         )
-    if task.prompt_count > task.alphabet**2:
+    each = (task.prompt_count + task.tested) // CONTEXTS
+    if each > task.alphabet**2:
         raise TaskError(
             "prompts of one context are distinct strings of 3 symbols with the same first one",
-            found=f"{task.prompt_count} prompts of each context from {task.alphabet} symbols",
+            found=f"{each} prompts of each context from {task.alphabet} symbols",
             remedy=f"at most {task.alphabet**2} prompts, or a larger alphabet",
         )
