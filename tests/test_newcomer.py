@@ -216,10 +216,10 @@ def test_sample_separates_its_responses(fitted):
 # A first recipe
 
 
-def init(folder, rows, name="prompts.jsonl", **more):
+def init(folder, rows, name="prompts.jsonl"):
     write_lines(folder / name, rows)
-    done = run("init", tiny_model(), folder / name, "--out", folder / "recipe.yaml", **more)
-    return yaml.safe_load((folder / "recipe.yaml").read_text()), done
+    run("init", tiny_model(), folder / name, "--out", folder / "recipe.yaml")
+    return yaml.safe_load((folder / "recipe.yaml").read_text())
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_init_writes_a_recipe_that_loads(tmp_path, row, prompts, objectives):
             return [{**one, "content": one["content"].format(n)} for one in value]
         return value.format(n)
 
-    given, _ = init(tmp_path, [{key: filled(value, n) for key, value in row.items()} for n in range(10)])
+    given = init(tmp_path, [{key: filled(value, n) for key, value in row.items()} for n in range(10)])
     assert prompts.items() <= given["prompts"].items()
     assert ("chat" in given["prompts"]) == ("chat" in prompts)
     assert [one["use"] for one in given["objectives"]] == objectives
@@ -259,12 +259,15 @@ def test_init_keeps_what_is_there_and_removes_what_it_cannot_use(tmp_path):
 
 def test_init_sets_prompts_apart_where_there_are_many_and_takes_the_test_file(tmp_path):
     write_lines(tmp_path / "test.jsonl", [{"prompt": f"other {n}"} for n in range(9)])
-    given, _ = init(tmp_path, [{"prompt": f"say {n}"} for n in range(80)] * 2, name="train.jsonl")
-    assert given["prompts"]["test"] == "test.jsonl"
+    given = init(tmp_path, [{"prompt": f"say {n}"} for n in range(80)] * 2, name="train.jsonl")
+    assert given["prompts"]["test"] == "./test.jsonl"
     assert given["prompts"]["validation"] == 10
     assert given["prompts"]["unique"] is True
     task = load_recipe(tmp_path / "recipe.yaml").task
     assert (len(task.prompts("train")), len(task.prompts("test")), len(task.validation())) == (70, 9, 10)
+    (tmp_path / "elsewhere").mkdir()
+    run("init", tiny_model(), tmp_path / "train.jsonl", "--out", tmp_path / "elsewhere" / "recipe.yaml")
+    assert len(load_recipe(tmp_path / "elsewhere" / "recipe.yaml").task.prompts("test")) == 9
 
 
 BAD = """

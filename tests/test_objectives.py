@@ -485,3 +485,9 @@ def test_our_objectives_are_reward_functions_for_trl():
         assert objective(prompts=[[{"role": "user", "content": "a"}]] * 2, completions=chat, **extras) == plain
         assert torch.tensor(plain).shape == (2,)
         assert objective.__name__ in ("length", "format", "lexical")
+
+
+def test_no_objectives_give_no_columns():
+    """A recipe with validation prompts and without guards."""
+    prompts = [Prompt(text="a"), Prompt(text="b")]
+    assert score_all([], prompts, ["x", "y"]).shape == (2, 0)

@@ -155,9 +155,10 @@ def compare(
 ) -> None:
     """Run several methods on a recipe's model, prompts and objectives, then write the report."""
     from paretune.runs.config import load, parse
+    from paretune.runs.recipe import refuse_suite
 
     plug(plugin)
-    load(recipe)  # refused here, before anything large is imported
+    refuse_suite(load(recipe).data, recipe)  # here, before anything large is imported
     rows = parse(f"methods: [{methods}]", name="--methods").data["methods"]
     if not rows or not all(isinstance(row, str | dict) for row in rows):
         raise ConfigError("--methods names methods", found=repr(methods), remedy="for example --methods experts,bridge")
@@ -178,8 +179,12 @@ def _bench(
     as_json: bool,
 ) -> None:
     from paretune.cli.catalog import suite_path
+    from paretune.runs.config import load
+    from paretune.runs.recipe import refuse_recipe
 
     given = suite_path(suite) if isinstance(suite, str) else suite
+    if isinstance(given, Path):
+        refuse_recipe(load(given, overrides).data, given)  # here, before anything large is imported
     from paretune.runs.suite import load_suite, run_suite
 
     folder = root or Path("paretune-runs") / load_suite(given, overrides)[0].name

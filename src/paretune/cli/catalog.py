@@ -14,11 +14,12 @@ from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Plugins, app, examples, plug, print_json, say, show_table
+from paretune.cli.common import Json, Plugins, app, examples, plug, print_json, say, show_table, tell
 from paretune.cli.places import families_table, runs_table
 from paretune.errors import ConfigError, nearest
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, PLUGIN_REMEDY, TASKS, Registry, loaded_plugins
@@ -55,6 +56,10 @@ def list_(
         shown = Table(name, tuple(column for column in table.columns if column.key in wanted), table.rows)
         if name in PLACES and not table.rows:
             say(f"no {name} in {root or 'this folder'}, nor in the folders below it")
+        elif name in PLACES and sys.stdout.isatty() and get_terminal_size().columns < WIDE:
+            for row in table.rows:
+                first, *others = (f"{column.title} {column.show(row.get(column.key))}" for column in table.shown)
+                tell(f"{first.partition(' ')[2]}\n    {', '.join(others)}")
         else:
             show_table(shown, title="" if kind else name)
 
@@ -87,6 +92,7 @@ REGISTRIES: dict[str, Registry] = {"methods": METHODS, "tasks": TASKS, "objectiv
 KINDS = (*REGISTRIES, "suites")
 PLACES = {"runs": runs_table, "families": families_table}  # what lies in folders
 SHORT = {"methods": ("name", "summary")}  # the columns that a person is shown, where `show` and --json have more
+WIDE = 100  # columns of a terminal, below which what lies in folders is listed in lines
 CATALOG = "results/catalog.json"  # in the package, made by tools/docs.py: what ships, so that nobody imports torch to read it
 COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
 
@@ -204,8 +210,15 @@ def _bounds(name: re.Match[str]) -> str:
     )
 
 
+def _told(cls: type, field: str) -> str:
+    """What a docstring says in the form "field: what it is."."""
+    text = " ".join((cls.__doc__ or "").split())
+    found = re.search(rf"(?<![\w`]){field}: (.+?)(?=\. |\.?$)", text)
+    return found[1] if found else ""
+
+
 def fields_of(cls: type) -> Iterator[dict[str, Any]]:
-    """The hyperparameters; what is said of each is the comment beside it in the source."""
+    """The hyperparameters; what is said of each is the comment beside it in the source, or the class's docstring."""
     said: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner) or "__annotations__" in vars(owner):
@@ -216,4 +229,4 @@ def fields_of(cls: type) -> Iterator[dict[str, Any]]:
             kind = BOUNDED.sub(_bounds, field.type) if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
             made = repr(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "required"
             default = made if field.default is dataclasses.MISSING else repr(field.default)
-            yield {"name": field.name, "type": kind, "default": default, "about": said.get(field.name, "")}
+            yield {"name": field.name, "type": kind, "default": default, "about": said.get(field.name) or _told(cls, field.name)}

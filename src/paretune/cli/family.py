@@ -34,6 +34,7 @@ from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.files import check_new
 from paretune.policy.card import found_base, read_card
+from paretune.types import Objectives
 from paretune.types import Preference as Weights
 
 if TYPE_CHECKING:
@@ -267,7 +268,8 @@ def _asked(given: Path, preference: str, model: str | None) -> tuple[Path, dict[
     """The family's folder, and what its file says; ConfigError for what can be found wrong without its model."""
     family = find_family(given)
     card = read_card(family)
-    Weights.of(card["objectives"]["names"], preference)
+    known = Objectives(**{key: tuple(value) for key, value in card["objectives"].items()})
+    Weights.of(known.names, preference)
     found_base(card["base"], family, model)
     return family, card
 

@@ -113,8 +113,8 @@ def score_all(
     None per completion, and for an infinity.
     """
     assert len(prompts) == len(completions), "one prompt per completion"
-    if not len(completions):
-        return np.full((0, len(objectives)), np.nan)
+    if not len(completions) or not objectives:  # guards may be none
+        return np.full((len(completions), len(objectives)), np.nan)
     return score_given(objectives, _arguments(prompts, completions, completion_ids))
 
 

@@ -33,7 +33,7 @@ from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import RecipeTask, _name_of, _objective
 from paretune.types import Preference, check_name
 
-__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "task_entry"]
+__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "refuse_recipe", "refuse_suite", "task_entry"]
 
 TASK_KEYS = {
     **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
@@ -77,6 +77,20 @@ def is_recipe(data: Mapping[str, Any]) -> bool:
     return "objectives" in data and "tasks" not in data
 
 
+def refuse_recipe(data: Mapping[str, Any], path: Path) -> None:
+    """ConfigError where a recipe stands in the place of a suite."""
+    if is_recipe(data):
+        remedy = f"paretune fit {path} fits its method; paretune compare {path} --methods experts,bridge runs several"
+        raise ConfigError("a suite names tasks, methods and seeds", found=f"a recipe: {path.name}", remedy=remedy)
+
+
+def refuse_suite(data: Mapping[str, Any], path: Path) -> None:
+    """ConfigError where a suite stands in the place of a recipe."""
+    if is_suite(data):
+        remedy = f"paretune bench {path} runs it; `paretune fit` takes one model, its prompts and objectives, and one method"
+        raise ConfigError("a recipe is fitted, and a suite is benched", found=f"a suite: {path.name}", remedy=remedy)
+
+
 def is_suite(data: Mapping[str, Any]) -> bool:
     """Whether a YAML file says what only a suite does."""
     return "tasks" in data or "methods" in data
@@ -107,9 +121,7 @@ def task_entry(
 def _checked(document: config.Document, path: Path, *, typed: Path | None = None) -> Recipe:
     """The recipe in a document; paths in it mean the folder of `path`, those of overrides `typed` (None: the current one)."""
     given = document.data
-    if is_suite(given):
-        remedy = f"paretune bench {path} runs it; `paretune fit` takes one model, its prompts and objectives, and one method"
-        raise ConfigError("a recipe is fitted, and a suite is benched", found=f"a suite: {path.name}", remedy=remedy)
+    refuse_suite(given, path)
     _known("a recipe", document, [*TASK_KEYS, *RUN_KEYS])
     for key in NEEDED:
         _check_needed(given, path, key)

@@ -49,8 +49,9 @@ def propose(model: str, prompts: Path, out: Path) -> Proposal:
     elif form == "messages" and not tokenizer.chat_template:
         found, remedy = f"messages in {prompts.name}, and none in the tokenizer of {model}", "give a file of texts, or an instruct model"
         raise ConfigError("prompts made of messages need a tokenizer with a chat template", found=found, remedy=remedy)
-    source |= _splits(rows, column, prompts)
-    read = PromptSource(**{**source, "path": str(prompts), **_at(source, prompts)})
+    split = _splits(rows, column, prompts)
+    read = PromptSource(**{**source, **split, "path": str(prompts)})
+    source |= split | ({"test": _from(folder, Path(split["test"]))} if isinstance(split["test"], str) else {})
     lengths, limit, longest = _lengths(read, tokenizer, model)
     source |= {} if longest is None else {"longest": longest}
     names = [name for name in ANSWERS if all(str(row.get(name) or "").strip() for row in rows)]
@@ -94,14 +95,10 @@ def _form(values: Sequence[Any]) -> str | None:
 def _splits(rows: Sequence[Mapping[str, Any]], column: str, prompts: Path) -> dict[str, Any]:
     """Test and validation prompts: a file of the same name with test for train, else a share; some set apart where there are many."""
     other = prompts.with_name(prompts.name.replace("train", "test"))
-    found: dict[str, Any] = {"test": other.name} if other != prompts and other.is_file() else {"test": 0.2}
+    found: dict[str, Any] = {"test": str(other)} if other != prompts and other.is_file() else {"test": 0.2}
     kept = len({str(row[column]) for row in rows})
     found |= {"validation": min(VALIDATION, kept // 8)} if kept > FEW else {}
     return found | ({"unique": True} if kept < len(rows) else {})
-
-
-def _at(source: Mapping[str, Any], prompts: Path) -> dict[str, Any]:
-    return {"test": str(prompts.with_name(source["test"]))} if isinstance(source["test"], str) else {}
 
 
 def _lengths(source: PromptSource, tokenizer: Any, model: str) -> tuple[list[int], int, int | None]:

@@ -54,7 +54,7 @@ from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
 from paretune.runs.ray import PATIENCE, Ray, RayWorkers
-from paretune.runs.recipe import _named, is_recipe, load_recipe, task_entry
+from paretune.runs.recipe import _named, load_recipe, refuse_recipe, task_entry
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
 from paretune.training.cost import as_if_alone, read_cost
@@ -93,9 +93,7 @@ def load_suite(given: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     if isinstance(given, str | Path):
         document = load(given, overrides)
         folder = Path(given).resolve().parent
-        if is_recipe(document.data):
-            remedy = f"paretune fit {given} fits its method; paretune compare {given} --methods experts,bridge runs several"
-            raise ConfigError("a suite names tasks, methods and seeds", found=f"a recipe: {document.name}", remedy=remedy)
+        refuse_recipe(document.data, Path(given))
     else:
         document, folder = Document(copy.deepcopy(dict(checked("a suite", Mapping[str, Any], given))), "the suite"), Path.cwd()
         for text in overrides:

@@ -13,10 +13,10 @@ wanted correlation, and squashed to (0, 1). Four more dials act on these rewards
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import expit, logsumexp
 
 from paretune.errors import TaskError
@@ -135,7 +135,7 @@ def gains_for(scores_PRM: np.ndarray, logp_PR: np.ndarray, strength: float, beta
                 found=f"rewards in (0, 1) at beta = {beta:g} cannot reach that for objective {k}",
                 remedy="lower strength, or lower beta",
             )
-        gains.append(np.exp(brentq(excess, -9.0, above, args=(k,), xtol=1e-6)))
+        gains.append(np.exp(_root(excess, -9.0, above, args=(k,), xtol=1e-6)))
     return np.array(gains)
 
 
@@ -246,7 +246,14 @@ def _payoff(paid_PR: np.ndarray, logp_PR: np.ndarray, strength: float, beta: flo
             found=f"a payoff of at most 1 at beta = {beta:g} cannot reach that",
             remedy="lower strength, sparse or beta",
         )
-    return float(brentq(excess, 0.0, 1.0, xtol=1e-9))
+    return float(_root(excess, 0.0, 1.0, xtol=1e-9))
+
+
+def _root(excess: Callable[..., float], low: float, high: float, **given: Any) -> float:
+    """Brent's method; scipy.optimize is loaded by those who need it."""
+    from scipy.optimize import brentq
+
+    return brentq(excess, low, high, **given)
 
 
 # Noise
