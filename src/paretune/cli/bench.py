@@ -11,21 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import (
-    Json,
-    Overrides,
-    Plugins,
-    Workers,
-    aloud,
-    app,
-    check_writable,
-    on_ray,
-    plug,
-    print_json,
-    say,
-    show_table,
-    tell,
-)
+from paretune.cli.common import Json, Overrides, Plugins, Workers, app, check_writable, on_ray, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 from paretune.files import disk_errors, write_text
 
@@ -37,7 +23,6 @@ __all__ = ["bench", "check", "demo", "report", "tune"]
 
 
 @app.command()
-@aloud
 def demo(
     root: Annotated[Path, typer.Option(help="The run directory.")] = Path("paretune-runs/quick"),
     workers: Workers = None,
@@ -48,7 +33,6 @@ def demo(
 
 
 @app.command()
-@aloud
 @on_ray
 def bench(
     suite: Annotated[str, typer.Argument(help="A YAML file, or the name of a suite that ships with Paretune.")],
@@ -66,7 +50,6 @@ def bench(
 
 
 @app.command()
-@aloud
 def report(
     root: Annotated[Path, typer.Argument(help="A run directory.")],
     suite: Annotated[str | None, typer.Option(help="Only the cells of this suite.")] = None,
@@ -79,7 +62,6 @@ def report(
 
 
 @app.command()
-@aloud
 def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
     """Hash everything published again, families too; exit code 1 if anything is not what was published."""
     from paretune.runs.store import ARTIFACTS, CELLS, Store
@@ -165,7 +147,6 @@ def _not_searched() -> Iterator[None]:
 
 
 @app.command()
-@aloud
 def tune(
     target: Annotated[str, typer.Argument(help="A recipe or a suite, with the fields to search under tune:.", metavar="RECIPE|SUITE")],
     overrides: Overrides = None,

@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("aloud", "app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("app", "check_writable", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
+
+
+PATIENT = ("serve", "chat")  # commands that wait for a person: no line says so every half minute
 
 
 class _Group(TyperGroup):
     """Turns what a person can meet into one message on stderr and an exit code; anything else keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        name = next(iter((*ctx._protected_args, *ctx.args)), "paretune")
+        speaking = contextlib.nullcontext() if name in PATIENT else Heartbeat(name)
         try:
-            with _readable(), refuse_exit():
+            with _readable(), refuse_exit(), speaking:
                 for text in (*ctx._protected_args, *ctx.args):
                     if wrong := not_plain(text):
                         raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
@@ -140,18 +145,6 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
             remedy="add --executor ray, or leave it out",
         )
     return executor
-
-
-def aloud(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command that may take long say what it is at: within seconds, then every half minute without a line."""
-
-    @functools.wraps(command)
-    def speaking(*given: Any, **named: Any) -> None:
-        with Heartbeat(command.__name__):
-            command(*given, **named)
-
-    speaking.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
-    return speaking
 
 
 def plug(plugins: list[Path] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,6 @@ from paretune.cli.common import (
     Plugins,
     Preference,
     Trust,
-    aloud,
     app,
     check_writable,
     on_ray,
@@ -43,7 +43,6 @@ Base = Annotated[str | None, typer.Option("--model", help="Where the family's re
 
 
 @app.command()
-@aloud
 @on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
@@ -72,7 +71,8 @@ def fit(
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
         who = None if executor == "local" else executor  # then --workers decides
-        family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
+        given: dict[str, Any] = {"root": plan.root, "seed": plan.seed, "workers": workers, "executor": who}
+        family = fit_family(plan.task, plan.method, learner=plan.learner, drawn=samples * _policies(plan), **given)
         family.save(folder)
     rows = _measure(plan, family, samples, folder) if samples else None
     if as_json:
@@ -87,7 +87,6 @@ def fit(
 
 
 @app.command()
-@aloud
 def sample(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     preference: Preference,
@@ -124,7 +123,6 @@ def sample(
 
 
 @app.command()
-@aloud
 def export(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     preference: Preference,
@@ -151,7 +149,6 @@ def export(
 
 
 @app.command()
-@aloud
 def explain(
     family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
     prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
@@ -250,6 +247,14 @@ def _measure(plan: Recipe, family: Family, samples: int, folder: Path) -> Table:
         guarded = {name: each["per_preference"][w] for name, each in guards.items()}
         rows.append({"preference": label, **dict(zip(names, rewards_M, strict=True)), **guarded, "kl": kl})
     return Table("measured", columns, rows)
+
+
+def _policies(plan: Recipe) -> int:
+    """How many policies `_measure` draws responses of: at each preference, and the untrained model."""
+    count, asked = len(plan.task.objectives.names), plan.preferences
+    if asked is None:
+        return count + 2
+    return 1 + (comb(asked + count - 2, count - 1) if isinstance(asked, int) else len(asked))
 
 
 def _even_weights(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, aloud, app, plug, print_json, say, show_table, tell
+from paretune.cli.common import Json, Overrides, Plugins, app, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = ["normalize", "relate"]
 
 
 @app.command()
-@aloud
 def relate(
     target: Annotated[str, typer.Argument(help="A task, such as exact-v1, or a recipe's YAML file.", metavar="TASK|RECIPE")],
     overrides: Annotated[
@@ -71,7 +70,6 @@ def relate(
 
 
 @app.command()
-@aloud
 def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],
     overrides: Overrides = None,

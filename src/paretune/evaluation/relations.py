@@ -325,7 +325,8 @@ def _dials(
         if exact
         else float(np.nanmean((1 - within**2) ** 2) if np.isfinite(within).any() else 0.0) / max(np.isfinite(logw_PR).sum(1).mean() - 1, 1)
     )
-    variance = float(np.nanmean(np.nanvar(within, axis=0))) if np.isfinite(within).any() else float("nan")
+    known = within[:, np.isfinite(within).any(0)]
+    variance = float(np.nanmean(np.nanvar(known, axis=0))) if known.size else float("nan")
     return {
         "objective_count": count,
         "rho": float(np.nanmean(each)) if np.isfinite(each).any() else float("nan"),

@@ -55,7 +55,7 @@ class Display:
         step, steps = record.get("step", 0), record.get("steps")
         self._logged.add(job.key)
         self._running[job.key] = f"{job.label}: {step}/{steps} {numbers}".rstrip()
-        self.forecast.progress(job.key, *_times(record), time.monotonic())
+        self.forecast.progress(job.key, record, time.monotonic())
         for kind, text in record.get("warnings", {}).items():
             if (job.key, kind) not in self._said:
                 self._said.add((job.key, kind))
@@ -200,12 +200,6 @@ def display(*, show: bool, cells: int, side_by_side: int = 1) -> Display:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no message"
-
-
-def _times(record: Mapping[str, Any]) -> tuple[float, float]:
-    """The seconds that a training still needs and needs in all, if it goes on as it did; zeros where its record does not say."""
-    step, steps, seconds = (record.get(name) or 0 for name in ("step", "steps", "seconds"))
-    return (seconds * (steps - step) / step, seconds * steps / step) if step and steps else (0.0, 0.0)
 
 
 def progress_text(record: Mapping[str, Any]) -> str:
