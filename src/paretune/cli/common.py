@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, Heartbeat, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown, spoken
 from paretune.files import is_disk_full
-from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
 
 if TYPE_CHECKING:

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, counted
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
-from paretune.progress import counted
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt

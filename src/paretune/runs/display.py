@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, ClassVar
 
-from paretune.errors import printable
-from paretune.progress import EVERY, instead, spoken
-from paretune.progress import clock as _clock
+from paretune.errors import EVERY, instead, printable, spoken
+from paretune.errors import clock as _clock
 from paretune.runs.forecast import Chain, Forecast
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
