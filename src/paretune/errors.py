@@ -311,7 +311,8 @@ class Heartbeat:
         while not self._closed.wait(min(0.25, self._first / 4)):
             silent = time.monotonic() - self.said
             if not self.paused and silent >= (self._every if self._spoke else self._first):
-                self.note(self._state.text() or f"{self._name}: at work")
+                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                    self.note(self._state.text() or f"{self._name}: at work")
 
     def __enter__(self) -> Heartbeat:
         _beating.append(self)

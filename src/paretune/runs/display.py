@@ -131,7 +131,8 @@ class Lines(Display):
     def _beat(self) -> None:
         while not self._closed.wait(self._every / 10):
             if time.monotonic() - self._spoke >= self._every:
-                self.note("; ".join(list(self._running.values())) or "at work; nothing was logged yet")
+                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                    self.note("; ".join(list(self._running.values())) or "at work; nothing was logged yet")
 
 
 class Bars(Display):
