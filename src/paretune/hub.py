@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError
-from paretune.progress import during
+from paretune.errors import ConfigError, during
 
 __all__ = [
     "check_pretrained",

@@ -17,7 +17,6 @@ from paretune.cli.common import (
     Overrides,
     Plugins,
     Workers,
-    aloud,
     app,
     check_writable,
     examples,
@@ -39,7 +38,6 @@ __all__ = ["bench", "check", "compare", "demo", "report", "tune"]
 
 
 @app.command(**examples("paretune demo", "paretune demo --workers 4 --root my-demo"))
-@aloud
 def demo(
     root: Annotated[Path, typer.Option(help="The run directory.")] = Path("paretune-runs/quick"),
     workers: Workers = None,
@@ -56,7 +54,6 @@ def demo(
         "paretune bench suite.yaml --executor ray --gpus-per-job 1",
     )
 )
-@aloud
 @on_ray
 def bench(
     suite: Annotated[str, typer.Argument(help="A YAML file, or the name of a suite that ships with Paretune.")],
@@ -74,7 +71,6 @@ def bench(
 
 
 @app.command(**examples("paretune report paretune-runs/quick", "paretune report runs --suite mine --out page"))
-@aloud
 def report(
     root: Annotated[Path, typer.Argument(help="A run directory.")],
     suite: Annotated[str | None, typer.Option(help="Only the cells of this suite.")] = None,
@@ -104,7 +100,6 @@ def report(
 
 
 @app.command(**examples("paretune check paretune-runs/quick", "paretune check runs/families/bridge-1a2b3c4d --json"))
-@aloud
 def check(root: Annotated[Path, typer.Argument(help="A run directory, or a family.")], as_json: Json = False) -> None:
     """Hash everything published again, families too; exit code 1 if anything is not what was published."""
     from paretune.runs.store import ARTIFACTS, CELLS, Store
@@ -140,7 +135,6 @@ def check(root: Annotated[Path, typer.Argument(help="A run directory, or a famil
         "paretune compare recipe.yaml --methods 'uniform,{name: experts, mixing: logit}' --seeds 3",
     )
 )
-@aloud
 def compare(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, learner; its method is left out.")],
     methods: Annotated[str, typer.Option(help="Names, or mappings with settings, between commas. The untrained model is always there.")],
@@ -237,7 +231,6 @@ def _not_searched() -> Iterator[None]:
 @app.command(
     **examples("paretune tune recipe.yaml --trials 20", "paretune tune suite.yaml --method bridge --metric mean --write best.yaml")
 )
-@aloud
 def tune(
     target: Annotated[str, typer.Argument(help="A recipe or a suite, with the fields to search under tune:.", metavar="RECIPE|SUITE")],
     overrides: Overrides = None,

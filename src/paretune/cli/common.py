@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, Heartbeat, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown, spoken
 from paretune.files import is_disk_full
-from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
 
 if TYPE_CHECKING:
@@ -27,8 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("DryRun", "Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("aloud", "app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
 ]
+
+
+PATIENT = ("serve", "chat")  # commands that wait for a person: no line says so every half minute
 
 
 class _Group(TyperGroup):
@@ -40,8 +42,10 @@ class _Group(TyperGroup):
             formatter.write_dl([(name, (one.help or "").split("\n\n")[0].split(". ")[0]) for name, one in self.commands.items()])
 
     def invoke(self, ctx: Any) -> Any:
+        name = next(iter((*ctx._protected_args, *ctx.args)), "paretune")
+        speaking = contextlib.nullcontext() if name in PATIENT else Heartbeat(name)
         try:
-            with _readable(), refuse_exit():
+            with _readable(), refuse_exit(), speaking:
                 for text in (*ctx._protected_args, *ctx.args):
                     if wrong := not_plain(text):
                         raise ConfigError(f"an argument {wrong}", found=shown(text), remedy="write it again, in UTF-8")
@@ -154,18 +158,6 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
             remedy="add --executor ray, or leave it out",
         )
     return executor
-
-
-def aloud(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command that may take long say what it is at: within seconds, then every half minute without a line."""
-
-    @functools.wraps(command)
-    def speaking(*given: Any, **named: Any) -> None:
-        with Heartbeat(command.__name__):
-            command(*given, **named)
-
-    speaking.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
-    return speaking
 
 
 def plug(plugins: list[Path] | None) -> None:

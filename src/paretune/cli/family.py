@@ -19,7 +19,6 @@ from paretune.cli.common import (
     Plugins,
     Preference,
     Trust,
-    aloud,
     app,
     check_writable,
     examples,
@@ -31,7 +30,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.cli.places import find_family
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, clock
 from paretune.files import check_new
 from paretune.policy.card import found_base, read_card
 from paretune.types import Objectives
@@ -58,7 +57,6 @@ Base = Annotated[str | None, typer.Option("--model", help="Where the family's re
         "paretune fit recipe.yaml --dry-run",
     )
 )
-@aloud
 @on_ray
 def fit(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
@@ -78,6 +76,7 @@ def fit(
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
     from paretune.policy.family import Family
+    from paretune.runs.measured import measure, measured_at
     from paretune.runs.suite import fit as fit_family
 
     folder, key = _family_folder(plan)
@@ -93,11 +92,12 @@ def fit(
         say(_estimated(plan, samples, workers, rate=False).line())
         check_new(folder, "a family is saved into a new directory")
         who = None if executor == "local" else executor  # then --workers decides
-        family = fit_family(plan.task, plan.method, learner=plan.learner, root=plan.root, seed=plan.seed, workers=workers, executor=who)
+        given: dict[str, Any] = {"root": plan.root, "seed": plan.seed, "workers": workers, "executor": who}
+        drawn = samples * (1 + len(measured_at(plan)))
+        family = fit_family(plan.task, plan.method, learner=plan.learner, drawn=drawn, **given)
         family.meta["key"] = key
         family.save(folder)
     from paretune.report.family import findings_of, load_fitted, measured_table, write_fitted
-    from paretune.runs.measured import measure, measured_at
 
     if samples:
         say(f"measuring {len(measured_at(plan))} preferences, {samples} responses each")
@@ -124,7 +124,6 @@ def fit(
         "paretune sample FAMILY --preference brief=1 --file prompts.jsonl --n 4 --json",
     )
 )
-@aloud
 def sample(
     family: FamilyName,
     preference: Preference,
@@ -172,7 +171,6 @@ def sample(
         "paretune export FAMILY --preference brief=1 --out brief-lora --as adapter",
     )
 )
-@aloud
 def export(
     family: FamilyName,
     preference: Preference,
@@ -209,7 +207,6 @@ def export(
         'paretune explain FAMILY "Where is it?" --preference brief=1 --recipe recipe.yaml --html it.html',
     )
 )
-@aloud
 def explain(
     family: FamilyName,
     prompt: Annotated[str, typer.Argument(help="One prompt; a conversation is the JSON of its messages.")],
@@ -298,7 +295,6 @@ def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estim
 def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> None:
     """What a fit would do and cost; nothing is trained or kept."""
     from paretune.report.tables import Column, Table
-    from paretune.runs.display import _clock
 
     say("estimating; nothing is trained or kept")
     with contextlib.redirect_stdout(sys.stderr):
@@ -314,8 +310,8 @@ def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> Non
     assert rate is not None
     tell(f"{found.line()}")
     by = f"{found.workers} workers" if found.workers > 1 else "one process"
-    tell(f"training:  about {_clock(seconds[0])} in {by}")
-    tell(f"measuring: about {_clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
+    tell(f"training:  about {clock(seconds[0])} in {by}")
+    tell(f"measuring: about {clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
     tell(f"memory:    about {rate.memory / 2**20:,.0f} MiB per process")
     for name in found.judged:
         tell(f"requests:  up to {found.total('samples') + found.measured:,} of {name}, which asks a service")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, aloud, app, examples, plug, print_json, say, show_table, tell
+from paretune.cli.common import Json, Overrides, Plugins, app, examples, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ __all__ = ["normalize", "relate"]
         "paretune relate exact-v1 rho=-0.8", "paretune relate recipe.yaml --prompts 32 --probe", "paretune relate recipe.yaml --out related"
     )
 )
-@aloud
 def relate(
     target: Annotated[str, typer.Argument(help="A task, such as exact-v1, or a recipe's YAML file.", metavar="TASK|RECIPE")],
     overrides: Annotated[
@@ -76,7 +75,6 @@ def relate(
 
 
 @app.command(**examples("paretune normalize recipe.yaml --column reply", "paretune normalize recipe.yaml --samples 8"))
-@aloud
 def normalize(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with objectives that use: reward-model.")],
     overrides: Overrides = None,

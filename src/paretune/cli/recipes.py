@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, aloud, app, check_writable, examples, plug, print_json, say, show_table, tell
+from paretune.cli.common import Json, Overrides, Plugins, app, check_writable, examples, plug, print_json, say, show_table, tell
 from paretune.errors import ConfigError
 from paretune.files import disk_errors, write_text
 
@@ -54,7 +54,6 @@ def init(
 
 
 @app.command(**examples("paretune preview recipe.yaml", "paretune preview recipe.yaml prompts.system='Be brief.' --prompts 1 --n 4"))
-@aloud
 def preview(
     recipe: Annotated[Path, typer.Argument(help="A YAML file: model, prompts, objectives, method, learner.")],
     overrides: Overrides = None,

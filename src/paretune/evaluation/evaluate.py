@@ -284,11 +284,17 @@ def _guards(task: Task, split: str, drawn: Measured, base: Measured) -> dict[str
     found = {}
     for name, scores_WS, start_S in zip(task.guards.names, np.moveaxis(scores_WSG, 2, 0), start_SG.T, strict=True):
         found[name] = {
-            "per_preference": [np.nanmean(scores_S) for scores_S in scores_WS],
-            "reference": np.nanmean(start_S),
+            "per_preference": [_mean_known(scores_S) for scores_S in scores_WS],
+            "reference": _mean_known(start_S),
             "change": _paired(scores_WS, np.broadcast_to(start_S, scores_WS.shape), drawn.prompt_S, exact=False),
         }
     return found
+
+
+def _mean_known(scores_S: np.ndarray) -> float:
+    """Of what was scored; NaN where nothing was."""
+    known_S = scores_S[~np.isnan(scores_S)]
+    return float(known_S.mean()) if len(known_S) else float("nan")
 
 
 def _generations(task: Task, split: str, w_WM: np.ndarray, drawn: Measured, base: Measured) -> dict[str, Any]:

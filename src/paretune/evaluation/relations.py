@@ -46,13 +46,12 @@ import numpy as np
 import torch
 from scipy.special import comb
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, counted
 from paretune.evaluation.metrics import plain
 from paretune.evaluation.stats import LEVEL, MIN_PROMPTS, MIN_UNITS
 from paretune.policy.base import build_policy
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import generate
-from paretune.progress import counted
 from paretune.registry import describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
@@ -325,7 +324,8 @@ def _dials(
         if exact
         else float(np.nanmean((1 - within**2) ** 2) if np.isfinite(within).any() else 0.0) / max(np.isfinite(logw_PR).sum(1).mean() - 1, 1)
     )
-    variance = float(np.nanmean(np.nanvar(within, axis=0))) if np.isfinite(within).any() else float("nan")
+    known = within[:, np.isfinite(within).any(0)]
+    variance = float(np.nanmean(np.nanvar(known, axis=0))) if known.size else float("nan")
     return {
         "objective_count": count,
         "rho": float(np.nanmean(each)) if np.isfinite(each).any() else float("nan"),

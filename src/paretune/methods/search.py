@@ -27,8 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError, ParetuneError
-from paretune.progress import during
+from paretune.errors import ConfigError, ParetuneError, during
 from paretune.seeds import seed_for
 
 __all__ = [

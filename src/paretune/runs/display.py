@@ -9,9 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, ClassVar
 
-from paretune.errors import printable
-from paretune.progress import EVERY, instead, spoken
-from paretune.progress import clock as _clock
+from paretune.errors import EVERY, clock, instead, printable, spoken
 from paretune.runs.forecast import Chain, Forecast
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 
@@ -55,7 +53,7 @@ class Display:
         step, steps = record.get("step", 0), record.get("steps")
         self._logged.add(job.key)
         self._running[job.key] = f"{job.label}: {step}/{steps} {numbers}".rstrip()
-        self.forecast.progress(job.key, *_times(record), time.monotonic())
+        self.forecast.progress(job.key, record, time.monotonic())
         for kind, text in record.get("warnings", {}).items():
             if (job.key, kind) not in self._said:
                 self._said.add((job.key, kind))
@@ -72,7 +70,7 @@ class Display:
             self.cells_done += 1
         done, failed = WORDS[outcome.job.kind]
         if outcome.error is None:
-            self.note(f"{done} {outcome.job.label} in {_clock(outcome.seconds)}")
+            self.note(f"{done} {outcome.job.label} in {clock(outcome.seconds)}")
         else:
             self.note(f"{failed} {outcome.job.label} failed: {_first_line(outcome.error['message'])}")
 
@@ -88,10 +86,10 @@ class Display:
     def state(self) -> str:
         """`trainings 3/6, cells 2/18, 1m12s, 2m05s left`; those to come count, as far as plans say, and `over` where they do not."""
         left, more = self.forecast.left(time.monotonic())
-        eta = "" if left is None else f", {'over ' if more else ''}{_clock(left)} left"
+        eta = "" if left is None else f", {'over ' if more else ''}{clock(left)} left"
         trainings = max(self.trainings, self.trainings_done + self.forecast.trainings)
         counts = f"trainings {self.trainings_done}/{trainings}" + (f", cells {self.cells_done}/{self.cells}" if self.cells else "")
-        return f"{counts}, {_clock(time.monotonic() - self._start)}{eta}"
+        return f"{counts}, {clock(time.monotonic() - self._start)}{eta}"
 
     def close(self) -> None:
         """Nothing is shown from here on."""
@@ -132,7 +130,8 @@ class Lines(Display):
     def _beat(self) -> None:
         while not self._closed.wait(self._every / 10):
             if time.monotonic() - self._spoke >= self._every:
-                self.note("; ".join(list(self._running.values())) or "at work; nothing was logged yet")
+                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                    self.note("; ".join(list(self._running.values())) or "at work; nothing was logged yet")
 
 
 class Bars(Display):
@@ -200,12 +199,6 @@ def display(*, show: bool, cells: int, side_by_side: int = 1) -> Display:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "no message"
-
-
-def _times(record: Mapping[str, Any]) -> tuple[float, float]:
-    """The seconds that a training still needs and needs in all, if it goes on as it did; zeros where its record does not say."""
-    step, steps, seconds = (record.get(name) or 0 for name in ("step", "steps", "seconds"))
-    return (seconds * (steps - step) / step, seconds * steps / step) if step and steps else (0.0, 0.0)
 
 
 def progress_text(record: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paretune.training.cost import PHASES
 from paretune.training.spec import Artifact, TrainSpec
 
 __all__ = ["Chain", "Expected", "Forecast", "expected", "foreseen"]
@@ -51,6 +52,8 @@ class Forecast:
 
     side_by_side: int = 1
     cells: int = 0  # that were wanted
+    drawn: int = 0  # responses that are measured in the end, outside of any job
+    _response: float = 0.0  # seconds that one takes, as far as a log has said
     _chains: dict[str, Chain] = field(default_factory=dict)
     _wanted: dict[str, Expected] = field(default_factory=dict)  # trainings that no chain names
     _ended: set[str] = field(default_factory=set)
@@ -70,9 +73,14 @@ class Forecast:
     def wanted(self, key: str) -> None:
         self._wanted[key] = Expected(key, ("training",))
 
-    def progress(self, key: str, left: float, whole: float, now: float) -> None:
-        if whole:
-            self._running[key] = left, now, whole
+    def progress(self, key: str, record: Mapping[str, Any], now: float) -> None:
+        """A running training has logged a record: how far it is, and what sampling, scoring and the reference take of each response."""
+        step, steps, seconds = (record.get(name) or 0 for name in ("step", "steps", "seconds"))
+        if step and steps:
+            self._running[key] = seconds * (steps - step) / step, now, seconds * steps / step
+        speeds = [record.get(PHASES, {}).get(name) for name in ("sampling", "rewards", "reference")]
+        if all(speeds) and record.get("length"):
+            self._response = sum(record["length"] / speed for speed in speeds)
 
     def ended(self, key: str, seconds: float, *, training: bool) -> None:
         known = self._open(cells=not training).get(key) or Expected(key, ("training" if training else "cell",))
@@ -117,7 +125,8 @@ class Forecast:
         if others and each is None:
             return None, more
         whole = sum(takes.values()) + (others * each.seconds / each.size if others and each else 0.0)
-        return max(whole / self.side_by_side, *(_longest(chain, takes) for chain in list(self._chains.values())), 0.0, 0.0), more
+        longest = max((_longest(chain, takes) for chain in list(self._chains.values())), default=0.0)
+        return max(whole / self.side_by_side, longest) + self.drawn * self._response, more
 
 
 def _longest(chain: Chain, takes: Mapping[str, float]) -> float:

@@ -29,9 +29,8 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
+from paretune.errors import ConfigError, ParetuneError, State, StoreError, TrainingError, heard, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
-from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
@@ -165,17 +164,17 @@ def read_job(path: Path) -> dict[str, Any]:
 
 
 @refuse_exit()
-def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None) -> None:
+def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None = None, doing: Progress | None = None) -> None:
     """Do what the file says and publish it. Raises what went wrong; a full disk is always a StoreError.
 
-    `progress` gets every record of a training's log, and {"doing": what is loaded, searched or measured, n of m}.
+    `progress` gets every record of a training's log, `doing` {"doing": what is loaded, searched or measured, n of m}.
     """
     store, tasks, state = Store(path.resolve().parents[2]), tasks or Tasks(), State()
 
     def hear(what: str, done: int, of: int) -> None:
         state.hear(what, done, of)
-        if progress is not None and done < of:
-            progress({"doing": state.text()})
+        if doing is not None and done < of:
+            doing({"doing": state.text()})
 
     try:
         job = read_job(path)
@@ -191,9 +190,12 @@ def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None
 
 
 def attempt(path: Path, *, tasks: Tasks, progress: Progress) -> dict[str, Any]:
-    """Do a job in a worker and say how it ended: {"error": content of FAILED.json or None, "full": was it the disk?}."""
+    """Do a job in a worker and say how it ended: {"error": content of FAILED.json or None, "full": was it the disk?}.
+
+    `progress` gets what `run_job` tells both of its listeners.
+    """
     try:
-        run_job(path, tasks=tasks, progress=progress)
+        run_job(path, tasks=tasks, progress=progress, doing=progress)
     except Exception as error:
         return {"error": failure(error, label=label_in(path)), "full": is_disk_full(error)}
     return {"error": None, "full": False}

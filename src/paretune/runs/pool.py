@@ -86,7 +86,8 @@ class InProcess(Executor):
             task, start = job.task, time.monotonic()
             error, cause = None, None
             try:
-                run_job(job.path, tasks=self._tasks, progress=functools.partial(self.display.progress, job))
+                tell = functools.partial(self.display.progress, job)
+                run_job(job.path, tasks=self._tasks, progress=tell, doing=tell)
             except Exception as raised:
                 if is_disk_full(raised):
                     raise

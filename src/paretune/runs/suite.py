@@ -294,10 +294,11 @@ def fit(
     workers: int | None = 0,
     executor: str | Ray | None = None,
     progress: bool = True,
+    drawn: int = 0,
 ) -> Family:
     """Train what the method needs and is not yet in `root`, in this process (workers=0) or several; returns the family of policies.
 
-    `executor` is as for `run_suite`; without it, `workers` decides.
+    `executor` is as for `run_suite`; without it, `workers` decides. The time left counts `drawn` responses, to be measured afterwards.
 
     The family's `meta["ledger"]` says what the trainings cost, and `meta["trainings"]` their keys. Raises what made a training fail;
     others that finished are kept, and calling again goes on from the last checkpoint.
@@ -318,7 +319,7 @@ def fit(
     workers = checked("workers", Natural | None, workers) or None
     tasks, who = Tasks(), _executor(("local" if workers else "in-process") if executor is None else executor, workers)
     tasks.put(chosen)
-    with _lock(store, who), _running(store, who, workers, tasks, cells=0, show=progress) as (runner, shown):
+    with _lock(store, who), _running(store, who, workers, tasks, cells=0, show=progress, drawn=drawn) as (runner, shown):
         Schedule(store, runner, shown, on_ready=lambda _: None, on_failed=failed, on_done=lambda _: None).run([member])
     family = member.method.policy(member.task, member.learner, member.done, seed)
     costs = {key: read_cost(artifact.path) for key, artifact in member.done.items()}
@@ -439,11 +440,12 @@ def _lock(store: Store, who: str | Ray) -> contextlib.AbstractContextManager[Sto
 
 @contextlib.contextmanager
 def _running(
-    store: Store, who: str | Ray, workers: int | None, tasks: Tasks, *, cells: int, show: bool
+    store: Store, who: str | Ray, workers: int | None, tasks: Tasks, *, cells: int, show: bool, drawn: int = 0
 ) -> Iterator[tuple[Executor, Display]]:
     """An executor and what shows its work. On Ctrl-C the workers are stopped before the message appears."""
     count = 1 if who == "in-process" else workers or cpus()
     with display(show=show, cells=cells, side_by_side=count) as shown:
+        shown.forecast.drawn = drawn
         executor: Executor
         if isinstance(who, Ray):
             executor = RayWorkers(store, who, workers, display=shown)

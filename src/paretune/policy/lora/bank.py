@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paretune.errors import ConfigError, nearest
-from paretune.hub import text_config
+from paretune.hub import quietly, text_config
 from paretune.policy.lora.files import check_config, check_trainable, read_adapter, write_adapter
 from paretune.policy.lora.layers import Blocks, Factor, FusedLayer, Gated, Mode, Reference, Switch, join_siblings
 from paretune.policy.lora.linear import base_weight, frozen_linear, is_quantized, rounds_inputs
@@ -164,7 +164,7 @@ class LoraBank:
         check_config(name, config, self.names)
         label = _label(self.count)
         try:
-            with forked_torch(seed):
+            with forked_torch(seed), quietly("adding adapters"):
                 if self.model is self.base:
                     self.model = get_peft_model(self.base, config, adapter_name=label, low_cpu_mem_usage=empty)
                 else:
