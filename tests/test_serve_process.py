@@ -17,7 +17,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from paretune.cli import app
 from paretune.policy.family import Family
 from paretune.serve.app import Limits, _listening, _Told, default_preference, load_families, make_app
 from paretune.serve.engine import Engine
@@ -213,3 +215,22 @@ def test_the_examples_of_the_page_run(running, capsys):
     assert printed.startswith(want)
     assert printed.endswith(want)
     assert '"polite": 0.7' in printed.replace("'", '"')
+
+
+def test_what_the_command_refuses(saved, tmp_path, monkeypatch):
+    """Before a model is loaded where it can be; each with exit code 2, the rule and the remedy, and never the key."""
+    monkeypatch.setenv("EMPTY", " ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = [
+            (["--api-key", "sk-typed-here-1234567890abcdef"], "names an environment variable"),
+            (["--api-key", "EMPTY"], "names an environment variable"),
+            (["--default", "polite=2"], "sum to 1"),
+            (["--port", str(taken.getsockname()[1])], "an address that is free"),
+            ([str(saved)], "names of their own"),
+            ([str(tmp_path)], "a family is a directory"),
+        ]
+        for more, rule in cases:
+            made = CliRunner().invoke(app, ["serve", str(saved), *more])
+            assert made.exit_code == 2, (more, made.output, made.exception)
+            assert rule in made.stderr, more
+            assert "sk-typed" not in made.stderr
