@@ -45,6 +45,11 @@ COMMANDS = {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--model", "--plugin", "--json"},
     },
+    "serve": {
+        *{"FAMILY", "--host", "--port", "--api-key", "--default", "--max-rows", "--max-queue", "--chunk", "--prefix-cache"},
+        *{"--max-body", "--drain", "--trust", "--model", "--plugin"},
+    },
+    "chat": {"FAMILY", "--preference", "--seed", "--max-new-tokens", "--temperature", "--system", "--trust", "--model"},
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},
     "report": {"ROOT", "--suite", "--out", "--rows", "--json"},
     "check": {"ROOT", "--json"},

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from paretune.errors import ParetuneError
+from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features, GateBasis
+from paretune.policy.family import Family
+from paretune.policy.lora.bank import LoraBank
+from paretune.policy.rollout import decode
+from paretune.policy.rules import Identity
 from paretune.seeds import generator
 from paretune.serve.engine import Engine, QueueFull
-from paretune.serve.rows import Prefixes, Text
+from paretune.serve.rows import Prefixes, Row, Text
+from paretune.types import Objectives, Prompt
 from serving import Heard, family_of, prompted, requests
+from tiny_models import VOCAB, gemma2, write_adapters
 
 MIXINGS = [
     "parameter",
@@ -69,8 +79,8 @@ def test_what_a_row_says_is_what_sample_says_offline(name):
         assert each.text == each.offline(family), each.row
     if name != "reference":
         assert len({each.text for each in heard}) > 8, "or the test sees nothing"
-    if name not in ("merged", "factor", "contextual"):
-        assert engine.lanes["family"].prefixes.hits > 0 or len({each.row.vector for each in heard[::4]}) > 1
+    if name != "contextual":
+        assert engine.lanes["family"].prefixes.hits > 0, "some prompts begin like others"
 
 
 def test_prompts_are_kept_by_gates_or_by_tokens_alone():
@@ -171,6 +181,31 @@ def test_a_row_that_the_mixing_refuses_spoils_no_other():
     assert bad.finish == "error"
     assert "none negative" in str(bad.pieces[-1].error)
     assert [each.text for each in good] == [each.offline(family) for each in good]
+
+
+def test_a_cache_of_another_kind_is_decoded_batch_by_batch(tmp_path):
+    """Layers that look through a sliding window: rows do not join, and say what they say alone all the same."""
+    make = lambda: gemma2(None)  # noqa: E731
+    tokenizer = SimpleNamespace(eos_token_id=VOCAB - 1, pad_token_id=VOCAB - 1, batch_decode=Letters().batch_decode)
+    policy = build_mixing("parameter", LoraBank.load(make(), write_adapters(make, tmp_path, [{}, {}])), tokenizer)
+    assert not policy.has_plain_cache
+    family = Family(policy, Identity(), Objectives(("a", "b"), (0.0, 0.0), (1.0, 1.0)), {"model": "none"})
+    rng, rows = generator(0, "windows"), []
+    for n in range(9):
+        tokens, over = rng.integers(0, VOCAB - 1, int(rng.integers(1, 30))).tolist(), threading.Event()
+        limit = int(rng.integers(1, 12))
+        rows.append(Row("family", Prompt(text=f"{n}"), tokens, rng.random(2), limit, seed=n, sink=lambda piece, over=over: over.set()))
+    engine = Engine({"family": family}, rows=4, chunk=8)
+    engine.start()
+    for row in rows:
+        engine.submit([row])
+    engine.stop()
+    assert engine.lanes["family"].prefixes.size == 0
+    for row in rows:
+        ids_1T, gates_1K = torch.tensor([list(row.tokens)]), torch.tensor(row.gates_K[None]).float()
+        noise = {"max_new_tokens": row.limit, "uniforms_NT": row.uniforms_1T()}
+        made = decode(policy, ids_1T, torch.ones_like(ids_1T), gates_NK=gates_1K, **noise)
+        assert row.said == made.tokens_NT[0].tolist()
 
 
 class Letters:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from paretune.cli import app
 from paretune.policy.family import Family
 from paretune.serve.app import Limits, _listening, _Told, default_preference, load_families, make_app
 from paretune.serve.engine import Engine
@@ -134,14 +138,6 @@ def test_a_reader_that_does_not_read_holds_nobody_up(running):
     stuck.close()
 
 
-def test_curl_as_the_page_has_it(running):
-    body = json.dumps({"model": "family", "messages": SAID, "preference": PREFERENCE, "max_tokens": 4, "seed": 1})
-    url = f"{running.url}/v1/chat/completions"
-    command = ["curl", "-s", url, "-H", "content-type: application/json", "-d", body]
-    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert made["choices"][0]["message"]["content"] == offline(running, [SAID], PREFERENCE, seed=1, max_new_tokens=4)[0][0]
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "family"
@@ -201,3 +197,40 @@ def test_the_command_from_start_to_drain(saved):
             assert "stopped" in process.stderr.read()
         finally:
             process.kill()
+
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_page_run(running, capsys):
+    """The page's curl command in a shell and its Python in this process, at this server."""
+    here = PAGE.replace("http://127.0.0.1:8000", running.url)
+    asked = [{"role": "user", "content": "Where is my parcel?"}]
+    want = offline(running, [asked], PREFERENCE, seed=1)[0][0]
+    command = next(block for block in re.findall(r"```bash\n(.*?)```", here, re.DOTALL) if block.startswith("curl"))
+    made = subprocess.run(["bash", "-c", command.replace("curl ", "curl -s ")], capture_output=True, text=True, check=True).stdout
+    assert json.loads(made)["choices"][0]["message"]["content"] == want
+    exec(re.search(r"```python\n(.*?)```", here, re.DOTALL)[1], {})
+    printed = capsys.readouterr().out
+    assert printed.startswith(want)
+    assert printed.endswith(want)
+    assert '"polite": 0.7' in printed.replace("'", '"')
+
+
+def test_what_the_command_refuses(saved, tmp_path, monkeypatch):
+    """Before a model is loaded where it can be; each with exit code 2, the rule and the remedy, and never the key."""
+    monkeypatch.setenv("EMPTY", " ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = [
+            (["--api-key", "sk-typed-here-1234567890abcdef"], "names an environment variable"),
+            (["--api-key", "EMPTY"], "names an environment variable"),
+            (["--default", "polite=2"], "sum to 1"),
+            (["--port", str(taken.getsockname()[1])], "an address that is free"),
+            ([str(saved)], "names of their own"),
+            ([str(tmp_path)], "a family is a directory"),
+        ]
+        for more, rule in cases:
+            made = CliRunner().invoke(app, ["serve", str(saved), *more])
+            assert made.exit_code == 2, (more, made.output, made.exception)
+            assert rule in made.stderr, more
+            assert "sk-typed" not in made.stderr

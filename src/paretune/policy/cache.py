@@ -17,6 +17,8 @@ ROOM = 64  # columns: so many tokens are drawn before everything is copied once
 class Roomy(DynamicLayer):
     """A layer of a cache whose keys and values lie in larger tensors. Who puts others in their place has them copied at the next token."""
 
+    keys: Tensor
+    values: Tensor
     _room: tuple[Tensor, Tensor] | None = None
     _mine: tuple[Tensor, Tensor] | None = None  # keys and values as they were made here, from the column `_start` to `_end`
     _start = _end = 0
