@@ -45,6 +45,10 @@ COMMANDS = {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--model", "--plugin", "--json"},
     },
+    "elicit": {
+        *{"FAMILY", "PROMPTS", "--file", "--recipe", "--questions", "--enough", "--each", "--seed"},
+        *{"--system", "--raw", "--trust", "--model", "--plugin", "--json"},
+    },
     "serve": {
         *{"FAMILY", "--host", "--port", "--api-key", "--default", "--max-rows", "--max-queue", "--chunk", "--prefix-cache"},
         *{"--max-body", "--drain", "--trust", "--model", "--plugin"},

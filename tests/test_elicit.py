@@ -1,10 +1,16 @@
 """Preference elicitation: the posterior against integration on a grid, decisions against their definition, learning of true weights."""
 
+import json
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from paretune.cli import app
 from paretune.errors import ConfigError
-from paretune.evaluation.elicit import CONSISTENCY, TIE, TIES, Elicitation, Question
+from paretune.evaluation.elicit import CONSISTENCY, TIE, TIES, Elicitation, Question, draw_pool, pool_preferences
+from paretune.runs.suite import fit
+from paretune.tasks.exact.task import ExactTask
 
 RNG = np.random.default_rng(3)
 POOL = RNG.normal(size=(60, 2))
@@ -133,3 +139,65 @@ def test_an_answer_that_is_no_option_is_refused_and_changes_nothing(chosen):
     with pytest.raises(ConfigError, match="place of an option"):
         asked.answer(asked.ask(), chosen)
     assert asked.to_json() == before
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    root = tmp_path_factory.mktemp("family")
+    task = ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=1)
+    made = fit(task, "experts", learner={"name": "exact", "steps": 3}, root=root / "runs", progress=False)
+    made.save(root / "family")
+    return task, made, root / "family"
+
+
+def test_a_pool_has_a_response_at_each_preference_once_and_its_true_rewards(family):
+    task, made, _ = family
+    prompts = list(task.prompts("test"))
+    pool = draw_pool(task, made, prompts, each=6, seed=3)
+    drawn = {
+        (p, made.sample([prompts[p]], w.tolist(), seed=3 + k)[0][0]) for k, w in enumerate(pool_preferences(2, 6, 3)) for p in range(4)
+    }
+    rows = list(zip(pool.prompt_N.tolist(), pool.responses_N, strict=True))
+    assert len(set(rows)) == len(rows)
+    assert set(rows) == drawn
+    assert (pool.rewards_NM == task.score([prompts[p] for p, _ in rows], [text for _, text in rows])).all()
+    w_WM = pool_preferences(2, 6, 3)
+    assert len(w_WM) == 6
+    assert {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)} <= {tuple(w) for w in w_WM.tolist()}
+    assert len(pool_preferences(5, 2)) == 6  # all vertices and the middle, however few were asked for
+
+
+def test_the_command_asks_hears_and_prints_a_preference_that_can_be_pasted(family):
+    _, _, folder = family
+    typed = "1\nwhat?\n2\n=\nb\n"
+    result = CliRunner().invoke(app, ["elicit", str(folder), "--questions", "4", "--enough", "0", "--each", "6", "--json"], input=typed)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [told["chosen"] for told in found["answers"]] == [0, 1, TIE, 1]
+    assert "'what?' is no answer" in result.stderr
+    assert result.stderr.count("=== question") == 4
+    weights = dict(part.split("=") for part in found["preference"].split(","))
+    assert sum(round(100 * float(w)) for w in weights.values()) == 100
+    assert [float(w) for w in weights.values()] == pytest.approx(found["weights"], abs=0.01)
+
+    plain = CliRunner().invoke(app, ["elicit", str(folder), "--questions", "4", "--enough", "0", "--each", "6"], input=typed)
+    assert f"--preference {found['preference']}" in plain.stdout
+    said = CliRunner().invoke(app, ["sample", str(folder), "--preference", found["preference"], "abc"])
+    assert said.exit_code == 0, said.output
+
+
+def test_the_command_stops_where_nothing_is_at_stake_at_q_and_at_the_end_of_the_input(family):
+    _, _, folder = family
+
+    def run(*more, typed):
+        return json.loads(CliRunner().invoke(app, ["elicit", str(folder), "--each", "4", "--json", *more], input=typed).stdout)
+
+    assert len(run("--enough", "1", typed="1\n" * 10)["answers"]) == 1
+    assert len(run(typed="1\nq\n1\n")["answers"]) == 1
+    assert run(typed="")["answers"] == []
+
+
+def test_a_folder_that_is_no_family_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["elicit", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "remedy" in result.stderr

@@ -94,7 +94,7 @@ def test_no_file_and_no_room_imports_itself_in_a_circle():
 def test_there_are_few_rooms_and_few_files_beside_them():
     folders = [p for p in SOURCE.iterdir() if p.is_dir() and any(p.glob("*.py"))]
     assert len(folders) <= 11
-    assert len(list(SOURCE.glob("*.py"))) <= 8
+    assert len(list(SOURCE.glob("*.py"))) <= 9
 
 
 def test_the_finder_of_circles_finds_them(tmp_path):

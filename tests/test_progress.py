@@ -10,8 +10,8 @@ import pytest
 
 from learner_cases import SMALL, TASK
 from paretune import errors
-from paretune.errors import Heartbeat, State, clock, counted, during, heard, instead, spoken
 from paretune.methods.base import Method
+from paretune.progress import Heartbeat, State, clock, counted, during, heard, instead, spoken
 from paretune.registry import METHODS
 from paretune.runs.forecast import Chain, Expected, Forecast, expected, foreseen
 from paretune.runs.suite import fit

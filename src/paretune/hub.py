@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError, during
+from paretune.errors import ConfigError
+from paretune.progress import during
 
 __all__ = [
     "check_pretrained",

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, Heartbeat, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown, spoken
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
+from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-PATIENT = ("serve", "chat")  # commands that wait for a person: no line says so every half minute
+PATIENT = ("serve", "chat", "elicit")  # commands that wait for a person: no line says so every half minute
 
 
 class _Group(TyperGroup):

@@ -30,9 +30,10 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.cli.places import find_family
-from paretune.errors import ConfigError, clock
+from paretune.errors import ConfigError
 from paretune.files import check_new
 from paretune.policy.card import found_base, read_card
+from paretune.progress import clock
 from paretune.types import Objectives
 from paretune.types import Preference as Weights
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from paretune.runs.recipe import Recipe
     from paretune.tasks.base import Task
 
-__all__ = ["explain", "export", "fit", "sample"]
+__all__ = ["Base", "FamilyName", "Raw", "System", "explain", "export", "fit", "sample", "task_that_scores"]
 
 System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
 FamilyName = Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote, or its name as `paretune ls families` prints it.")]
@@ -243,7 +244,7 @@ def explain(
     loaded = Family.load(family, trust=trust, scoring=recipe is None, model=model)
     settings: dict[str, Any] = {"n": n, "response": response, "seed": seed, "max_new_tokens": max_new_tokens}
     found = explain_family(loaded, prompt, preference, system=system, raw=raw, **settings)
-    task = _task(loaded, recipe, trust) if samples else None
+    task = task_that_scores(loaded, recipe, trust) if samples else None
     slopes = sensitivity(task, loaded, preference, split=split, samples=samples, seed=seed) if task else None
     if html is not None:
         write_explanation(html, found, slopes, family=loaded)
@@ -334,7 +335,7 @@ def _even_weights(names: Sequence[str]) -> str:
     return ",".join(f"{name}={(even if k else 100 - even * (len(names) - 1)) / 100:g}" for k, name in enumerate(names))
 
 
-def _task(family: Family, recipe: Path | None, trust: bool) -> Task | None:
+def task_that_scores(family: Family, recipe: Path | None, trust: bool) -> Task | None:
     """The task that can score responses: named in the family, or of the recipe."""
     from paretune.policy.family import task_of
     from paretune.runs.recipe import load_recipe

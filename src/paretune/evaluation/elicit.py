@@ -5,7 +5,7 @@ A posterior over the weights, the next pair to ask, the weights to use now, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import log_softmax, softmax
 
 from paretune.errors import ConfigError
+from paretune.progress import counted
 from paretune.seeds import generator
 from paretune.tasks.base import Task
 from paretune.types import Prompt
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EACH", "TIE", "Elicitation", "Pool", "Question", "draw_pool", "pool_preferences"]
 
-EACH = 12  # responses to each prompt of a pool
+EACH = 24  # responses to each prompt of a pool
 
 TIE = -1  # the answer to a question whose options are equally good
-PAIRS = 400  # of the pool's pairs, drawn anew for each question
+PAIRS = 2000  # of the pool's pairs, drawn anew for each question
 MOVES = 4  # of every particle after an answer
 # Natural logarithms, mean and spread. CONSISTENCY: a user's scale times the typical difference of two responses' utilities; at 1.6 four in
-# five answers to random pairs are consistent, at .8 seven in ten, at 7 nineteen in twenty. TIES: how often responses of equal utility are called a tie.
+# five answers to random pairs are consistent, at .8 seven in ten, at 7 nineteen in twenty. TIES: how often equal responses are a tie.
 CONSISTENCY, TIES = (np.log(1.6), 0.8), (np.log(0.3), 1.0)
 
 
@@ -63,17 +64,15 @@ def draw_pool(
     *,
     each: int = EACH,
     seed: int = 0,
-    told: Callable[[int], None] = lambda done: None,
 ) -> Pool:
     """A pool of responses to each prompt, one at each of `pool_preferences`.
 
-    A response that was drawn twice for a prompt stands there once. `told` hears how many preferences are done.
+    A response that was drawn twice for a prompt stands there once.
     """
     found: dict[tuple[int, str], None] = {}
-    for done, w_M in enumerate(pool_preferences(family.objectives.count, each, seed), start=1):
-        made = family.sample(list(prompts), w_M.tolist(), seed=seed + done)
+    for turn, w_M in enumerate(counted("preferences drawn at", pool_preferences(family.objectives.count, each, seed))):
+        made = family.sample(list(prompts), w_M.tolist(), seed=seed + turn)
         found.update({(place, texts[0]): None for place, texts in enumerate(made)})
-        told(done)
     asked = [prompts[place] for place, _ in found]
     texts = tuple(text for _, text in found)
     return Pool(tuple(prompts), texts, task.score(asked, texts), np.array([place for place, _ in found]))

@@ -46,12 +46,13 @@ import numpy as np
 import torch
 from scipy.special import comb
 
-from paretune.errors import ConfigError, counted
+from paretune.errors import ConfigError
 from paretune.evaluation.metrics import plain
 from paretune.evaluation.stats import LEVEL, MIN_PROMPTS, MIN_UNITS
 from paretune.policy.base import build_policy
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import generate
+from paretune.progress import counted
 from paretune.registry import describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task

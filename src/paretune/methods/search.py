@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError, ParetuneError, during
+from paretune.errors import ConfigError, ParetuneError
+from paretune.progress import during
 from paretune.seeds import seed_for
 
 __all__ = [

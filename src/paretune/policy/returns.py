@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from paretune.errors import counted
 from paretune.policy.base import Policy
 from paretune.policy.rollout import Rollout, generate
 from paretune.policy.scoring import token_logp
+from paretune.progress import counted
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.errors import ConfigError, counted
+from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
 from paretune.policy.sampling import Said, Sampling, draw, shaped
+from paretune.progress import counted
 from paretune.seeds import uniforms
 from paretune.tasks.prompts import chat_text
 from paretune.types import Prompt

@@ -9,7 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, ClassVar
 
-from paretune.errors import EVERY, clock, instead, printable, spoken
+from paretune.errors import printable
+from paretune.progress import EVERY, clock, instead, spoken
 from paretune.runs.forecast import Chain, Forecast
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
 

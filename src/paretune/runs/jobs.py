@@ -29,8 +29,9 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, State, StoreError, TrainingError, heard, redacted, refuse_exit
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
+from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
