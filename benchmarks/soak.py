@@ -2,12 +2,12 @@
 
     python benchmarks/soak.py [--out FILE] [--minutes 30] [--clients 32] [--threads 2]
 
-The model of `serving.py` behind HTTP on a loopback port. A third of the requests leave in the middle, and one in ten has a malformed body; the
-others read to their end, half of them as streams.
+The model of `serving.py` behind HTTP on a loopback port. A third of the requests leave in the middle, and one in
+ten has a malformed body. The others read to their end, half of them as streams.
 
     soak_lost     requests that were kept and got no whole answer
     soak_slots    responses that still have a place, or wait, when all clients have gone
-    soak_files    open files at the end, less those after the first tenth
+    soak_files    open files at the end, less those before the first client
     soak_memory   resident memory at the end, against that after the first tenth
 """
 
@@ -63,21 +63,26 @@ async def client(number: int, url: str, end: float, counts: Counter[str]) -> Non
                     counts["left"] += 1
             else:
                 answer = await http.post(url, json=body)
-                whole = (
-                    answer.text.endswith("data: [DONE]\n\n") if body["stream"] else json.loads(answer.text)["choices"][0]["finish_reason"]
-                )
-                counts["kept" if answer.status_code == 200 and whole else "lost"] += 1
+                if body["stream"]:
+                    whole = answer.text.endswith("data: [DONE]\n\n")
+                else:
+                    whole = answer.status_code == 200 and bool(answer.json()["choices"][0]["finish_reason"])
+                counts["kept" if whole else "lost"] += 1
 
 
-async def soak(url: str, clients: int, seconds: float, counts: Counter[str]) -> tuple[tuple[float, int], tuple[float, int]]:
-    """Memory and files after the first tenth and at the end."""
-    end = time.monotonic() + seconds
+async def soak(url: str, clients: int, seconds: float, counts: Counter[str]) -> tuple[int, float]:
+    """Files more than before, and memory against that after the first tenth."""
+    before, end = open_files(), time.monotonic() + seconds
     running = [asyncio.create_task(client(number, url, end, counts)) for number in range(clients)]
     await asyncio.sleep(seconds / 10)
-    early = resident(), len(os.listdir("/proc/self/fd"))
+    early = resident()
     await asyncio.gather(*running)
     await asyncio.sleep(1)
-    return early, (resident(), len(os.listdir("/proc/self/fd")) + clients)  # the clients' own connections are closed by now
+    return open_files() - before, resident() / early
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def main() -> None:
@@ -99,11 +104,11 @@ def main() -> None:
         time.sleep(0.05)
     counts: Counter[str] = Counter()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
-    early, late = asyncio.run(soak(url, options.clients, 60 * options.minutes, counts))
+    files, memory = asyncio.run(soak(url, options.clients, 60 * options.minutes, counts))
     slots = engine.running + engine.waiting
     server.should_exit = True
     thread.join()
-    figures = {"soak_lost": counts["lost"], "soak_slots": slots, "soak_files": late[1] - early[1], "soak_memory": late[0] / early[0]}
+    figures = {"soak_lost": counts["lost"], "soak_slots": slots, "soak_files": files, "soak_memory": memory}
     emit(figures, options.out, requests=dict(counts), minutes=options.minutes, clients=options.clients)
 
 
