@@ -32,10 +32,11 @@ from starlette.routing import Route
 
 from paretune.errors import ConfigError, ParetuneError, nearest, shown
 from paretune.policy.family import Family
+from paretune.policy.rollout import token_ids
 from paretune.serve.engine import Engine, QueueFull
 from paretune.serve.protocol import Asked, NotServed, Served, ask, chunk, completion, dumps, model_card
 from paretune.serve.rows import Piece, Row
-from paretune.types import Preference
+from paretune.types import Preference, Prompt
 
 __all__ = ["Limits", "load_families", "make_app", "serve"]
 
@@ -66,6 +67,7 @@ def load_families(
             raise ConfigError("families that are served have names of their own, without @", found=repr(name), remedy=remedy)
         family = Family.load(path, trust=trust, scoring=False, model=model, device=device, bases=bases)
         served[name] = Served(name, family, default_preference(family, default))
+        token_ids(family.policy.tokenizer, Prompt(text="a"))  # it settles how it pads and cuts before several threads use it
     return served
 
 
