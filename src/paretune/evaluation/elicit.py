@@ -70,7 +70,7 @@ def draw_pool(
     A response that was drawn twice for a prompt stands there once.
     """
     found: dict[tuple[int, str], None] = {}
-    for turn, w_M in enumerate(counted("preferences drawn at", pool_preferences(family.objectives.count, each, seed))):
+    for turn, w_M in enumerate(counted("preferences drawn at", list(pool_preferences(family.objectives.count, each, seed)))):
         made = family.sample(list(prompts), w_M.tolist(), seed=seed + turn)
         found.update({(place, texts[0]): None for place, texts in enumerate(made)})
     asked = [prompts[place] for place, _ in found]
