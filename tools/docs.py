@@ -50,11 +50,6 @@ DRAWN = ("bridge", "linear", "experts parameter", "experts logit", "emorl-shared
 # The rooms of the code
 
 
-def rooms() -> str:
-    """One line per room, in an order in which imports point up the list."""
-    return "\n".join(f"- `{room}/`: {_about(room)}" for room in _ordered()) + "\n"
-
-
 def house() -> str:
     """The rooms with their size and what they import, as a table."""
     arrows = _arrows()
@@ -387,7 +382,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "finding": finding,
     "results": results,
     "groups": groups,
-    "rooms": rooms,
     "house": house,
     "overview": overview,
     "cards": cards,

@@ -1,1 +1,1 @@
-"""Serving: a family of policies for others, as files."""
+"""Serving: a family of policies for others, over HTTP or as files."""
