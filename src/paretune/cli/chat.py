@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Trust, app, say, show_table, tell
+from paretune.cli.common import Trust, app, examples, say, show_table, tell
+from paretune.cli.places import find_family
 from paretune.errors import ConfigError, ParetuneError, nearest, printable
 from paretune.policy.card import read_card
 
@@ -28,9 +29,9 @@ COMMANDS = {
 }
 
 
-@app.command()
+@app.command(**examples("paretune chat FAMILY", "paretune chat FAMILY --preference polite=.7,brief=.3 --temperature .7"))
 def chat(
-    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote.")],
+    family: Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote, or its name as `paretune ls families` prints it.")],
     preference: Annotated[str | None, typer.Option(help="Weights that sum to 1: a=.7,b=.3. Default: even weights.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed and the same words give the same answers.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: as in training.")] = None,
@@ -40,6 +41,7 @@ def chat(
     model: Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")] = None,
 ) -> None:
     """Talk with a family in the terminal; /set changes the preference, /why explains, /help lists the commands."""
+    family = find_family(family)
     read_card(family)
     from paretune.policy.family import Family
     from paretune.types import Preference

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from paretune.cli.common import Json, app, print_json, tell
+from paretune.cli.common import Json, app, examples, print_json, tell
 from paretune.errors import ConfigError, shown
 
 __all__ = ["log", "sparkline"]
@@ -78,7 +78,7 @@ class _Training:
         return found
 
 
-@app.command()
+@app.command(**examples("paretune log runs/families/bridge-1a2b3c4d", "paretune log runs 3f9c --responses"))
 def log(
     target: Annotated[Path, typer.Argument(help="A run directory, a family, a training's folder, or its key.", metavar="RUN|FAMILY|KEY")],
     key: Annotated[str | None, typer.Argument(help="Which training of several: the first digits of its key.")] = None,

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from paretune.cli.common import Plugins, Trust, app, plug, say
+from paretune.cli.common import Plugins, Trust, app, examples, plug, say
+from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.policy.card import read_card
 
@@ -18,7 +19,7 @@ Base = Annotated[str | None, typer.Option("--model", help="Where the families' r
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@app.command()
+@app.command(**examples("paretune serve FAMILY", "paretune serve FAMILY OTHER --port 9000 --api-key MY_KEY --max-rows 32"))
 def serve(
     family: Annotated[list[Path], typer.Argument(help="Directories that `paretune fit` wrote; one base model is loaded once.")],
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
@@ -38,6 +39,7 @@ def serve(
     plugin: Plugins = None,
 ) -> None:
     """Serve families over HTTP, as the OpenAI API has it, with a preference in every request."""
+    family = [find_family(path) for path in family]
     for path in family:
         read_card(path)
     key = _key(api_key)
