@@ -78,7 +78,7 @@ def test_lines_say_at_once_what_begins_and_then_what_runs():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (59.94, "59.9s"), (60, "1m00s"), (119.7, "2m00s"), (7265, "2h01m")])
 def test_durations(seconds, text):
-    assert display_module._clock(seconds) == text
+    assert display_module.clock(seconds) == text
 
 
 def test_lines_show_the_first_line_of_what_failed():

@@ -286,4 +286,4 @@ def test_fit_trains_on_reward_models_and_measures_at_the_recipes_preferences(loa
     assert ran.exit_code == 0, ran.output
     assert "prompts left out, repeated: 1" in ran.stderr
     measured = json.loads(ran.stdout)["measured"]
-    assert [row["preference"] for row in measured] == ["the untrained model", "preferred=1, faithful=0", "preferred=0.25, faithful=0.75"]
+    assert [row["preference"] for row in measured] == ["the untrained model", "preferred only", "mostly faithful"]

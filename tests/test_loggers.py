@@ -77,7 +77,7 @@ def test_a_run_that_is_watched_is_the_same_training(tmp_path, kept):
     assert kept.closed == 1
     assert {(step, name): value for step, figures in kept.figures for name, value in figures.items()} == expected(one)
     assert {step for step, _ in kept.responses} == {0, 2, 4}
-    assert set(kept.responses[0][1][0]) == {"prompt", "response", "scores"}
+    assert set(kept.responses[0][1][0]) == {"prompt", "response"}
 
 
 def test_fit_hands_it_on_to_what_trains(tmp_path, kept):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from learner_cases import SMALL, TASK
-from paretune import errors
+from paretune import progress
 from paretune.methods.base import Method
 from paretune.progress import Heartbeat, State, clock, counted, during, heard, instead, spoken
 from paretune.registry import METHODS
@@ -67,7 +67,7 @@ def test_a_command_speaks_soon_and_then_now_and_then():
     told = stream.getvalue()
     time.sleep(0.2)
     assert stream.getvalue() == told, "nothing is said after the end"
-    assert not errors._beating
+    assert not progress._beating
 
 
 def test_a_command_that_is_quick_or_speaks_itself_has_no_heartbeat():
@@ -205,7 +205,7 @@ def test_a_fit_speaks_from_its_command_to_its_measuring(tmp_path, monkeypatch):
     from paretune.cli import app
 
     monkeypatch.setitem(Heartbeat.__init__.__kwdefaults__, "first", 0.01)
-    monkeypatch.setattr(errors, "OFTEN", 0.0)
+    monkeypatch.setattr(progress, "OFTEN", 0.0)
     recipe = write_recipe(tmp_path, tiny_model(), learner={"name": "pg", "samples": 8, "batch": 8, "group": 4, "rank": 2}, method="uniform")
     done = CliRunner().invoke(app, ["fit", str(recipe), "--samples", "2", "--json"], catch_exceptions=False)
     assert done.exit_code == 0

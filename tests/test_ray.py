@@ -233,7 +233,7 @@ def test_progress_arrives_and_idle_workers_leave(bench, cluster, monkeypatch):
             executor.submit(job)
         assert sorted(outcome.job.key for outcome in executor.outcomes() if outcome.error is None) == sorted(job.key for job in jobs)
         assert list(executor.outcomes()) == []
-    assert display.side_by_side == 2
+    assert display.forecast.side_by_side == 2
     assert {key for key, _ in seen} == {job.key for job in jobs}
     assert len(seen) == len(set(seen)), "nothing is told twice"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -326,8 +327,9 @@ def test_responses_stand_side_by_side_in_the_report(tmp_path):
     assert (errors > 0).all()
     rows = (tmp_path / "report" / "tables" / "generations.csv").read_text()
     assert kept["texts"][0][0].strip() in rows
-    figure = json.loads(page[page.index('id="views">') + 11 : page.index("</script>", page.index('id="views">'))])
-    assert any("error_x" in trace for name, views in figure.items() if name.startswith("front") for trace in views["test"]["data"])
+    figures = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])["views"]
+    drawn = [series for name, views in figures.items() if name.startswith("front") for series in views["test"]["series"]]
+    assert any({"x", "y"} <= set(series.get("error") or {}) for series in drawn), "intervals stand in the fronts"
 
 
 def test_shown_preferences_are_far_apart():

@@ -81,7 +81,7 @@ def test_a_recipe_is_sampled_with_intervals(tmp_path):
         (["exact-v1", "objective_count=1"], "objective_count lies between 2 and 8"),
         (["exact-v1", "rho"], "an override reads key=value"),
         (["exact-v1", "roh=1"], "did you mean 'rho'?"),
-        (["exact-v2"], "did you mean 'exact-v1'?"),
+        (["exakt-v1"], "did you mean 'exact-v1'?"),
         (["recipe"], "a recipe is given by its file"),
         (["none.yaml"], "a configuration file exists"),
         (["exact-v1", *TINY, "--results", "none.json"], "advice is read from a file of results"),

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from paretune.serve.app import Limits, default_preference, make_app

@@ -256,5 +256,4 @@ def _responses(records: Sequence[Mapping[str, Any]]) -> None:
         prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]
         tell(f"\n> {prompt}")
         for step, answer in ((first["step"], before), (last["step"], now)):
-            scores = ", ".join(f"{name} {'?' if value is None else format(value, '.3g')}" for name, value in answer["rewards"].items())
-            tell(f"  step {step} ({scores}): {answer['response'].strip()}")
+            tell(f"  step {step}: {answer['response'].strip()}")

@@ -74,12 +74,13 @@ def draw(
     temperature: float = 1.0,
     reference: bool = False,
     known: Sequence[Prompt] | None = None,
+    scored: bool = True,
 ) -> Responses:
     """`group` responses to each of `prompts` prompts from place `first` of their endless seeded order: training prompts, or those `known`.
 
     A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
     its own; `spec.rule` says which gates its rows have.
-    With `reference` the responses are the reference's, and `logp_NT` is its own.
+    With `reference` the responses are the reference's, and `logp_NT` is its own. Rewards are NaN where none are wanted (`scored`).
     """
     began = time.perf_counter()
     known = task.prompts("train") if known is None else known
@@ -100,7 +101,7 @@ def draw(
     sampled = time.perf_counter()
     streams = [(prompt.digest, n) for prompt, n in zip(made.prompts, occurrences(made.prompts), strict=True)]
     noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in streams]
-    rewards_NM = task.observe(made.prompts, made.texts, streams=noise)
+    rewards_NM = task.observe(made.prompts, made.texts, streams=noise) if scored else np.full(w_NM.shape, np.nan)
     seconds = {"sampling": sampled - began, "rewards": time.perf_counter() - sampled}
     drawn, ids_PT, mask_PT = made.responses, made.prompt_ids_PT, made.prompt_mask_PT
     shared = (gates_NK, w_NM, rewards_NM, made.texts, seconds)

@@ -44,7 +44,7 @@ class Logger(ABC):
 
     @abstractmethod
     def responses(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-        """Responses to fixed prompts, each with its prompt and its scores as text."""
+        """Responses to fixed prompts, each with its prompt."""
 
     @abstractmethod
     def close(self) -> None:
@@ -130,9 +130,9 @@ def named_loggers(given: str | Sequence[str]) -> tuple[str, ...]:
     """The loggers that `report_to` names, each once; ConfigError for one that is not known or not installed."""
     names = [given] if isinstance(given, str) else list(given)
     names = [] if names == ["none"] else names
+    if unknown := [name for name in names if name not in LOGGERS]:
+        raise ConfigError("report_to names loggers, or none", found=shown(unknown[0]), remedy=nearest(unknown[0], ["none", *LOGGERS]))
     for name in names:
-        if name not in LOGGERS:
-            raise ConfigError("report_to names loggers, or none", found=shown(name), remedy=nearest(name, ["none", *LOGGERS]))
         if importlib.util.find_spec(name) is None:
             remedy = f"pip install 'paretune[{name}]', or leave it out of report_to"
             raise ConfigError(f"report_to {name} needs the package {name}", found="not installed", remedy=remedy)
@@ -257,8 +257,7 @@ def _tell(logger: Logger, record: Mapping[str, Any]) -> None:
 
 def _row(answer: Mapping[str, Any]) -> dict[str, str]:
     prompt = answer["prompt"]
-    scores = ", ".join(f"{name} {'?' if value is None else format(value, '.3g')}" for name, value in answer["rewards"].items())
-    return {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": answer["response"], "scores": scores}
+    return {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": answer["response"]}
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def respond(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run)
     """Keep in `run`, for the log, what the policy answers to a few fixed prompts, where it is time to: from the begin to the end.
 
     These are prompts set apart for validation, or else training prompts; always the same, with the same random numbers and preferences,
-    so that what differs is the policy. They are not charged: nothing is learned from them.
+    so that what differs is the policy. They are neither scored nor charged: nothing is learned from them, and a judge costs money.
     """
     count = (0 if task.is_exact else SHOWN) if learner.log_samples is None else min(learner.log_samples, learner.batch)
     every = learner.log_samples_every or max(10, learner.steps // 10)
@@ -71,13 +71,9 @@ def respond(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run)
     known = task.validation() or task.prompts("train")
     count = min(count, len(known))
     apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "logged responses"))
-    made = draw(policy, task, apart, step=0, first=0, prompts=count, group=1, temperature=learner.temperature, known=known)
-    names, rewards_NM = task.objectives.names, [[None if np.isnan(score) else float(score) for score in row] for row in made.rewards_NM]
-    rows = zip(made.prompts, made.texts, made.w_NM.tolist(), rewards_NM, strict=True)
-    answers = [
-        {"prompt": prompt.raw, "response": text, "preference": w_M, "rewards": dict(zip(names, rewards_M, strict=True))}
-        for prompt, text, w_M, rewards_M in rows
-    ]
+    made = draw(policy, task, apart, step=0, first=0, prompts=count, group=1, temperature=learner.temperature, known=known, scored=False)
+    rows = zip(made.prompts, made.texts, made.w_NM.tolist(), strict=True)
+    answers = [{"prompt": prompt.raw, "response": text, "preference": w_M} for prompt, text, w_M in rows]
     run.responses.append({"step": run.step, "answers": answers})
 
 
