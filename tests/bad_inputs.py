@@ -358,7 +358,7 @@ RECIPE = {
     "learner.samples": WHOLE,
     "learner.betas": set(),
     "learner.device": set(),
-    "learner.targets": set(),
+    "learner.targets": PLAIN,  # a name of layers
     "learner.temperature": NUMBERS - {"zero", "minus one"},
     "learner.weighting": set(),
     "learner.version": set(),

@@ -100,7 +100,9 @@ def test_the_official_client(running):
 def request(engine, body):
     """A socket on which a request was sent, raw."""
     data = json.dumps(body).encode()
-    made = socket.create_connection(("127.0.0.1", int(engine.url.rpartition(":")[2])))
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else megabytes of an answer wait here for a reader that does not read
+    made.connect(("127.0.0.1", int(engine.url.rpartition(":")[2])))
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     made.sendall(head.encode() + data)
     return made

@@ -180,7 +180,7 @@ def _preferences(given: Any, names: Sequence[str]) -> int | tuple[tuple[float, .
 
 def _named(given: Any, default: str) -> Any:
     """What is built where a recipe says nothing, or gives settings without a name."""
-    return {"name": default, **given} if isinstance(given, dict) else given or default
+    return {"name": default, **given} if isinstance(given, dict) else default if given is None else given
 
 
 def _check_shape(document: config.Document) -> None:

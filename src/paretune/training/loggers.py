@@ -97,6 +97,7 @@ class WandB(Logger):
     """A run of the project WANDB_PROJECT, or "paretune". Without a key, and with WANDB_MODE=offline, in ROOT/logs for `wandb sync`."""
 
     def __init__(self, folder: Path, *, key: str, label: str, config: Mapping[str, Any]):
+        os.environ.setdefault("WANDB_SILENT", "true")  # what it says of other packages heeds no setting of a run
         import wandb
 
         offline = not (os.environ.get("WANDB_MODE") or wandb.api.api_key)  # else it asks for one in the middle of a training
