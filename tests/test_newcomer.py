@@ -107,8 +107,10 @@ def test_the_catalog_says_what_the_classes_say(tmp_path):
     """A process that has not loaded the classes reads what ships; this one has them."""
     done, _ = command("show", "bridge", "--json", cwd=tmp_path)
     assert json.loads(done.stdout) == json.loads(run("show", "bridge", "--json").stdout)
-    listed, _ = command("ls", "--json", cwd=tmp_path)
-    assert json.loads(listed.stdout) == json.loads(run("ls", "--json").stdout)
+    listed = json.loads(command("ls", "--json", cwd=tmp_path)[0].stdout)
+    for kind, known in json.loads(run("ls", "--json").stdout).items():  # other tests register classes of their own
+        names = {entry["name"] for entry in listed[kind]}
+        assert [entry for entry in known if entry["name"] in names] == listed[kind]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):

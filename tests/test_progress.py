@@ -213,5 +213,5 @@ def test_a_fit_speaks_from_its_command_to_its_measuring(tmp_path, monkeypatch):
     assert lines[0].endswith("] fit: at work")
     assert any("training pg at (0.5, 0.5)" in line for line in lines)
     assert any("measuring preference 2 of 5" in line for line in lines)
-    assert all(line.startswith(("[", "measuring", "while it trained")) for line in lines), done.stderr
+    assert all(line.startswith(("[", "1 training to do", "measuring", "while it trained")) for line in lines), done.stderr
     assert done.stdout.startswith("{")

@@ -130,13 +130,14 @@ def test_a_reader_that_does_not_read_holds_nobody_up(running):
     other = httpx.post(f"{running.url}/v1/chat/completions", json={**LONG, "n": 1, "max_tokens": 5}, timeout=60)
     assert other.status_code == 200
     assert idle(running, 60)
+    time.sleep(1.5)  # it has half a second for each piece
     stuck.settimeout(10)
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while part := stuck.recv(2**16):
             received += part
     assert received.startswith(b"HTTP/1.1 200")
-    assert b"[DONE]" not in received
+    assert b"[DONE]" not in received, len(received)
     stuck.close()
 
 

@@ -250,24 +250,12 @@ def quick_table() -> str:
     return f"Task seed {of[0]} alone; {len(found.cells)} cells; commit {', '.join(commits)}.\n\n{markdown(shown)}"
 
 
-def exchange() -> str:
-    """One committed prompt of the text task with its responses: the untrained model's, and the bridge's at three preferences."""
-    record = json.loads((RESULTS / "reflection.json").read_text(encoding="utf-8"))
-    made, names = record["generations"], record["objectives"]
-    client = made["prompts"][0].removeprefix("Client: ").split("\n")[0]
-    lines = [f"> {client}\n", "| preference | response |", "|---|---|", f"| none: the untrained model | {made['reference'][0].strip()} |"]
-    vertices = {max(zip(w, names, strict=True))[1]: n for n, w in enumerate(made["preferences"]) if max(w) == 1.0}
-    middle = min(range(len(made["preferences"])), key=lambda n: max(made["preferences"][n]))
-    for label, n in (("reflection", vertices["reflection"]), ("", middle), ("brevity", vertices["brevity"])):
-        w = made["preferences"][n]
-        weights = f"{label} 1" if label else ", ".join(f"{name} {x:.2g}" for name, x in zip(names, w, strict=True))
-        lines.append(f"| {weights} | {made['texts'][n][0].strip()} |")
-    return "\n".join(lines) + "\n"
-
-
-# The command line
-
-KINDS = {str: "text", int: "integer", float: "number", Path: "path"}
+def answers() -> str:
+    """The first test question of the SmolLM2 example, as the untrained model and the family answered it."""
+    made = json.loads((RESULTS / "smollm_family.json").read_text(encoding="utf-8"))["answers"]
+    shown = {"untrained": "none: the untrained model", "brief": "brief 1", "both": "brief 0.5, positive 0.5", "positive": "positive 1"}
+    lines = [f"> {made['questions'][0]}\n", "| preference | answer |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {label} | {' '.join(made[name][0].split())} |" for name, label in shown.items())]) + "\n"
 
 
 def commands() -> str:
@@ -301,6 +289,11 @@ def _parameter(p: Any, hint: Any) -> str:
     name = f"`{p.opts[0]}`" if p.param_type_name == "option" else _cell(_argument(p), code=True)
     default = "required" if p.required else "" if p.default is None or p.default is False else f"`{p.default}`"
     return f"| {name} | {_value(hint, p)} | {default} | {_cell(p.help or '')} |"
+
+
+# The command line
+
+KINDS = {str: "text", int: "integer", float: "number", Path: "path"}
 
 
 def _value(hint: Any, p: Any) -> str:
@@ -378,7 +371,7 @@ def markdown(table: Table) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "exchange": exchange,
+    "answers": answers,
     "finding": finding,
     "results": results,
     "groups": groups,
