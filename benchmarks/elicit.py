@@ -97,7 +97,6 @@ class PReF:
 
     def __init__(self, pool: Pool, scale: float, seed: int):
         self.pool, self.scale, self.seen, self.sign = pool, scale, np.empty((0, pool.rewards_NM.shape[1])), np.empty(0)
-        self.rng = generator(seed, "pref")
         self.theta_M = np.full(pool.rewards_NM.shape[1], 1 / pool.rewards_NM.shape[1])
 
     def ask(self) -> np.ndarray:
@@ -124,7 +123,7 @@ class AMPLe:
     """Bayes on the simplex with a hedged likelihood, generalized binary search. Source: 2411.00524 and its code."""
 
     def __init__(self, pool: Pool, scale: float, seed: int):
-        self.pool, self.scale = pool, scale
+        self.pool, self.scale, self.rng = pool, scale, generator(seed, "ample", "ask")
         self.w_IM = generator(seed, "ample").dirichlet(np.ones(pool.rewards_NM.shape[1]), 20_000)
         self.p_I = np.full(len(self.w_IM), 1 / len(self.w_IM))
 
@@ -132,7 +131,7 @@ class AMPLe:
         return (1 - 2 * HEDGE) * expit(self.scale * w_IM @ x_CM.T) + HEDGE
 
     def ask(self) -> np.ndarray:
-        drawn = np.random.Generator(np.random.Philox(key=len(self.p_I))).choice(len(self.p_I), 1000, p=self.p_I)
+        drawn = self.rng.choice(len(self.p_I), 1000, p=self.p_I)
         w_IM = self.w_IM[drawn]
         first_IC = self._likelihood(self.pool.differences_CM, w_IM)
         halves_C = np.abs(first_IC.mean(0) - (1 - first_IC).mean(0))

@@ -82,6 +82,8 @@ def test_the_second_task_refuses_dials_under_which_its_optimum_cannot_be_represe
         weak.rewards_PRM("train")
     with pytest.raises(TaskError):  # again, too
         weak.rewards_PRM("train")
+    with pytest.raises(TaskError):  # and for a learner, which only scores
+        weak.score(weak.prompts("train"), ["", "a"])
     assert dataclasses.replace(weak, ceiling=0.0).rewards_PRM("train").shape == (2, 21, 2)
     with pytest.raises(TaskError, match="head lies between"):
         RepresentableTask(head=0.0)

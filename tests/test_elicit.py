@@ -1,5 +1,6 @@
 """Preference elicitation: the posterior against integration on a grid, decisions against their definition, learning of true weights."""
 
+import inspect
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from paretune.cli import app
+from paretune.cli.elicit import elicit
 from paretune.errors import ConfigError
-from paretune.evaluation.elicit import CONSISTENCY, TIE, TIES, Elicitation, Question, draw_pool, pool_preferences
+from paretune.evaluation.elicit import CONSISTENCY, EACH, TIE, TIES, Elicitation, Question, draw_pool, pool_preferences
+from paretune.policy.family import Family
 from paretune.runs.suite import fit
 from paretune.tasks.exact.task import ExactTask
 
@@ -201,3 +204,14 @@ def test_a_folder_that_is_no_family_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["elicit", str(tmp_path)])
     assert result.exit_code == 2
     assert "remedy" in result.stderr
+
+
+def test_the_command_draws_as_many_as_the_library():
+    """The command's default is a number of its own, so that its help loads nothing."""
+    assert inspect.signature(elicit).parameters["each"].default == EACH
+
+
+def test_a_file_that_is_not_there_is_refused_before_the_model_is_loaded(family, monkeypatch):
+    monkeypatch.setattr(Family, "load", lambda *_, **__: pytest.fail("loaded"))
+    result = CliRunner().invoke(app, ["elicit", str(family[2]), "--file", "nothing.jsonl"])
+    assert result.exit_code == 2

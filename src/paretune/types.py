@@ -29,7 +29,7 @@ from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest, shown
 
 __all__ = [
     *("Amount", "Cost", "Count", "Curve", "Device", "Estimate", "Fraction", "Front", "Name", "Natural", "Objectives", "Positive"),
-    *("Preference", "Prompt", "Share", "canonical_json", "check_name", "key_of", "refuse_secrets"),
+    *("Preference", "Prompt", "Share", "canonical_json", "check_name", "key_of", "last_words", "refuse_secrets"),
 ]
 
 # Bounds of fields of registered classes, which `Registry.build` checks; all floats are finite.
@@ -219,6 +219,11 @@ class Prompt:
     def digest(self) -> str:
         """Names this prompt's random streams, wherever it stands in a batch."""
         return key_of([self.text, None if self.messages is None else [dict(m) for m in self.messages]])
+
+
+def last_words(raw: Any) -> str:
+    """What a prompt asks, for a person: a text whole, of a conversation (messages) the last message."""
+    return raw if isinstance(raw, str) else raw[-1]["content"]
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paretune.cli.common import Json, Plugins, Trust, app, examples, plug, print_json, say, show_table, tell
-from paretune.cli.family import Base, FamilyName, Raw, System, task_that_scores
+from paretune.cli.family import Base, FamilyName, PromptFile, Raw, System, requests_of, task_that_scores
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.policy.card import read_card
 from paretune.progress import Heartbeat
+from paretune.types import last_words
 
 if TYPE_CHECKING:
     from paretune.evaluation.elicit import Elicitation, Pool, Question
@@ -33,7 +34,7 @@ ANSWERS = {"1": 0, "a": 0, "2": 1, "b": 1, "=": -1, "0": -1}
 def elicit(
     family: FamilyName,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts to compare responses to.", metavar="PROMPT...")] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
+    file: PromptFile = None,
     recipe: Annotated[Path | None, typer.Option(help="The family's recipe: its rewards say what responses differ in.")] = None,
     questions: Annotated[int, typer.Option(min=1, max=200, help="Ask at most so many.")] = 10,
     enough: Annotated[float, typer.Option(min=0.0, max=1.0, help="Stop when no more than this share of the gain is at stake.")] = 0.01,
@@ -52,9 +53,9 @@ def elicit(
     """
     family = find_family(family)
     read_card(family)
+    given = requests_of(prompts, file)
     from paretune.evaluation.elicit import Elicitation, draw_pool
     from paretune.policy.family import Family
-    from paretune.tasks.prompts import read_requests
 
     plug(plugin)
     with Heartbeat("elicit"):
@@ -64,7 +65,6 @@ def elicit(
             raise ConfigError(
                 "responses are scored to choose questions", found="a family without its task", remedy="give --recipe, its recipe"
             )
-        given: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
         asked = loaded.prompts(given, system=system, raw=raw) if given else list(task.prompts("test"))[:PROMPTS]
         pool = draw_pool(task, loaded, asked, each=each, seed=seed)
     asking = Elicitation(pool.rewards_NM, pool.prompt_N, seed=seed)
@@ -84,8 +84,7 @@ def elicit(
 
 
 def _shown(pool: Pool, question: Question, number: int, of: int) -> str:
-    prompt = pool.prompts[question.prompt]
-    asked = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
+    asked = last_words(pool.prompts[question.prompt].raw)
     first, second = (pool.responses_N[row] for row in question.options)
     return f"=== question {number} of at most {of}: {asked}\n--- 1\n{first}\n--- 2\n{second}"
 

@@ -34,7 +34,7 @@ from paretune.errors import ConfigError
 from paretune.files import check_new
 from paretune.policy.card import found_base, read_card
 from paretune.progress import clock
-from paretune.types import Objectives
+from paretune.types import Objectives, last_words
 from paretune.types import Preference as Weights
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ if TYPE_CHECKING:
     from paretune.runs.recipe import Recipe
     from paretune.tasks.base import Task
 
-__all__ = ["Base", "FamilyName", "Raw", "System", "explain", "export", "fit", "sample", "task_that_scores"]
+__all__ = ["Base", "FamilyName", "PromptFile", "Raw", "System", "explain", "export", "fit", "requests_of", "sample", "task_that_scores"]
 
 System = Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")]
 FamilyName = Annotated[Path, typer.Argument(help="A directory that `paretune fit` wrote, or its name as `paretune ls families` prints it.")]
+PromptFile = Annotated[Path | None, typer.Option("--file", help="Prompts from a file: its column prompt, or messages (conversations).")]
 Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")]
 Base = Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")]
 
@@ -129,7 +130,7 @@ def sample(
     family: FamilyName,
     preference: Preference,
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.", metavar="PROMPT...")] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts from a file: its column prompt, or messages (conversations).")] = None,
+    file: PromptFile = None,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Responses per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: as in training.")] = None,
@@ -142,9 +143,7 @@ def sample(
 ) -> None:
     """Sample responses from a policy family at one preference."""
     family, _ = _asked(family, preference, model)
-    from paretune.tasks.prompts import read_requests
-
-    asked: list[Any] = [*(prompts or ()), *(read_requests(file) if file else ())]
+    asked = requests_of(prompts, file)
     if not asked:
         raise ConfigError("there is a prompt to answer", found="no PROMPT and no --file", remedy='add "your prompt"')
     from paretune.policy.family import Family
@@ -321,12 +320,18 @@ def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> Non
 
 def _typed_prompt(plan: Recipe) -> str:
     """A test prompt as a shell takes it; a conversation as its JSON would not be read by a person, so that its last words stand for it."""
-    prompt = plan.task.prompts("test")[0]
-    text = prompt.text if prompt.text is not None else prompt.messages[-1]["content"]  # type: ignore[index]
+    text = last_words(plan.task.prompts("test")[0].raw)
     if len(text) > 200 or not text.replace("\n", "").isprintable():
         return '"your prompt"'
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"$'{escaped}'" if "\n" in text else shlex.quote(text)
+
+
+def requests_of(prompts: Sequence[str] | None, file: Path | None) -> list[Any]:
+    """What a command was asked: the prompts on its line, then those of its file."""
+    from paretune.tasks.prompts import read_requests
+
+    return [*(prompts or ()), *(read_requests(file) if file else ())]
 
 
 def _even_weights(names: Sequence[str]) -> str:

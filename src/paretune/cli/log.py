@@ -15,6 +15,7 @@ import typer
 
 from paretune.cli.common import Json, app, examples, print_json, tell
 from paretune.errors import ConfigError, shown
+from paretune.types import last_words
 
 __all__ = ["log", "sparkline"]
 
@@ -253,7 +254,6 @@ def _responses(records: Sequence[Mapping[str, Any]]) -> None:
         return
     first, last = told[0], told[-1]
     for before, now in zip(first["answers"], last["answers"], strict=True):
-        prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]
-        tell(f"\n> {prompt}")
+        tell(f"\n> {last_words(before['prompt'])}")
         for step, answer in ((first["step"], before), (last["step"], now)):
             tell(f"  step {step}: {answer['response'].strip()}")

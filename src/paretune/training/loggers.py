@@ -25,6 +25,7 @@ from pydantic import AfterValidator
 from paretune.errors import ConfigError, nearest, raised_by, shown
 from paretune.files import disk_errors, note, write_json
 from paretune.training.cost import LOG
+from paretune.types import last_words
 
 __all__ = ["LOGGERS", "Logger", "Loggers", "Reporter", "figures_of", "named_loggers", "read_log"]
 
@@ -257,8 +258,7 @@ def _tell(logger: Logger, record: Mapping[str, Any]) -> None:
 
 
 def _row(answer: Mapping[str, Any]) -> dict[str, str]:
-    prompt = answer["prompt"]
-    return {"prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"], "response": answer["response"]}
+    return {"prompt": last_words(answer["prompt"]), "response": answer["response"]}
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

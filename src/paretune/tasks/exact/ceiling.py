@@ -49,12 +49,13 @@ def ceiling_W(model: Any, tree: PrefixTree, logp_PR: np.ndarray, rewards_PRM: np
     Raises TaskError as `sphere` does.
     """
     A_VD, radius = sphere(model)
+    ref_PIV, shape = tree.next_logp(torch.from_numpy(logp_PR)), _shape(A_VD)
     found = []
     for w_M in w_WM:
         rewards_PR = rewards_PRM @ w_M
         start = (np.exp(logp_PR) * rewards_PR).sum(1).mean()
         best = beta * logsumexp(logp_PR + rewards_PR / beta, axis=1).mean()
-        found.append((representable_value_P(tree, logp_PR, rewards_PR, beta, A_VD, radius).mean() - start) / (best - start))
+        found.append((_value_P(tree, ref_PIV, rewards_PR, beta, shape, radius).mean() - start) / (best - start))
     return np.array(found)
 
 
@@ -62,9 +63,14 @@ def representable_value_P(
     tree: PrefixTree, logp_PR: np.ndarray, scores_PR: np.ndarray, beta: float, A_VD: Tensor, radius: float
 ) -> np.ndarray:
     """(P,) the largest E[score] - beta KL over policies whose every next-symbol distribution is softmax(A u) with |u| <= radius."""
-    ref_PIV = tree.next_logp(torch.from_numpy(logp_PR))
-    rewards_PR = torch.from_numpy(scores_PR)
-    basis_VR, half_RR = _shape(A_VD)
+    return _value_P(tree, tree.next_logp(torch.from_numpy(logp_PR)), scores_PR, beta, _shape(A_VD), radius)
+
+
+def _value_P(
+    tree: PrefixTree, ref_PIV: Tensor, scores_PR: np.ndarray, beta: float, shape: tuple[Tensor, Tensor], radius: float
+) -> np.ndarray:
+    """(P,) as `representable_value_P`, from the reference's next-symbol log-probabilities and the `_shape` of the head."""
+    rewards_PR, (basis_VR, half_RR) = torch.from_numpy(scores_PR), shape
     value_PN = rewards_PR[:, tree.starts[tree.length] :]
     for depth in reversed(range(tree.length)):
         here = slice(tree.starts[depth], tree.starts[depth + 1])

@@ -383,7 +383,11 @@ class ExactTask(Task):
         if self.sparse:
             rare_PR = pays_rarely(rewards_PRM[:, :, -1], logp_PR, self.sparse, self.strength, self.beta)
             rewards_PRM = np.concatenate([rewards_PRM[:, :, :-1], rare_PR[:, :, None]], axis=2)
+        self._check_rewards(rewards_PRM)
         return rewards_PRM
+
+    def _check_rewards(self, rewards_PRM: np.ndarray) -> None:
+        """Raise TaskError where rewards, of the prompts of both splits, make no such task. Before they are used for anything."""
 
     @cached_property
     def _spread_M(self) -> np.ndarray:
@@ -440,19 +444,14 @@ class RepresentableTask(ExactTask):
     def _reference(self) -> ReferenceSpec:
         return replace(super()._reference, head=self.head)
 
-    def rewards_PRM(self, split: str) -> np.ndarray:
-        if self._worst_ceiling < self.ceiling:
+    def _check_rewards(self, rewards_PRM: np.ndarray) -> None:
+        worst = min(float(self._ceiling_W(self.judged(), split, rewards_PRM[self._rows[split]]).min()) for split in SPLITS)
+        if worst < self.ceiling:
             raise TaskError(
                 f"a policy with the frozen head can reach {self.ceiling:g} of the possible gain at every judged preference",
-                found=f"{self._worst_ceiling:.4f} with a head of {self.head:g}",
+                found=f"{worst:.4f} with a head of {self.head:g}",
                 remedy="choose a larger head, a smaller strength or scale, or a lower ceiling",
             )
-        return super().rewards_PRM(split)
-
-    @cached_property
-    def _worst_ceiling(self) -> float:
-        plain = super().rewards_PRM
-        return min(float(self._ceiling_W(self.judged(), split, plain(split)).min()) for split in SPLITS)
 
 
 def _off(off_P: np.ndarray, rows: np.ndarray, cut: int) -> float:
