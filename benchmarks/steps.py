@@ -82,7 +82,9 @@ def measured(case: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _task(case: dict[str, Any], seed: int, model: str | None) -> Any:
-    return TASKS.build({"seed": seed, **case["task"]}) if "task" in case else example([OBJECTIVES, "guards=[]", "preferences=11"], model).task
+    return (
+        TASKS.build({"seed": seed, **case["task"]}) if "task" in case else example([OBJECTIVES, "guards=[]", "preferences=11"], model).task
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class DistillBatch(Batch):
     teacher_NTV: Tensor
 
 
-@LEARNERS.register("distill", version=2)
+@LEARNERS.register("distill", version=3)
 @dataclass(frozen=True, kw_only=True)
 class Distillation(EmbeddedLearner):
     """On-policy distillation of `spec.frozen_adapters`, mixed by the rule `teacher`, into the adapters that are trained.

@@ -41,7 +41,7 @@ from paretune.training.learner import (
 )
 from paretune.training.spec import TrainSpec
 from paretune.training.validation import charge, look, respond
-from paretune.training.watch import ACT_EVERY, KL_ROSE, unsaid, warnings_of
+from paretune.training.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Natural, Positive
 
@@ -160,11 +160,25 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         self.watch(policy, task, spec, run)
         if run.step % self.validate_every == 0 or run.step == self.steps:
             look(self, policy, task, spec, run)
+            self._turn_back(policy, optimizer, task, run)
         respond(self, policy, task, spec, run)
         made = batch.responses
         told |= {"loss": loss, "gradient_norm": norm, "lr": lr, "seconds_of": seconds}
         told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": float(cut_off(policy, made, task.max_new_tokens).mean())}
         return {"rewards_NM": made.rewards_NM, **told}
+
+    def _turn_back(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, run: Run) -> None:
+        """From a policy that was just seen to have lost more of a guard than it may, to the one that is kept, with steps half as long."""
+        if run.kept is None or not run.looks or run.best is None:
+            return
+        seen, best = run.looks[-1], run.looks[run.best]
+        if guard_slack(seen, task.guards, self.guard_drop, sure=False) < 0 <= guard_slack(best, task.guards, self.guard_drop):
+            with torch.no_grad():
+                for weight, kept in zip(policy.parameters(), run.kept, strict=True):
+                    weight.copy_(kept)
+            optimizer.state.clear()  # momentum points where the policy came from
+            run.lr_cap /= 2
+            seen["back_to"] = best["step"]
 
     def clipped(self, batch: Batch) -> float | None:
         """The share of the batch that the last update clipped; None for a loss that does not clip."""

@@ -63,7 +63,7 @@ class PolicyBatch(Batch):
     jacobian: Jacobian | None = field(default=None, kw_only=True)
 
 
-@LEARNERS.register("pg", version=3)
+@LEARNERS.register("pg", version=4)
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(PolicySettings, EmbeddedLearner):
     """The embedded policy-gradient loop on LoRA. A step draws `batch` responses, `group` to each of `batch // group` prompts.

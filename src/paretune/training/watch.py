@@ -17,7 +17,7 @@ from paretune.tasks.base import Task
 from paretune.training.cost import LOG
 from paretune.types import Objectives
 
-__all__ = ["ACT_EVERY", "KL_ROSE", "guarded", "guards_hold", "named_means", "read_warnings", "unsaid", "warnings_of"]
+__all__ = ["ACT_EVERY", "KL_ROSE", "as_record", "guard_slack", "guarded", "named_means", "read_warnings", "unsaid", "warnings_of"]
 
 KL_ROSE = "kl rose"
 ACT_EVERY = 3  # records between two cuts of the learning rate
@@ -25,6 +25,7 @@ CUT, RESPONSES = 0.5, 64  # so many of that many responses at least
 EQUAL, GROUPS = 0.9, 40
 NATS = 0.5  # by which the KL rises without a reward for it
 GUARD = 0.05  # of its range, by which a guard falls
+SURE = 1.645  # standard errors: what is below has a chance of 5 %
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -36,26 +37,40 @@ def named_means(objectives: Objectives, scores_NM: np.ndarray) -> dict[str, floa
     return {name: float(mean) if known else None for name, mean, known in zip(objectives.names, means_M, known_M, strict=True)}
 
 
-def guarded(guards: Objectives, scores_NG: np.ndarray, first: list[list[float | None]]) -> dict[str, Any]:
-    """`guards`, their means, and `change`: by how much each differs from the first look, [mean, standard error] of paired differences.
+def guarded(guards: Objectives, scores_NG: np.ndarray, first: list[list[float | None]], prompts: Sequence[str]) -> dict[str, Any]:
+    """`guards`, their means, and `change`: by how much each differs from `first`, [mean, standard error] of paired differences.
 
-    `first` are the scores of the first look; it is filled where it is empty.
+    `first` are the untrained model's scores of the same `prompts`, one name per response; the scores themselves where it is empty, and
+    then it is filled. Responses to one prompt change together, so that the error is that of the means of prompts.
     """
     if not first:
-        first.extend([None if np.isnan(x) else float(x) for x in row] for row in scores_NG)
+        first.extend(as_record(scores_NG))
     change_NG = scores_NG - np.array(first, dtype=np.float64)
+    of_N = np.unique(prompts, return_inverse=True)[1]
     change = {}
     for name, change_N in zip(guards.names, change_NG.T, strict=True):
-        known_N = change_N[np.isfinite(change_N)]
-        if len(known_N) > 1:
-            change[name] = [float(known_N.mean()), float(known_N.std(ddof=1) / np.sqrt(len(known_N)))]
+        known = np.isfinite(change_N)
+        count_P = np.bincount(of_N[known])
+        mean_P = (np.bincount(of_N[known], change_N[known]) / np.maximum(count_P, 1))[count_P > 0]
+        if len(mean_P) > 1:
+            change[name] = [float(mean_P.mean()), float(mean_P.std(ddof=1) / np.sqrt(len(mean_P)))]
     return {"guards": named_means(guards, scores_NG), "change": change}
 
 
-def guards_hold(look: Mapping[str, Any], guards: Objectives, drop: float) -> bool:
-    """Whether surely no guard lost more than `drop` of its range since the first look: mean change less its standard error."""
+def as_record(scores_NG: np.ndarray) -> list[list[float | None]]:
+    """Scores as JSON has them: None for what was not scored."""
+    return [[None if np.isnan(x) else float(x) for x in row] for row in scores_NG]
+
+
+def guard_slack(look: Mapping[str, Any], guards: Objectives | None, drop: float | None, *, sure: bool = True) -> float:
+    """By how much, in shares of its range, the guard that lost most may yet fall until it has lost `drop`; below 0 where it is beyond.
+
+    What a guard lost is its mean change, and with `sure` the lower end of it at 95 % (one-sided). Inf where nothing is guarded.
+    """
+    if guards is None or drop is None:
+        return np.inf
     ranges = {name: high - low for name, low, high in zip(guards.names, guards.low, guards.high, strict=True)}
-    return all(mean - error >= -drop * ranges[name] for name, (mean, error) in look["change"].items())
+    return min((drop + (mean - sure * SURE * error) / ranges[name] for name, (mean, error) in look["change"].items()), default=np.inf)
 
 
 def warnings_of(records: Records, looks: Records, task: Task, preference: Sequence[float] | None, *, group: int) -> dict[str, str]:
@@ -65,7 +80,7 @@ def warnings_of(records: Records, looks: Records, task: Task, preference: Sequen
     for name, weight in zip(names, wanted, strict=True):
         found |= _equal(records, name, group) if weight > 0 else {}
     weights = np.array(wanted) / sum(wanted)
-    return found | _kl_rose(records, names, weights, task.beta) | _guards_fell(looks, task.guards)
+    return found | _kl_rose(records, names, weights, task.beta) | _guards_fell(looks, task.guards) | _turned_back(looks)
 
 
 def unsaid(found: Mapping[str, str], records: Records) -> dict[str, Any]:
@@ -147,6 +162,16 @@ def _kl_rose(records: Records, names: Sequence[str], weights_M: np.ndarray, beta
         KL_ROSE: f"the KL rose from {kl[0]:.2f} to {kl[1]:.2f} nats in {steps} steps, and the reward did not "
         f"({reward[0]:.3f}, then {reward[1]:.3f}): the learning rate is halved. A smaller lr or step_kl keeps it from happening; "
         "prompts set apart (prompts.validation) let the best policy be kept"
+    }
+
+
+def _turned_back(looks: Records) -> dict[str, str]:
+    if not looks or "back_to" not in looks[-1]:
+        return {}
+    lost = ", ".join(f"`{name}` changed by {mean:.3f}" for name, (mean, _) in looks[-1]["change"].items())
+    return {
+        "turned back": f"a guard was lost at step {looks[-1]['step']} ({lost} against the untrained model): the training went back to "
+        f"the policy of step {looks[-1]['back_to']}, with half the learning rate. A larger guard_drop allows more"
     }
 
 
