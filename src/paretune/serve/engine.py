@@ -32,6 +32,7 @@ from paretune.serve.rows import Piece, Prefixes, Row, Spoken, Text
 
 __all__ = ["Engine", "QueueFull"]
 
+SMALLEST = 16  # tokens of a piece of a long prompt while others wait for their next token
 LONG_AT_ONCE = 2  # prompts that are read in pieces at a time, in one lane
 DEAD_SHARE = 8  # rows that have ended stay in the batch until they are one in so many, or others join: leaving copies the cache
 
@@ -45,8 +46,9 @@ class QueueFull(ParetuneError):
 class Engine:
     """Decodes the rows that are submitted, of all `families`, by name. `post` brings told pieces to those who wait, once per step.
 
-    `rows` are decoded at a time, and `queue` may wait. Prompts longer than `chunk` tokens are read in pieces of that many. `prefix_bytes`
-    bounds the prompts that are kept for others which begin alike.
+    `rows` are decoded at a time, and `queue` may wait. Prompts longer than `chunk` tokens are read in pieces of that many, or of fewer
+    where others are decoded: a piece takes about half as long as a token of theirs. `prefix_bytes` bounds the prompts that are kept for
+    others which begin alike.
     """
 
     def __init__(
@@ -198,6 +200,8 @@ class _Lane:
         self.prefixes = Prefixes(prefix_bytes if self.joins else 0)
         self.vector: bytes | None = None  # of all rows, where the mixing has one for a batch
         self._texts: dict[Row, Text] = {}
+        self.seconds = 0.0  # of a token of the batch, lately
+        self.reads = 0.0  # tokens of a long prompt per second, lately
         self._new_batch()
 
     @property
@@ -325,8 +329,13 @@ class _Lane:
     def _read_on(self) -> None:
         """One more piece of the prompt that is read in pieces for longest."""
         reading, rows, places = self.reading[0]
+        going = any(not row.ended for row in self.rows)
+        piece = int(min(self.engine.chunk, max(SMALLEST, self.seconds * self.reads / 2))) if going else self.engine.chunk
+        began, before = time.monotonic(), reading.at
         try:
-            reading.advance(self.engine.chunk)
+            reading.advance(piece)
+            speed = (reading.at - before) / max(time.monotonic() - began, 1e-6)
+            self.reads += (0.2 if self.reads else 1.0) * (speed - self.reads)
             if reading.done:
                 del self.reading[0]
                 self._seat(reading, rows, places)
@@ -390,6 +399,7 @@ class _Lane:
         engine.drawn, engine.steps = engine.drawn + drawn, engine.steps + 1
         seconds = max(time.monotonic() - began, 1e-6)
         engine.speed += 0.1 * (drawn / seconds - engine.speed)
+        self.seconds += (0.1 if self.seconds else 1.0) * (seconds - self.seconds)
 
     def _hear(self, row: Row, token: int) -> None:
         """What a row tells after one more token."""
