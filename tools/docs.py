@@ -156,16 +156,26 @@ def _flowing(text: str) -> str:
 
 
 def results() -> str:
-    """The README's table: the figures of the front page, and every figure that misses its target."""
+    """The README's table: the figures of the front page, and how many miss their target."""
     measured = _measured()
-    return _figure_table([f for f in FIGURES if f.name in measured and (f.front or not f.met(measured[f.name]))], short=True)
+    aimed, missed = _aimed_and_missed()
+    table = _figure_table([f for f in FIGURES if f.name in measured and f.front], script=False)
+    return (
+        f"{table}\n{len(aimed)} figures have a target; {len(missed)} miss it. "
+        "[Benchmarks](docs/benchmarks.md#targets) has all, and why those do.\n"
+    )
+
+
+def _aimed_and_missed() -> tuple[list[Figure], list[Figure]]:
+    measured = _measured()
+    aimed = [f for f in FIGURES if f.want and f.name in measured]
+    return aimed, [f for f in aimed if not f.met(measured[f.name])]
 
 
 def targets() -> str:
     """How many targets are met, and which are not."""
     measured = _measured()
-    aimed = [f for f in FIGURES if f.want and f.name in measured]
-    missed = [f for f in aimed if not f.met(measured[f.name])]
+    aimed, missed = _aimed_and_missed()
     lines = [f"{len(aimed)} figures have a target; {len(aimed) - len(missed)} meet it and {len(missed)} miss it:\n"]
     lines += [f"- {f.what}: {_number(measured[f.name])}, target {f.target}. {f.why}".rstrip() for f in missed]
     return "\n".join(lines) + "\n"
@@ -174,18 +184,17 @@ def targets() -> str:
 def figures() -> str:
     """Every committed figure with its script, what it is taken over, its target and whether it is met."""
     measured = _measured()
-    return _figure_table([f for f in FIGURES if f.name in measured])
+    return _figure_table([f for f in FIGURES if f.name in measured], script=True)
 
 
-def _figure_table(rows: list[Figure], *, short: bool = False) -> str:
-    """A row for each; a short one does not say over what it is taken, nor by which script."""
+def _figure_table(rows: list[Figure], *, script: bool) -> str:
     measured = _measured()
-    lines = ["| figure | target | measured | |", "|---|---:|---:|---|"] if short else []
-    lines = lines or ["| figure | over | target | measured | | script |", "|---|---|---:|---:|---|---|"]
+    lines = ["| figure | over | target | measured | |" + (" script |" if script else "")]
+    lines.append("|---|---|---:|---:|---|" + ("---|" if script else ""))
     for f in rows:
         verdict = "" if not f.want else "met" if f.met(measured[f.name]) else "**MISSED**"
-        over, script = ("", "") if short else (f"{f.over} | ", f" `benchmarks/{f.script}` |")
-        lines.append(f"| {f.what} | {over}{f.target} | {_number(measured[f.name])} | {verdict} |{script}")
+        end = f" `benchmarks/{f.script}` |" if script else ""
+        lines.append(f"| {f.what} | {f.over} | {f.target} | {_number(measured[f.name])} | {verdict} |{end}")
     return "\n".join(lines) + "\n"
 
 
