@@ -7,11 +7,13 @@ thread from seeded draws, and its result is cached on disk (`PARETUNE_CACHE`, de
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,8 +94,6 @@ def sample_language(spec: ReferenceSpec, rng: np.random.Generator, count: int, l
 
 def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A fresh copy of the reference and its tokenizer, pre-trained now if the cache does not hold it."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
     home = Path(os.environ.get("PARETUNE_CACHE", "~/.cache/paretune")).expanduser()
     later = {"head": 1.0, "features": 0, "memory": 0.0}  # fields that came later count where they are not at their defaults
     told = {name: value for name, value in dataclasses.asdict(spec).items() if later.get(name) != value}
@@ -108,6 +108,14 @@ def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedToke
             aside.replace(folder)
         except OSError:  # another process published it first: theirs is the same
             shutil.rmtree(aside)
+    return copy.deepcopy(_loaded(folder))
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read once: a suite asks for the same small reference hundreds of times."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     with quietly("loading the model"):
         model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
