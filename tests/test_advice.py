@@ -1,4 +1,4 @@
-"""Advice is read from rows and nothing else: the nearest setting, what is best there, and silence where nothing is near."""
+"""Advice is read from rows and nothing else: the nearest setting, what is best there, how far it is, and a caution where it is far."""
 
 from pathlib import Path
 
@@ -66,7 +66,10 @@ def test_every_number_is_of_the_rows_that_the_sentence_names():
 
 def test_a_budget_leaves_out_what_costs_more():
     assert "Best within 100,000 samples: `experts logit`" in texts(HERE, ROWS, budget=100_000)[1]
-    assert texts(HERE, ROWS, budget=10)[1] == "No method was measured there within 10 samples."
+    assert (
+        texts(HERE, ROWS, budget=10)[1]
+        == "No method was measured there within 10 samples; the cheapest is `experts parameter` (meta-policy) with 80,000 samples."
+    )
 
 
 def test_the_nearest_setting_is_read():
@@ -81,17 +84,33 @@ def test_the_nearest_setting_is_read():
         ({"rho": -0.8, "objective_count": 3}, "number of objectives 3 against 2"),
         ({"rho": -0.8, "scale": 10.0}, "ratio of spreads 10 against 1"),
         ({"rho": -0.8, "sparse": 0.02}, "rate of the rarest reward 0.02 against 0"),
-        ({"rho": -0.8, "context": 0.8}, "context 0.8 against 0"),
-        ({"rho": -0.8, "noise": 2.0}, "noise 2 against 0"),
-        ({"rho": float("nan")}, "correlation nan against"),
+        ({"rho": -0.8, "context": 0.8}, "change of correlation with the prompt 0.8 against 0"),
+        ({"rho": -0.8, "noise": 2.0}, "noise over spread 2 against 0"),
+        ({"rho": float("nan")}, "correlation unknown against"),
     ],
 )
-def test_where_nothing_is_near_it_says_so_and_no_more(dials, names):
+def test_where_nothing_is_near_the_nearest_answers_with_a_caution(dials, names):
     said = advise(dials, ROWS)
-    assert len(said) == 1
-    assert said[0].text.startswith("No measured result near this relationship")
-    assert names in said[0].text
-    assert said[0].rows == ()
+    assert said[1].text.startswith("That is far: ")
+    assert names in said[1].text
+    assert "as a guess" in said[1].text
+    assert len(said) > 2
+    assert all(one.rows for one in said)
+
+
+def test_the_distance_is_said_dial_by_dial_and_a_near_setting_has_no_caution():
+    said = texts(HERE, ROWS)
+    assert said[0].endswith("Yours: correlation -0.7 against -0.8.")
+    assert "same" in texts({"rho": -0.8}, ROWS)[0]
+    assert not any("far" in text for text in said)
+
+
+def test_of_equally_near_settings_the_learner_and_then_the_number_of_methods_decide():
+    many = [row(name, "meta-policy", 0.5, 1, task="exact-v2", learner="exact") for name in "abc"]
+    few = [row("d", "meta-policy", 0.5, 1)]
+    assert "exact-v1" in texts({"rho": -0.8}, [*many, *few])[0]
+    assert "exact-v2" in texts({"rho": -0.8}, [*many, *few], learner="exact")[0]
+    assert "exact-v2" in texts({"rho": -0.8}, [*few, *({**one, "learner": "pg"} for one in many)])[0]
 
 
 def test_between_sparse_settings_the_rate_decides():
@@ -108,7 +127,7 @@ def test_few_seeds_are_said():
 def test_without_rows_there_is_no_advice():
     assert texts(HERE, []) == ["No results are committed yet, so there is no advice."]
     assert texts(HERE, [row("a", "meta-policy", None, 1)]) == texts(HERE, [])
-    assert "Only baselines were." in texts({"rho": -0.8}, ROWS[:1])
+    assert "Only baselines were measured there." in texts({"rho": -0.8}, ROWS[:1])
 
 
 @pytest.mark.parametrize(
@@ -130,3 +149,15 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, text, shown):
 
 def test_the_package_ships_the_committed_results():
     assert load_rows(shipped())
+
+
+def test_every_shipped_recipe_and_suite_gets_advice_with_evidence():
+    """Whatever a relationship is like, unknown dials included, the shipped rows answer, and every sentence names some of them."""
+    rows = load_rows(shipped())
+    unknown = float("nan")
+    for count in (2, 3, 5, 8):
+        for rho in (-1.0, -0.3, 0.4, 1.0, unknown):
+            for more in ({}, {"scale": 1e4}, {"scale": unknown}, {"sparse": 0.001}, {"noise": 9.0, "context": 0.9}):
+                said = advise({"objective_count": count, "rho": rho, **more}, rows)
+                assert len(said) > 2
+                assert all(one.rows and one.figure for one in said)

@@ -10,6 +10,8 @@ from scipy.optimize import minimize
 from paretune.errors import TaskError
 from paretune.tasks.base import reference
 from paretune.tasks.exact.ceiling import representable_value_P, sphere
+from paretune.tasks.exact.language import next_logits
+from paretune.tasks.exact.rewards import fields
 from paretune.tasks.exact.task import ExactTask, RepresentableTask
 
 TINY = {"alphabet": 4, "length": 2, "prompt_count": 2, "width": 16, "layers": 1, "rho": -0.5, "seed": 1}
@@ -90,11 +92,36 @@ def test_the_second_task_refuses_dials_under_which_its_optimum_cannot_be_represe
 
 
 def test_a_larger_head_learns_the_language_as_well():
-    """The loss of pre-training is the same; so is everything else of the task that does not come from the reference."""
-    first, second = ExactTask(**{**WIDE, "prompt_count": 4}), RepresentableTask(**{**WIDE, "prompt_count": 4, "test_count": 4})
+    """The loss of pre-training is the same, with the same language; so is everything else that does not come from the reference."""
+    first, second = ExactTask(**{**WIDE, "prompt_count": 4}), RepresentableTask(**{**WIDE, "prompt_count": 4, "test_count": 4}, memory=0)
     assert [p.text for p in first.prompts("train")]
     assert {p.text for p in first.prompts("train")} | {p.text for p in first.prompts("test")} == {
         p.text for p in second.prompts("train")
     } | {p.text for p in second.prompts("test")}
     gap = np.abs(np.exp(first._reference_all_PR) - np.exp(second._reference_all_PR)).sum(1).mean()
     assert gap < 0.1  # total variation of both fits to one language, twice
+
+
+def test_the_second_task_is_pinned():
+    """Prompts to the letter, features and language as numbers, what a model was trained for as closely as processors agree."""
+    task = RepresentableTask(**WIDE, test_count=2)
+    assert [task._text(row) for row in task._prompts_PT] == ["aba", "caa", "dcb", "dda"]
+    assert task._features_PF[0] == pytest.approx([2.29754767, -0.26867669, 1.25228292, 1.35469925], abs=1e-7)
+    after_prompt_V = next_logits(task._reference, task._prompts_PT[:1])[0, -1]
+    assert after_prompt_V == pytest.approx([-0.74743866, 1.4016022, -2.5543917, -0.69029132, -2.01937656], abs=1e-7)
+    assert task._rewards_all_PRM[0, 0] == pytest.approx([0.27486, 0.15482], abs=2e-3)
+    assert task._reference_all_PR[0, :3] == pytest.approx([-3.0797, -5.1207, -4.1798], abs=0.02)
+
+
+def test_language_and_rewards_of_the_second_task_read_the_whole_prompt_through_the_same_features():
+    """Of two prompts that differ in the first symbol only, the first task's language knows no difference, the second's does."""
+    prompts_NT = np.array([[0, 1, 2], [3, 1, 2]])
+    for task, differ in ((TASK, False), (RepresentableTask(**TINY), True)):
+        logits_NTV = next_logits(task._reference, prompts_NT)
+        assert (np.abs(logits_NTV[0, -1] - logits_NTV[1, -1]).max() > 1e-3) == differ
+
+    features_PF = np.random.default_rng(0).normal(size=(2, 3))
+    raw_PRM = fields(TASK.tree, prompts_NT, 2, 1.0, 0, features_PF)  # the last symbol is the same: the difference is linear in the features
+    farther_PF = np.stack([features_PF[0], 2 * features_PF[1] - features_PF[0]])
+    farther_PRM = fields(TASK.tree, prompts_NT, 2, 1.0, 0, farther_PF)
+    assert farther_PRM[1] - farther_PRM[0] == pytest.approx(2 * (raw_PRM[1] - raw_PRM[0]))

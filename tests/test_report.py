@@ -624,6 +624,7 @@ def test_intervals_lie_inside_the_axes_and_gains_have_bands(tmp_path):
     ("kind", "value", "shown"),
     [
         ("share", -0.236, "\u22120.24"),
+        ("share", -597.2, "< \u221210"),
         ("share", None, "–"),
         ("share", float("nan"), "–"),
         ("number", 0.05234, "0.052"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("DryRun", "Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_table", "tell"),
+    *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table", "tell"),
 ]
 
 
@@ -187,6 +187,12 @@ def show_table(table: Table, *, title: str = "") -> None:
     to = console()
     print_table(table, to, title=title)
     to.print()
+
+
+def show_legend(*tables: Table) -> None:
+    """One line for every column that is shown and has a help, to stdout."""
+    for line in dict.fromkeys(f"  {' '.join(c.title.split())}: {c.help}" for table in tables for c in table.shown if c.help):
+        tell(line)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Json, Overrides, Plugins, app, examples, plug, print_json, say, show_table, tell
+from paretune.cli.common import Json, Overrides, Plugins, app, examples, plug, print_json, say, show_legend, show_table, tell
 from paretune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,13 +60,16 @@ def relate(
         print_json(to_json(found, looked, advice))
     else:
         drawn = "every response" if found.exact else f"{found.samples} responses"
-        show_table(objective_table(found), title=f"{target}: {drawn} of the reference to {len(found.prompts)} training prompts")
-        show_table(pair_table(found), title="Pairs: correlations, and what one gains while the other gains 1")
+        tables = [objective_table(found), pair_table(found)]
+        show_table(tables[0], title=f"{target}: {drawn} of the reference to {len(found.prompts)} training prompts")
+        show_table(tables[1], title="Pairs: correlations, and what one gains while the other gains 1")
         if looked is not None:
             place = (
                 f"after {looked.steps} steps at equal weights" if looked.steps else "at initialization, of LoRA's B alone (A has none yet)"
             )
-            show_table(gradient_table(looked), title=f"Gradients {place}")
+            tables.append(gradient_table(looked))
+            show_table(tables[-1], title=f"Gradients {place}")
+        show_legend(*tables)
         measure = [f"To know for yours: paretune compare {target} --methods experts,bridge,conditioned"] if Path(target).is_file() else []
         for line in [*_warnings(found), *map(str, advice), *measure]:
             tell(f"• {line}")

@@ -1,7 +1,7 @@
 """Advice on which methods fit a relationship of objectives, read from measured results.
 
 The results are one JSON file that ships with the package, `src/paretune/results/relations.json`; `paretune report ROOT --rows FILE` writes
-another. Its key "rows" holds one flat row per method and setting, a setting being dials of `exact-v1` (one left out has its default):
+another. Its key "rows" holds one flat row per method and setting: an exact task and its dials (one left out has its default):
 
     {"objective_count": 2, "rho": -0.8, "scale": 1.0, "sparse": 0.0, "noise": 0.0, "context": 0.0,
      "method": "experts logit",        as the leaderboard names it
@@ -11,15 +11,16 @@ another. Its key "rows" holds one flat row per method and setting, a setting bei
      "n_seeds": 10,                    task seeds behind the row
      "samples": 80000}                 responses drawn, in total; 0 for the exact learner
 
-More keys may stand there and are not read. Null is unknown. Every sentence names the rows and the figure that it is read from. Where no
-setting is near, the advice says so and nothing else.
+"task" names the exact task, `exact-v1` where it is left out. More keys may stand there and are not read. Null is unknown. Every sentence
+names the rows and the figure that it is read from. The nearest setting always answers; the first sentence says how far it is, dial by dial,
+and where one dial is farther than `NEAR`, or unknown, a second one says that the advice is a guess.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,14 @@ NEEDED = ("method", "category", "learner", "attainment_worst_train", "n_seeds", 
 # How far a dial may be from a measured setting that still counts as near.
 NEAR = {"objective_count": 0.0, "rho": 0.25, "scale": 0.35, "sparse": 0.5, "noise": 0.5, "context": 0.35}
 CLOSE = 0.03  # of attainment: a cheaper method within this of the best one is named
-SAID = {"objective_count": "number of objectives", "rho": "correlation", "scale": "ratio of spreads", "sparse": "rate of the rarest reward"}
+SAID = {
+    "objective_count": "number of objectives",
+    "rho": "correlation",
+    "scale": "ratio of spreads",
+    "sparse": "rate of the rarest reward",
+    "noise": "noise over spread",
+    "context": "change of correlation with the prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -87,27 +95,29 @@ def advise(
     dials: Mapping[str, float], rows: Sequence[Mapping[str, Any]], *, budget: int | None = None, learner: str = "pg"
 ) -> list[Advice]:
     """What the rows of the nearest setting say, the rows of `learner` if there are any; `budget` is the most samples in total."""
-    known = [(n, row) for n, row in enumerate(rows) if row["attainment_worst_train"] is not None]
-    if not known:
+    settings: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
+    for n, row in enumerate(rows):
+        if row["attainment_worst_train"] is not None:
+            settings.setdefault((row.get("task", "exact-v1"), *_setting(row)), []).append((n, row))
+    if not settings:
         return [Advice("No results are committed yet, so there is no advice.")]
     here = {name: float(dials.get(name, default)) for name, default in DIALS.items()}
-    gaps = {setting: _gaps(here, setting) for setting in dict.fromkeys(_setting(row) for _, row in known)}
-    nearest = min(gaps, key=lambda setting: _distance(gaps[setting]))
-    far = [name for name, gap in gaps[nearest].items() if not gap <= NEAR[name]]
-    if far:
-        parts = [f"{SAID.get(name, name)} {here[name]:.3g} against {dict(zip(DIALS, nearest, strict=True))[name]:.3g}" for name in far]
-        return [Advice(f"No measured result near this relationship: the nearest setting differs in {', '.join(parts)}.")]
-    found = [(n, row) for n, row in known if _setting(row) == nearest]
+    gaps = {setting: _gaps(here, setting[1:]) for setting in settings}
+
+    def order(setting: tuple[Any, ...]) -> tuple[float, ...]:
+        """Nearest first; of equally near ones those that were measured with this learner, then with more methods."""
+        found = settings[setting]
+        return *_distance(gaps[setting]), all(row["learner"] != learner for _, row in found), -len(found)
+
+    nearest = min(settings, key=order)
+    found = settings[nearest]
     learner = learner if any(row["learner"] == learner for _, row in found) else str(found[0][1]["learner"])
     found = [(n, row) for n, row in found if row["learner"] == learner]
-    sentences = [_where(nearest, learner, found)]
+    sentences = [_where(here, nearest, gaps[nearest], learner, found), *_far(here, nearest, gaps[nearest], found)]
     affordable = [(n, row) for n, row in found if budget is None or (row["samples"] is not None and row["samples"] <= budget)]
     contest = [(n, row) for n, row in affordable if row["category"] != "baseline"]
     if not contest:
-        return [
-            *sentences,
-            Advice(f"No method was measured there within {budget:,} samples." if budget is not None else "Only baselines were."),
-        ]
+        return [*sentences, _nothing(found, budget)]
     ranked = sorted(contest, key=lambda pair: -pair[1]["attainment_worst_train"])
     return [*sentences, *_best(ranked, budget), *_families(ranked), *_harm(ranked)]
 
@@ -136,13 +146,48 @@ def _distance(gaps: Mapping[str, float]) -> tuple[int, float]:
     return sum(gap > NEAR[name] for name, gap in gaps.items()), sum(min(gap, 1e6) / max(NEAR[name], 0.1) for name, gap in gaps.items())
 
 
-def _where(setting: tuple[float, ...], learner: str, found: Iterable[tuple[int, Mapping[str, Any]]]) -> Advice:
-    shown = ", ".join(f"{name} = {value:g}" for (name, usual), value in zip(DIALS.items(), setting, strict=True) if value != usual)
-    rows = list(found)
-    seeds = min(int(row["n_seeds"]) for _, row in rows)
+def _where(
+    here: Mapping[str, float],
+    setting: tuple[Any, ...],
+    gaps: Mapping[str, float],
+    learner: str,
+    found: Sequence[tuple[int, Mapping[str, Any]]],
+) -> Advice:
+    task, *values = setting
+    there = dict(zip(DIALS, values, strict=True))
+    shown = ", ".join(f"{name} = {value:g}" for name, value in there.items() if value != DIALS[name])
+    seeds = min(int(row["n_seeds"]) for _, row in found)
     few = "" if seeds >= 10 else f"; only {seeds} seed{'s' if seeds > 1 else ''}, so small differences mean nothing"
-    text = f"Nearest measured setting: exact-v1 with {shown or 'its defaults'}, learner {learner}, {len(rows)} methods{few}."
-    return Advice(text, tuple(n for n, _ in rows), "n_seeds")
+    apart = [_apart(name, here, there) for name, gap in gaps.items() if gap > 0.005]
+    distance = f" Yours: {', '.join(apart)}." if apart else " Yours is the same."
+    text = f"Nearest measured setting: {task} with {shown or 'its defaults'}, learner {learner}, {len(found)} methods{few}.{distance}"
+    return Advice(text, tuple(n for n, _ in found), "n_seeds")
+
+
+def _apart(name: str, here: Mapping[str, float], there: Mapping[str, float]) -> str:
+    value = "unknown" if math.isnan(here[name]) else f"{here[name]:.3g}"
+    return f"{SAID[name]} {value} against {there[name]:.3g}"
+
+
+def _far(
+    here: Mapping[str, float], setting: tuple[Any, ...], gaps: Mapping[str, float], found: Sequence[tuple[int, Mapping[str, Any]]]
+) -> list[Advice]:
+    """That the advice is a guess, where a dial is too far from what was measured."""
+    there = dict(zip(DIALS, setting[1:], strict=True))
+    far = [_apart(name, here, there) for name, gap in gaps.items() if not gap <= NEAR[name]]
+    if not far:
+        return []
+    text = f"That is far: {', '.join(far)}. Take what follows as a guess, and measure two or three methods on your own task."
+    return [Advice(text, tuple(n for n, _ in found), "n_seeds")]
+
+
+def _nothing(found: Sequence[tuple[int, Mapping[str, Any]]], budget: int | None) -> Advice:
+    """What is said where no method of the setting may be named."""
+    paid = [(n, row) for n, row in found if row["category"] != "baseline" and row["samples"] is not None]
+    if budget is None or not paid:
+        return Advice("Only baselines were measured there.", tuple(n for n, _ in found), "category")
+    n, row = min(paid, key=lambda pair: pair[1]["samples"])
+    return Advice(f"No method was measured there within {budget:,} samples; the cheapest is {_name(row)}{_cost(row)}.", (n,), "samples")
 
 
 def _name(row: Mapping[str, Any]) -> str:

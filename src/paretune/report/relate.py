@@ -23,16 +23,34 @@ if TYPE_CHECKING:  # they load torch
 __all__ = ["gradient_table", "heat_map", "heat_maps", "heat_svg", "objective_table", "pair_table", "to_json", "write_relations"]
 
 CONFLICT, NEUTRAL, AGREE, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 178), "#d5d9de"
-RATES = (Column("rate_second", "gain of second\nper gain of first"), Column("rate_first", "gain of first\nper gain of second"))
+RATES = (
+    Column("rate_second", "second's gain\nper gain of first", help="what the second objective gains while training for the first gains 1"),
+    Column("rate_first", "first's gain\nper gain of second", help="what the first objective gains while training for the second gains 1"),
+)
+BETWEEN = Column("between", "95 %\ninterval", "text", help="where the value left of it lies, with 95 % confidence, for prompts like these")
 
 
 def objective_table(found: Relations) -> Table:
     """One row per objective: what there is to gain from it, and how often it says anything."""
     columns = (
-        *(Column("name", "objective", "text"), Column("mean", "mean"), Column("low", "lowest"), Column("high", "highest")),
-        *(Column("spread", "spread"), Column("paid", "not its most\ncommon score", "share")),
-        *(Column("flat", "groups of 8 that\nteach nothing", "share"), Column("noise", "noise / spread", "share")),
-        Column("unscored", "unscored", "count"),
+        *(
+            Column("name", "objective", "text"),
+            Column("mean", "mean\nscore"),
+            Column("low", "lowest\nscore"),
+            Column("high", "highest\nscore"),
+        ),
+        Column("spread", "spread", help="standard deviation of the scores of the responses to one prompt, before anything is trained"),
+        Column(
+            "paid", "responses that\nstand out", "share", help="share whose score is not the most common one; small where a reward is rare"
+        ),
+        Column(
+            "flat",
+            "groups without\na signal",
+            "share",
+            help="share of groups of 8 responses that all score alike: nothing is learned from them",
+        ),
+        Column("noise", "noise per\nspread", "share", help="how far the score of one and the same response varies, in units of the spread"),
+        Column("unscored", "unscored", "count", help="responses for which the objective gave no score"),
     )
     return Table("objectives", columns, plain(found.objectives))
 
@@ -40,10 +58,15 @@ def objective_table(found: Relations) -> Table:
 def pair_table(found: Relations) -> Table:
     """One row per pair of objectives, by what the reference's responses score."""
     columns = (
-        *(Column("name", "pair", "text"), Column("within", "correlation\nwithin prompts", "share"), Column("between", "95 %", "text")),
-        *(Column("overall", "overall", "share"), Column("spearman", "Spearman", "share")),
-        *(Column("conflict", "prompts in\nconflict", "share"), Column("sure", "sure of it", "share")),
-        *(Column("known_prompts", "of prompts", "count"), *RATES),
+        Column("name", "pair", "text"),
+        Column("within", "correlation\nper prompt", "share", help="of the scores of responses to the same prompt: 1 agree, -1 conflict"),
+        BETWEEN,
+        Column("overall", "correlation\noverall", "share", help="the same over all responses, so that easy and hard prompts count, too"),
+        Column("spearman", "correlation\nof ranks", "share", help="the same of ranks (Spearman), which extreme scores do not move"),
+        Column("conflict", "prompts in\nconflict", "share", help="share of prompts whose own correlation is below 0"),
+        Column("sure", "surely in\nconflict", "share", help="share of prompts whose 95 % interval lies below 0"),
+        Column("known_prompts", "prompts\ncompared", "count", help="prompts at which both objectives vary"),
+        *RATES,
     )
     rows = []
     for (j, k), pair in zip(combinations(range(len(found.names)), 2), plain(found.pairs), strict=True):
@@ -58,8 +81,10 @@ def pair_table(found: Relations) -> Table:
 def gradient_table(probe: Probe) -> Table:
     """One row per pair of objectives, by their gradients."""
     columns = (
-        *(Column("name", "pair", "text"), Column("cosine", "cosine", "share"), Column("between", "95 %", "text")),
-        *(*RATES, Column("norms", "ratio of\nlengths")),
+        Column("name", "pair", "text"),
+        Column("cosine", "cosine", "share", help="of the angle between the two gradients: 1 same direction, -1 opposite ones"),
+        *(BETWEEN, *RATES),
+        Column("norms", "first's length\nper second's", help="how many times as long the first objective's gradient is"),
     )
     rows = []
     for j, k in combinations(range(len(probe.names)), 2):

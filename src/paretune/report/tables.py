@@ -129,9 +129,11 @@ def short_count(value: float) -> str:
     return f"{value:.3g}"
 
 
+LEAST_SHOWN = -10  # a share below it only says that little could be gained: how much is lost stands in units of return
+
 SHOWN: dict[str, Callable[[Any], str]] = {  # how a value of a column's kind is written; the others as they are
     "yes": lambda value: "yes" if value else "no",
-    "share": lambda value: minus(f"{value:.2f}"),
+    "share": lambda value: minus(f"{value:.2f}") if value >= LEAST_SHOWN else f"< {minus(str(LEAST_SHOWN))}",
     "change": signed,
     "number": lambda value: minus(f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"),
     "count": short_count,
@@ -145,7 +147,10 @@ MEAN_HELP = "the mean over judged preferences and seeds"
 ON, GAIN, TOTAL, PATH = "on {prompts}", "gain, {prompts}", "cost in total", "critical path"
 SHARE_HELP = "share of the exact front's hypervolume; hides failures between good points"
 LOST_HELP = "what is lost at the worst preference if the best of ALL points served it"
-OWN_HELP = "the lowest attainment of the utility that the method was trained for, where that is not w . J; the linear one does not judge it"
+OWN_HELP = (
+    "the lowest attainment of the utility that the method was trained for, where that is not w . J; the linear one does not judge it. "
+    "Below −10 the share says only that hardly anything could be gained there: the CSV file has it"
+)
 PATH_HELP = "the same where trainings of one wave run side by side"
 CONTROLLED = "agreement of the path over preferences with the optimum's: 1 moves as it does, 0 does not react, \u22121 is its mirror image"
 

@@ -1,17 +1,19 @@
 """The reference policy of exact tasks: a tiny, real `LlamaForCausalLM`, pre-trained in seconds on a seeded random language.
 
-The language is a second-order Markov chain over the alphabet with a chance to stop; the model is fitted to its known next-symbol
-distribution on strings drawn from it. Training runs on one thread from seeded draws, and its result is cached on disk
-(`PARETUNE_CACHE`, default `~/.cache/paretune`), published by one rename.
+The language is a second-order Markov chain over the alphabet with a chance to stop; where it has `features`, every symbol of a response
+depends on the whole prompt, too. The model is fitted to its known next-symbol distribution on strings drawn from it. Training runs on one
+thread from seeded draws, and its result is cached on disk (`PARETUNE_CACHE`, default `~/.cache/paretune`), published by one rename.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +50,8 @@ class ReferenceSpec:
     spread: float = 0.8  # standard deviation of the language's logits
     steps: int = 200
     head: float = 1.0  # the output head begins this many times larger
+    features: int = 0  # of the whole prompt, on which the language of responses depends
+    memory: float = 0.0  # standard deviation of what they add to a logit
 
 
 def alphabet_of(count: int) -> str:
@@ -64,22 +68,35 @@ def language_logits(spec: ReferenceSpec) -> np.ndarray:
     return logits
 
 
+def prompt_features(spec: ReferenceSpec, prompts_NT: np.ndarray) -> np.ndarray:
+    """(N, F) what language and rewards read of a prompt: a normal vector per place and symbol, summed over places; variance 1."""
+    vectors_TAF = generator(spec.seed, "prompt features").normal(0, spec.context**-0.5, (spec.context, spec.alphabet, spec.features))
+    return vectors_TAF[np.arange(spec.context), prompts_NT].sum(1)
+
+
+def next_logits(spec: ReferenceSpec, strings_NT: np.ndarray) -> np.ndarray:
+    """(N, T - 1, V) logits of the language for the symbol after the second one of each string, after the third, and so on."""
+    logits_NTV = language_logits(spec)[strings_NT[:, :-1], strings_NT[:, 1:]]
+    if spec.features and strings_NT.shape[1] >= spec.context:
+        weights_FV = generator(spec.seed, "memory").normal(0, spec.memory / spec.features**0.5, (spec.features, spec.alphabet + 1))
+        logits_NTV[:, spec.context - 2 :] += (prompt_features(spec, strings_NT[:, : spec.context]) @ weights_FV)[:, None]
+    return logits_NTV
+
+
 def sample_language(spec: ReferenceSpec, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """(count, length) symbols: two uniform ones, then the chain without its EOS."""
-    chance_AAA = softmax(language_logits(spec)[:, :, : spec.alphabet], axis=-1)
+    """(count, length) symbols: two uniform ones, then the language without its EOS."""
     strings = rng.integers(spec.alphabet, size=(count, length))
     for place in range(2, length):
-        cumulative = chance_AAA[strings[:, place - 2], strings[:, place - 1]].cumsum(-1)
+        cumulative = softmax(next_logits(spec, strings[:, :place])[:, -1, : spec.alphabet], axis=-1).cumsum(-1)
         strings[:, place] = (rng.random((count, 1)) > cumulative[:, :-1]).sum(-1)
     return strings
 
 
 def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A fresh copy of the reference and its tokenizer, pre-trained now if the cache does not hold it."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
     home = Path(os.environ.get("PARETUNE_CACHE", "~/.cache/paretune")).expanduser()
-    told = {name: value for name, value in dataclasses.asdict(spec).items() if name != "head" or value != 1}
+    later = {"head": 1.0, "features": 0, "memory": 0.0}  # fields that came later count where they are not at their defaults
+    told = {name: value for name, value in dataclasses.asdict(spec).items() if later.get(name) != value}
     folder = home / f"reference-{key_of({'recipe': RECIPE, **told})}"
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)
@@ -91,6 +108,14 @@ def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedToke
             aside.replace(folder)
         except OSError:  # another process published it first: theirs is the same
             shutil.rmtree(aside)
+    return copy.deepcopy(_loaded(folder))
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read once: a suite asks for the same small reference hundreds of times."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     with quietly("loading the model"):
         model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
@@ -131,14 +156,14 @@ def _pretrain(spec: ReferenceSpec) -> PreTrainedModel:
             model = LlamaForCausalLM(config)
         with torch.no_grad():
             model.lm_head.weight *= spec.head
-        target_AAV = torch.from_numpy(softmax(language_logits(spec), axis=-1)).float()
         rng = generator(spec.seed, "pre-training")
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=spec.steps)
         for _ in range(spec.steps):
-            strings = torch.from_numpy(sample_language(spec, rng, 64, spec.context + spec.length))
-            logp = model(input_ids=strings).logits[:, 1:].log_softmax(-1)
-            loss = -(target_AAV[strings[:, :-1], strings[:, 1:]] * logp).sum(-1).mean()
+            strings = sample_language(spec, rng, 64, spec.context + spec.length)
+            target = torch.from_numpy(softmax(next_logits(spec, strings), axis=-1)).float()
+            logp = model(input_ids=torch.from_numpy(strings)).logits[:, 1:].log_softmax(-1)
+            loss = -(target * logp).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -42,12 +42,21 @@ __all__ = [
 TOLERANCE = 0.03  # of a correlation, mean over prompts
 
 
-def fields(tree: PrefixTree, prompts_PT: np.ndarray, count: int, interaction: float, seed: int) -> np.ndarray:
-    """(P, R, M) raw scores of all responses to all prompts. Symbols are independent of each other where `interaction` is 0."""
+def fields(
+    tree: PrefixTree, prompts_PT: np.ndarray, count: int, interaction: float, seed: int, features_PF: np.ndarray | None = None
+) -> np.ndarray:
+    """(P, R, M) raw scores of all responses to all prompts. Symbols are independent of each other where `interaction` is 0.
+
+    A symbol's weight is linear in what the prompt is given by: its own symbols, place by place, or `features_PF`.
+    """
     rng = generator(seed, "reward fields")
     symbols = tree.alphabet + 1
     own = rng.normal(size=(count, symbols))
-    context = rng.normal(size=(count, prompts_PT.shape[1], tree.alphabet, symbols)) / np.sqrt(prompts_PT.shape[1])
+    if features_PF is None:
+        context = rng.normal(size=(count, prompts_PT.shape[1], tree.alphabet, symbols)) / np.sqrt(prompts_PT.shape[1])
+        context_MPV = context[:, np.arange(prompts_PT.shape[1]), prompts_PT].sum(2)
+    else:
+        context_MPV = features_PF @ rng.normal(0, features_PF.shape[1] ** -0.5, (count, features_PF.shape[1], symbols))
     pair = rng.normal(size=(count, symbols, symbols))
 
     with_eos_RL = np.where(np.arange(tree.length)[None] == tree.depth_R[:, None], tree.eos, tree.symbols_RL)
@@ -56,9 +65,8 @@ def fields(tree: PrefixTree, prompts_PT: np.ndarray, count: int, interaction: fl
     before_PRL[:, :, 1:] = with_eos_RL[None, :, :-1]
     before_PRL[:, :, 0] = prompts_PT[:, -1:]
     scores_PRM = np.zeros((len(prompts_PT), tree.responses, count))
-    places = np.arange(prompts_PT.shape[1])
     for k in range(count):
-        prompt_PV = own[k] + context[k, places, prompts_PT].sum(1)
+        prompt_PV = own[k] + context_MPV[k]
         token_PRL = prompt_PV[:, with_eos_RL] + interaction * pair[k][before_PRL, with_eos_RL[None]]
         scores_PRM[:, :, k] = np.where(scored_RL, token_PRL, 0.0).sum(-1)
     return scores_PRM

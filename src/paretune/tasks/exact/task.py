@@ -5,7 +5,8 @@ For a preference w the optimum of w . J is pi*_w(y|x) proportional to pi_ref(y|x
 
 `exact-v1` with its default dials is the first judged family: task seeds 0-9 are for development, 100-109 for judging. Under its frozen head
 the optimum cannot be represented everywhere. In `exact-v2` it can: the reference's head begins five times larger, with the same loss of
-pre-training, and the ceiling is at least 0.998 at every judged preference. Seeds 10-19 are for development, 200-209 for judging.
+pre-training, and the ceiling is at least 0.998 at every judged preference; and its language depends on the whole prompt, through the
+features through which rewards depend on it. Seeds 10-19 are for development, 200-209 for judging.
 
 The dials, verified when the rewards are first built (a task that misses one raises TaskError):
 
@@ -47,7 +48,7 @@ from paretune.registry import TASKS
 from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
-from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, sample_language
+from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, prompt_features, sample_language
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
     add_noise,
@@ -313,6 +314,11 @@ class ExactTask(Task):
         drawn = sample_language(self._reference, generator(self.seed, "prompts"), many, self._reference.context)
         return choose_prompts(drawn, count, contexts=bool(self.context))
 
+    @property
+    def _features_PF(self) -> np.ndarray | None:
+        """What rewards read of the prompts of both splits; None is their symbols, place by place."""
+        return None
+
     @cached_property
     def _contexts_P(self) -> np.ndarray:
         """(P,) the context of every prompt of both splits."""
@@ -366,7 +372,7 @@ class ExactTask(Task):
     @cached_property
     def _dense_all_PRM(self) -> np.ndarray:
         """Rewards in (0, 1) of the wanted correlation and strength, context by context, before scale and sparsity."""
-        fields_PRM = fields(self.tree, self._prompts_PT, self.objective_count, self.interaction, self.seed)
+        fields_PRM = fields(self.tree, self._prompts_PT, self.objective_count, self.interaction, self.seed, self._features_PF)
         rewards_PRM = np.empty_like(fields_PRM)
         for rho in np.unique(self._rho_P):
             here = self._rho_P == rho
@@ -415,7 +421,10 @@ class ExactTask(Task):
 @TASKS.register("exact-v2")
 @dataclass(frozen=True)
 class RepresentableTask(ExactTask):
-    """An exact task whose optimum a policy with the frozen head can be, and whose training prompts are enough to learn from.
+    """An exact task whose optimum a policy with the frozen head can be, and whose reference knows of the prompt what rewards depend on.
+
+    Language and rewards read the whole prompt through the same `shared` features, each with weights of its own; `memory` is how much they
+    move a logit of the language. Prompts that were not trained on have the same features, so what was learned can hold there.
 
     `ceiling` is the least share of the possible gain that is representable, at every judged preference and on both splits, checked when
     the rewards are first built.
@@ -424,12 +433,16 @@ class RepresentableTask(ExactTask):
     prompt_count: int = 32
     test_count: int = 32
     head: float = 5.0
+    shared: int = 4
+    memory: float = 0.8
     ceiling: float = 0.998
 
     def __post_init__(self):
         for name, value, low, high in (
             ("test_count", self.test_count, 1, 512),
             ("head", self.head, 0.1, 100),
+            ("shared", self.shared, 1, 64),
+            ("memory", self.memory, 0, 10),
             ("ceiling", self.ceiling, 0, 1),
         ):
             if not low <= value <= high:
@@ -442,7 +455,12 @@ class RepresentableTask(ExactTask):
 
     @property
     def _reference(self) -> ReferenceSpec:
-        return replace(super()._reference, head=self.head)
+        # 200 steps leave a sixth of what the prompt adds unlearned
+        return replace(super()._reference, head=self.head, features=self.shared, memory=self.memory, steps=400)
+
+    @property
+    def _features_PF(self) -> np.ndarray:
+        return prompt_features(self._reference, self._prompts_PT)
 
     def _check_rewards(self, rewards_PRM: np.ndarray) -> None:
         worst = min(float(self._ceiling_W(self.judged(), split, rewards_PRM[self._rows[split]]).min()) for split in SPLITS)
