@@ -18,7 +18,7 @@ from paretune.policy.sampling import Sampling
 from paretune.seeds import generator
 from paretune.serve.rows import Row
 from paretune.testing.mixings import fill, quick_task, random_adapters
-from paretune.types import Objectives
+from paretune.types import Objectives, Prompt
 
 TASK = quick_task(alphabet=6, length=4, layers=2)
 NAMES = TASK.objectives.names
@@ -45,6 +45,20 @@ def family_of(mixing="parameter", rule=None, *, adapters: int = 2, max_new_token
 def prompted() -> Family:
     mixing = {"name": "prompted", "objectives": 2, "digits": 2}
     return family_of(mixing, PromptedRule(objectives=2, digits=2), adapters=1)
+
+
+class Letters:
+    """A task that scores any text: how often it has an a, and a b; with the prompts of another, or those that are given."""
+
+    def __init__(self, *texts: str, objectives: Objectives = TASK.objectives):
+        self.objectives = objectives
+        self._prompts = [Prompt(messages=({"role": "user", "content": text},)) for text in texts]
+
+    def prompts(self, split):
+        return self._prompts or TASK.prompts(split)
+
+    def score(self, prompts, texts):
+        return np.array([[text.count("a"), text.count("b")] for text in texts], dtype=float)
 
 
 class Heard:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from paretune.cli import app
 from paretune.errors import printable
+from paretune.evaluation.explain import END
 from serving import spoken_family
 
 
@@ -35,6 +36,7 @@ def test_a_conversation_and_its_commands(folder):
     spoken = [*want, *(f"[{label}] {text}" for label, text in zip(("polite=1", "brief=1", "polite=0.2, brief=0.8"), compared, strict=True))]
     assert made.stdout.startswith(printable("\n".join(spoken)) + "\n")
     assert "\nsum " in made.stdout, "the table of tokens"
+    assert END not in made.stdout, "an answer that was cut is explained as it was"
     assert "the preference is polite=0.2,brief=0.8" in made.stderr
     assert "nothing was said" in made.stderr
 

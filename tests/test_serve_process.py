@@ -24,7 +24,7 @@ from paretune.policy.family import Family
 from paretune.serve.app import Limits, _listening, _Told, default_preference, load_families, make_app
 from paretune.serve.engine import Engine
 from paretune.serve.protocol import Served
-from serving import spoken_family
+from serving import Letters, spoken_family
 
 PREFERENCE = {"polite": 0.7, "brief": 0.3}
 SAID = [{"role": "user", "content": "where is parcel 7?"}]
@@ -38,7 +38,9 @@ def running():
     family = spoken_family()
     engine = Engine({"family": family}, rows=16)
     limits = Limits(send=0.5)
-    app = make_app({"family": Served("family", family, default_preference(family, None))}, engine, limits=limits)
+    task = Letters("hello", "where is parcel 7?", objectives=family.objectives)
+    served = Served("family", family, default_preference(family, None), task=task)
+    app = make_app({"family": served}, engine, limits=limits)
     listening, ready, found = _listening("127.0.0.1", 0), threading.Event(), []
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # what a client does not read fills it soon
     server = _Told(uvicorn.Config(app, log_level="error"), ready.set)
@@ -220,6 +222,39 @@ def test_the_examples_of_the_page_run(running, capsys):
     assert '"polite": 0.7' in printed.replace("'", '"')
 
 
+def test_the_questions_of_the_page_run(running):
+    """The page's curl commands in a shell: begin, answer, look, forget."""
+    here = PAGE.replace("http://127.0.0.1:8000", running.url)
+    begin, *rest = (block for block in re.findall(r"```bash\n(.*?)```", here, re.DOTALL) if "/v1/preferences" in block)
+
+    def run(block, **env):
+        command = block.replace("curl ", "curl -sS ")
+        made = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, check=True, env={**os.environ, **env}).stdout
+        return [json.loads(line) for line in made.replace("}{", "}\n{").splitlines()]
+
+    (state,) = run(begin)
+    assert state["question"]["number"] == 1
+    assert len(state["question"]["options"]) == 2
+    answered, looked, gone = run("".join(rest), ID=state["id"])
+    assert answered == looked
+    assert answered["answers"] == ["1"]
+    assert answered["question"]["number"] == 2
+    assert gone == {"id": state["id"], "object": "preference.deleted", "deleted": True}
+    assert sum(answered["preference"].values()) == pytest.approx(1)
+
+
+def test_langchain_talks_to_a_family(running, capsys):
+    """The page's example, and its stream."""
+    pytest.importorskip("langchain_openai")
+    here = PAGE.replace("http://127.0.0.1:8000", running.url)
+    want = offline(running, [[{"role": "user", "content": "Where is my parcel?"}]], PREFERENCE, seed=1)[0][0]
+    block = next(block for block in re.findall(r"```python\n(.*?)```", here, re.DOTALL) if "langchain" in block)
+    made = {}
+    exec(block, made)
+    assert capsys.readouterr().out == want + "\n"
+    assert "".join(piece.content for piece in made["chat"].stream("Where is my parcel?")) == want
+
+
 def test_what_the_command_refuses(saved, tmp_path, monkeypatch):
     """Before a model is loaded where it can be; each with exit code 2, the rule and the remedy, and never the key."""
     monkeypatch.setenv("EMPTY", " ")
@@ -228,6 +263,9 @@ def test_what_the_command_refuses(saved, tmp_path, monkeypatch):
             (["--api-key", "sk-typed-here-1234567890abcdef"], "names an environment variable"),
             (["--api-key", "EMPTY"], "names an environment variable"),
             (["--default", "polite=2"], "sum to 1"),
+            (["--device", "gpu"], "--device is as declared"),
+            (["--device", "cuda:77"], "a device that is here"),
+            (["--recipe", str(tmp_path / "no.yaml")], ""),
             (["--port", str(taken.getsockname()[1])], "an address that is free"),
             ([str(saved)], "names of their own"),
             ([str(tmp_path)], "a family is a directory"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Trust, app, examples, say, show_table, tell
+from paretune.cli.common import OnDevice, Trust, app, device_of, examples, say, show_table, tell
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError, ParetuneError, nearest, printable
 from paretune.policy.card import read_card
@@ -37,6 +37,7 @@ def chat(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. Default: as in training.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     system: Annotated[str | None, typer.Option(help="A system message in place of the training's; '' is none.")] = None,
+    device: OnDevice = "auto",
     trust: Trust = False,
     model: Annotated[str | None, typer.Option("--model", help="Where the family's reference model is now, if it has moved.")] = None,
 ) -> None:
@@ -46,7 +47,7 @@ def chat(
     from paretune.policy.family import Family
     from paretune.types import Preference
 
-    loaded = Family.load(family, trust=trust, scoring=False, model=model)
+    loaded = Family.load(family, trust=trust, scoring=False, model=model, device=device_of(device))
     names = loaded.objectives.names
     start = Preference.of(names, preference if preference is not None else [1 / len(names)] * len(names))
     settings: dict[str, Any] = {"seed": seed, "max_new_tokens": loaded.longest(max_new_tokens)}
@@ -80,6 +81,7 @@ class _Talk:
         self.family, self.preference, self.settings = family, preference, settings
         self.temperature, self.system = temperature, system
         self.history: list[dict[str, str]] = []
+        self.said: list[int] = []  # the tokens of the last answer
 
     def shown(self) -> str:
         return ",".join(f"{name}={weight:g}" for name, weight in zip(self.preference.names, self.preference.weights, strict=True))
@@ -89,7 +91,8 @@ class _Talk:
         if not line.startswith("/"):
             asked = {"role": "user", "content": line}
             answer = self._answer([*self.history, asked], self.preference, aloud=True)
-            self.history += [asked, {"role": "assistant", "content": answer}]
+            self.history += [asked, {"role": "assistant", "content": answer[0]}]
+            self.said = answer[1]
             return
         name, _, rest = line.partition(" ")
         if name not in COMMANDS:
@@ -108,16 +111,14 @@ class _Talk:
         names, asked = self.family.objectives.names, self._last()
         for each in [*(Preference.of(names, {name: 1.0}) for name in names), self.preference]:
             label = ", ".join(f"{name}={weight:g}" for name, weight in zip(each.names, each.weights, strict=True) if weight)
-            tell(f"[{label}] {self._answer(asked, each, aloud=False)}")
+            tell(f"[{label}] {self._answer(asked, each, aloud=False)[0]}")
 
     def _why(self, rest: str) -> None:
         from paretune.evaluation.explain import explain
         from paretune.report.page import token_table
 
-        asked, answer = self._last(), self.history[-1]["content"]
-        weights = dict(zip(self.preference.names, self.preference.weights, strict=True))
-        prompt = self._prompt(asked)
-        (found,) = explain(self.family, prompt, weights, response=answer, max_new_tokens=self.settings["max_new_tokens"])
+        prompt = self._prompt(self._last())
+        (found,) = explain(self.family, prompt, self.preference, tokens=self.said)
         show_table(token_table(found), title=f"nats by which each part raised each token above the reference ({found.how})")
 
     def _new(self, rest: str) -> None:
@@ -138,8 +139,8 @@ class _Talk:
         (prompt,) = self.family.prompts([messages], system=self.system)
         return prompt
 
-    def _answer(self, messages: list[dict[str, str]], preference: Any, *, aloud: bool) -> str:
-        """What the family says; `aloud` prints it while it is said."""
+    def _answer(self, messages: list[dict[str, str]], preference: Any, *, aloud: bool) -> tuple[str, list[int]]:
+        """What the family says, and its tokens; `aloud` prints it while it is said."""
         from paretune.policy.rollout import token_ids
         from paretune.policy.sampling import Sampling
         from paretune.serve.engine import Engine
@@ -170,4 +171,4 @@ class _Talk:
             typer.echo("")
         if said and said[-1].error is not None:
             raise said[-1].error
-        return "".join(piece.text for piece in said)
+        return "".join(piece.text for piece in said), row.said

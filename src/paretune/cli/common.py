@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from paretune.runs.ray import Ray
 
 __all__ = [
-    *("DryRun", "Json", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table", "tell"),
+    *("DryRun", "Json", "OnDevice", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
+    *("app", "check_writable", "device_of", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table", "tell"),
 ]
 
 
@@ -115,6 +115,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead
 Plugins = Annotated[list[Path] | None, typer.Option("--plugin", help="A Python file that registers methods, tasks or objectives.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker processes of one thread each. Default: one per CPU.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it would cost.")]
+OnDevice = Annotated[str, typer.Option("--device", help="As in a learner: auto (the first GPU, or the CPU), cpu, cuda:1, mps.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code, and call services, that the family names; read them before.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the file: learner.lr=1e-3.", metavar="[KEY=VALUE]...")]
 
@@ -167,6 +168,24 @@ def plug(plugins: list[Path] | None) -> None:
 
     for path in plugins or []:
         load_plugin(path)
+
+
+def device_of(asked: str) -> str:
+    """The device that --device names; ConfigError where it is none, or not here."""
+    import torch
+
+    from paretune.registry import checked
+    from paretune.tasks.base import first_device
+    from paretune.types import Device
+
+    name = checked("--device", Device, asked)
+    name = first_device() if name == "auto" else name
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        found = f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise ConfigError("a model runs on a device that is here", found=found, remedy="--device auto takes what there is") from error
+    return name
 
 
 def check_writable(file: Path | None, option: str) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["elicit"]
 
-PROMPTS = 8  # of the task's test prompts, where none are given
 ANSWERS = {"1": 0, "a": 0, "2": 1, "b": 1, "=": -1, "0": -1}
 
 
@@ -54,7 +53,7 @@ def elicit(
     family = find_family(family)
     read_card(family)
     given = requests_of(prompts, file)
-    from paretune.evaluation.elicit import Elicitation, draw_pool
+    from paretune.evaluation.elicit import PROMPTS, Elicitation, draw_pool
     from paretune.policy.family import Family
 
     plug(plugin)
@@ -104,9 +103,11 @@ def _answer() -> int | None:
 
 def _tell(asking: Elicitation, names: tuple[str, ...], *, as_json: bool) -> None:
     """The preference, how sure it is, and a line to paste."""
+    from paretune.evaluation.elicit import hundredths
     from paretune.report.tables import Column, Table
 
-    found, paste = asking.to_json(), _line(names, asking.weights.tolist())
+    found = asking.to_json()
+    paste = ",".join(f"{name}={w:g}" for name, w in zip(names, hundredths(found["weights"]), strict=True))
     if as_json:
         print_json({"objectives": list(names), "preference": paste, **found})
         return
@@ -118,11 +119,3 @@ def _tell(asking: Elicitation, names: tuple[str, ...], *, as_json: bool) -> None
     show_table(Table("preference", columns, rows), title=f"After {len(asking.answers)} answers")
     tell(f"more questions could gain you at most {asking.regret:.3f} of what the right preference gains")
     tell(f"--preference {paste}")
-
-
-def _line(names: tuple[str, ...], weights: list[float]) -> str:
-    """`a=.41,b=.59`: in hundredths that sum to 1, the largest remainders rounded up."""
-    whole = [int(100 * w) for w in weights]
-    for k in sorted(range(len(weights)), key=lambda k: whole[k] - 100 * weights[k])[: 100 - sum(whole)]:
-        whole[k] += 1
-    return ",".join(f"{name}={n / 100:g}" for name, n in zip(names, whole, strict=True))

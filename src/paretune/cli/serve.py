@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.common import Plugins, Trust, app, examples, plug, say
+from paretune.cli.common import OnDevice, Plugins, Trust, app, device_of, examples, plug, say
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.policy.card import read_card
+
+if TYPE_CHECKING:
+    from paretune.tasks.base import Task
 
 __all__ = ["serve"]
 
@@ -34,6 +38,10 @@ def serve(
     prefix_cache: Annotated[int, typer.Option(min=0, max=2**20, help="MiB for prompts that others begin with; 0 keeps none.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, max=2**30, help="KiB of a request.")] = 4096,
     drain: Annotated[int, typer.Option(min=0, max=86_400, help="Seconds that responses have to end after SIGTERM.")] = 60,
+    recipe: Annotated[
+        list[Path] | None, typer.Option(help="A family's recipe: its rewards make questions to a preference. May be given again.")
+    ] = None,
+    device: OnDevice = "auto",
     trust: Trust = False,
     model: Base = None,
     plugin: Plugins = None,
@@ -44,6 +52,7 @@ def serve(
         read_card(path)
     key = _key(api_key)
     plug(plugin)
+    place, tasks = device_of(device), _tasks(recipe or [], family)
     try:
         from paretune.serve import app as server
     except ImportError as error:
@@ -51,7 +60,7 @@ def serve(
         raise ConfigError("serving needs the packages of the extra `serve`", found=str(error), remedy=remedy) from error
     from paretune.serve.engine import Engine
 
-    models = server.load_families(family, default=default, trust=trust, model=model)
+    models = server.load_families(family, default=default, trust=trust, model=model, device=place, tasks=tasks)
     engine = Engine(
         {name: served.family for name, served in models.items()},
         rows=max_rows,
@@ -71,6 +80,24 @@ def serve(
         ready=lambda url: say(f"serving {', '.join(models)} at {url}/v1"),
     )
     say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _tasks(recipes: Sequence[Path], families: Sequence[Path]) -> list[Task]:
+    """The tasks of the recipes; ConfigError for one that has the objectives of none of the families."""
+    if not recipes:
+        return []
+    from paretune.runs.recipe import load_recipe
+
+    served = {tuple(read_card(path)["objectives"]["names"]) for path in families}
+    tasks: list[Task] = []
+    for recipe in recipes:
+        task: Any = load_recipe(recipe, []).task
+        if task.objectives.names not in served:
+            found = f"{', '.join(task.objectives.names)} in {recipe.name}"
+            remedy = "give the recipe that a family was fitted from"
+            raise ConfigError("a recipe has the objectives of a family that is served", found=found, remedy=remedy)
+        tasks.append(task)
+    return tasks
 
 
 def _key(variable: str | None) -> str | None:

@@ -21,9 +21,10 @@ from paretune.types import Prompt
 if TYPE_CHECKING:
     from paretune.policy.family import Family
 
-__all__ = ["EACH", "TIE", "Elicitation", "Pool", "Question", "draw_pool", "pool_preferences"]
+__all__ = ["EACH", "PROMPTS", "TIE", "Elicitation", "Pool", "Question", "draw_pool", "hundredths", "pool_of", "pool_preferences"]
 
 EACH = 24  # responses to each prompt of a pool
+PROMPTS = 8  # of the task's test prompts, where none are given
 
 TIE = -1  # the answer to a question whose options are equally good
 PAIRS = 2000  # of the pool's pairs, drawn anew for each question
@@ -65,17 +66,26 @@ def draw_pool(
     each: int = EACH,
     seed: int = 0,
 ) -> Pool:
-    """A pool of responses to each prompt, one at each of `pool_preferences`.
+    """A pool of responses to each prompt, one at each of `pool_preferences`."""
+    turns = enumerate(counted("preferences drawn at", list(pool_preferences(family.objectives.count, each, seed))))
+    made = [family.sample(list(prompts), w_M.tolist(), seed=seed + turn) for turn, w_M in turns]
+    return pool_of(task, prompts, [[texts[0] for texts in answers] for answers in made])
 
-    A response that was drawn twice for a prompt stands there once.
-    """
-    found: dict[tuple[int, str], None] = {}
-    for turn, w_M in enumerate(counted("preferences drawn at", list(pool_preferences(family.objectives.count, each, seed)))):
-        made = family.sample(list(prompts), w_M.tolist(), seed=seed + turn)
-        found.update({(place, texts[0]): None for place, texts in enumerate(made)})
+
+def pool_of(task: Task, prompts: Sequence[Prompt], texts_WP: Sequence[Sequence[str]]) -> Pool:
+    """A pool of responses, scored; `texts_WP` has one to each prompt, many times. Those that came twice stand there once."""
+    found = dict.fromkeys((place, text) for texts in texts_WP for place, text in enumerate(texts))
     asked = [prompts[place] for place, _ in found]
     texts = tuple(text for _, text in found)
     return Pool(tuple(prompts), texts, task.score(asked, texts), np.array([place for place, _ in found]))
+
+
+def hundredths(weights: Sequence[float]) -> list[float]:
+    """Weights in hundredths that sum to 1, the largest remainders rounded up: what can be pasted."""
+    whole = [int(100 * w) for w in weights]
+    for k in sorted(range(len(weights)), key=lambda k: whole[k] - 100 * weights[k])[: 100 - sum(whole)]:
+        whole[k] += 1
+    return [n / 100 for n in whole]
 
 
 class Elicitation:

@@ -116,12 +116,14 @@ def explain(
     *,
     n: int = 1,
     response: str | None = None,
+    tokens: Sequence[int] | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     system: str | None = None,
     raw: bool = False,
 ) -> list[Explanation]:
-    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one given `response`, taken to end with EOS.
+    """Explanations of `n` sampled responses (the ones that `Family.sample` gives), or of one that is given: as a `response`, taken to end
+    with EOS, or as the `tokens` that were drawn, which may have been cut.
 
     `prompt`, `system` and `raw` are as for `Family.sample`: a text, or the messages of one conversation.
     """
@@ -130,7 +132,10 @@ def explain(
     (given,) = family.prompts([prompt], system=system, raw=raw)
     gates_K = torch.from_numpy(family.gates(chosen.w_M[None], [given]).reshape(family.policy.K)).float().to(family.policy.device)
     ids_1T, mask_1T = encode(family.policy.tokenizer, [given], family.policy.device)
-    if response is None:
+    if tokens is not None:
+        check_length(family.policy, family.policy.extra_positions + ids_1T.shape[1] + len(tokens), 1.0)
+        rows = [torch.tensor([list(tokens)], device=family.policy.device)]
+    elif response is None:
         limit = family.longest(max_new_tokens)
         (made,) = generate(family.policy, [given] * n, gates_NK=gates_K, max_new_tokens=limit, seed=seed)
         rows = [tokens[mask][None] for tokens, mask in zip(made.responses.tokens_NT, made.responses.mask_NT, strict=True)]

@@ -1,6 +1,7 @@
 """The HTTP server of families: the OpenAI API, where the preference is part of the request.
 
     POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/NAME   GET /health   GET /metrics
+    POST /v1/preferences   GET, POST and DELETE /v1/preferences/ID
 
 `make_app` is the Starlette application around one engine, and `serve` runs it under uvicorn until SIGTERM or Ctrl-C, then lets what was
 begun come to its end. Errors have the API's shape, with the rule, what was found and the remedy beside the message.
@@ -31,11 +32,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from paretune.errors import ConfigError, ParetuneError, nearest, shown
-from paretune.policy.family import Family
+from paretune.policy.family import Family, task_of
 from paretune.policy.rollout import token_ids
 from paretune.serve.engine import Engine, QueueFull
-from paretune.serve.protocol import Asked, NotServed, Served, ask, chunk, completion, dumps, model_card
+from paretune.serve.protocol import Asked, Inquiry, NotServed, Served, answer_of, ask, chunk, completion, dumps, inquire, model_card
+from paretune.serve.questions import NoSession, OutOfTurn, Session, Sessions, TooMany
 from paretune.serve.rows import Piece, Row
+from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
 
 __all__ = ["Limits", "load_families", "make_app", "serve"]
@@ -43,20 +46,30 @@ __all__ = ["Limits", "load_families", "make_app", "serve"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes: bytes of a body, seconds to send one, seconds to take one piece of a stream, seconds to drain."""
+    """What a server takes: bytes of a body, seconds to send one, seconds to take one piece of a stream, seconds to drain; preferences that
+    are asked for at a time, and seconds after which one that nobody answers is forgotten."""
 
     body: int = 4 * 2**20
     receive: float = 30.0
     send: float = 30.0
     drain: float = 60.0
+    sessions: int = 64
+    idle: float = 1800.0
 
 
 def load_families(
-    paths: Sequence[str | Path], *, default: str | None = None, trust: bool = False, model: str | None = None, device: Any = None
+    paths: Sequence[str | Path],
+    *,
+    default: str | None = None,
+    trust: bool = False,
+    model: str | None = None,
+    device: Any = None,
+    tasks: Sequence[Task] = (),
 ) -> dict[str, Served]:
     """Saved families, each under the name of its folder. Families of one base model share its weights.
 
-    `default` is the preference of requests without one: even weights, if it is not given.
+    `default` is the preference of requests without one: even weights, if it is not given. `tasks` score the responses of families with
+    the same objectives; else that is the family's own task, where it names one that may be used.
     """
     served: dict[str, Served] = {}
     bases: dict[str, Any] = {}
@@ -66,7 +79,11 @@ def load_families(
             remedy = 'rename the folder: a family is asked for by its name, and "@" begins a preference'
             raise ConfigError("families that are served have names of their own, without @", found=repr(name), remedy=remedy)
         family = Family.load(path, trust=trust, scoring=False, model=model, device=device, bases=bases)
-        served[name] = Served(name, family, default_preference(family, default))
+        task = next((task for task in tasks if task.objectives.names == family.objectives.names), None)
+        if task is None:
+            with contextlib.suppress(ConfigError):  # code that nobody trusts: then no questions are asked
+                task = task_of(family.base, trust=trust)
+        served[name] = Served(name, family, default_preference(family, default), task=task)
         token_ids(family.policy.tokenizer, Prompt(text="a"))  # it settles how it pads and cuts before several threads use it
     return served
 
@@ -122,6 +139,7 @@ class _Server:
         self.models, self.engine, self.limits = dict(models), engine, limits
         self.key = None if key is None else key.encode()
         self.metrics = _Metrics(engine)
+        self.sessions = Sessions(limits.sessions, limits.idle)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -199,13 +217,48 @@ class _Server:
             if not kept:
                 self.engine.cancel([row for row in asked.rows if not row.ended])
 
+    async def begin(self, request: Request) -> Response:
+        """Draw and score what questions are made of, and ask the first."""
+        self._authorize(request)
+        body = await self._body(request)
+        inquiry = await anyio.to_thread.run_sync(inquire, body, self.models, self.engine)
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            session = await self.inquired(inquiry, gone)
+        finally:
+            gone.cancel()
+        return await _state(session, 201)
+
+    async def inquired(self, inquiry: Inquiry, gone: asyncio.Future[None]) -> Session:
+        """A session with its first question; the rows are dropped where nobody waits for them any more."""
+        with self.sessions.room():
+            queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+            for index, row in enumerate(inquiry.rows):
+                row.sink = _into(queue, index)
+            self.engine.submit(inquiry.rows)
+            try:
+                pieces = await _ends(len(inquiry.rows), queue, gone)
+            finally:
+                self.engine.cancel([row for row in inquiry.rows if not row.ended])
+            return self.sessions.add(await anyio.to_thread.run_sync(Session, inquiry, [piece.text for piece in pieces]))
+
+    async def answered(self, request: Request) -> Response:
+        """The state of a session: as it is, or after one more answer."""
+        self._authorize(request)
+        session = self.sessions.get(request.path_params["id"])
+        if request.method == "POST":
+            number, chosen = answer_of(await self._body(request))
+            await anyio.to_thread.run_sync(session.answer, number, chosen)
+        return await _state(session, 200)
+
+    async def forgotten(self, request: Request) -> Response:
+        self._authorize(request)
+        name = request.path_params["id"]
+        self.sessions.drop(name)
+        return JSONResponse({"id": name, "object": "preference.deleted", "deleted": True})
+
     async def _whole(self, asked: Asked, queue: asyncio.Queue[tuple[int, Piece]], gone: asyncio.Future[None]) -> Response:
-        ends: dict[int, Piece] = {}
-        while len(ends) < len(asked.rows):
-            index, piece = await _next(queue, gone)
-            _raise_error(piece)
-            ends[index] = piece
-        pieces = [ends[index] for index in range(len(asked.rows))]
+        pieces = await _ends(len(asked.rows), queue, gone)
         finishes = [piece.finish or "" for piece in pieces]
         made = await anyio.to_thread.run_sync(
             completion, asked, [piece.text for piece in pieces], [piece.spoken for piece in pieces], finishes
@@ -310,6 +363,21 @@ async def _next(queue: asyncio.Queue[tuple[int, Piece]], gone: asyncio.Future[No
         coming.cancel()
 
 
+async def _ends(count: int, queue: asyncio.Queue[tuple[int, Piece]], gone: asyncio.Future[None]) -> list[Piece]:
+    """The last piece of every row, in their order."""
+    ends: dict[int, Piece] = {}
+    while len(ends) < count:
+        index, piece = await _next(queue, gone)
+        _raise_error(piece)
+        ends[index] = piece
+    return [ends[index] for index in range(count)]
+
+
+async def _state(session: Session, status: int) -> Response:
+    state = await anyio.to_thread.run_sync(session.state)
+    return Response(dumps(state), status, media_type="application/json")
+
+
 def _raise_error(piece: Piece) -> None:
     if piece.error is not None or piece.finish == "cancelled":
         raise piece.error or _stopped()
@@ -321,6 +389,12 @@ def _error_body(error: ParetuneError) -> tuple[int, dict[str, Any], dict[str, st
     status, kind, code = 500, "server_error", None
     if isinstance(error, QueueFull):
         status, kind, code, headers = 429, "rate_limit_error", "queue_full", {"retry-after": str(error.retry_after)}
+    elif isinstance(error, TooMany):
+        status, kind, code, headers = 429, "rate_limit_error", "too_many_preferences", {"retry-after": str(error.retry_after)}
+    elif isinstance(error, NoSession):
+        status, kind, code = 404, "invalid_request_error", "preference_not_found"
+    elif isinstance(error, OutOfTurn):
+        status, kind, code = 409, "invalid_request_error", "out_of_turn"
     elif isinstance(error, NotServed):
         status, kind, code = 404, "invalid_request_error", "model_not_found"
     elif isinstance(error, _Refused):
@@ -374,11 +448,15 @@ def make_app(models: Mapping[str, Served], engine: Engine, *, key: str | None = 
         Route("/v1/completions", server.text, methods=["POST"]),
         Route("/v1/models", server.all_models, methods=["GET"]),
         Route("/v1/models/{name:path}", server.one_model, methods=["GET"]),
+        Route("/v1/preferences", server.begin, methods=["POST"]),
+        Route("/v1/preferences/{id}", server.answered, methods=["GET", "POST"]),
+        Route("/v1/preferences/{id}", server.forgotten, methods=["DELETE"]),
         Route("/health", server.health, methods=["GET"]),
         Route("/metrics", server.measured, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {ClientDisconnect: _on_gone, ParetuneError: _on_error, HTTPException: _on_error, Exception: _on_error}
     app = Starlette(routes=routes, lifespan=server.lifespan, exception_handlers=handlers)
+    app.state.server = server
     app.add_middleware(_Counted, metrics=server.metrics, paths=frozenset(route.path for route in routes))
     return app
 
@@ -392,10 +470,13 @@ def serve(
     key: str | None = None,
     limits: Limits | None = None,
     ready: Callable[[str], None] = lambda url: None,
+    more: Callable[[Starlette], None] = lambda app: None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then let what was begun come to its end. `ready` is called with the address."""
+    """Serve until SIGTERM or Ctrl-C, then let what was begun come to its end. `ready` is called with the address, and `more` may mount
+    other pages in the application."""
     limits = limits or Limits()
     app = make_app(models, engine, key=key, limits=limits)
+    more(app)
     AppStatus.disable_automatic_graceful_drain()  # streams go on to their end: the server waits for them
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=int(limits.drain), timeout_keep_alive=30, server_header=False

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import Field, StrictBool
 
 from paretune.errors import ConfigError, nearest, shown
+from paretune.evaluation.elicit import EACH, PROMPTS, TIE, pool_preferences
 from paretune.hub import positions_of
 from paretune.policy.family import Family
 from paretune.policy.rollout import token_ids
@@ -32,9 +33,10 @@ from paretune.policy.sampling import Sampling
 from paretune.registry import checked
 from paretune.serve.engine import Engine
 from paretune.serve.rows import Row, Spoken
+from paretune.tasks.base import Task
 from paretune.types import Count, Natural, Preference, Prompt
 
-__all__ = ["Asked", "NotServed", "Served", "ask", "chunk", "completion", "dumps", "model_card", "usage"]
+__all__ = ["Asked", "Inquiry", "NotServed", "Served", "answer_of", "ask", "chunk", "completion", "dumps", "inquire", "model_card", "usage"]
 
 Gate = Annotated[float, Field(ge=-100, le=100)]  # that is given directly
 MOST_CHOICES, MOST_STOPS, MOST_TOP = 128, 16, 20
@@ -42,6 +44,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_pen
 COMMON = {"model", "n", "stream", "stream_options", "stop", "seed", "max_tokens", "logprobs", *SAMPLING}
 COMMON |= {"preference", "lora", "merged_adapters"}
 KNOWN = {"chat": COMMON | {"messages", "max_completion_tokens", "top_logprobs"}, "text": COMMON | {"prompt"}}
+KNOWN["questions"] = {"model", "prompts", "questions", "enough", "each", "seed", "max_tokens"}
+KNOWN["answer"] = {"question", "answer"}
 IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "store", "service_tier"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # of parameters that are not supported: what they may say, because it asks for nothing
     "tools": ([],),
@@ -71,6 +75,8 @@ class Served:
     default: Preference
     created: int = field(default_factory=lambda: int(time.time()))
     lock: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer is used by one thread at a time
+    scoring: threading.Lock = field(default_factory=threading.Lock)  # and so is what scores
+    task: Task | None = None  # what scores responses, where that is known: questions to a preference need it
 
     @property
     def gate_names(self) -> tuple[str, ...]:
@@ -118,10 +124,7 @@ def about(name: str) -> Iterator[None]:
 
 def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> Asked:
     """What a body asks for; ConfigError, whose `place` is the parameter, for what is not there, not possible or not supported."""
-    if not isinstance(body, dict):
-        raise ConfigError("a request is a JSON object", found=shown(body), remedy='send {"model": ..., ...}')
-    body = {name: value for name, value in body.items() if value is not None}
-    _refuse_unknown(kind, body)
+    body = _object(kind, body)
     served, in_name = _model(body.get("model"), models)
     family = served.family
     preference, gates_K = _preference(served, in_name, body)
@@ -160,6 +163,97 @@ def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> A
     echoed = {"preference": weights, "gates": _named(served, gates_PK[0]), "seed": seed}
     tell_usage = bool(options.get("include_usage"))
     return Asked(kind, body["model"], served, rows, sum(map(len, tokens)), stream, tell_usage, echoed)
+
+
+@dataclass(eq=False)
+class Inquiry:
+    """A request to be asked for a preference: the rows of its pool, preference by preference, each over all prompts."""
+
+    served: Served
+    prompts: list[Prompt]
+    rows: list[Row]
+    seed: int
+    questions: int
+    enough: float
+
+
+def inquire(body: Any, models: Mapping[str, Served], engine: Engine) -> Inquiry:
+    """What a body that wants questions asks for; ConfigError as `ask` has it."""
+    body = _object("questions", body)
+    served, in_name = _model(body.get("model"), models)
+    family = served.family
+    if served.task is None:
+        rule, found = "questions are made of responses that are scored", f"{served.name}, a family without its task"
+        raise ConfigError(rule, found=found, remedy="serve it with --recipe, its recipe; --trust, where the family names code")
+    if in_name is not None:
+        with about("model"):
+            raise ConfigError("questions find the preference", found=shown(body["model"]), remedy=f"model = {served.name!r}")
+    each = _number(body, "each", Annotated[int, Field(ge=2, le=200)], EACH)
+    with about("prompts"):
+        prompts = _asked_about(served, body.get("prompts"), max(1, min(PROMPTS, engine.queue // each)))
+        with served.lock:
+            tokens = [token_ids(family.policy.tokenizer, prompt) for prompt in prompts]
+    seed = _number(body, "seed", int, 0)
+    limits = [_limit("text", body, served, len(ids)) for ids in tokens]
+    w_WM = pool_preferences(family.objectives.count, each, seed)
+    if len(w_WM) * len(prompts) > engine.queue:
+        with about("each"):
+            found, remedy = f"{len(w_WM)} to each of {len(prompts)} prompts", "give fewer prompts, or a smaller each"
+            raise ConfigError(f"questions are made of at most {engine.queue} responses", found=found, remedy=remedy)
+    gates_WPK = np.stack([np.broadcast_to(family.gates(w_M[None], prompts)[0], (len(prompts), family.policy.K)) for w_M in w_WM])
+    rows = [
+        Row(served.name, prompt, ids, gates_K, limit=limit, seed=seed + turn)  # what `draw_pool` draws
+        for turn, gates_PK in enumerate(gates_WPK)
+        for prompt, ids, gates_K, limit in zip(prompts, tokens, gates_PK, limits, strict=True)
+    ]
+    with about("max_tokens"):
+        for row in rows[: len(prompts)]:
+            engine.check(row)
+    most = _number(body, "questions", Annotated[int, Field(ge=1, le=200)], 10)
+    return Inquiry(served, prompts, rows, seed, most, _number(body, "enough", Annotated[float, Field(ge=0, le=1)], 0.01))
+
+
+def _asked_about(served: Served, given: Any, count: int) -> list[Prompt]:
+    """Each prompt once: texts and conversations, or `count` of the task's test prompts where none are given."""
+    if given is None:
+        assert served.task is not None
+        return list(served.task.prompts("test"))[:count]
+    if not isinstance(given, list) or not given or not all(part and isinstance(part, str | list) for part in given):
+        remedy = 'for example ["Where is my parcel?"]'
+        raise ConfigError("prompts are a list of texts, or of lists of messages", found=shown(given), remedy=remedy)
+    made: list[Prompt] = []
+    for part in given:
+        made += _prompts("chat", {"messages": part}, served.family) if isinstance(part, list) else _texts([part], served.family)
+    return list({prompt.digest: prompt for prompt in made}.values())
+
+
+def _texts(given: list[str], family: Family, *, raw: bool = False) -> list[Prompt]:
+    for text in given:
+        _check_text(text)
+    return family.prompts(given, raw=raw)
+
+
+def answer_of(body: Any) -> tuple[int, int]:
+    """The number of a question, and the place of the better response, or TIE."""
+    body = _object("answer", body)
+    places = {"1": 0, "2": 1, "=": TIE}
+    with about("question"):
+        number = checked("question", Count, body.get("question"))
+    with about("answer"):
+        said = str(body.get("answer")) if not isinstance(body.get("answer"), bool) else "true"
+        if said not in places:
+            rule = "an answer is 1, 2 or ="
+            raise ConfigError(rule, found=shown(body.get("answer")), remedy='"=" says that both are equally good')
+    return number, places[said]
+
+
+def _object(kind: str, body: Any) -> dict[str, Any]:
+    """A body without what is null; ConfigError for parameters that are not known."""
+    if not isinstance(body, dict):
+        raise ConfigError("a request is a JSON object", found=shown(body), remedy='send {"model": ..., ...}')
+    body = {name: value for name, value in body.items() if value is not None}
+    _refuse_unknown(kind, body)
+    return body
 
 
 def _refuse_unknown(kind: str, body: Mapping[str, Any]) -> None:
@@ -250,9 +344,7 @@ def _prompts(kind: str, body: Mapping[str, Any], family: Family) -> list[Prompt]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         found = "token ids" if isinstance(texts, list) and texts else shown(given)
         raise ConfigError("a prompt is a text, or a list of texts", found=found, remedy="give the text itself")
-    for text in texts:
-        _check_text(text)
-    return family.prompts(texts, raw=True)
+    return _texts(texts, family, raw=True)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
