@@ -31,7 +31,7 @@ RAY = {"--address", "--cpus-per-job", "--gpus-per-job", "--memory-per-job", "--w
 
 # Every command with its arguments and flags. Change this only together with the README and the changelog.
 COMMANDS = {
-    "demo": {"--root", "--workers", "--json"},
+    "demo": {"--root", "--seeds", "--workers", "--json"},
     "ls": {"KIND", "ROOT", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--dry-run", "--plugin", "--json"},
