@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,8 @@ from paretune.policy.card import read_card
 __all__ = ["serve"]
 
 Base = Annotated[str | None, typer.Option("--model", help="Where the families' reference model is now, if it has moved.")]
+ENGINES = ("embedded", "vllm")
+EMBEDDED = ("max_queue", "chunk", "prefix_cache", "max_body", "drain", "trust")  # options that vLLM does not have, or has under other names
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,6 +37,9 @@ def serve(
     prefix_cache: Annotated[int, typer.Option(min=0, max=2**20, help="MiB for prompts that others begin with; 0 keeps none.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, max=2**30, help="KiB of a request.")] = 4096,
     drain: Annotated[int, typer.Option(min=0, max=86_400, help="Seconds that responses have to end after SIGTERM.")] = 60,
+    engine: Annotated[str, typer.Option(help="embedded: every mixing; vllm: vLLM's own server, for soups of LoRAs.")] = "embedded",
+    vllm_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`, as one text.")] = "",
+    context: typer.Context = None,  # type: ignore[assignment]
     trust: Trust = False,
     model: Base = None,
     plugin: Plugins = None,
@@ -44,6 +50,13 @@ def serve(
         read_card(path)
     key = _key(api_key)
     plug(plugin)
+    _check_engine(engine, vllm_args, context)
+    if engine == "vllm":
+        from paretune.serve.vllm import launch
+
+        settings: dict[str, Any] = {"host": host, "port": port, "rows": max_rows, "default": default, "key": key, "model": model}
+        argv, variables = launch.command(family, version=launch.installed(), **settings, more=shlex.split(vllm_args))
+        os.execve(argv[0], argv, {**os.environ, **variables})
     try:
         from paretune.serve import app as server
     except ImportError as error:
@@ -52,7 +65,7 @@ def serve(
     from paretune.serve.engine import Engine
 
     models = server.load_families(family, default=default, trust=trust, model=model)
-    engine = Engine(
+    decoder = Engine(
         {name: served.family for name, served in models.items()},
         rows=max_rows,
         queue=max_queue,
@@ -63,7 +76,7 @@ def serve(
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
     server.serve(
         models,
-        engine,
+        decoder,
         host=host,
         port=port,
         key=key,
@@ -71,6 +84,18 @@ def serve(
         ready=lambda url: say(f"serving {', '.join(models)} at {url}/v1"),
     )
     say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _check_engine(engine: str, vllm_args: str, context: typer.Context) -> None:
+    """The engine is one of two, and is given no option of the other's."""
+    if engine not in ENGINES:
+        raise ConfigError(f"an engine is one of {', '.join(ENGINES)}", found=repr(engine), remedy="leave --engine out for the embedded one")
+    if engine == "embedded" and vllm_args:
+        raise ConfigError("--vllm-args are vLLM's", found="--engine embedded", remedy="add --engine vllm")
+    given = [name for name in EMBEDDED if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    if engine == "vllm" and given:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError("vLLM has options of its own", found=found, remedy='leave it out, or see --vllm-args "..."')
 
 
 def _key(variable: str | None) -> str | None:
