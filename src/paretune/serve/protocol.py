@@ -36,7 +36,10 @@ from paretune.serve.rows import Row, Spoken
 from paretune.tasks.base import Task
 from paretune.types import Count, Natural, Preference, Prompt
 
-__all__ = ["Asked", "Inquiry", "NotServed", "Served", "answer_of", "ask", "chunk", "completion", "dumps", "inquire", "model_card", "usage"]
+__all__ = [
+    *("Asked", "Gate", "Inquiry", "NotServed", "Served", "answer_of", "as_preference", "ask"),
+    *("chunk", "completion", "dumps", "inquire", "model_card", "one_spelling", "usage"),
+]
 
 Gate = Annotated[float, Field(ge=-100, le=100)]  # that is given directly
 MOST_CHOICES, MOST_STOPS, MOST_TOP = 128, 16, 20
@@ -282,22 +285,32 @@ def _model(name: Any, models: Mapping[str, Served]) -> tuple[Served, str | None]
 
 def _preference(served: Served, in_name: str | None, body: Mapping[str, Any]) -> tuple[Preference | None, np.ndarray | None]:
     """The preference, or the gates where these are given."""
-    spellings = [name for name in ("preference", "lora", "merged_adapters") if name in body]
-    spellings = [*(["model"] if in_name is not None else []), *spellings]
+    spelled = one_spelling(in_name, body, ("preference", "lora", "merged_adapters"))
+    if spelled is None:
+        return served.default, None
+    kind, given = spelled
+    with about(kind):
+        if kind in ("model", "preference"):
+            return as_preference(served.family.objectives.names, given), None
+        return None, _gates(served, kind, given)
+
+
+def one_spelling(in_name: str | None, body: Mapping[str, Any], known: Sequence[str]) -> tuple[str, Any] | None:
+    """How a request says its preference, and what it says; "model" is the model's name. None where it says nothing."""
+    spellings = [*(["model"] if in_name is not None else []), *(name for name in known if name in body)]
     if len(spellings) > 1:
         with about(spellings[-1]):
             found = " and ".join("the model's name" if name == "model" else name for name in spellings)
             raise ConfigError("a request gives its preference once", found=found, remedy="leave all but one out")
-    if not spellings:
-        return served.default, None
-    with about(spellings[0]):
-        if spellings[0] in ("model", "preference"):
-            given = in_name if spellings[0] == "model" else body["preference"]
-            if not isinstance(given, str | list | dict):
-                remedy = 'for example {"preference": {"polite": 0.7, "brief": 0.3}}'
-                raise ConfigError("a preference is an object, a list or a text", found=shown(given), remedy=remedy)
-            return Preference.of(served.family.objectives.names, given), None
-        return None, _gates(served, spellings[0], body[spellings[0]])
+    return next(((name, in_name if name == "model" else body[name]) for name in spellings), None)
+
+
+def as_preference(objectives: Sequence[str], given: Any) -> Preference:
+    """The preference that a body or a model's name gives."""
+    if not isinstance(given, str | list | dict):
+        remedy = 'for example {"preference": {"polite": 0.7, "brief": 0.3}}'
+        raise ConfigError("a preference is an object, a list or a text", found=shown(given), remedy=remedy)
+    return Preference.of(objectives, given)
 
 
 def _gates(served: Served, kind: str, given: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from paretune.types import check_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "read_adapter", "write_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_config", "check_trainable", "read_adapter", "read_factors", "write_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -84,6 +84,24 @@ def read_adapter(path: Path) -> tuple[Any, dict[str, Tensor]]:
         return LoraConfig.from_pretrained(str(path)), load_file(path / WEIGHTS_FILE)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ConfigError("an adapter's files can be read", found=f"{path}: {error}", remedy="copy or train it again") from error
+
+
+def read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Layer -> A (r, I), B (O, r) and their scale, of a plain PEFT directory: what it adds to the layer's weight is scale * B A."""
+    from peft.utils.other import get_pattern_key
+
+    config, tensors = read_adapter(path)
+    check_config(path.name, config, ())
+    found = {}
+    for key, a_rI in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        alphas = config.alpha_pattern or {}
+        alpha: Any = alphas.get(get_pattern_key(list(alphas), layer), config.lora_alpha)
+        scale = float(alpha) / (len(a_rI) ** 0.5 if config.use_rslora else len(a_rI))
+        found[layer] = a_rI, tensors[key.replace(".lora_A.", ".lora_B.")], scale
+    return found
 
 
 def write_adapter(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
