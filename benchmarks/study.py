@@ -1,6 +1,6 @@
 """The study: every method of the taxonomy on ten relationships of objectives, judged on training and on new prompts.
 
-    python benchmarks/study.py [--root DIR ...] [--seeds 200 201 ...] [--parts exact sampled] [--run] [--out benchmarks/results/study.json]
+    python benchmarks/study.py [--root DIR ...] [--seeds 200 201 ...] [--parts exact sampled] [--run] [--rows] [--out FILE]
 
 `study.yaml` declares it: the task, relationships, equal budgets and methods. `--run` computes what the first root does not hold yet, seed
 by seed, so that a stopped run has every method and relationship of the seeds that it finished; the same command goes on. Without it the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ import yaml
 
 from cells import attainment_W
 from common import emit
+from paretune.evaluation.advice import DIALS, advise, load_rows, shipped
 from paretune.registry import TASKS
 from paretune.runs.store import Store
 from paretune.runs.suite import load_suite, members_of, run_suite
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "study.json"
-KEPT = ("worst_train", "mean_train", "worst_test", "mean_test")
+SPLITS = ("train", "test")
+KEPT = tuple(f"{name}_{split}" for name in ("worst", "mean", "control") for split in SPLITS)
 
 
 def declared() -> dict[str, Any]:
@@ -106,8 +109,9 @@ def _empty(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add(row: dict[str, Any], cell: Mapping[str, Any]) -> None:
     row["seeds"].append(cell["seed"])
-    for split in ("train", "test"):
-        values = attainment_W(cell, split)
+    for split in SPLITS:
+        values, control = attainment_W(cell, split), cell["metrics"]["splits"][split].get("controllability")
+        row[f"control_{split}"].append(None if control is None else round(control, 3))
         row[f"worst_{split}"].append(round(float(np.nanmin(values)), 4))
         row[f"mean_{split}"].append(round(float(np.nanmean(values)), 4))
     own = cell["metrics"]["splits"]["train"].get("own_utility")
@@ -129,6 +133,45 @@ def settled(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def merge_rows(found: Mapping[str, Any], study: Mapping[str, Any]) -> None:
+    """The study's rows after those of other tasks in the results that `advise` reads; means over seeds, as attainment_* say there."""
+    path = shipped()
+    assert path is not None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kept = [row for row in record["rows"] if row.get("task") != study["task"]["name"]]
+    for part, relations in found.items():
+        for name, rows in relations.items():
+            dials = {dial: study["relationships"][name].get(dial, usual) for dial, usual in DIALS.items()}
+            for method, row in rows.items():
+                told = {"task": study["task"]["name"], **dials, "method": method, "category": row["category"]}
+                told |= {"learner": study["parts"][part]["learner"]["name"], "n_seeds": len(row["seeds"])}
+                told |= {f"attainment_{key}": round(float(np.mean(row[key])), 4) for key in KEPT[:4]}
+                kept.append({**told, "samples": round(float(np.median(row["cost"]["samples"])))})
+    lines = [json.dumps(row, separators=(", ", ": ")) for row in kept]
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"})
+    path.write_text(head[:-1] + ', "rows": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+
+
+def without_evidence() -> int:
+    """Shipped recipes, and tasks of shipped suites, with advice that names no measured rows.
+
+    Their models are not here, so that what `relate` would measure is not known: every correlation, ratio of spreads and rate counts.
+    """
+    rows = load_rows(shipped() or Path())
+    files = [*sorted((HERE.parent / "examples").rglob("*.yaml")), *sorted((HERE.parent / "src" / "paretune" / "suites").glob("*.yaml"))]
+    missing = looked = 0
+    for data in (yaml.safe_load(path.read_text(encoding="utf-8")) for path in files):
+        tasks = data.get("tasks", [data] if "objectives" in data else [])
+        counts = {len(one["objectives"]) if "objectives" in one else one.get("objective_count", 2) for one in tasks} - {1}
+        for count in counts:
+            looked += 1
+            dials = product([count], [-1.0, -0.5, 0.0, 0.5, 1.0, float("nan")], [1.0, 10.0, float("nan")], [0.0, 0.01, 0.3], [0.0, 2.0])
+            said = [advise(dict(zip(DIALS, one, strict=False)), rows) for one in dials]
+            missing += not all(len(several) > 2 and all(one.rows for one in several) for several in said)
+    assert looked
+    return missing
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, nargs="+", default=[Path("runs/study")])
@@ -136,6 +179,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["exact", "sampled"])
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", action="store_true", help="also put the rows that `advise` reads into the package's results")
     given = parser.parse_args()
     study = declared()
     seeds = given.seeds or study["seeds"]
@@ -148,7 +192,10 @@ def main() -> None:
                     for row in summary.failed:
                         print("  failed", row.label, row.message, flush=True)
     found, missing, total = read(study, given.root, seeds, given.parts)
-    emit({"study_cells_missing": missing}, out=given.out, cells_declared=total, study=study, cells=settled(found))
+    figures = {"study_cells_missing": missing, "relate_without_evidence": without_evidence()}
+    if given.rows:
+        merge_rows(found, study)
+    emit(figures, out=given.out, cells_declared=total, study=study, cells=settled(found))
 
 
 if __name__ == "__main__":

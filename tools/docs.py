@@ -35,6 +35,7 @@ from paretune.report.tables import Table, glance_table, minus
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import study_page
 from targets import FIGURES, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUICK = RESULTS / "quick.json"
 RELATIONS = SOURCE / "results" / "relations.json"
 PICTURE = ROOT / "docs" / "figures" / "front.svg"
+STUDY = ROOT / "docs" / "figures" / "study.svg"
 BLOCK = re.compile(r"(<!-- ([\w-]+): made by tools/docs\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 DRAWN = ("bridge", "linear", "experts parameter", "experts logit", "emorl-shared", "reference", "uniform")  # in the picture
 
@@ -216,7 +218,7 @@ COMPARED = ("conditioned", "bridge", "emorl-shared", "linear", "experts paramete
 def finding() -> str:
     """The comparison at conflict and at agreement, in two sentences, from the results over ten task seeds."""
     record = json.loads(RELATIONS.read_text(encoding="utf-8"))
-    worst = {(row["method"], row["rho"]): row["attainment_worst_train"] for row in record["rows"]}
+    worst = {(row["method"], row["rho"]): row["attainment_worst_train"] for row in record["rows"] if row["task"] == "exact-v1"}
     said = {"experts parameter": "the experts' soup", "experts logit": "mixing their logits"}
     at = ", ".join(f"{minus(f'{worst[name, -0.8]:.2f}')} for {said.get(name, f'`{name}`')}" for name in COMPARED)
     same = [worst[name, 0.8] for name in COMPARED]
@@ -231,16 +233,19 @@ def finding() -> str:
 def seeds() -> str:
     """The comparison of methods over ten task seeds, by correlation."""
     record = json.loads(RELATIONS.read_text(encoding="utf-8"))
-    rows = {(row["method"], row["rho"]): row for row in record["rows"]}
+    rows = {(row["method"], row["rho"]): row for row in record["rows"] if row["task"] == "exact-v1"}
     rhos = sorted({rho for _, rho in rows}, reverse=True)
     names = sorted({name for name, _ in rows}, key=lambda name: -rows[name, rhos[-1]]["attainment_worst_train"])
     at = [f"rho = {minus(f'{rho:g}')}" for rho in rhos]
-    lines = [f"| method | {' | '.join(at)} | test prompts, {at[-1]} |"]
-    lines.append("|---|" + "---:|" * (len(rhos) + 1))
+    lines = [f"| method | {' | '.join(at)} | test prompts, {at[-1]} | samples |"]
+    lines.append("|---|" + "---:|" * (len(rhos) + 2))
     for name in names:
         cells = [_interval(rows[name, rho], "attainment_worst_train") for rho in rhos]
         field = rows[name, rhos[0]]["fields"].get("aggregation", "")
-        lines.append(f"| {f'{name} {field}'.strip()} | {' | '.join(cells)} | {_interval(rows[name, rhos[-1]], 'attainment_worst_test')} |")
+        lines.append(
+            f"| {f'{name} {field}'.strip()} | {' | '.join(cells)} | {_interval(rows[name, rhos[-1]], 'attainment_worst_test')} "
+            f"| {rows[name, rhos[-1]]['samples']:,} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -250,13 +255,13 @@ def _interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def quick_table() -> str:
-    """The quick suite's table of worst attainment, with its one task seed named."""
+    """The quick suite's table of worst attainment on training prompts: what one task seed says of new ones is left out."""
     found = quick()
     table = glance_table(found)
     commits = sorted({str(cell.env.get("commit"))[:10] for cell in found.cells})
     of = sorted({cell.task.get("seed") for cell in found.cells})
     assert len(of) == 1, "the caption says that there is one task seed"
-    shown = Table(table.name, tuple(c for c in table.columns if c.key != "category"), table.rows)
+    shown = Table(table.name, tuple(c for c in table.columns if c.key not in ("category", "worst_test")), table.rows)
     return f"Task seed {of[0]} alone; {len(found.cells)} cells; commit {', '.join(commits)}.\n\n{markdown(shown)}"
 
 
@@ -381,6 +386,9 @@ def markdown(table: Table) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "study-state": study_page.state,
+    "study-claims": study_page.claims,
+    "study-table": study_page.table,
     "answers": answers,
     "finding": finding,
     "results": results,
@@ -406,7 +414,7 @@ def wanted() -> dict[Path, str]:
     """Every generated file, and what should stand in it."""
     listed = json.dumps(made_catalog(), indent=1, ensure_ascii=False) + "\n"  # first: what follows reads the classes, too
     made = {path: BLOCK.sub(lambda m: f"{m[1]}{PARTS[m[2]]()}{m[3]}", path.read_text(encoding="utf-8")) for path in pages()}
-    return {**made, PICTURE: picture(), SOURCE / CATALOG: listed}
+    return {**made, PICTURE: picture(), STUDY: study_page.picture(), SOURCE / CATALOG: listed}
 
 
 def main() -> int:
