@@ -195,6 +195,16 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(fitted, unloadable,
     assert found in run(args[0], fitted[1], *args[1:], code=2).stderr
 
 
+def test_a_mixture_is_refused_before_torch_is_imported(fitted, tmp_path):
+    asked = ["export", str(fitted[1]), "--preference", "loud=.7,brief=.3", "--out", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "paretune", *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "mixing 'logit': it mixes the experts' predictions" in done.stderr
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "paretune.policy.card" in imported
+    assert not imported & {"torch", "transformers", "scipy"}
+
+
 def test_a_family_whose_model_has_moved_says_how_to_go_on_before_anything_is_loaded(fitted, unloadable, tmp_path):
     card = json.loads((fitted[1] / "family.json").read_text())
     card["base"] |= {"model": str(tmp_path / "gone"), "beside": "../gone"}

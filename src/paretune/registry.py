@@ -76,7 +76,8 @@ class Registry:
         return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
 
     def __getitem__(self, name: str) -> type:
-        self._load()
+        if not isinstance(name, str) or name not in self._classes:
+            self._load()  # not for a class that is there: the rooms of others may import torch
         if not isinstance(name, str) or name not in self._classes:
             remedy = nearest(shown(name), self._classes) + PLUGIN_REMEDY
             raise ConfigError(f"{self._one} is known by its name", found=shown(name), remedy=remedy)

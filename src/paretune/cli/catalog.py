@@ -22,6 +22,7 @@ import typer
 from paretune.cli.common import Json, Plugins, app, examples, plug, print_json, say, show_table, tell
 from paretune.cli.places import families_table, runs_table
 from paretune.errors import ConfigError, nearest
+from paretune.policy.card import CATALOG
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, PLUGIN_REMEDY, TASKS, Registry, loaded_plugins
 from paretune.report.tables import Column, Table
 from paretune.runs.config import load
@@ -93,7 +94,6 @@ KINDS = (*REGISTRIES, "suites")
 PLACES = {"runs": runs_table, "families": families_table}  # what lies in folders
 SHORT = {"methods": ("name", "summary")}  # the columns that a person is shown, where `show` and --json have more
 WIDE = 100  # columns of a terminal, below which what lies in folders is listed in lines
-CATALOG = "results/catalog.json"  # in the package, made by tools/docs.py: what ships, so that nobody imports torch to read it
 COMMENT = re.compile(r"^\s+(\w+)\s*:[^#]*#\s*(.+)$")
 
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -120,17 +120,21 @@ def _shipped() -> dict[str, dict[str, dict[str, Any]]] | None:
     """Kind -> name -> what `describe_name` says; None where a plugin may have added to it, or the classes are in memory anyway."""
     if "paretune.methods.base" in sys.modules or loaded_plugins() or entry_points(group="paretune.plugins"):
         return None
-    return _read_catalog()
+    return {kind: _read_catalog()[kind] for kind in REGISTRIES}
 
 
 @cache
-def _read_catalog() -> dict[str, dict[str, dict[str, Any]]]:
+def _read_catalog() -> dict[str, dict[str, Any]]:
     return json.loads((files("paretune") / CATALOG).read_text(encoding="utf-8"))
 
 
-def made_catalog() -> dict[str, dict[str, dict[str, Any]]]:
-    """The content of CATALOG, from the classes themselves."""
-    return {kind: {name: _described(kind, name) for name in registry} for kind, registry in REGISTRIES.items()}
+def made_catalog() -> dict[str, dict[str, Any]]:
+    """The content of CATALOG, from the classes themselves; of mixings, why one that only has single weights at an expert has no others."""
+    from paretune.policy.base import MIXINGS, Policy
+
+    found = {name: cls for name in MIXINGS if getattr(cls := MIXINGS[name], "single_weights", None) is Policy.single_weights}
+    many = {name: getattr(cls, "why_many", "") for name, cls in found.items()}
+    return {**{kind: {name: _described(kind, name) for name in registry} for kind, registry in REGISTRIES.items()}, "mixtures": many}
 
 
 def _described(kind: str, name: str) -> dict[str, Any]:

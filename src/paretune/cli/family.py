@@ -32,7 +32,7 @@ from paretune.cli.common import (
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.files import check_new
-from paretune.policy.card import found_base, read_card
+from paretune.policy.card import check_mixture, found_base, read_card
 from paretune.progress import clock
 from paretune.types import Objectives, last_words
 from paretune.types import Preference as Weights
@@ -184,11 +184,11 @@ def export(
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
     family, card = _asked(family, preference, model)
     check_new(out, "an export is written into a new folder")
-    from paretune.serve.export import check_mixture, check_request
+    check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
+    from paretune.serve.export import check_request
     from paretune.serve.export import export as write
 
     check_request(out, kind, dtype)
-    check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
     from paretune.policy.family import Family
 
     made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)

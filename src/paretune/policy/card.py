@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from paretune.errors import ConfigError, shown
 from paretune.hub import is_local
 
-__all__ = ["FAMILY_FILE", "FAMILY_FORMAT", "found_base", "read_card"]
+__all__ = ["CATALOG", "FAMILY_FILE", "FAMILY_FORMAT", "check_mixture", "found_base", "no_single", "read_card"]
 
 FAMILY_FILE, FAMILY_FORMAT = "family.json", 2  # 1 was before version 0.2, whose fields had other names
+CATALOG = "results/catalog.json"  # in the package, made by tools/docs.py: what ships, so that nobody imports torch to read it
 
 
 class _Objectives(BaseModel):
@@ -95,3 +98,33 @@ def found_base(base: Mapping[str, Any], path: Path, given: str | Path | None) ->
             remedy="say where it is now: --model FOLDER on the command line, Family.load(path, model=FOLDER) in Python",
         )
     return plain
+
+
+def check_mixture(card: Mapping[str, Any], w_M: np.ndarray) -> None:
+    """ConfigError where a family's card alone says that no one set of weights is its policy at a preference.
+
+    So it is where a rule looks at the prompt, and where several gates are open in a mixing that only has single weights where one expert
+    stands alone. Elsewhere `serve.export.single_weights` decides, which asks the policy itself.
+    """
+    from paretune.policy import contextual, rules  # noqa: F401 - without torch, where GATE_RULES would import the whole room
+    from paretune.registry import GATE_RULES
+
+    rule = GATE_RULES.build(card["rule"])
+    if rule.per_prompt:
+        raise no_single(f"rule {rule.registered_name!r} sets the gates anew for every prompt", vertex=False)
+    mixing = card["mixing"] if isinstance(card["mixing"], str) else card["mixing"]["name"]
+    many = json.loads((files("paretune") / CATALOG).read_text(encoding="utf-8"))["mixtures"].get(mixing)
+    if many is None or rule.searches or not card["adapters"]:
+        return
+    if np.count_nonzero(np.abs(rule.gates(np.asarray(w_M)[None])[0]) > 1e-9) > 1:
+        raise no_single(f"mixing {mixing!r}: {many}", vertex=True)
+
+
+def no_single(found: str, *, vertex: bool) -> ConfigError:
+    """Why there is nothing to export. `vertex`: a preference at which one expert is alone could be."""
+    first = "a preference that one expert alone answers can be exported; for others, " if vertex else ""
+    soup = "; the same experts averaged (mixing: parameter) can, too, for what such a soup is worth" if vertex else ""
+    remedy = f'{first}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
+    return ConfigError(
+        "an export is one set of weights", found=found, remedy=f"{remedy} exported{soup}; `paretune sample` uses this family as it is"
+    )

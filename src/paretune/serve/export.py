@@ -24,15 +24,14 @@ from torch import Tensor
 from paretune.errors import ConfigError, nearest
 from paretune.files import check_new, disk_errors, new_folder
 from paretune.hub import is_local
-from paretune.policy.base import MIXINGS, Policy, Weights
+from paretune.policy.base import Policy, Weights
+from paretune.policy.card import no_single
 from paretune.policy.family import Family
 from paretune.policy.lora.linear import base_weight
-from paretune.policy.rules import GateRule
-from paretune.registry import GATE_RULES
 from paretune.serve.model_card import Exported, model_card, neutral_sampling, record
 from paretune.types import Preference
 
-__all__ = ["KINDS", "check_mixture", "check_request", "export", "single_weights"]
+__all__ = ["KINDS", "check_request", "export", "single_weights"]
 
 KINDS = ("merged", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -94,47 +93,16 @@ def check_request(out: str | Path, kind: str, dtype: str | None) -> Path:
     return out
 
 
-def check_mixture(card: Mapping[str, Any], w_M: np.ndarray) -> None:
-    """ConfigError where it is known from a family's card, without its model, that no one set of weights is its policy at a preference."""
-    rule = GATE_RULES.build(card["rule"])
-    named = card["mixing"] if isinstance(card["mixing"], dict) else {"name": card["mixing"]}
-    cls = MIXINGS[named["name"]]
-    policy: Any = object.__new__(cls)  # without bank and model: where `single_weights` looks at those, the answer comes later
-    policy.__dict__ |= {key: value for key, value in named.items() if key != "name"}
-    found: Weights | str = f"rule {rule.registered_name!r} sets the gates anew for every prompt"
-    if not rule.per_prompt:
-        if rule.searches or not card["adapters"]:
-            return
-        try:
-            found = policy.single_weights(torch.from_numpy(rule.gates(np.asarray(w_M)[None])[0]).float())
-        except AttributeError:
-            return
-        if not isinstance(found, str):
-            return
-        found = f"mixing {named['name']!r}: {found}"
-    raise _no_single(policy, rule, str(found))
-
-
 def single_weights(family: Family, w_M: np.ndarray) -> Weights:
     """The set of weights that computes what the family does at a preference. Raises ConfigError where there is none."""
     policy, rule = family.policy, family.rule
     if rule.per_prompt:
-        raise _no_single(policy, rule, f"rule {rule.registered_name!r} sets the gates anew for every prompt")
+        raise no_single(f"rule {rule.registered_name!r} sets the gates anew for every prompt", vertex=False)
     gates_K = torch.from_numpy(family.gates(np.asarray(w_M)[None])[0]).float().to(policy.device)
     found = policy.single_weights(gates_K) if policy.bank.layers else Weights("base", gates_K)
     if isinstance(found, str):
-        raise _no_single(policy, rule, f"mixing {policy.mixing!r}: {found}")
+        raise no_single(f"mixing {policy.mixing!r}: {found}", vertex=policy.vertices_are_experts)
     return found
-
-
-def _no_single(policy: Policy, rule: GateRule, found: str) -> ConfigError:
-    alone = policy.vertices_are_experts and not rule.per_prompt
-    vertex = "a preference that one expert alone answers can be exported; for others, " if alone else ""
-    soup = "; the same experts averaged (mixing: parameter) can, too, for what such a soup is worth" if alone else ""
-    remedy = f'{vertex}method "distilled" trains one student for all preferences and "bridge" an adapter between the experts, which can be'
-    return ConfigError(
-        "an export is one set of weights", found=found, remedy=f"{remedy} exported{soup}; `paretune sample` uses this family as it is"
-    )
 
 
 def _write(
