@@ -19,7 +19,7 @@ import numpy as np
 from common import emit
 from paretune.registry import TASKS
 
-SEEDS = {"exact-v1": range(100, 110), "exact-v2": range(200, 210)}
+SEEDS = {"exact-v2": range(200, 210), "exact-v1": range(100, 110)}
 SIZES: dict[str, dict[str, Any]] = {
     "judged size": {},
     "8 prompts": {"prompt_count": 8},

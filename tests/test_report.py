@@ -28,6 +28,7 @@ from paretune.report.tables import (
     front_table,
     glance_table,
     headline,
+    known_table,
     leaderboard,
     loss_table,
     relation_table,
@@ -469,6 +470,39 @@ def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
     for figure in [*front_figures(results), *attainment_figures(results)]:
         check_view(figure.views["test"])
     write_report(tmp_path)
+
+
+def test_lines_of_what_is_known_stand_in_the_table_the_figure_the_findings_and_the_loss(tmp_path):
+    """Means over task seeds; representation is taken out of learning, or of the remainder where learning is unknown; the sum stays."""
+    lines = lambda low, seed: {"representable": [low + 0.01 * seed] * 11, "blind": [low / 2] * 11, "posterior": [low / 4] * 11}  # noqa: E731
+    for label in ("experts logit", "experts parameter"):
+        for seed in (0, 1):
+            data = record(label, rho=0.0, task_seed=seed)
+            if label == "experts parameter":
+                loss = data["metrics"]["splits"]["train"]["loss"]
+                loss |= {"learning": None, "composition": None, "remainder": [0.3] * 11}
+            publish(tmp_path, data | {"known": {"train": lines(0.9, seed), "test": lines(0.8, seed)}})
+    results = load(tmp_path)
+    rows = known_table(results).rows
+    assert len(rows) == 2 * 3 * 11
+    found = {(row["split"], row["line"]): row["attainment"] for row in rows}
+    assert found["train", "representable"] == pytest.approx(0.905)
+    assert (found["test", "blind"], found["test", "posterior"]) == pytest.approx((0.4, 0.2))
+
+    by_method = {row["method"]: row for row in loss_table(results).rows}
+    split, soup = by_method["experts logit"], by_method["experts parameter"]
+    assert (split["representation"], split["learning"]) == pytest.approx((0.095, 0.05 - 0.095))
+    assert (soup["representation"], soup["remainder"], soup["loss"]) == pytest.approx((0.095, 0.205, 0.3))
+    assert soup["learning"] is None
+
+    view = attainment_figures(results)[0].views["test"]
+    check_view(view)
+    drawn = {series["name"]: series["y"] for series in view["series"]}
+    assert drawn["blind to the prompt"] == pytest.approx([0.4] * 11)
+    page = write_report(tmp_path).read_text()
+    assert "With the frozen head no policy attains more than 0.805 at the worst preference" in page
+    assert "what is best without the prompt attains 0.40 at the worst preference; what the training prompts&#39; rewards tell" in page
+    assert "no policy attains more than" not in write_page(load(run_directory(tmp_path / "without")), tmp_path / "page").read_text()
 
 
 def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):

@@ -117,8 +117,9 @@ class Setting:
     def headline(self) -> str:
         """The split that methods are ranked by, and that every number is on whose name says no other.
 
-        Training prompts where the optimum is known: there the distance from it is that of learning and combining, and nothing else; test
-        prompts add what does not generalize. Test prompts elsewhere: without an optimum, a gain on prompts seen in training can be memory.
+        Training prompts where the optimum is known: there the distance from it is that of the frozen head, of learning and of combining;
+        test prompts add what does not generalize. Test prompts elsewhere: without an optimum, a gain on prompts seen in training can be
+        memory.
         """
         return self.splits[0]
 
@@ -141,6 +142,12 @@ class Setting:
     def verified(self) -> dict[Any, Mapping[str, Any]]:
         """Task seed -> how its objectives relate, by split, as verified when the task was built."""
         return {cell.seed: cell.record["verified"] for cell in self.cells if cell.record.get("verified")}
+
+    def known(self, split: str) -> dict[str, np.ndarray]:
+        """Line -> (W,) attainment that the frozen head or the training prompts allow, mean over task seeds; see `ExactTask.known_W`."""
+        by_seed = {cell.seed: lines[split] for cell in self.cells if split in (lines := cell.record.get("known") or {})}
+        names = list(dict.fromkeys(name for lines in by_seed.values() for name in lines))
+        return {name: np.mean([lines[name] for lines in by_seed.values() if name in lines], axis=0) for name in names}
 
     def of(self, label: str) -> list[Cell]:
         """The cells of one method, by task seed."""
@@ -279,7 +286,7 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
             found = f"format {record.get('format')!r} in {folders[key]}"
             remedy = "read them with the version that wrote them (env.json names it), or run the suite in a new --root"
             raise ConfigError(f"this version reads cells of format {CELL_FORMAT}", found=found, remedy=remedy)
-        truth = {name: record[name] for name in ("fronts", "verified") if name in record}
+        truth = {name: record[name] for name in ("fronts", "verified", "known") if name in record}
         known = truths.setdefault(canonical_json(record["task"]), truth)
         record.update(known if known == truth else {})
     envs = {key: json.loads(store.read(key, "env.json")) for key in folders}

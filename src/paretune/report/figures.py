@@ -200,8 +200,14 @@ def _attainment(results: Results, setting: Setting, split: str) -> dict[str, Any
             text = [weights(w_M) for w_M in w_WM[known_W]]
             more = {"band": ends} if count == 2 else {}
             plot.draw(label, np.stack([x_W, values_W], axis=1)[known_W], text, line=count == 2, **more)
+    if count == 2 and plot.series:
+        for name, attained_W in setting.known(split).items():
+            plot.draw(LINES[name], np.stack([x_W, attained_W], axis=1), [weights(w_M) for w_M in w_WM], line=True, plain=True)
     _known_levels(plot, setting)
     return plot.view() if plot.series else None
+
+
+LINES = {"representable": "frozen head's ceiling", "blind": "blind to the prompt", "posterior": "posterior mean"}
 
 
 def _known_levels(plot: Plot, setting: Setting) -> None:

@@ -30,7 +30,7 @@ def findings(results: Results) -> list[str]:
     if not board:
         return seen
     sentences = [_best(results), *_sweep(results), _levels(results), _order(results, board), _same(results)]
-    found = [*sentences, _hidden(contest), _generalizes(contest), *seen]
+    found = [*sentences, _hidden(contest), _generalizes(contest), *_known(results), *seen]
     return [sentence for sentence in found if sentence]
 
 
@@ -42,6 +42,22 @@ def _best(results: Results) -> str:
     where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
     text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
     return text + (f", at {where.label}." if len(settings) > 1 else ".")
+
+
+def _known(results: Results) -> list[str]:
+    """What the frozen head allows at the worst preference, and what the training prompts tell of the test prompts."""
+    said = []
+    for setting in results.settings:
+        lines, at = {split: setting.known(split) for split in setting.splits}, f" at {setting.label}" * (len(results.settings) > 1)
+        heads = [found["representable"].min() for found in lines.values() if "representable" in found]
+        if heads and min(heads) < 0.998:
+            said.append(f"With the frozen head no policy attains more than {min(heads):.3f} at the worst preference{at}.")
+        test = lines.get("test", {})
+        if "blind" in test:
+            text = f"On test prompts{at} what is best without the prompt attains {_n(test['blind'].min())} at the worst preference"
+            more = f"; what the training prompts' rewards tell allows {_n(test['posterior'].min())}" if "posterior" in test else ""
+            said.append(f"{text}{more}.")
+    return said
 
 
 def _gains(results: Results) -> list[str]:

@@ -23,7 +23,7 @@ from paretune.types import Estimate
 __all__ = [
     *("CEILING", "COSTS", "LEADERBOARD", "LOSS_PARTS", "TABLES", "Column", "Table", "keyed", "minus", "short_count", "signed"),
     *("attainment_table", "board", "cost_table", "costs", "failure_table", "front_table", "generation_table", "glance_table", "headline"),
-    *("leaderboard", "loss_table", "relation_table"),
+    *("known_table", "leaderboard", "loss_table", "relation_table"),
 ]
 
 CEILING = "the exact optimum"
@@ -355,22 +355,44 @@ def front_table(results: Results) -> Table:
     return Table("fronts", columns, rows)
 
 
-LOSS_PARTS = ("learning", "composition", "remainder")
+def known_table(results: Results) -> Table:
+    """What nothing that was trained can exceed, or should fall below: attainment of each line at each judged preference, mean over seeds.
+
+    representable  the best policy with the reference's own head
+    blind          the optimum under the mean reward over training prompts: what can be had without knowing the prompt
+    posterior      the optimum under what the rewards of the training prompts tell of all others
+    """
+    columns = keyed("setting", "split", "line", *(f"w_{k + 1}" for k in range(_most_objectives(results))), "attainment")
+    rows = []
+    for setting, split in ((s, split) for s in results.settings for split in s.splits):
+        for name, attained_W in setting.known(split).items():
+            for w_M, value in zip(setting.cells[0].w_WM.tolist(), attained_W.tolist(), strict=True):
+                rows.append({"setting": setting.label, "split": split, "line": name, **_numbered(w=w_M), "attainment": value})
+    return Table("known", columns, rows)
+
+
+LOSS_PARTS = ("learning", "composition", "remainder", "representation")
 
 
 def loss_table(results: Results) -> Table:
     """Where the headline's loss comes from, in units of attainment: means over preferences and seeds. The parts sum to the loss.
 
-    learning     what optimal experts, mixed with the same gates, attain beyond this family; signed
-    composition  what optimal experts, mixed with the same gates, would still lose
-    remainder    attributed to neither: 0 for logit mixing and its equals, everything for soups
+    representation  what the best policy with the frozen head would still lose; unknown, and in the others, in cells of before
+    composition     what optimal experts, mixed with the same gates, would still lose
+    learning        what those attain beyond this family, less what the head costs; signed
+    remainder       attributed to none: 0 for logit mixing and its equals, everything but representation for soups
     """
     rows = []
     for setting in results.settings:
         for label in results.families:
             losses = [loss for cell in setting.of(label) if (loss := cell.measured(setting.headline, "loss"))]
             if losses:
-                parts = {name: _over(np.mean, (v for loss in losses for v in loss[name] or ())) for name in LOSS_PARTS}
+                parts = {name: _over(np.mean, (v for loss in losses for v in loss.get(name) or ())) for name in LOSS_PARTS}
+                ceiling_W = setting.known(setting.headline).get("representable")
+                if ceiling_W is not None:
+                    parts["representation"] = head = float(1 - ceiling_W.mean())
+                    rest = "remainder" if parts["learning"] is None else "learning"
+                    parts[rest] = (parts[rest] or 0.0) - head
                 same = {"setting": setting.label, "method": label, "prompts": setting.headline}
                 rows.append({**same, **parts, "loss": sum(v for v in parts.values() if v is not None)})
     return Table("loss", keyed("setting", "method", "prompts", *LOSS_PARTS, "loss"), rows)
@@ -411,4 +433,7 @@ def failure_table(results: Results) -> Table:
     return Table("failures", keyed("label", "error", "message", "where"), [dict(failure) for failure in results.failures])
 
 
-TABLES = (leaderboard, glance_table, front_table, attainment_table, cost_table, loss_table, relation_table, generation_table, failure_table)
+TABLES = (
+    *(leaderboard, glance_table, front_table, attainment_table, known_table, cost_table, loss_table, relation_table),
+    *(generation_table, failure_table),
+)

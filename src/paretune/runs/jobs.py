@@ -146,13 +146,16 @@ class Tasks:
         return self._built[name]
 
     def truth(self, description: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
-        """What is known about an exact task, for cell.json: {"fronts": split -> points, "verified": dials}; empty where it is not exact."""
+        """What is known about an exact task, for cell.json: {"fronts": split -> points, "verified": dials,
+        "known": split -> line -> attainments}; empty where it is not exact."""
         task = self.get(description)
         if not task.is_exact:
             return {}
         which = (canonical_json(description), ",".join(splits))
         if which not in self._truths:
-            self._truths[which] = {"fronts": {split: _front(task, split) for split in splits}, "verified": task.verified()}
+            lines = {split: {name: found_W.tolist() for name, found_W in task.known_W(task.judged(), split).items()} for split in splits}
+            fronts = {split: _front(task, split) for split in splits}
+            self._truths[which] = {"fronts": fronts, "verified": task.verified(), "known": lines}
         return self._truths[which]
 
 

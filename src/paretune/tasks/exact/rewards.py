@@ -29,6 +29,7 @@ __all__ = [
     "choose_prompts",
     "correlations",
     "correlations_P",
+    "design",
     "factors",
     "fields",
     "gains_for",
@@ -59,7 +60,7 @@ def fields(
         context_MPV = features_PF @ rng.normal(0, features_PF.shape[1] ** -0.5, (count, features_PF.shape[1], symbols))
     pair = rng.normal(size=(count, symbols, symbols))
 
-    with_eos_RL = np.where(np.arange(tree.length)[None] == tree.depth_R[:, None], tree.eos, tree.symbols_RL)
+    with_eos_RL = _with_eos(tree)
     scored_RL = with_eos_RL >= 0
     before_PRL = np.empty((len(prompts_PT), *with_eos_RL.shape), dtype=np.int64)
     before_PRL[:, :, 1:] = with_eos_RL[None, :, :-1]
@@ -70,6 +71,25 @@ def fields(
         token_PRL = prompt_PV[:, with_eos_RL] + interaction * pair[k][before_PRL, with_eos_RL[None]]
         scores_PRM[:, :, k] = np.where(scored_RL, token_PRL, 0.0).sum(-1)
     return scores_PRM
+
+
+def design(tree: PrefixTree, prompt_T: np.ndarray, interaction: float, features_F: np.ndarray | None = None) -> np.ndarray:
+    """(R, D) by which the raw scores of a prompt's responses are linear in weights that `fields` draws, each with variance 1."""
+    with_eos_RL, v = _with_eos(tree), tree.alphabet + 1
+    given_F = np.eye(tree.alphabet)[prompt_T].ravel() if features_F is None else features_F
+    scale = (len(prompt_T) if features_F is None else len(features_F)) ** -0.5
+    before_RL = np.concatenate([np.full((tree.responses, 1), prompt_T[-1]), with_eos_RL[:, :-1]], axis=1)
+    own_RV, pair_RV = np.zeros((tree.responses, v)), np.zeros((tree.responses, v * v))
+    for before_R, symbol_R in zip(before_RL.T, with_eos_RL.T, strict=True):
+        rows = np.flatnonzero(symbol_R >= 0)
+        own_RV[rows, symbol_R[rows]] += 1
+        pair_RV[rows, before_R[rows] * v + symbol_R[rows]] += interaction
+    return np.concatenate([own_RV, (scale * given_F[:, None] * own_RV[:, None]).reshape(tree.responses, -1), pair_RV], axis=1)
+
+
+def _with_eos(tree: PrefixTree) -> np.ndarray:
+    """(R, L) symbols of every response with the EOS that ends it, -1 after it."""
+    return np.where(np.arange(tree.length)[None] == tree.depth_R[:, None], tree.eos, tree.symbols_RL)
 
 
 def correlations(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ and those of `tasks.dials`, off by default:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +41,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
+from scipy.special import logit, logsumexp
 
 from paretune.errors import TaskError
 from paretune.objectives.base import score_all
@@ -48,6 +49,7 @@ from paretune.registry import TASKS
 from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
+from paretune.tasks.exact.known import posterior_mean
 from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, prompt_features, sample_language
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
@@ -55,6 +57,7 @@ from paretune.tasks.exact.rewards import (
     choose_prompts,
     correlations,
     correlations_P,
+    design,
     factors,
     fields,
     mix_to_correlation,
@@ -239,6 +242,47 @@ class ExactTask(Task):
     def _ceiling_W(self, w_WM: np.ndarray, split: str, rewards_PRM: np.ndarray) -> np.ndarray:
         return ceiling_W(reference(self)[0], self.tree, self.reference_logp_PR(split), rewards_PRM, self.beta, w_WM)
 
+    def known_W(self, w_WM: np.ndarray, split: str) -> dict[str, np.ndarray]:
+        """Line -> (W,) attainment at each preference: what the frozen head allows, and what the training prompts' rewards tell.
+
+        "representable" is `ceiling_W`; "blind" and "posterior" are the optima under the rewards as `tasks.exact.known` knows them. A line
+        that this task does not have is left out.
+        """
+        found = {}
+        with contextlib.suppress(TaskError):
+            found["representable"] = self.ceiling_W(w_WM, split)
+        for name, guess in (("blind", self.blind_PRM), ("posterior", self.posterior_PRM)):
+            with contextlib.suppress(TaskError):
+                found[name] = self._attained_W(guess(split), w_WM, split)
+        return found
+
+    def blind_PRM(self, split: str) -> np.ndarray:
+        """(P, R, M) the mean over training prompts of every response's rewards, the same for every prompt."""
+        mean_RM = self.rewards_PRM("train").mean(0)
+        return np.broadcast_to(mean_RM, (len(self.prompts(split)), *mean_RM.shape))
+
+    def posterior_PRM(self, split: str) -> np.ndarray:
+        """(P, R, M) posterior means of the rewards given those of the training prompts. TaskError where they are not squashed normals."""
+        if self.sparse or self.context:
+            raise TaskError(
+                "the posterior is that of rewards that one map makes of normal weights",
+                found=f"sparse = {self.sparse:g}, context = {self.context:g}",
+                remedy="leave the line out for this task",
+            )
+        dense_PRM = posterior_mean(self.designs("train"), self.dense_PRM("train"), self.designs(split), self.deviation_M)
+        x_RM, y_RM = self.dense_PRM("train")[0], self.rewards_PRM("train")[0]  # scale is one line for all
+        return y_RM[0] + (dense_PRM - x_RM[0]) * (y_RM[1] - y_RM[0]) / (x_RM[1] - x_RM[0])
+
+    def _attained_W(self, guess_PRM: np.ndarray, w_WM: np.ndarray, split: str) -> np.ndarray:
+        """(W,) attainment of the policies that would be optimal if rewards were `guess_PRM`."""
+        logp_PR, attained = self.reference_logp_PR(split), []
+        for w_M in w_WM:
+            tilt_PR = logp_PR + guess_PRM @ w_M / self.beta
+            policies = (logp_PR, tilt_PR - logsumexp(tilt_PR, axis=1, keepdims=True), self.optimum_logp_PR(w_M, split))
+            start, found, best = (w_M @ self.J_M(policy_PR, split) for policy_PR in policies)
+            attained.append((found - start) / (best - start))
+        return np.array(attained)
+
     def J_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
         """(M,) regularized returns, mean over prompts."""
         rewards_PM, kl_P = self.returns(logp_PR, split)
@@ -301,6 +345,29 @@ class ExactTask(Task):
         return found
 
     # How it is made
+
+    def dense_PRM(self, split: str) -> np.ndarray:
+        """Rewards in (0, 1), before scale and sparsity: squashed linear functions of normal weights, see `designs`."""
+        return self._dense_all_PRM[self._rows[split]]
+
+    def designs(self, split: str) -> list[np.ndarray]:
+        """(R, D) of every prompt: what is squashed to rewards is linear in weights by it, each of variance `deviation_M` ** 2."""
+        return [self._design(row) for row in np.arange(len(self._prompts_PT))[self._rows[split]]]
+
+    def _design(self, row: int) -> np.ndarray:
+        features_F = None if self._features_PF is None else self._features_PF[row]
+        raw_RD = design(self.tree, self._prompts_PT[row], self.interaction, features_F)
+        return raw_RD - np.exp(self._reference_all_PR[row]) @ raw_RD
+
+    @cached_property
+    def deviation_M(self) -> np.ndarray:
+        """(M,) standard deviation of each weight behind an objective, after coloring and gain. One map for all prompts: no `context`."""
+        first = self._rows["train"][:2]
+        features_PF = None if self._features_PF is None else self._features_PF[first]
+        fields_PRM = fields(self.tree, self._prompts_PT[first], self.objective_count, self.interaction, self.seed, features_PF)
+        drawn_PRM = fields_PRM - (np.exp(self._reference_all_PR[first])[:, :, None] * fields_PRM).sum(1, keepdims=True)
+        drawn_NM, seen_NM = (x_PRM.reshape(-1, self.objective_count) for x_PRM in (drawn_PRM, logit(self._dense_all_PRM[first])))
+        return np.linalg.norm(np.linalg.lstsq(drawn_NM, seen_NM, rcond=None)[0], axis=0)
 
     @property
     def _reference(self) -> ReferenceSpec:
