@@ -175,7 +175,7 @@ def export(
     family: FamilyName,
     preference: Preference,
     out: Annotated[Path, typer.Option(help="A new folder.")],
-    kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA for the base model.")] = "merged",
+    kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA; gguf: all, for llama.cpp.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
     trust: Trust = False,
     model: Base = None,
@@ -184,6 +184,17 @@ def export(
     """Write the policy at one preference as a model or adapter that transformers, PEFT and vLLM load."""
     family, card = _asked(family, preference, model)
     check_new(out, "an export is written into a new folder")
+    if kind == "gguf":
+        from paretune.serve.gguf import export_gguf
+
+        if dtype is not None:
+            raise ConfigError("GGUF adapters are float32", found=f"--dtype {dtype}", remedy="leave it out")
+        told = export_gguf(family, out, preference, model=model)
+        if as_json:
+            print_json(told)
+        else:
+            tell(f"{out}: {len(told['adapters'])} adapters\n{told['command']}")
+        return
     check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
     from paretune.serve.export import check_request
     from paretune.serve.export import export as write

@@ -129,14 +129,14 @@ def _check_soup(card: Mapping[str, Any], rule: GateRule) -> None:
     if not card["adapters"]:
         found = "a family without adapters"
     if found:
-        raise ConfigError("vLLM mixes LoRAs by one gate each per request", found=f"{found}, which needs more", remedy=EMBEDDED)
+        raise ConfigError("a server of LoRAs mixes them by one gate each per request", found=f"{found}, which needs more", remedy=EMBEDDED)
 
 
 def _check_layer(adapter: str, layer: str) -> None:
     """Refuse layers whose product with a LoRA vLLM computes elsewhere than in linear layers."""
     parts = layer.split(".")
     if "experts" in parts or not any(part.isdigit() for part in parts):
-        found, rule = f"adapter {adapter!r} on {layer}", "gates on vLLM reach linear layers inside the decoder's layers"
+        found, rule = f"adapter {adapter!r} on {layer}", "gates of such a server reach linear layers inside the decoder's layers"
         raise ConfigError(rule, found=found, remedy=EMBEDDED)
 
 

