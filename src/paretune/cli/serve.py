@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,9 @@ def serve(
     recipe: Annotated[
         list[Path] | None, typer.Option(help="A family's recipe: its rewards make questions to a preference. May be given again.")
     ] = None,
+    playground: Annotated[
+        bool | None, typer.Option("--playground/--no-playground", help="A page at /playground. Default: where Gradio is installed.")
+    ] = None,
     device: OnDevice = "auto",
     trust: Trust = False,
     model: Base = None,
@@ -68,6 +73,8 @@ def serve(
         chunk=chunk,
         prefix_bytes=prefix_cache * 2**20,
     )
+    playground = find_spec("gradio") is not None if playground is None else playground
+    pages = dict(zip(models, family, strict=True))
     if key is None and host not in LOOPBACK:
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
     server.serve(
@@ -77,9 +84,18 @@ def serve(
         port=port,
         key=key,
         limits=server.Limits(body=max_body * 1024, drain=drain),
-        ready=lambda url: say(f"serving {', '.join(models)} at {url}/v1"),
+        ready=lambda url: say(
+            f"serving {', '.join(models)} at {url}/v1" + (f"; the playground is {url}/playground/" if playground else "")
+        ),
+        more=partial(_play, pages) if playground else lambda app: None,
     )
     say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _play(pages: dict[str, Path], app: Any) -> None:
+    from paretune.report.playground import mount
+
+    mount(app, pages)
 
 
 def _tasks(recipes: Sequence[Path], families: Sequence[Path]) -> list[Task]:
