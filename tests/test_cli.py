@@ -51,7 +51,7 @@ COMMANDS = {
     },
     "serve": {
         *{"FAMILY", "--host", "--port", "--api-key", "--default", "--max-rows", "--max-queue", "--chunk", "--prefix-cache"},
-        *{"--max-body", "--drain", "--engine", "--vllm-args", "--recipe", "--device", "--trust", "--model", "--plugin"},
+        *{"--max-body", "--drain", "--engine", "--vllm-args", "--recipe", "--playground", "--device", "--trust", "--model", "--plugin"},
     },
     "chat": {"FAMILY", "--preference", "--seed", "--max-new-tokens", "--temperature", "--system", "--device", "--trust", "--model"},
     "bench": {"SUITE", "OVERRIDES", "--root", "--executor", "--workers", *RAY, "--dry-run", "--plugin", "--json"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +26,7 @@ Base = Annotated[str | None, typer.Option("--model", help="Where the families' r
 ENGINES = ("embedded", "vllm")
 EMBEDDED = (
     "max_queue",
+    "playground",
     "chunk",
     "prefix_cache",
     "max_body",
@@ -52,6 +55,9 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, max=86_400, help="Seconds that responses have to end after SIGTERM.")] = 60,
     recipe: Annotated[
         list[Path] | None, typer.Option(help="A family's recipe: its rewards make questions to a preference. May be given again.")
+    ] = None,
+    playground: Annotated[
+        bool | None, typer.Option("--playground/--no-playground", help="A page at /playground. Default: where Gradio is installed.")
     ] = None,
     device: OnDevice = "auto",
     engine: Annotated[str, typer.Option(help="embedded: every mixing; vllm: vLLM's own server, for soups of LoRAs.")] = "embedded",
@@ -90,6 +96,8 @@ def serve(
         chunk=chunk,
         prefix_bytes=prefix_cache * 2**20,
     )
+    playground = find_spec("gradio") is not None if playground is None else playground
+    pages = dict(zip(models, family, strict=True))
     if key is None and host not in LOOPBACK:
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
     server.serve(
@@ -99,9 +107,18 @@ def serve(
         port=port,
         key=key,
         limits=server.Limits(body=max_body * 1024, drain=drain),
-        ready=lambda url: say(f"serving {', '.join(models)} at {url}/v1"),
+        ready=lambda url: say(
+            f"serving {', '.join(models)} at {url}/v1" + (f"; the playground is {url}/playground/" if playground else "")
+        ),
+        more=partial(_play, pages) if playground else lambda app: None,
     )
     say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _play(pages: dict[str, Path], app: Any) -> None:
+    from paretune.report.playground import mount
+
+    mount(app, pages)
 
 
 def _tasks(recipes: Sequence[Path], families: Sequence[Path]) -> list[Task]:

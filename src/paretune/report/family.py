@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.interpolate import LinearNDInterpolator
 
 from paretune.errors import ParetuneError
 from paretune.files import disk_errors, write_text
 from paretune.policy.card import read_card
+from paretune.report.drawing import to_svg
 from paretune.report.figures import Figure, Plot, padded
 from paretune.report.looks import Look, looks, looks_by_place
 from paretune.report.page import render
@@ -27,9 +29,9 @@ from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.cost import LOG
 from paretune.types import Estimate
 
-__all__ = ["Fitted", "Training", "findings_of", "load_fitted", "measured_table", "write_families", "write_fitted"]
+__all__ = ["Fitted", "Training", "findings_of", "front_picture", "load_fitted", "measured_table", "write_families", "write_fitted"]
 
-UNTRAINED = "the untrained model"
+UNTRAINED, YOU = "the untrained model", "you"
 FEW = "too few responses to tell"
 
 
@@ -238,7 +240,23 @@ def _gain_figure(fitted: Fitted) -> list[Figure]:
     return [_figure("gain", "Gain against preference", plot)]
 
 
-def _front_figures(fitted: Fitted) -> list[Figure]:
+def front_picture(fitted: Fitted, w_M: np.ndarray) -> str | None:
+    """The measured returns as SVG, with where a preference stands between them; None where they cannot be drawn."""
+    label, known_WM = str(fitted.method["name"]), np.array(fitted.w_WM)
+    returns_WM = np.array(fitted.measured["returns"], dtype=float)
+    if len(fitted.names) == 2:
+        order = np.argsort(known_WM[:, 0])
+        here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k]) for k in (0, 1)])
+    elif len(fitted.names) == 3 and len(known_WM) >= 3:
+        here_M = LinearNDInterpolator(known_WM[:, :2], returns_WM)(w_M[None, :2])[0]
+    else:
+        return None
+    figures = _front_figures(fitted, here_M)
+    known = {**looks({label: fitted.method}), UNTRAINED: Look(12, "cross"), YOU: Look(1, "star")}
+    return to_svg([(figure.title, figure.views["test"]) for figure in figures], known, alt=figures[0].alt) if figures else None
+
+
+def _front_figures(fitted: Fitted, here_M: np.ndarray | None = None) -> list[Figure]:
     names, found = fitted.names, []
     points_WM = np.array(fitted.measured["returns"], dtype=float)
     errors_WM = np.nan_to_num(np.array(fitted.measured["returns_error"], dtype=float))
@@ -262,6 +280,8 @@ def _front_figures(fitted: Fitted) -> list[Figure]:
         if known:
             bars = {axis: [round(float(start_error_M[k]), 6)] for axis, k in zip("xy", pair, strict=True)}
             plot.draw(UNTRAINED, start_M[None, pair], ["before training"], line=False, error=bars)
+        if here_M is not None and np.isfinite(here_M[pair]).all():
+            plot.draw(YOU, here_M[None, pair], ["you"], line=False)
         title = f"Returns of {names[a]} and {names[b]}"
         found.append(_figure(f"front-{a}{b}", title, plot))
     return found

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # they load torch
     from paretune.evaluation.explain import Explanation, Sensitivity
     from paretune.policy.family import Family
 
-__all__ = ["render", "sensitivity_table", "tint", "token_table", "visible", "write_explanation", "write_page"]
+__all__ = ["colored", "render", "sensitivity_table", "tint", "token_table", "visible", "write_explanation", "write_page"]
 
 
 def write_page(results: Results, folder: Path) -> Path:
@@ -244,6 +244,14 @@ def write_explanation(path: Path, found: Sequence[Explanation], slopes: Sensitiv
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
     return path
+
+
+def colored(explanation: Explanation) -> list[dict[str, Any]]:
+    """The tokens of one response with the color of the expert that moved each most, as text."""
+    e = explanation
+    largest = max(1e-9, float(np.abs(e.contribution_TK).max(initial=0)), float(np.abs(e.normalizer_T).max(initial=0)))
+    tokens = _tokens(e, looks_by_place(e.adapters), largest)
+    return [{**token, "text": text} for token, text in zip(tokens, e.tokens_T, strict=True)]
 
 
 def _tokens(explanation: Explanation, known: dict[str, Look], largest: float) -> list[dict[str, Any]]:
