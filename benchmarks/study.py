@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from cells import attainment_W
-from common import emit
+from common import emit, machine, rounded
 from paretune.evaluation.advice import DIALS, advise, load_rows, shipped
 from paretune.registry import TASKS
 from paretune.runs.store import Store
@@ -112,8 +112,8 @@ def _add(row: dict[str, Any], cell: Mapping[str, Any]) -> None:
     for split in SPLITS:
         values, control = attainment_W(cell, split), cell["metrics"]["splits"][split].get("controllability")
         row[f"control_{split}"].append(None if control is None else round(control, 3))
-        row[f"worst_{split}"].append(round(float(np.nanmin(values)), 4))
-        row[f"mean_{split}"].append(round(float(np.nanmean(values)), 4))
+        row[f"worst_{split}"].append(round(float(np.nanmin(values)), 3))
+        row[f"mean_{split}"].append(round(float(np.nanmean(values)), 3))
     own = cell["metrics"]["splits"]["train"].get("own_utility")
     if own:
         row["own"].append(own.get("attainment", {}).get("worst"))
@@ -195,7 +195,10 @@ def main() -> None:
     figures = {"study_cells_missing": missing, "relate_without_evidence": without_evidence()}
     if given.rows:
         merge_rows(found, study)
-    emit(figures, out=given.out, cells_declared=total, study=study, cells=settled(found))
+    if given.out:  # compact: it has thousands of cells
+        record = {"figures": rounded(figures), "machine": machine(), "cells_declared": total, "study": study, "cells": settled(found)}
+        given.out.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
+    emit(figures)
 
 
 if __name__ == "__main__":

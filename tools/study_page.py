@@ -176,20 +176,42 @@ def _verdict(relations: Mapping[str, Rows], claim: Claim) -> str:
         return "undecided"
     if len(holds) == len(signs):
         return "holds"
-    return f"holds when: {', '.join(holds)}" if holds else "does not hold"
+    below = [name for name, one in signs.items() if one < 0]
+    return f"holds when: {', '.join(holds)}" if holds else f"does not hold: {', '.join(below)}"
 
 
 def _sentence(relations: Mapping[str, Rows], comparison: tuple[str, str, str, str, tuple[str, ...]]) -> str:
+    """The mean over relationships on both kinds of prompts, at which of them it is decided on new ones, and what both methods cost."""
     _, a, b, measure, among = comparison
-    said = []
+    rows = {name: one for name, one in relations.items() if (not among or name in among) and a in one and b in one}
+    if not rows:
+        return "not measured yet."
+    means = [f"{shown(_pooled(rows, a, b, measure, split))} on {ON[split]}" for split in ("test", "train")]
+    places: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for name, one in rows.items():
+        found = difference(one, a, b, measure, "test")
+        value = shown(found) if found is not None else "–"
+        few = f", {found.n} seed{'s' * (found.n > 1)}" if found is not None and found.n < MIN_UNITS else ""
+        places[0 if found is None else sign(found)].append(f"{name} {value}{few}")
+    heads = {1: "Above 0 on new prompts", -1: "Below 0", 0: "Undecided"}
+    said = [f"{heads[at]}: {'; '.join(names)}." for at, names in places.items() if names]
+    costs = [next(iter(rows.values()))[method]["cost"] for method in (a, b)]
+    cost = " against ".join(f"{one['steps']} ({one['steps_path']}, {one['evaluations']} evaluations)" for one in costs)
+    return f"{' and '.join(means)}. {' '.join(said)} Steps in total (critical path, search) at {next(iter(rows))}: {cost}."
+
+
+def _pooled(relations: Mapping[str, Rows], a: str, b: str, measure: str, split: str) -> Estimate:
+    """The mean difference over relationships; a seed is drawn with all that was measured on it."""
+    parts: list[tuple[float, float, str, int]] = []
+    seeds = [set.intersection(*(set(rows[m]["seeds"]) for m in (a, b))) for rows in relations.values()]
     for name, rows in relations.items():
-        pair = [difference(rows, a, b, measure, split) for split in ON] if not among or name in among else [None]
-        if None not in pair:
-            known = pair[1].n >= MIN_UNITS  # type: ignore[union-attr]
-            end = "" if not known else {1: "", -1: "", 0: ", undecided"}[sign(pair[1])]  # type: ignore[arg-type]
-            few = "" if known else f", {pair[1].n} seeds, undecided"  # type: ignore[union-attr]
-            said.append(f"{name} {shown(pair[1])} ({shown(pair[0])}{end}{few})")  # type: ignore[arg-type]
-    return "; ".join(said) + "." if said else "not measured yet."
+        of_a, of_b = (values(rows[method], measure, split) for method in (a, b))
+        known = set.intersection(*seeds)
+        parts += [(of_a[s], of_b[s], name, s) for s in sorted(known) if of_a[s] is not None and of_b[s] is not None]
+    if not parts:
+        return Estimate(value=float("nan"), low=float("nan"), high=float("nan"), n=0)
+    of_a_N, of_b_N, names_N, seeds_N = zip(*parts, strict=True)
+    return paired_difference(of_a_N, of_b_N, seed=0, strata_N=names_N, units_N=seeds_N)
 
 
 def table() -> str:
