@@ -57,6 +57,11 @@ def serve(
         read_card(path)
     key = _key(api_key)
     plug(plugin)
+    able = find_spec("gradio") is not None
+    if playground and not able:
+        remedy = "pip install 'paretune[playground]', or leave --playground out"
+        raise ConfigError("the playground needs the packages of the extra `playground`", found="no gradio", remedy=remedy)
+    playground = able if playground is None else playground
     place, tasks = device_of(device), _tasks(recipe or [], family)
     try:
         from paretune.serve import app as server
@@ -73,7 +78,6 @@ def serve(
         chunk=chunk,
         prefix_bytes=prefix_cache * 2**20,
     )
-    playground = find_spec("gradio") is not None if playground is None else playground
     pages = dict(zip(models, family, strict=True))
     if key is None and host not in LOOPBACK:
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
