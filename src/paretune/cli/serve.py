@@ -89,7 +89,7 @@ def serve(
         key=key,
         limits=server.Limits(body=max_body * 1024, drain=drain),
         ready=lambda url: say(
-            f"serving {', '.join(models)} at {url}/v1" + (f"; the playground is {url}/playground/" if playground else "")
+            ("" if not playground else f"the playground is {url}/playground/\n") + f"serving {', '.join(models)} at {url}/v1"
         ),
         more=partial(_play, pages) if playground else lambda app: None,
     )
