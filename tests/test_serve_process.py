@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2 as httpx
@@ -270,6 +271,7 @@ def test_what_the_command_refuses(saved, tmp_path, monkeypatch):
             ([str(saved)], "names of their own"),
             ([str(tmp_path)], "a family is a directory"),
         ]
+        cases += [] if find_spec("gradio") else [(["--playground"], "the extra `playground`")]
         for more, rule in cases:
             made = CliRunner().invoke(app, ["serve", str(saved), *more])
             assert made.exit_code == 2, (more, made.output, made.exception)

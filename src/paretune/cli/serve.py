@@ -80,6 +80,7 @@ def serve(
         settings: dict[str, Any] = {"host": host, "port": port, "rows": max_rows, "default": default, "key": key, "model": model}
         argv, variables = launch.command(family, version=launch.installed(), **settings, more=shlex.split(vllm_args))
         os.execve(argv[0], argv, {**os.environ, **variables})
+    playground = _with_playground(playground)
     place, tasks = device_of(device), _tasks(recipe or [], family)
     try:
         from paretune.serve import app as server
@@ -96,7 +97,6 @@ def serve(
         chunk=chunk,
         prefix_bytes=prefix_cache * 2**20,
     )
-    playground = find_spec("gradio") is not None if playground is None else playground
     pages = dict(zip(models, family, strict=True))
     if key is None and host not in LOOPBACK:
         say(f"warning: everybody who reaches {host} may use this server; --api-key asks for a key")
@@ -108,11 +108,20 @@ def serve(
         key=key,
         limits=server.Limits(body=max_body * 1024, drain=drain),
         ready=lambda url: say(
-            f"serving {', '.join(models)} at {url}/v1" + (f"; the playground is {url}/playground/" if playground else "")
+            ("" if not playground else f"the playground is {url}/playground/\n") + f"serving {', '.join(models)} at {url}/v1"
         ),
         more=partial(_play, pages) if playground else lambda app: None,
     )
     say("stopped; every response that was begun has ended or was dropped after --drain")
+
+
+def _with_playground(asked: bool | None) -> bool:
+    """Whether there is a playground; ConfigError where one is asked for and Gradio is not installed."""
+    able = find_spec("gradio") is not None
+    if asked and not able:
+        remedy = "pip install 'paretune[playground]', or leave --playground out"
+        raise ConfigError("the playground needs the packages of the extra `playground`", found="no gradio", remedy=remedy)
+    return able if asked is None else asked
 
 
 def _play(pages: dict[str, Path], app: Any) -> None:

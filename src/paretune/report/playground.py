@@ -63,11 +63,8 @@ SIMPLEX = """(...given) => {
 def mount(app: Starlette, folders: Mapping[str, Path]) -> None:
     """Put the playground under PATH of a server's application. `folders` are those of the families, with what was measured of them."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError as error:
-        remedy = "pip install 'paretune[playground]', or serve with --no-playground"
-        raise ConfigError("the playground needs the packages of the extra `playground`", found=str(error), remedy=remedy) from error
+    import gradio
+
     server = app.state.server
     with gradio.Blocks(title="Paretune playground", analytics_enabled=False, fill_width=True) as blocks:
         pages = [_Page(server, served, _fitted(folders.get(name))) for name, served in server.models.items()]
