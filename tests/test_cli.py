@@ -66,6 +66,7 @@ COMMANDS = {
         *("TARGET", "OVERRIDES", "--trials", "--metric", "--method", "--repeats", "--samples", "--seed", "--root", "--workers"),
         *("--no-prune", "--write", "--plugin", "--json"),
     },
+    "golden": {"WHAT", "TARGET", "--rule", "--case", "--tolerance", "--json"},
     "relate": {
         *("TARGET", "OVERRIDES", "--probe", "--probe-steps", "--prompts", "--group", "--budget", "--results", "--out", "--seed"),
         *("--plugin", "--json"),

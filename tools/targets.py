@@ -486,4 +486,13 @@ FIGURES = (
         "at least",
         0.92,
     ),
+    # Golden data
+    Figure(
+        "golden_wrong",
+        "golden.py",
+        "golden vectors of multi-reward rules that differ from their provenance by more than 1e-6",
+        "count over 14 cases, 12 rules",
+        "at most",
+        0,
+    ),
 )

@@ -25,4 +25,4 @@ def main() -> None:
     app()
 
 
-from paretune.cli import bench, catalog, chat, elicit, family, log, objectives, recipes, serve  # noqa: E402, F401
+from paretune.cli import bench, catalog, chat, elicit, family, golden, log, objectives, recipes, serve  # noqa: E402, F401

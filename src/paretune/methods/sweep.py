@@ -22,6 +22,7 @@ from paretune.policy.rules import Nearest, rows_of
 from paretune.registry import METHODS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
+from paretune.training.advantages import EXPERIMENTAL
 from paretune.training.learner import Learner
 from paretune.training.modpo import Modpo
 from paretune.training.spec import Artifact, TrainSpec
@@ -206,17 +207,23 @@ class Normalized(Sweep):
 
     card: ClassVar[Card] = Card(
         category="single-policy",
-        summary="a sweep whose advantages are normalized per group or objective: GRPO, MO-GRPO, GDPO, GD2PO (hard, SNR), DVAO, RDPO, PAMA",
+        summary="a sweep whose advantages are normalized per group or objective: GRPO, MO-GRPO, GDPO, GD2PO (hard, SNR)",
         source="GRPO (2402.03300) and GDPO (2601.05242) as in TRL; MO-GRPO (2509.22047); GD2PO (2606.16771); DVAO (2605.25604); "
         "RDPO (2605.13641); PAMA (2508.07768)",
-        differs="KL is part of every objective's return, not a term of the loss; dvao, rdpo and pama are experimental: their sources leave "
-        "open what is chosen here, and each says so; gd2po whitens by response, not by token",
+        differs="KL is part of every objective's return, not a term of the loss; dvao, rdpo and pama are experimental (only abstracts were "
+        "at hand, or a part is ours), so that their families say so and no comparison has them; gd2po whitens by response, not by token",
         hides="each climbs something other than w . J: prompts and objectives are divided by spreads that the policy itself changes",
         trainings=SWEEP_TRAININGS,
         forwards_per_token="1",
         zero_shot=True,
     )
     symmetric: ClassVar[bool] = True
+
+    def family(self, task: Task, *given: Any, **fields: Any) -> Family:
+        """As of any method; one under an experimental aggregation says why it is none of the published rule."""
+        if why := EXPERIMENTAL.get(self.aggregation):
+            fields["meta"] = {**fields.get("meta", {}), "experimental": why}
+        return super().family(task, *given, **fields)
 
     def _training(self, task: Task, learner: Learner, w_M: np.ndarray, seed: int) -> TrainSpec:
         if self.aggregation.startswith("gd2po"):

@@ -32,6 +32,7 @@ __all__ = [
     "BASELINES",
     "CENTERED",
     "EPS",
+    "EXPERIMENTAL",
     "NORMALIZED_OVER",
     "advantages",
     "aggregate_advantages",
@@ -202,9 +203,9 @@ def grpo(groups: Groups) -> np.ndarray:
 
 
 def mo_grpo(groups: Groups) -> np.ndarray:
-    """sum_k w_k z_G(r_k): normalize each objective first, then sum. Experimental: from the abstract.
+    """sum_k w_k z_G(r_k): normalize each objective first, then sum.
 
-    Source: MO-GRPO (2509.22047), abstract: every objective contributes evenly, whatever its scale.
+    Source: MO-GRPO (2509.22047): each reward normalized within its group, then summed, so that all contribute evenly whatever their scale.
     Differs: a preference weighs the z-scores.
     Hides: the spread of a nearly constant objective is noise, and z-scores give it the weight of the others.
     """
@@ -319,6 +320,11 @@ AGGREGATIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "dvao": dvao,
     "rdpo": rdpo,
     "pama": pama,
+}
+EXPERIMENTAL: Mapping[str, str] = {  # what no comparison takes as the published rule, and why
+    "dvao": "its abstract alone was at hand, and the weights are a form that agrees with it",
+    "rdpo": "its abstract alone was at hand, and magnitude-awareness is left out",
+    "pama": "its weights are the source's, but each response keeps its own advantage",
 }
 CENTERED = ("grpo", "mo_grpo", "gdpo", "dvao")  # those whose advantages have mean 0 in every group
 
