@@ -31,7 +31,7 @@ RAY = {"--address", "--cpus-per-job", "--gpus-per-job", "--memory-per-job", "--w
 
 # Every command with its arguments and flags. Change this only together with the README and the changelog.
 COMMANDS = {
-    "demo": {"--root", "--workers", "--json"},
+    "demo": {"--root", "--seeds", "--workers", "--json"},
     "ls": {"KIND", "ROOT", "--plugin", "--json"},
     "show": {"NAME", "--plugin", "--json"},
     "fit": {"RECIPE", "OVERRIDES", "--workers", "--executor", *RAY, "--samples", "--dry-run", "--plugin", "--json"},
@@ -311,3 +311,12 @@ def test_the_preference_that_fit_suggests_is_one(count):
 def test_short_help_and_version(asked):
     assert "Usage: paretune" in " ".join(run(*asked).stdout.split())
     assert run("--version").stdout == f"paretune {__version__}\n"
+
+
+def test_the_demo_takes_more_judged_seeds(monkeypatch):
+    asked = []
+    monkeypatch.setattr("paretune.cli.bench._bench", lambda suite, overrides, *_, **__: asked.append((suite, overrides)))
+    for given in ([], ["--seeds", "3"]):
+        assert RUNNER.invoke(app, ["demo", *given]).exit_code == 0
+    assert asked == [("quick", []), ("quick", ["seeds=[100, 101, 102]"])]
+    assert RUNNER.invoke(app, ["demo", "--seeds", "11"]).exit_code == 2
