@@ -128,6 +128,7 @@ def test_without_rows_there_is_no_advice():
     assert texts(HERE, []) == ["No results are committed yet, so there is no advice."]
     assert texts(HERE, [row("a", "meta-policy", None, 1)]) == texts(HERE, [])
     assert "Only baselines were measured there." in texts({"rho": -0.8}, ROWS[:1])
+    assert "rho = 0.8" in texts({"rho": -0.8}, [ROWS[0], ROWS[6]])[0]
 
 
 @pytest.mark.parametrize(

@@ -312,3 +312,12 @@ def test_the_preference_that_fit_suggests_is_one(count):
 def test_short_help_and_version(asked):
     assert "Usage: paretune" in " ".join(run(*asked).stdout.split())
     assert run("--version").stdout == f"paretune {__version__}\n"
+
+
+def test_the_demo_takes_more_judged_seeds(monkeypatch):
+    asked = []
+    monkeypatch.setattr("paretune.cli.bench._bench", lambda suite, overrides, *_, **__: asked.append((suite, overrides)))
+    for given in ([], ["--seeds", "3"]):
+        assert RUNNER.invoke(app, ["demo", *given]).exit_code == 0
+    assert asked == [("quick", []), ("quick", ["seeds=[100, 101, 102]"])]
+    assert RUNNER.invoke(app, ["demo", "--seeds", "11"]).exit_code == 2

@@ -38,6 +38,8 @@ def test_tables_say_what_relates_and_end_with_advice(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(ROWS))
     shown = run("exact-v1", "rho=-0.8", "seed=3", *TINY, "--probe", "--results", path).stdout
+    assert shown.count("\n  responses that stand out: share whose score is not the most common one") == 1
+    assert shown.count("\n  second's gain per gain of first: ") == 1  # once for two tables
     for part in ("objective_1 & objective_2", "spread", "Spearman", "prompts in", "cosine", "at initialization, of LoRA's B alone"):
         assert part in shown, part
     assert shown.rstrip().splitlines()[-1].startswith("• Best: `sweep` (multi-policy), which reaches 0.90")

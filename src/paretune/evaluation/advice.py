@@ -105,9 +105,10 @@ def advise(
     gaps = {setting: _gaps(here, setting[1:]) for setting in settings}
 
     def order(setting: tuple[Any, ...]) -> tuple[float, ...]:
-        """Nearest first; of equally near ones those that were measured with this learner, then with more methods."""
+        """Those with more than baselines, nearest first; of equally near ones those with this learner, then with more methods."""
         found = settings[setting]
-        return *_distance(gaps[setting]), all(row["learner"] != learner for _, row in found), -len(found)
+        bare = all(row["category"] == "baseline" for _, row in found)
+        return bare, *_distance(gaps[setting]), all(row["learner"] != learner for _, row in found), -len(found)
 
     nearest = min(settings, key=order)
     found = settings[nearest]
