@@ -40,7 +40,7 @@ COMMANDS = {
         *{"FAMILY", "PROMPTS", "--preference", "--n", "--seed", "--max-new-tokens", "--temperature", "--file"},
         *{"--system", "--raw", "--trust", "--model", "--json"},
     },
-    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--trust", "--model", "--json"},
+    "export": {"FAMILY", "--preference", "--out", "--as", "--dtype", "--license", "--public", "--push", "--trust", "--model", "--json"},
     "explain": {
         *{"FAMILY", "PROMPT", "--preference", "--n", "--response", "--seed", "--max-new-tokens"},
         *{"--html", "--recipe", "--split", "--samples", "--system", "--raw", "--trust", "--model", "--plugin", "--json"},

@@ -479,3 +479,88 @@ def test_the_command(homes, tmp_path):
     result = runner.invoke(app, [*asked, "--out", str(tmp_path / "y")])
     assert result.exit_code == 2
     assert "written into a new folder" in result.stderr
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub's client, which keeps what it was told, and a token; without a network."""
+    seen = SimpleNamespace(made=[], files={}, fails=None)
+
+    class Api:
+        def create_repo(self, repo_id, **settings):
+            if seen.fails:
+                raise seen.fails
+            seen.made.append((repo_id, settings))
+            return f"https://hub.test/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            seen.files[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return seen
+
+
+@pytest.fixture
+def saved(homes, tmp_path):
+    family = family_of(homes["llama"], count=2)
+    family.save(tmp_path / "family")
+    return ["export", str(tmp_path / "family"), "--preference", "kind=.4,brief=.6", "--as", "adapter", "--out"]
+
+
+@pytest.mark.parametrize(("more", "private"), [([], True), (["--public"], False)])
+def test_what_is_pushed_is_the_export_and_private(saved, tmp_path, hub, more, private):
+    result = CliRunner().invoke(app, [*saved, str(tmp_path / "x"), "--push", "me/kind-40", "--license", "apache-2.0", "--json", *more])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["pushed"] == "https://hub.test/me/kind-40"
+    assert hub.made == [("me/kind-40", {"private": private, "exist_ok": True})]
+    assert hub.files["me/kind-40"] == {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "apache-2.0"
+    assert "What was trained here: `apache-2.0`. The license of the base model holds for this too." in card
+    assert json.loads((tmp_path / "x" / "paretune.json").read_text())["license"] == "apache-2.0"
+
+
+def test_without_a_license_the_card_claims_none(saved, tmp_path):
+    assert CliRunner().invoke(app, [*saved, str(tmp_path / "x")]).exit_code == 0
+    assert "license" not in yaml.safe_load((tmp_path / "x" / "README.md").read_text().split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (["--push", "kind-40"], "'kind-40': no owner"),
+        (["--push", "me/kind 40"], "'me/kind 40': "),
+        (["--push", "a/b/c"], "'a/b/c': "),
+        (["--push", ""], "'': "),
+        (["--public"], "no --push"),
+        (["--license", "Apache 2.0"], "'Apache 2.0'"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_anything_is_written(saved, tmp_path, hub, monkeypatch, more, found):
+    monkeypatch.setattr("paretune.policy.family.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    result = CliRunner().invoke(app, [*saved, str(tmp_path / "x"), *more])
+    assert (result.exit_code, found in result.stderr, (tmp_path / "x").exists()) == (2, True, False), result.stderr
+
+
+def test_nobody_logged_in_is_said_before_anything_is_written(saved, tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    result = CliRunner().invoke(app, [*saved, str(tmp_path / "x"), "--push", "me/kind-40"])
+    assert result.exit_code == 2
+    assert "hf auth login" in result.stderr
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in CliRunner().invoke(app, [*saved, str(tmp_path / "x"), "--push", "me/kind-40"]).stderr
+
+
+def test_a_hub_that_refuses_costs_no_export(saved, tmp_path, hub):
+    hub.fails = PermissionError("403 Forbidden: the token may only read\nmore")
+    result = CliRunner().invoke(app, [*saved, str(tmp_path / "x"), "--push", "me/kind-40"])
+    assert result.exit_code == 2
+    assert "403 Forbidden: the token may only read" in result.stderr
+    assert "hf upload me/kind-40" in result.stderr
+    assert (tmp_path / "x" / "adapter_model.safetensors").is_file()

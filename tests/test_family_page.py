@@ -134,6 +134,21 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     assert family["x"] == pytest.approx([0.45, 0.475, 0.5, 0.525, 0.55])
 
 
+def test_what_the_log_has_more_is_drawn_where_it_has_it(tmp_path):
+    more = {"entropy_estimate": 9.0, "kl_max": 0.4, "clipped": 0.25, "advantage_spread": 1.5, "logp_gap": 0.01}
+    lines = [
+        {"step": step, "rewards": {"polite": 0.1, "brief": 0.5}, "kl": 0.1} | {n: v * step for n, v in more.items()} for step in (1, 2)
+    ]
+    key = training_in(tmp_path, [1.0, 0.0], lines)
+    _, data = page_of(family_in(tmp_path, measured([0.1] * 5), trainings=[key]))
+    views = {view["test"]["y"]["title"]: view["test"]["series"] for name, view in data["views"].items() if name.startswith("training")}
+    drawn = list(views)[4:]
+    assert [title.split(",")[0] for title in drawn] == [
+        *("entropy", "largest KL of a response", "share that the loss clips", "spread of advantages", "gap of sampling and scoring"),
+    ]
+    assert [views[title][0]["y"] for title in drawn] == [pytest.approx([value, 2 * value]) for value in more.values()]
+
+
 def test_curves_of_trainings_are_read_from_the_run_directory(tmp_path):
     lines = [{"step": step, "rewards": {"polite": step / 10, "brief": 0.5}, "kl": 0.1 * step} for step in (1, 2, 3)]
     looked = [{**line, "looks": [{"step": line["step"], "utility": line["step"] / 4, "kl": 0.0, "rewards": {}}]} for line in lines]

@@ -227,3 +227,13 @@ def test_wandb_gets_every_figure_offline(tmp_path, monkeypatch, capfd):
     assert tables == 3
     assert "wandb" not in "".join(capfd.readouterr())
     assert Path(file).parent.name.endswith(path.name), "the run has the training's key"
+
+
+def test_a_training_that_is_called_directly_reports_too(tmp_path, kept):
+    learner, heard = dataclasses.replace(LEARNER, report_to="json"), []
+    learner.train(spec_of(learner), TASK, tmp_path / "mine", progress=heard.append)
+    got = {(step, name): value for step, figures in kept.figures for name, value in figures.items()}
+    assert got == expected(tmp_path / "mine")
+    assert kept.closed == 1
+    assert [line["step"] for line in heard] == [line["step"] for line in log_of(tmp_path / "mine")]
+    assert (tmp_path / "logs" / "report_to" / f"{spec_of(learner).key}.json").is_file()

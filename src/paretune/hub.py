@@ -22,6 +22,7 @@ from paretune.progress import during
 
 __all__ = [
     "check_pretrained",
+    "check_push",
     "content_of",
     "how_to_get",
     "is_gguf",
@@ -30,6 +31,7 @@ __all__ = [
     "local_or_hub",
     "located",
     "positions_of",
+    "push",
     "quietly",
     "refuse_kernels",
     "text_config",
@@ -295,3 +297,40 @@ def _hash(path: Path) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "no files"
+
+
+# What goes to the hub
+
+
+def check_push(name: str) -> None:
+    """ConfigError where nothing could be pushed to OWNER/NAME: no such name, no network wanted, or nobody logged in. Asks no server."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        wrong = "" if "/" in name else "no owner"
+    except HFValidationError as error:
+        wrong = str(error).split("\n")[0]
+    if wrong:
+        raise ConfigError("a model on the hub is OWNER/NAME", found=f"{name!r}: {wrong}", remedy="for example --push my-name/polite-70")
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError("--push needs the hub", found="HF_HUB_OFFLINE is set", remedy="unset it, or leave --push out")
+    if not get_token():
+        raise ConfigError("--push needs a token that may write", found="none", remedy="log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload a folder as the model OWNER/NAME, made if it is not there; returns its address. One that is there stays as public as it is."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of Paretune")
+    except Exception as error:  # of the network, the server, or the rights of a token
+        found = f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        remedy = f"the export itself is whole, in {folder}; check the token's rights, then `hf upload {name} {folder}`"
+        raise ConfigError("the hub takes the upload", found=found, remedy=remedy) from error
+    return str(address)

@@ -32,6 +32,8 @@ from paretune.cli.common import (
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.files import check_new
+from paretune.hub import check_push
+from paretune.hub import push as to_hub
 from paretune.policy.card import check_mixture, found_base, read_card
 from paretune.progress import clock
 from paretune.types import Objectives, last_words
@@ -169,6 +171,7 @@ def sample(
     **examples(
         "paretune export FAMILY --preference polite=.7,brief=.3 --out polite-70",
         "paretune export FAMILY --preference brief=1 --out brief-lora --as adapter",
+        "paretune export FAMILY --preference brief=1 --out brief --license mit --push me/brief",
     )
 )
 def export(
@@ -177,6 +180,9 @@ def export(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     kind: Annotated[str, typer.Option("--as", help="merged: a whole model; adapter: one plain LoRA; gguf: all, for llama.cpp.")] = "merged",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the weights are.")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="On the model card: apache-2.0, mit, other.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload it to the Hugging Face hub, too, as OWNER/NAME.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for all to see. Default: private.")] = False,
     trust: Trust = False,
     model: Base = None,
     as_json: Json = False,
@@ -196,20 +202,27 @@ def export(
             tell(f"{out}: {len(told['adapters'])} adapters\n{told['command']}")
         return
     check_mixture(card, Weights.of(card["objectives"]["names"], preference).w_M)
+    if push is not None:
+        check_push(push)
+    elif public:
+        raise ConfigError("--public goes with --push", found="no --push", remedy="add --push OWNER/NAME, or leave --public out")
     from paretune.serve.export import check_request
     from paretune.serve.export import export as write
 
-    check_request(out, kind, dtype)
+    check_request(out, kind, dtype, license_)
     from paretune.policy.family import Family
 
-    made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family)
+    made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family, license=license_)
+    pushed = {} if push is None else {"pushed": to_hub(made.path, push, private=not public)}
     if as_json:
-        print_json(made.to_json())
+        print_json({**made.to_json(), **pushed})
         return
     limit = made.to_json()["max_lora_rank"]
     served = f"; vLLM: --max-lora-rank {limit}" if limit else "; too high for vLLM, which wants it merged" if made.rank else ""
     tell(f"{made.path}: {made.kind}, {made.dtype}" + (f", rank {made.rank}" if made.rank else "") + served)
     typer.echo(f"how to load it: {made.path / 'README.md'}")
+    if pushed:
+        tell(f"{'public' if public else 'private unless it was there before'}: {pushed['pushed']}")
 
 
 @app.command(

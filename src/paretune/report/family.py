@@ -33,6 +33,14 @@ __all__ = ["Fitted", "Training", "findings_of", "front_picture", "load_fitted", 
 
 UNTRAINED, YOU = "the untrained model", "you"
 FEW = "too few responses to tell"
+MORE_CURVES = {  # title -> figure of the log, drawn where a training has it
+    "entropy, nats": "entropy",
+    "entropy, nats, estimated": "entropy_estimate",
+    "largest KL of a response, nats": "kl_max",
+    "share that the loss clips": "clipped",
+    "spread of advantages": "advantage_spread",
+    "gap of sampling and scoring, nats": "logp_gap",
+}
 
 
 @dataclass(frozen=True)
@@ -295,6 +303,8 @@ def _training_figures(fitted: Fitted) -> list[Figure]:
     for name in fitted.names:
         series[f"reward {name}"] = {t.label: _curve(t, lambda r, name=name: (r.get("rewards") or {}).get(name)) for t in fitted.trainings}
     series["KL, nats"] = {t.label: _curve(t, lambda r: r.get("kl")) for t in fitted.trainings}
+    for title, name in MORE_CURVES.items():
+        series[title] = {t.label: _curve(t, lambda r, name=name: r.get(name)) for t in fitted.trainings}
     found = []
     for number, (title, curves) in enumerate(series.items()):
         known = {label: points for label, points in curves.items() if len(points)}

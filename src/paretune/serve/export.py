@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = ["KINDS", "check_request", "export", "single_weights"]
 
 KINDS = ("merged", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,63}")
 SHARD = "2GB"  # of a merged checkpoint: what is in memory beside the model
 
 
@@ -47,15 +49,17 @@ def export(
     dtype: str | None = None,
     shard: str = SHARD,
     results: str | Path | None = None,
+    license: str | None = None,
 ) -> Exported:
     """Write the family's policy at `preference` into the new folder `out`, as "merged" or "adapter".
 
     `dtype` (float32, bfloat16, float16) is what weights are stored in, by default what they are; merging is in float32 in any case,
     and a quantized base is dequantized: a merged export is as large as its model was before.
+    `license` stands on the card, as the hub writes it ("apache-2.0"); whether it may be given, the base model's says.
     `results` is the family's folder or a run directory: measurements of this family found there go onto the card. The family stays
     as it is, and beside it no more than one shard of a checkpoint is in memory (see `_write_model` for the exception).
     """
-    out = check_request(out, kind, dtype)
+    out = check_request(out, kind, dtype, license)
     if isinstance(preference, Preference):
         preference = dict(zip(preference.names, preference.weights, strict=True))
     asked = Preference.of(family.objectives.names, preference)
@@ -75,7 +79,7 @@ def export(
     with disk_errors(out, "an export"), new_folder(out) as aside:
         rank = _write(family.policy, weights, aside, kind, getattr(torch, dtype) if dtype else None, shard, family.base)
         stored = dtype or str(family.policy.model.dtype if kind == "merged" else torch.float32).removeprefix("torch.")
-        made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix)
+        made = Exported(out, kind, dict(zip(asked.names, asked.weights, strict=True)), rank, stored, weights.prefix, license)
         gates = weights.gates_K.tolist() if weights.how != "base" else []
         facts = record(family, made, how=weights.how, gates=gates, results=results)
         (aside / "paretune.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -83,12 +87,15 @@ def export(
     return made
 
 
-def check_request(out: str | Path, kind: str, dtype: str | None) -> Path:
+def check_request(out: str | Path, kind: str, dtype: str | None, license: str | None = None) -> Path:
     """The new folder. ConfigError for what is wrong with a request whatever the family is."""
     out = Path(out)
     for what, given, known in (("kind of export", kind, KINDS), ("dtype", dtype or DTYPES[0], DTYPES)):
         if given not in known:
             raise ConfigError(f"a {what} is one of {', '.join(known)}", found=repr(given), remedy=nearest(given, known))
+    if license is not None and not LICENSE.fullmatch(license):
+        remedy = 'for example apache-2.0, mit, llama3.1, or other; the hub lists them under "Licenses"'
+        raise ConfigError("a license is the identifier that the hub knows it by", found=repr(license), remedy=remedy)
     check_new(out, "an export is written into a new folder")
     return out
 

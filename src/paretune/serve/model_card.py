@@ -44,6 +44,7 @@ class Exported:
     rank: int | None
     dtype: str
     prefix: tuple[int, ...] = ()
+    license: str | None = None  # as the hub writes it; None: only that of the base model is known to hold
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "max_lora_rank": vllm_rank(self.rank)}
@@ -92,6 +93,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "sampling": NEUTRAL,
         "max_new_tokens": family.max_new_tokens or 64,
         "base": base,
+        "license": made.license,
         "method": meta.get("method"),
         "seed": meta.get("seed"),
         "trainings": meta.get("trainings", []),
@@ -160,6 +162,7 @@ def _front_matter(made: Exported, facts: Mapping[str, Any]) -> str:
     base = facts["base"].get("model")
     named = {"base_model": base, "base_model_relation": "adapter" if made.kind == "adapter" else "finetune"}
     entries = {
+        **({} if made.license is None else {"license": made.license}),
         **(named if base is not None and not facts["base"]["local"] else {}),
         "library_name": "peft" if made.kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -286,4 +289,5 @@ def _provenance(made: Exported, facts: Mapping[str, Any]) -> str:
         f"- stored as {made.dtype}" + (f", rank {made.rank}" if made.rank else "; merged in float32"),
         f"- versions: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",
     ]
-    return "\n".join(["## Provenance\n", *lines, "", "The license of the base model holds for this too.", ""])
+    own = "" if made.license is None else f"What was trained here: `{made.license}`. "
+    return "\n".join(["## Provenance\n", *lines, "", f"{own}The license of the base model holds for this too.", ""])

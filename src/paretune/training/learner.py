@@ -41,7 +41,7 @@ from paretune.training.checkpoint import (
 )
 from paretune.training.combine import Combine
 from paretune.training.cost import PHASES, Cost, read_cost
-from paretune.training.loggers import Loggers
+from paretune.training.loggers import Loggers, reporting
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.watch import named_means
 from paretune.training.weightings.base import State
@@ -78,7 +78,7 @@ class Learner(ABC):
     targets: Name | tuple[Name, ...] = "all-linear"  # which layers get adapters; or names, as PEFT takes them
     device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
-    report_to: Loggers = field(default="none", metadata=UNKEYED)  # where `fit` and suites send the log: tensorboard, trackio, wandb
+    report_to: Loggers = field(default="none", metadata=UNKEYED)  # where the log goes, too: tensorboard, trackio, wandb
 
     def resolved(self) -> dict[str, Any]:
         """What `describe` says instead of a field that follows from others: a key names the alpha that is trained with."""
@@ -333,7 +333,10 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
     run.window = unpacked(run.window)
     saved = time.monotonic()
-    with TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=progress) as log:
+    with (
+        reporting(learner, spec, work, progress) as told,
+        TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=told) as log,
+    ):
         while not learner.finished(run):
             run.window.append(learner.advance(policy, optimizer, task, spec, run))
             last = learner.finished(run)

@@ -27,7 +27,7 @@ from paretune.files import disk_errors, note, write_json
 from paretune.training.cost import LOG
 from paretune.types import last_words
 
-__all__ = ["LOGGERS", "Logger", "Loggers", "Reporter", "figures_of", "named_loggers", "read_log"]
+__all__ = ["LOGGERS", "Logger", "Loggers", "Reporter", "figures_of", "named_loggers", "read_log", "reporting"]
 
 PROJECT = "paretune"  # as trackio and W&B call a collection of runs
 
@@ -225,6 +225,20 @@ class Reporter:
         except (Exception, SystemExit) as error:
             self._open.pop(name, None)
             self._failed[f"report_to {name}"] = f"{name} failed ({raised_by(error)}): it gets no more of this training, which goes on"
+
+
+@contextlib.contextmanager
+def reporting(learner: Any, spec: Any, work: Path, progress: Callable[[Mapping[str, Any]], None] | None) -> Iterator[Any]:
+    """A callback that reports to what `learner` names: `progress` itself where a run made it, with its own label and folder.
+
+    Where `train` is called directly it reports to `logs` beside `work`.
+    """
+    if isinstance(progress, Reporter) or learner.report_to == "none":
+        yield progress
+        return
+    about: dict[str, Any] = {"key": spec.key, "label": learner.registered_name, "config": spec.to_json(), "progress": progress}
+    with Reporter(learner.report_to, work=work, folder=work.resolve().parent / "logs", **about) as reporter:
+        yield reporter
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:

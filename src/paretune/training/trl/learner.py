@@ -22,7 +22,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -54,6 +54,7 @@ from paretune.training.checkpoint import (
 )
 from paretune.training.cost import Cost, read_cost
 from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, check_cast, log_record, memory_explained, not_finite
+from paretune.training.loggers import reporting
 from paretune.training.policy_gradient import PolicySettings
 from paretune.training.spec import FOLDER, TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
@@ -145,10 +146,15 @@ class TrlLearner(SampledLearner):
             note(f"learner {self.registered_name} does not look at prompts that are set apart (prompts.validation): TRL trains to the end")
         world = int(os.environ.get("WORLD_SIZE", 1))
         source = self._source(spec, task)
-        with forked_torch(seed_for(spec.seed, "trl")), _explained(self.lr):
+        main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes the log
+        with (
+            forked_torch(seed_for(spec.seed, "trl")),
+            _explained(self.lr),
+            reporting(self, spec, work, progress) if main else nullcontext(progress) as told,
+        ):
             args = self._arguments(spec, task, work, world)
             trainer = self._trainer(spec, task, args, source)
-            record = recorder(self, spec, task, work, source, progress, world)  # its clock begins once the model is there
+            record = recorder(self, spec, task, work, source, told, world)  # its clock begins once the model is there
             sizes = trainer.model.num_parameters(), sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
             trainer.add_callback(record)
             resume = newest(work, spec.key)
