@@ -42,7 +42,7 @@ test-all: lint types
 vllm-env: .venv-vllm/.ready
 
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest tests/vllm
+	.venv-vllm/bin/python -m pytest tests/on_vllm
 
 .venv-vllm/.ready: requirements-vllm.lock pyproject.toml
 	$(PYTHON) -m venv .venv-vllm

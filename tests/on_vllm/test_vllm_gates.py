@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("vllm.version")  # "vllm" alone is this folder, where there is no vLLM
+pytest.importorskip("vllm")
 
 from paretune.policy.rules import BridgeRule
 from paretune.serve.vllm.families import GatedFamily
