@@ -218,7 +218,8 @@ RULES: dict[str, dict[str, Any]] = {
     "mo_grpo": {
         "formula": "A = sum_k w_k (r_k - mean_group r_k) / (std_group r_k + eps)",
         "source": "MO-GRPO (2509.22047), its abstract and how papers that build on it state the rule; the equation was not at hand",
-        "provenance": FORMULA,
+        "provenance": OURS,
+        "experimental": True,
         "settings": {"aggregation": {"name": "mo_grpo"}},
     },
     "gdpo": {

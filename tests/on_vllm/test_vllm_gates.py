@@ -36,9 +36,8 @@ def llm(made):
 
 
 def said(llm, path, extras, prompts=None, name="family"):
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     asked = [SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True, extra_args=extra) for extra in extras]
     lora = None if path is None else LoRARequest(name, 1, str(path))
@@ -109,9 +108,8 @@ def test_the_exact_lora_of_a_preference_is_a_lora_like_any_other(made, llm, tmp_
     family = GatedFamily.read(path)
     gates_K = family.gates("polite=.25,brief=.75", {})
     family.write(tmp_path / "one", gates_K)
-    from vllm.lora.request import LoRARequest
-
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     asked = SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True)
     (made_one,) = llm.generate([PROMPT], asked, lora_request=LoRARequest("one", 7, str(tmp_path / "one")), use_tqdm=False)

@@ -322,6 +322,7 @@ AGGREGATIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "pama": pama,
 }
 EXPERIMENTAL: Mapping[str, str] = {  # what no comparison takes as the published rule, and why
+    "mo_grpo": "its abstract and others' descriptions agree with this form, but its equation was not read",
     "dvao": "its abstract alone was at hand, and the weights are a form that agrees with it",
     "rdpo": "its abstract alone was at hand, and magnitude-awareness is left out",
     "pama": "its weights are the source's, but each response keeps its own advantage",
