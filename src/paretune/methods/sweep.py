@@ -210,8 +210,9 @@ class Normalized(Sweep):
         summary="a sweep whose advantages are normalized per group or objective: GRPO, GDPO, GD2PO (hard, SNR)",
         source="GRPO (2402.03300) and GDPO (2601.05242) as in TRL; MO-GRPO (2509.22047); GD2PO (2606.16771); DVAO (2605.25604); "
         "RDPO (2605.13641); PAMA (2508.07768)",
-        differs="KL is part of every objective's return, not a term of the loss; mo_grpo, dvao, rdpo and pama are experimental (only abstracts "
-        "were at hand, or a part is ours), so that their families say so and no comparison has them; gd2po whitens by response, not by token",
+        differs="KL is part of every objective's return, not a term of the loss; mo_grpo, dvao, rdpo and pama are experimental (only "
+        "abstracts were at hand, or a part is ours), so that their families say so and no comparison has them; gd2po whitens by response, "
+        "not by token",
         hides="each climbs something other than w . J: prompts and objectives are divided by spreads that the policy itself changes",
         trainings=SWEEP_TRAININGS,
         forwards_per_token="1",
