@@ -253,7 +253,6 @@ FIGURES = (
         PAIRS,
         "at least",
         0.9,
-        front=True,
     ),
     Figure(
         "gated_vs_plain_b1",
@@ -449,7 +448,7 @@ FIGURES = (
         "mean over 640 requests",
         "at least",
         1.0,
-        why="One request differs: float32 logits differ by about 1e-6 between batch sizes, and a number fell that near a boundary.",
+        why="One request differs: float32 logits differ by about 1e-6 between batch sizes, and its number lay 1e-9 from a boundary.",
     ),
     Figure(
         "served_vs_plain",
