@@ -44,7 +44,7 @@ def resident() -> float:
     return float(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def client(number: int, url: str, end: float, counts: Counter[str]) -> None:
+async def client(number: int, url: str, end: float, counts: Counter[str], lost: list[str]) -> None:
     rng = generator(0, "soak", number)
     async with httpx.AsyncClient(timeout=600) as http:
         while time.monotonic() < end:
@@ -68,12 +68,14 @@ async def client(number: int, url: str, end: float, counts: Counter[str]) -> Non
                 else:
                     whole = answer.status_code == 200 and bool(answer.json()["choices"][0]["finish_reason"])
                 counts["kept" if whole else "lost"] += 1
+                if not whole:
+                    lost.append(f"{answer.status_code}: ...{answer.text[-200:]}")
 
 
-async def soak(url: str, clients: int, seconds: float, counts: Counter[str]) -> tuple[int, float]:
+async def soak(url: str, clients: int, seconds: float, counts: Counter[str], lost: list[str]) -> tuple[int, float]:
     """Files more than before, and memory against that after the first tenth."""
     before, end = open_files(), time.monotonic() + seconds
-    running = [asyncio.create_task(client(number, url, end, counts)) for number in range(clients)]
+    running = [asyncio.create_task(client(number, url, end, counts, lost)) for number in range(clients)]
     await asyncio.sleep(seconds / 10)
     early = resident()
     await asyncio.gather(*running)
@@ -94,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     family = gated()
-    engine = Engine({"family": family})
+    engine = Engine({"family": family}, prefix_bytes=2**24)  # full at once: what fills later would look like a leak
     app = make_app({"family": Served("family", family, default_preference(family, None))}, engine)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
@@ -102,14 +104,14 @@ def main() -> None:
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    counts: Counter[str] = Counter()
+    counts, lost = Counter[str](), list[str]()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
-    files, memory = asyncio.run(soak(url, options.clients, 60 * options.minutes, counts))
+    files, memory = asyncio.run(soak(url, options.clients, 60 * options.minutes, counts, lost))
     slots = engine.running + engine.waiting
     server.should_exit = True
     thread.join()
     figures = {"soak_lost": counts["lost"], "soak_slots": slots, "soak_files": files, "soak_memory": memory}
-    emit(figures, options.out, requests=dict(counts), minutes=options.minutes, clients=options.clients)
+    emit(figures, options.out, requests=dict(counts), lost=lost, minutes=options.minutes, clients=options.clients)
 
 
 if __name__ == "__main__":
