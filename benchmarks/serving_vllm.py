@@ -72,7 +72,7 @@ def main() -> None:
     from paretune.serve.vllm.families import GatedFamily
     from vllm import SamplingParams
 
-    settings = {"max_tokens": asked.tokens, "temperature": 0, "ignore_eos": True}
+    settings = {"max_tokens": asked.tokens, "temperature": 0, "min_tokens": asked.tokens}
     weights = [i / (asked.rows - 1) for i in range(asked.rows)]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(asked.rows)]
 
@@ -84,10 +84,12 @@ def main() -> None:
         made = family(asked.model, folder / "family")
         gated = GatedFamily.read(folder / "family")
         gated.write(folder / "ordinary")
-        merged = []
+        merged, logits_NTV = [], []
         for w in weights:
             export(made, folder / "merged", [w, 1 - w])
-            merged.append(_alone(folder / "merged", prompts[len(merged)], asked.tokens))
+            told, logits_TV = _alone(folder / "merged", prompts[len(merged)], asked.tokens)
+            merged.append(told)
+            logits_NTV.append(logits_TV)
             shutil.rmtree(folder / "merged")
         base = [_greedy(made, prompt, asked.tokens) for prompt in prompts]
         del made
@@ -113,13 +115,20 @@ def main() -> None:
         model=Path(asked.model).resolve().name,
         rows_unlike_the_base=sum(a != b for a, b in zip(merged, base, strict=True)),
         different_answers=len({tuple(one) for one in merged}),
+        parted_at_gaps=[_gap(*one) for one in zip(merged, served, logits_NTV, strict=True) if one[0] != one[1]],
         seconds=seconds,
         **speeds,
     )
 
 
-def _alone(folder: Path, prompt: str, count: int) -> list[int]:
-    """What a merged checkpoint says greedily, by plain transformers."""
+def _gap(merged: list[int], served: list[int], logits_TV: torch.Tensor) -> float:
+    """By how much the merged model's logit of its own token is above that of the first other one: near 0 is a tie."""
+    at = next(n for n, (a, b) in enumerate(zip(merged, served, strict=True)) if a != b)
+    return float(logits_TV[at, merged[at]] - logits_TV[at, served[at]])
+
+
+def _alone(folder: Path, prompt: str, count: int) -> tuple[list[int], torch.Tensor]:
+    """What a merged checkpoint says greedily, by plain transformers, and the logits (T, V) by which it does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -128,14 +137,15 @@ def _alone(folder: Path, prompt: str, count: int) -> list[int]:
 
 def _greedy(made: Any, prompt: str, count: int) -> list[int]:
     with made.policy.bank.gates(None):
-        return _said(made.policy.model, made.policy.tokenizer, prompt, count)
+        return _said(made.policy.model, made.policy.tokenizer, prompt, count)[0]
 
 
-def _said(model: Any, tokenizer: Any, prompt: str, count: int) -> list[int]:
+def _said(model: Any, tokenizer: Any, prompt: str, count: int) -> tuple[list[int], torch.Tensor]:
     ids = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
-        out = model.generate(**ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, repetition_penalty=1.0)
-    return out[0, ids["input_ids"].shape[1] :].tolist()
+        told = {"output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(**ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, repetition_penalty=1.0, **told)
+    return out.sequences[0, ids["input_ids"].shape[1] :].tolist(), torch.cat(out.logits)
 
 
 if __name__ == "__main__":
