@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
     asked = parser.parse_args()
+    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     from paretune.serve.export import export
     from paretune.serve.vllm.families import GatedFamily
-    from vllm import SamplingParams
 
     settings = {"max_tokens": asked.tokens, "temperature": 0, "min_tokens": asked.tokens}
     weights = [i / (asked.rows - 1) for i in range(asked.rows)]

@@ -456,6 +456,22 @@ FIGURES = (
     ),
     # Serving
     Figure(
+        "vllm_rows_equal",
+        "serving_vllm.py",
+        "vLLM, SmolLM2-135M: 16 requests with 16 preferences in one batch whose greedy tokens are those of their merged exports",
+        "mean over the requests",
+        "at least",
+        1.0,
+    ),
+    Figure(
+        "vllm_gated_vs_lora",
+        "serving_vllm.py",
+        "vLLM, SmolLM2-135M: tokens per second with gates per token, as a share of one ordinary LoRA's of the same rank",
+        "median of 5 alternated pairs",
+        "at least",
+        0.9,
+    ),
+    Figure(
         "served_equal_offline",
         "serving.py",
         "`serve`, 64 clients with 64 preferences: share of responses that are those of `Family.sample`",
