@@ -75,3 +75,12 @@ def test_without_the_package_it_says_what_to_install(made, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"paretune\[gguf\]"):
         export_gguf(made[0], tmp_path / "out", "polite=1")
+
+
+@pytest.mark.parametrize("option", [("--dtype", "bfloat16"), ("--license", "mit"), ("--push", "me/brief"), ("--public",)])
+def test_what_such_files_do_not_have_is_refused(made, tmp_path, option):
+    command = ["export", str(made[0]), "--preference", "polite=1", "--as", "gguf", "--out", str(tmp_path / "out"), *option]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 2
+    assert option[0] in told.output
+    assert not (tmp_path / "out").exists()

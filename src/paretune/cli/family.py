@@ -193,8 +193,9 @@ def export(
     if kind == "gguf":
         from paretune.serve.gguf import export_gguf
 
-        if dtype is not None:
-            raise ConfigError("GGUF adapters are float32", found=f"--dtype {dtype}", remedy="leave it out")
+        beside = {"--dtype": dtype, "--license": license_, "--push": push, "--public": public or None}
+        if given := [name for name, value in beside.items() if value is not None]:
+            raise ConfigError("GGUF adapters are float32 files without a card", found=", ".join(given), remedy="leave it out")
         told = export_gguf(family, out, preference, model=model)
         if as_json:
             print_json(told)
