@@ -100,6 +100,27 @@ def test_prompts_are_kept_by_gates_or_by_tokens_alone():
         assert found == hits, mixing
 
 
+@pytest.mark.parametrize(
+    ("going", "reads", "pieces"),
+    [(True, 400.0, [20]), (True, 10.0, [16]), (True, 1e6, [64]), (False, 400.0, [64])],
+    ids=["half a token's time", "the smallest", "the largest", "alone"],
+)
+def test_a_piece_of_a_long_prompt_takes_half_as_long_as_a_token_of_the_others(going, reads, pieces, monkeypatch):
+    """A token of the batch takes .1 s here, and prompts are read at so many tokens per second."""
+    family, asked = family_of("parameter"), []
+    engine = Engine({"family": family}, chunk=64)
+    lane, other, long = (
+        engine.lanes["family"],
+        Heard(family, "ab", [0.5, 0.5], limit=8).row,
+        Heard(family, "abcd" * 25, [0.5, 0.5], limit=4).row,
+    )
+    lane._begin([long], None)
+    lane.rows, lane.seconds, lane.reads = ([other] if going else []), 0.1, reads
+    monkeypatch.setattr(type(lane.reading[0][0]), "advance", lambda self, most=None: asked.append(most))
+    lane._read_on()
+    assert asked == pieces
+
+
 def test_kept_prompts_are_bounded_in_memory():
     known = Prefixes(limit=3000)
     states = lambda: [(np.zeros(125), np.zeros(0))]  # noqa: E731 (1,000 bytes)

@@ -365,7 +365,7 @@ FIGURES = (
         "maximum over 11 preferences, 64 test questions, one seed",
         "at most",
         0.05,
-        why="The guard is kept on 32 other questions, and the bridge's is measured from the soup.",
+        why="Measured before guards were: from the untrained model, by prompts, at 95 %. Then the bridge's was measured from the soup.",
         front=True,
     ),
     Figure(
