@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from paretune.evaluation.stats import MIN_UNITS, paired_difference
-from paretune.report.tables import minus
+from paretune.report.tables import SHOWN, minus
 from paretune.types import Estimate
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "study.json"
@@ -226,12 +226,8 @@ def table() -> str:
         row = next(rows[method] for rows in _best_part(record).values() if method in rows)
         cost = row["cost"]
         tail = [f"{cost['steps']:,}", f"{cost['steps_path']:,}", f"{cost['evaluations']:,}", f"{row['forwards_per_token']:.3g}"]
-        lines.append("| " + " | ".join([f"`{method}`", *("–" if v is None else _short(v) for v in line), *tail]) + " |")
+        lines.append("| " + " | ".join([f"`{method}`", *("–" if v is None else SHOWN["share"](v) for v in line), *tail]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _short(value: float) -> str:
-    return minus(f"{value:.2f}") if value >= -10 else "< −10"
 
 
 def _best_part(record: Mapping[str, Any]) -> dict[str, Rows]:
@@ -288,7 +284,7 @@ def picture() -> str:
         for j, value in enumerate(line):
             x = left + wide * j
             out.append(f'<rect x="{x}" y="{y}" width="{wide - 1}" height="{high - 1}" fill="{_fill(value)}"/>')
-            shown_as = "–" if value is None else _short(value)
+            shown_as = "–" if value is None else SHOWN["share"](value)
             out.append(f'<text x="{x + wide / 2:.0f}" y="{y + 13}">{escape(shown_as)}</text>')
         bar = left + wide * len(names) + 8
         length = bars * steps[method] / most

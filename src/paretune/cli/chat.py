@@ -13,6 +13,7 @@ from paretune.cli.common import OnDevice, Trust, app, device_of, examples, say, 
 from paretune.cli.places import find_family
 from paretune.errors import ConfigError, ParetuneError, nearest, printable
 from paretune.policy.card import read_card
+from paretune.types import spelled
 
 if TYPE_CHECKING:
     from paretune.policy.family import Family
@@ -84,7 +85,7 @@ class _Talk:
         self.said: list[int] = []  # the tokens of the last answer
 
     def shown(self) -> str:
-        return ",".join(f"{name}={weight:g}" for name, weight in zip(self.preference.names, self.preference.weights, strict=True))
+        return spelled(self.preference.names, self.preference.weights)
 
     def hear(self, line: str) -> None:
         """A command, or something said."""

@@ -14,7 +14,7 @@ from paretune.cli.places import find_family
 from paretune.errors import ConfigError
 from paretune.policy.card import read_card
 from paretune.progress import Heartbeat
-from paretune.types import last_words
+from paretune.types import last_words, spelled
 
 if TYPE_CHECKING:
     from paretune.evaluation.elicit import Elicitation, Pool, Question
@@ -107,7 +107,7 @@ def _tell(asking: Elicitation, names: tuple[str, ...], *, as_json: bool) -> None
     from paretune.report.tables import Column, Table
 
     found = asking.to_json()
-    paste = ",".join(f"{name}={w:g}" for name, w in zip(names, hundredths(found["weights"]), strict=True))
+    paste = spelled(names, hundredths(found["weights"]))
     if as_json:
         print_json({"objectives": list(names), "preference": paste, **found})
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from paretune.cli.common import Json, app, examples, print_json, say, show_table, tell
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError
 from paretune.report.tables import Column, Table
 
 __all__ = ["golden"]
@@ -34,20 +34,17 @@ def golden(
     as_json: Json = False,
 ) -> None:
     """Golden data of multi-reward RL: rewards and each rule's advantages; check your own function f(rewards, group, weights)."""
+    from paretune.testing.golden import check_known
     from paretune.testing.golden import golden as read
 
     data = read()
-    names = [one["name"] for one in data["cases"]]
-    for name in case or []:
-        if name not in names:
-            raise ConfigError("a case of the golden data is known by its name", found=repr(name), remedy=nearest(name, names))
+    check_known(cases=case or [])
     if what == "check":
         _check(target, rule or [], case or [], tolerance, as_json=as_json)
         return
     if target is not None or rule:
         raise ConfigError("a target and --rule go with check", found=target or f"--rule {rule}", remedy="paretune golden check TARGET")
-    if what is not None and what not in data["rules"]:
-        raise ConfigError("golden data is for the rules it lists", found=repr(what), remedy=nearest(what, (*data["rules"], "check")))
+    check_known([what] if what is not None else [], words=["check"])
     cases = [one for one in data["cases"] if not case or one["name"] in case]
     if as_json:
         print_json({**data, "cases": cases} if what is None else _of_rule(data["rules"][what], what, cases))

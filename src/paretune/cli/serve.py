@@ -24,17 +24,8 @@ __all__ = ["serve"]
 
 Base = Annotated[str | None, typer.Option("--model", help="Where the families' reference model is now, if it has moved.")]
 ENGINES = ("embedded", "vllm")
-EMBEDDED = (
-    "max_queue",
-    "playground",
-    "chunk",
-    "prefix_cache",
-    "max_body",
-    "drain",
-    "trust",
-    "recipe",
-    "device",
-)  # options that vLLM does not have, or has under other names
+# Options that vLLM does not have, or has under other names.
+EMBEDDED = ("max_queue", "playground", "chunk", "prefix_cache", "max_body", "drain", "trust", "recipe", "device")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

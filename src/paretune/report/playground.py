@@ -27,6 +27,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 
 from paretune.errors import ConfigError, ParetuneError
+from paretune.evaluation.elicit import hundredths
 from paretune.evaluation.explain import explain
 from paretune.policy.card import read_card
 from paretune.report.drawing import template
@@ -36,7 +37,7 @@ from paretune.report.page import colored
 from paretune.runs.measured import read_measured, said_of
 from paretune.serve.protocol import Asked, Served, ask, inquire
 from paretune.serve.rows import Piece, Row
-from paretune.types import Preference
+from paretune.types import Preference, spelled
 
 __all__ = ["PATH", "mount"]
 
@@ -356,7 +357,7 @@ class _Page:
         return template("playground.html.j2").render(part="front", picture=picture, measured=self.fitted is not None, names=self.names)
 
     def _paste(self, weights: Sequence[float]) -> str:
-        return ",".join(f"{name}={w:.2g}" for name, w in zip(self.names, weights, strict=True))
+        return spelled(self.names, hundredths(weights))
 
 
 def _explained(family: Any, row: Row, weights: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 from paretune.errors import ConfigError, ParetuneError
 from paretune.evaluation.elicit import TIE, Elicitation, hundredths, pool_of
 from paretune.serve.protocol import Inquiry
-from paretune.types import last_words
+from paretune.types import last_words, spelled
 
 __all__ = ["NoSession", "OutOfTurn", "Session", "Sessions", "TooMany"]
 
@@ -99,7 +99,7 @@ class Session:
                 "regret": found["regret"],
                 "unscored": self._asking.unscored,
                 **{name: dict(zip(self.names, values, strict=True)) for name, values in known.items()},
-                "paste": ",".join(f"{name}={w:g}" for name, w in zip(self.names, paste, strict=True)),
+                "paste": spelled(self.names, paste),
             }
 
 

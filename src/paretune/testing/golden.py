@@ -20,7 +20,7 @@ import numpy as np
 from paretune.errors import ConfigError, nearest
 from paretune.training.advantages import advantages, aggregate_advantages
 
-__all__ = ["Difference", "check_golden", "functions_of", "golden", "own"]
+__all__ = ["Difference", "check_golden", "check_known", "functions_of", "golden", "own"]
 
 TOLERANCE = 1e-6
 
@@ -29,6 +29,16 @@ TOLERANCE = 1e-6
 def golden() -> dict[str, Any]:
     """All rules and cases: "eps", "rules" by name, "cases" with rewards (None = unscored), group, weights, and expected by rule."""
     return json.loads((files("paretune") / "golden" / "advantages.json").read_text(encoding="utf-8"))
+
+
+def check_known(rules: Sequence[str] = (), cases: Sequence[str] = (), *, words: Sequence[str] = ()) -> None:
+    """ConfigError for a rule or a case that the data does not have; `words` may stand in a rule's place, too."""
+    for name in rules:
+        if name not in (known := (*golden()["rules"], *words)):
+            raise ConfigError("golden data is for the rules it lists", found=repr(name), remedy=nearest(name, known))
+    for name in cases:
+        if name not in (known := tuple(case["name"] for case in golden()["cases"])):
+            raise ConfigError("a case of the golden data is known by its name", found=repr(name), remedy=nearest(name, known))
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,7 @@ def check_golden(function: Callable[..., Any], rule: str, *, cases: Sequence[str
     parameter `eps` is given that of the data. An exception is a difference, too: a case that stops a trainer is a finding.
     """
     data = golden()
-    if rule not in data["rules"]:
-        raise ConfigError("golden data is for the rules it lists", found=repr(rule), remedy=nearest(rule, data["rules"]))
-    known = [case["name"] for case in data["cases"]]
-    for name in cases:
-        if name not in known:
-            raise ConfigError("a case of the golden data is known by its name", found=repr(name), remedy=nearest(name, known))
+    check_known([rule], cases)
     more = {"eps": data["eps"]} if "eps" in inspect.signature(function).parameters else {}
     found = []
     for case in data["cases"]:
@@ -104,9 +109,7 @@ def functions_of(target: str, rules: Sequence[str] = ()) -> dict[str, Callable[.
     place, _, name = target.partition(":")
     module = _module(place)
     known = golden()["rules"]
-    for rule in rules:
-        if rule not in known:
-            raise ConfigError("golden data is for the rules it lists", found=repr(rule), remedy=nearest(rule, known))
+    check_known(rules)
     wanted = dict.fromkeys(rules or ([name] if name in known else []), name) if name else {rule: rule for rule in rules or known}
     found = {rule: getattr(module, one) for rule, one in wanted.items() if callable(getattr(module, one, None))}
     if not found or (name and not wanted) or (rules and len(found) < len(wanted)):

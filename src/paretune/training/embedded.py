@@ -169,7 +169,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
 
     def _turn_back(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, run: Run) -> None:
         """From a policy that was just seen to have lost more of a guard than it may, to the one that is kept, with steps half as long."""
-        if run.kept is None or not run.looks or run.best is None:
+        if run.kept is None or run.best is None:
             return
         seen, best = run.looks[-1], run.looks[run.best]
         if guard_slack(seen, task.guards, self.guard_drop, sure=False) < 0 <= guard_slack(best, task.guards, self.guard_drop):

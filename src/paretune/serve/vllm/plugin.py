@@ -74,7 +74,7 @@ def _family(path: str) -> GatedFamily:
 def _patched(owner: Any, name: str) -> Any:
     """What stands there, to be wrapped; None where it has been wrapped before."""
     found = getattr(owner, name)
-    return None if hasattr(found, "__wrapped__") and getattr(found, "_paretune", False) else found
+    return None if getattr(found, "_paretune", False) else found
 
 
 def _put(owner: Any, name: str, made: Any, before: Any) -> None:

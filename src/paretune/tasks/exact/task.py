@@ -213,7 +213,11 @@ class ExactTask(Task):
 
     def optimum_logp_PR(self, w_M: np.ndarray, split: str) -> np.ndarray:
         """(P, R) log-probabilities of pi*_w."""
-        tilt_PR = self.reference_logp_PR(split) + self.rewards_PRM(split) @ np.asarray(w_M) / self.beta
+        return self._tilted_logp_PR(self.rewards_PRM(split), w_M, split)
+
+    def _tilted_logp_PR(self, rewards_PRM: np.ndarray, w_M: np.ndarray, split: str) -> np.ndarray:
+        """(P, R) log-probabilities of the policy that is optimal at w where rewards are these."""
+        tilt_PR = self.reference_logp_PR(split) + rewards_PRM @ np.asarray(w_M) / self.beta
         return tilt_PR - logsumexp(tilt_PR, axis=1, keepdims=True)
 
     def composition_limit_logp_PR(self, w_M: np.ndarray, split: str) -> np.ndarray:
@@ -251,9 +255,15 @@ class ExactTask(Task):
         found = {}
         with contextlib.suppress(TaskError):
             found["representable"] = self.ceiling_W(w_WM, split)
+
+        def worth_W(rewards_PRM: np.ndarray) -> np.ndarray:
+            """(W,) w . J of the policies that are optimal where rewards are these."""
+            return np.array([w_M @ self.J_M(self._tilted_logp_PR(rewards_PRM, w_M, split), split) for w_M in w_WM])
+
+        start_W, best_W = w_WM @ self.J_M(self.reference_logp_PR(split), split), worth_W(self.rewards_PRM(split))
         for name, guess in (("blind", self.blind_PRM), ("posterior", self.posterior_PRM)):
             with contextlib.suppress(TaskError):
-                found[name] = self._attained_W(guess(split), w_WM, split)
+                found[name] = (worth_W(guess(split)) - start_W) / (best_W - start_W)
         return found
 
     def blind_PRM(self, split: str) -> np.ndarray:
@@ -272,16 +282,6 @@ class ExactTask(Task):
         dense_PRM = posterior_mean(self.designs("train"), self.dense_PRM("train"), self.designs(split), self.deviation_M)
         x_RM, y_RM = self.dense_PRM("train")[0], self.rewards_PRM("train")[0]  # scale is one line for all
         return y_RM[0] + (dense_PRM - x_RM[0]) * (y_RM[1] - y_RM[0]) / (x_RM[1] - x_RM[0])
-
-    def _attained_W(self, guess_PRM: np.ndarray, w_WM: np.ndarray, split: str) -> np.ndarray:
-        """(W,) attainment of the policies that would be optimal if rewards were `guess_PRM`."""
-        logp_PR, attained = self.reference_logp_PR(split), []
-        for w_M in w_WM:
-            tilt_PR = logp_PR + guess_PRM @ w_M / self.beta
-            policies = (logp_PR, tilt_PR - logsumexp(tilt_PR, axis=1, keepdims=True), self.optimum_logp_PR(w_M, split))
-            start, found, best = (w_M @ self.J_M(policy_PR, split) for policy_PR in policies)
-            attained.append((found - start) / (best - start))
-        return np.array(attained)
 
     def J_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
         """(M,) regularized returns, mean over prompts."""
