@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py [--out FILE] [--minutes 30] [--clients 32] [--threads 2]
 
-The model of `serving.py` behind HTTP on a loopback port. A third of the requests leave in the middle, and one in
-ten has a malformed body. The others read to their end, half of them as streams.
+The model of `serving.py` behind HTTP on a loopback port. The clients are a process of their own, so that memory and files are
+the server's. A third of the requests leave in the middle, and one in ten has a malformed body. The others read to their end, half of
+them as streams.
 
     soak_lost     requests that were kept and got no whole answer
     soak_slots    responses that still have a place, or wait, when all clients have gone
@@ -20,6 +21,8 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +42,13 @@ from serving import NAMES, gated
 BROKEN = [b"{", b"\xff", b'{"model": "family"}', b'{"model": "family", "prompt": "w1", "n": 10000}', b"[" * 10_000]
 
 
-def resident() -> float:
-    """Bytes of this process in memory."""
-    return float(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(process: int) -> float:
+    """Bytes of a process in memory."""
+    return float(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def open_files(process: int) -> int:
+    return len(os.listdir(f"/proc/{process}/fd"))
 
 
 async def client(number: int, url: str, end: float, counts: Counter[str], lost: list[str]) -> None:
@@ -72,19 +79,20 @@ async def client(number: int, url: str, end: float, counts: Counter[str], lost: 
                     lost.append(f"{answer.status_code}: ...{answer.text[-200:]}")
 
 
-async def soak(url: str, clients: int, seconds: float, counts: Counter[str], lost: list[str]) -> tuple[int, float]:
-    """Files more than before, and memory against that after the first tenth."""
-    before, end = open_files(), time.monotonic() + seconds
+async def soak(url: str, server: int, clients: int, seconds: float) -> dict[str, Any]:
+    """What the clients counted, the server's files more than before, and its memory against that after the first tenth."""
+    counts, lost = Counter[str](), list[str]()
+    before, end = open_files(server), time.monotonic() + seconds
     running = [asyncio.create_task(client(number, url, end, counts, lost)) for number in range(clients)]
     await asyncio.sleep(seconds / 10)
-    early = resident()
+    early = resident(server)
     await asyncio.gather(*running)
     await asyncio.sleep(1)
-    return open_files() - before, resident() / early
+    return {"counts": counts, "lost": lost, "files": open_files(server) - before, "memory": resident(server) / early}
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def clients(*asked: Any) -> dict[str, Any]:
+    return asyncio.run(soak(*asked))
 
 
 def main() -> None:
@@ -104,14 +112,15 @@ def main() -> None:
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    counts, lost = Counter[str](), list[str]()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
-    files, memory = asyncio.run(soak(url, options.clients, 60 * options.minutes, counts, lost))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as others:
+        found = others.submit(clients, url, os.getpid(), options.clients, 60 * options.minutes).result()
     slots = engine.running + engine.waiting
     server.should_exit = True
     thread.join()
-    figures = {"soak_lost": counts["lost"], "soak_slots": slots, "soak_files": files, "soak_memory": memory}
-    emit(figures, options.out, requests=dict(counts), lost=lost, minutes=options.minutes, clients=options.clients)
+    counts = found["counts"]
+    figures = {"soak_lost": counts["lost"], "soak_slots": slots, "soak_files": found["files"], "soak_memory": found["memory"]}
+    emit(figures, options.out, requests=dict(counts), lost=found["lost"], minutes=options.minutes, clients=options.clients)
 
 
 if __name__ == "__main__":
