@@ -34,9 +34,9 @@ from starlette.routing import Route
 from paretune.errors import ConfigError, ParetuneError, nearest, shown
 from paretune.policy.family import Family, task_of
 from paretune.policy.rollout import token_ids
-from paretune.serve.engine import Engine, QueueFull
+from paretune.serve.engine import Engine
 from paretune.serve.protocol import Asked, Inquiry, NotServed, Served, answer_of, ask, chunk, completion, dumps, inquire, model_card
-from paretune.serve.questions import NoSession, OutOfTurn, Session, Sessions, TooMany
+from paretune.serve.questions import Session, Sessions
 from paretune.serve.rows import Piece, Row
 from paretune.tasks.base import Task
 from paretune.types import Preference, Prompt
@@ -384,26 +384,14 @@ def _raise_error(piece: Piece) -> None:
 
 
 def _error_body(error: ParetuneError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """The status, the body in OpenAI's shape, and headers."""
-    headers: dict[str, str] = {}
-    status, kind, code = 500, "server_error", None
-    if isinstance(error, QueueFull):
-        status, kind, code, headers = 429, "rate_limit_error", "queue_full", {"retry-after": str(error.retry_after)}
-    elif isinstance(error, TooMany):
-        status, kind, code, headers = 429, "rate_limit_error", "too_many_preferences", {"retry-after": str(error.retry_after)}
-    elif isinstance(error, NoSession):
-        status, kind, code = 404, "invalid_request_error", "preference_not_found"
-    elif isinstance(error, OutOfTurn):
-        status, kind, code = 409, "invalid_request_error", "out_of_turn"
-    elif isinstance(error, NotServed):
-        status, kind, code = 404, "invalid_request_error", "model_not_found"
-    elif isinstance(error, _Refused):
-        status, kind, code = error.status, "authentication_error" if error.status == 401 else "invalid_request_error", error.code
-    elif isinstance(error, ConfigError):
-        status, kind = 400, "invalid_request_error"
-        code = "context_length_exceeded" if "positions" in error.rule else None
-    if status == 401:
-        headers = {"www-authenticate": "Bearer"}
+    """The status, the body in OpenAI's shape, and headers. An error of the protocol says its `status` and `code`."""
+    wrong = isinstance(error, ConfigError)
+    too_long = "context_length_exceeded" if wrong and "positions" in error.rule else None
+    status, code = getattr(error, "status", 400 if wrong else 500), getattr(error, "code", too_long)
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
+    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+    if status == 429:
+        headers["retry-after"] = str(getattr(error, "retry_after", 1))
     param = str(error.place[0]) if error.place else None
     parts = {"rule": error.rule, "found": error.found, "remedy": error.remedy}
     return status, {"error": {"message": str(error), "type": kind, "param": param, "code": code, **parts}}, headers

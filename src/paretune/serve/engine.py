@@ -40,7 +40,7 @@ DEAD_SHARE = 8  # rows that have ended stay in the batch until they are one in s
 class QueueFull(ParetuneError):
     """More rows wait than may; `retry_after` are seconds after which it may look better."""
 
-    retry_after = 1
+    status, code, retry_after = 429, "queue_full", 1
 
 
 class Engine:

@@ -68,6 +68,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # of parameters that are not supported:
 class NotServed(ConfigError):
     """A model that this server does not have."""
 
+    status, code = 404, "model_not_found"
+
 
 @dataclass(eq=False)
 class Served:

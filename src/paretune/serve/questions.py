@@ -29,15 +29,19 @@ SIGNS = {0: "1", 1: "2", TIE: "="}
 class NoSession(ConfigError):
     """No such session, or none any more."""
 
+    status, code = 404, "preference_not_found"
+
 
 class OutOfTurn(ConfigError):
     """An answer to a question that is not open."""
+
+    status, code = 409, "out_of_turn"
 
 
 class TooMany(ParetuneError):
     """As many sessions as may be; `retry_after` are seconds until the next one may have expired."""
 
-    retry_after = 1
+    status, code, retry_after = 429, "too_many_preferences", 1
 
 
 class Session:
