@@ -22,6 +22,7 @@ from paretune.runs.recipe import load_recipe, mistakes
 from paretune.runs.suite import fit, load_suite, members_of
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
+from paretune.testing.tasks import check_task
 from paretune.training.combine import Combine
 from paretune.training.exact import ExactGradient
 from paretune.training.learner import Run
@@ -236,6 +237,10 @@ def test_the_exact_learner_finds_the_optimum_under_a_gate(tmp_path):
     assert ceiling - 0.03 < found.mean < ceiling + 1e-6
 
 
+def test_a_task_under_terms_keeps_the_contract_of_tasks():
+    check_task(task_under(schedule=LINEAR, when=GATE, constraints=[0.3, None]))
+
+
 def test_other_tasks_take_terms_too():
     tree = TASKS.build({"name": "fruit-tree", "length": 5, "terms": {"when": {"fats": {"reward": "protein", "at_least": 1.0}}}})
     assert (tree.rewards_PRM("train")[0][tree.rewards_PRM("train")[0][:, 0] < 1.0][:, 2] == 0).all()
@@ -333,6 +338,12 @@ def test_a_recipe_declares_its_terms_and_preview_says_what_they_do(tmp_path):
     found = preview(recipe, prompts=1, samples=4)
     assert found.remarks[0] == "weights by step (cosine): loud 1 at 0%, then the preference at 50% of the training"
     assert found.remarks[1].startswith("loud counts where brief is at least 0.5: in ")
+
+
+def test_a_condition_on_the_objective_itself_is_told_where_it_stands(tmp_path):
+    objectives = [{"use": "length", "name": "a"}, {"use": "length", "name": "b", "when": {"reward": "a", "at_least": 0.5}}]
+    with pytest.raises(ConfigError, match="stand under terms:"):
+        load_recipe(write_recipe(tmp_path, tiny_model(), objectives=objectives))
 
 
 def test_a_guard_may_be_the_condition(tmp_path):

@@ -29,6 +29,9 @@ and those of `tasks.dials`, off by default:
     context          a prompt that begins with the first letter of the alphabet has correlation rho + context, one that begins with
                      the second rho - context, each within 0.03; half of each split, so that what is learned on training
                      prompts holds on test prompts. `contexts` says which is which, `features` has the letters
+
+`terms` (`objectives.terms`) may gate rewards; then everything exact, the front too, is that of the gated ones, noise is added to these, and
+the dials were verified before.
 """
 
 from __future__ import annotations
@@ -102,7 +105,7 @@ class ExactTask(Task):
     sparse: float = 0.0
     noise: float = 0.0
     context: float = 0.0
-    terms: Declared | None = field(default=None, metadata=GIVEN)
+    terms: Declared | None = field(default=None, metadata=GIVEN)  # gated rewards, weights by step, targets, constraints
 
     is_exact: ClassVar[bool] = True
 

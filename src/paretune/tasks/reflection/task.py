@@ -59,7 +59,7 @@ class ReflectionTask(Task):
     validation_count: int = 64
     test_count: int = 64
     seed: int = 0
-    terms: Declared | None = field(default=None, metadata=GIVEN)
+    terms: Declared | None = field(default=None, metadata=GIVEN)  # gated rewards, weights by step, targets, constraints
 
     def __post_init__(self):
         unknown = [aim for aim in self.aims if aim not in AIMS]
