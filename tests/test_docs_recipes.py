@@ -59,6 +59,28 @@ def test_what_is_watched_is_set_apart_and_guarded(recipe):
     assert task.guards.names == ("fluent",)
 
 
+def test_the_terms_of_the_page_gate_and_are_trained(recipe, tmp_path):
+    """In the page's words, on two of its objectives: a wrong answer is not brief, and weights come from `correct` to the preference."""
+    given = yaml.safe_load(recipe.read_text())
+    given["objectives"] = [spec for spec in given["objectives"] if spec["name"] in ("correct", "brief")]
+    learner = {"name": "pg", "samples": 32, "batch": 8, "group": 4, "rank": 2, "log_every": 1}
+    given |= yaml.safe_load(block("yaml", "# terms.yaml")) | {"learner": learner, "max_new_tokens": 4, "output": str(tmp_path / "runs")}
+    recipe.write_text(yaml.safe_dump(given))
+    task = load_recipe(recipe).task
+    prompt = task.prompts("train")[0]
+    scores_NM = task.score([prompt] * 2, ["The answer is Paris", "Rome"])
+    assert scores_NM[:, task.objectives.names.index("correct")].tolist() == [1.0, 0.0]
+    assert scores_NM[0, task.objectives.names.index("brief")] > 0
+    assert scores_NM[1, task.objectives.names.index("brief")] == 0
+    ran = CliRunner().invoke(app, ["fit", str(recipe), "--samples", "0"])
+    assert ran.exit_code == 0, ran.output
+    logs = [[json.loads(line) for line in log.read_text().splitlines()] for log in (tmp_path / "runs").glob("artifacts/*/train.jsonl")]
+    assert len(logs) == 2
+    for log in logs:
+        assert log[0]["weights"]["correct"] > 0.9  # the prices of the constraint are small yet
+        assert sum(log[-1]["weights"].values()) == pytest.approx(1)
+
+
 def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
     task = load_recipe(recipe).task
     prompt = task.prompts("train")[0]

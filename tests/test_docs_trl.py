@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -40,6 +41,11 @@ def test_the_script_trains(tmp_path, monkeypatch, capfd):
     space["reward"].check(space["trainer"].args)
     exec(block("python", "# worst_case.py"), space)
     assert len(space["reward"](["a"] * 8, ["four", "five"] * 4, answer=["four"] * 8)) == 8
+    exec(block("python", "# terms.py"), space)
+    state = SimpleNamespace(max_steps=11, log_history=[], stateful_callbacks={})
+    given = {"answer": ["four"] * 8, "trainer_state": state}
+    assert space["reward"](["a"] * 8, ["four", "five"] * 4, **given) == [1, 0] * 4  # of helpfulness alone
+    exec(block("python", "# worst_case.py"), space)
     asked = block("python", "# select.py").replace("**reward", 'use_cpu=True, bf16=False, report_to="none", **reward')
     exec("from trl import RLOOConfig as GRPOConfig\n" + asked, space)  # worst_case.py made a reward for RLOO
     space["reward"].check(space["args"])

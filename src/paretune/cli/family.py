@@ -334,6 +334,8 @@ def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> Non
     rate, seconds = found.rate, [found.train_seconds or 0.0, found.measure_seconds or 0.0]
     assert rate is not None
     tell(f"{found.line()}")
+    for sentence in plan.task.terms.sentences(plan.task.objectives.names) if plan.task.terms else ():
+        tell(f"terms:     {sentence}")
     by = f"{found.workers} workers" if found.workers > 1 else "one process"
     tell(f"training:  about {clock(seconds[0])} in {by}")
     tell(f"measuring: about {clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")

@@ -133,7 +133,7 @@ def recipe_schema() -> dict[str, Any]:
     from paretune.tasks.recipe import RecipeTask
 
     task = _of_class(RecipeTask)
-    defs: dict[str, dict[str, Any]] = {}
+    defs = {name: {**one, "additionalProperties": False} for name, one in task.pop("$defs", {}).items()}  # of fields that are classes
     for kind, registry in (("method", METHODS), ("learner", LEARNERS)):
         defs |= {f"{kind}-{name}": _named(_of_class(registry[name]), "name", name) for name in registry}
     own = {"type": "string", "pattern": r"^.+\.py:\w+$", "description": "a function in a file of your own: rewards.py:function"}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from paretune.objectives.utilities import UTILITIES
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
 from paretune.policy.rules import GateRule
@@ -75,6 +76,10 @@ class Method(ABC):
         """A family of this method: a policy, or the mixing that one is built at, under `rule`. `fields` are further ones of `Family`."""
         policy = mixing if isinstance(mixing, Policy) else build_policy(task, mixing, adapters)
         said = {"method": describe(self), "card": asdict(self.card), "seed": seed, **(meta or {})}
+        if task.terms is not None:
+            said["terms"] = task.terms.sentences(task.objectives.names)
+            if (utility := task.terms.utility()) is not None:
+                fields["utility"] = describe(UTILITIES.build(utility))
         return Family(
             policy, rule, task.objectives, task.base(), adapters, said, max_new_tokens=task.max_new_tokens, **task.prompt_form(), **fields
         )

@@ -59,6 +59,9 @@ class Objective(ABC):
 
     rounding: ClassVar[float] = 0.0  # how much a score may change with the other texts of its batch: 0 unless a model computes it
     asks_service: ClassVar[bool] = False  # every score is a request that may cost money
+    lacks: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "when": ("conditions stand under terms:, beside the objectives", "terms: {when: {brief: {reward: correct, at_least: 0.5}}}")
+    }
     places: ClassVar[Mapping[str, str]] = {}  # fields that hold a "path", or a "model" (a path or a name on the hub)
 
     @property

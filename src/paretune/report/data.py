@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, StoreError, nearest
+from paretune.objectives.terms import brief
 from paretune.report.looks import Look, looks
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
 from paretune.types import canonical_json, check_name
@@ -253,7 +254,8 @@ class Results:
         for group in groups.values():
             task = group[0].task
             shown = [k for k in varying if k in task and canonical_json(task[k]) != usual.get(k)] or [k for k in varying[:1] if k in task]
-            parts = ([str(task["name"])] if many or not shown else []) + [f"{k} = {_short(task[k])}" for k in shown]
+            said = {k: brief(task[k]) if k == "terms" else _short(task[k]) for k in shown}
+            parts = ([str(task["name"])] if many or not shown else []) + [f"{k} = {text}" for k, text in said.items()]
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
             dials = {k: v for k, v in task.items() if k not in NOT_DIALS}
             found.append(Setting(_line(", ".join(parts)), str(task["name"]), dials, order))

@@ -302,6 +302,9 @@ def _training_figures(fitted: Fitted) -> list[Figure]:
     series = {what: {t.label: _utility(t, fitted) for t in fitted.trainings}}
     for name in fitted.names:
         series[f"reward {name}"] = {t.label: _curve(t, lambda r, name=name: (r.get("rewards") or {}).get(name)) for t in fitted.trainings}
+        series[f"weight of {name}"] = {
+            t.label: _curve(t, lambda r, name=name: (r.get("weights") or {}).get(name)) for t in fitted.trainings
+        }
     series["KL, nats"] = {t.label: _curve(t, lambda r: r.get("kl")) for t in fitted.trainings}
     for title, name in MORE_CURVES.items():
         series[title] = {t.label: _curve(t, lambda r, name=name: r.get(name)) for t in fitted.trainings}
@@ -385,6 +388,7 @@ def _facts(fitted: Fitted) -> list[tuple[str, str]]:
     facts += [("objectives", ", ".join(fitted.names)), ("method", _plain(meta["method"]))] if meta.get("method") else []
     learners = {json.dumps(training.spec["learner"]): training.spec["learner"] for training in fitted.trainings}
     facts += [("learner", _plain(learner)) for learner in learners.values()]
+    facts += [("terms", "; ".join(meta["terms"]))] if meta.get("terms") else []
     facts += [("seed", str(meta["seed"]))] if meta.get("seed") is not None else []
     total = (meta.get("ledger") or {}).get("total")
     if total:

@@ -184,7 +184,7 @@ def _probe(recipe: Recipe, times: int) -> Rate:
     task, learner = recipe.task, recipe.learner
     free = tuple({"name": name, "use": "length"} for name in task.objectives.names)
     bare = dataclasses.replace(task.prompt_source, validation=0)
-    plain = dataclasses.replace(task, objective_specs=free, guard_specs=(), prompt_source=bare)
+    plain = dataclasses.replace(task, objective_specs=free, guard_specs=(), terms=None, prompt_source=bare)
     short = dataclasses.replace(learner, samples=2 * learner.batch, log_every=1)
     count = task.objectives.count
     spec = training(plain, short, np.full(count, 1 / count), recipe.seed)

@@ -31,6 +31,7 @@ import paretune
 from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
+from paretune.objectives.terms import brief
 from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
@@ -113,6 +114,7 @@ def label_of(description: Mapping[str, Any], registry: Any) -> str:
         for name, value in description.items()
         if name in defaults and isinstance(value, str | int | float) and value != defaults[name]
     ]
+    changed += [f"terms={brief(terms)}"] if (terms := description.get("terms")) else []
     return description["name"] + (f"({', '.join(changed)})" if changed else "")
 
 

@@ -60,7 +60,22 @@ def preview(recipe: Recipe, *, prompts: int = 3, samples: int = 8) -> Preview:
         answers = [{"text": texts[n], "cut": bool(cut_N[n]), "scores": one} for n, one in zip(here, scored, strict=True)]
         shown.append({"seen": policy.tokenizer.decode(ids), "tokens": len(ids), "responses": answers})
     cut = float(cut_N.mean())
-    return Preview(shown, found, cut, _remarks(found, cut, texts, task.max_new_tokens), errors)
+    remarks = [*_asked(recipe, scores), *_remarks(found, cut, texts, task.max_new_tokens)]
+    return Preview(shown, found, cut, remarks, errors)
+
+
+def _asked(recipe: Recipe, scores: dict[str, np.ndarray]) -> list[str]:
+    """What the terms ask, and in how many of the responses a gated reward counts; the scores are those without them."""
+    terms = recipe.task.terms
+    if terms is None:
+        return []
+    said = terms.sentences(recipe.task.objectives.names)
+    for name, when in (terms.when or {}).items():
+        if (gate_N := scores.get(when.reward)) is not None and np.isfinite(gate_N).any():
+            share = float(when.holds(gate_N[np.isfinite(gate_N)]).mean())
+            never = ": nothing can be learned of it before that changes" if share == 0 else ""
+            said = [f"{one}: in {share:.0%} of these responses{never}" if one.startswith(f"{name} counts where") else one for one in said]
+    return said
 
 
 def _summary(score_N: np.ndarray, group: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     objectives:
       - {name: brief, use: length}
     guards: []               # written as objectives are: looked at on validation prompts and in the end, never trained
+    terms: {}                # gated rewards, weights by step, targets, constraints: see `objectives.terms`
     method: experts          # or {name: experts, mixing: logit}; learner as well
     preferences: 11          # where the result is measured
     name: support            # of the family: runs/families/support
@@ -26,11 +27,12 @@ from typing import Any
 from paretune.errors import ConfigError, nearest, shown
 from paretune.hub import is_gguf
 from paretune.objectives.base import check_callable
+from paretune.objectives.terms import Terms
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, TASKS, checked
 from paretune.runs import config
 from paretune.tasks.pretrained import check_pretrained
 from paretune.tasks.prompts import PromptSource
-from paretune.tasks.recipe import RecipeTask, _name_of, _objective
+from paretune.tasks.recipe import RecipeTask, _name_of, _objective, _objectives
 from paretune.types import Preference, check_name
 
 __all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "refuse_recipe", "refuse_suite", "task_entry"]
@@ -40,6 +42,7 @@ TASK_KEYS = {
     "prompts": "prompt_source",
     "objectives": "objective_specs",
     "guards": "guard_specs",
+    "terms": "terms",
 }
 SCORED = ("objectives", "guards")
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -219,6 +222,8 @@ def _known(what: str, document: config.Document, keys: Sequence[str], *place: st
 def _build_task(document: config.Document, values: Mapping[str, Any] | None = None, *, parts: bool = True) -> RecipeTask:
     """The task, with its objectives and prompts (the `parts`) looked at one by one so that a complaint says where."""
     given = document.data
+    if parts:
+        _terms(document)
     values = values or {TASK_KEYS[key]: value for key, value in given.items() if key in TASK_KEYS}
     try:
         task = TASKS.build({"name": "recipe", **values})
@@ -238,9 +243,19 @@ def _build_task(document: config.Document, values: Mapping[str, Any] | None = No
             objective = _objective(spec)
             check_callable(_name_of(spec), objective, None)
             objective.check()
+    with document.at("terms"):
+        if task.terms is not None:
+            task.terms.check(task.objectives, task.guards)
     with document.at("prompts"):
         assert task.prompt_source.splits
     return task
+
+
+def _terms(document: config.Document) -> Terms | None:
+    """The terms, for objectives and guards of these names."""
+    names = {key: [_name_of(spec) for spec in document.data.get(key) or ()] for key in SCORED}
+    with document.at("terms"):
+        return Terms.of(document.data.get("terms"), names["objectives"], names["guards"])
 
 
 def _anchor(document: config.Document, folder: Path, typed_in: Path) -> None:
@@ -344,7 +359,7 @@ def _look_at_values(document: config.Document, found: _Found) -> None:
     """Each field of the task by itself, the objectives one by one, then what needs several of them."""
     given, good = document.data, []
     for key, field in TASK_KEYS.items():
-        if key in given and key not in NEEDED and key not in SCORED:
+        if key in given and key not in (*NEEDED, *SCORED, "terms"):
             with found:
                 _build_task(document, {**STAND_IN, field: given[key]}, parts=False)
     for key, place, spec in _specs(given):
@@ -361,6 +376,11 @@ def _look_at_values(document: config.Document, found: _Found) -> None:
                 registry.build({"name": settings["name"], name: value})
         with found, document.at(key):
             registry.build(entry)
+    with found:
+        terms, scorers = _terms(document), [(_name_of(spec), _objective(spec)) for _, _, spec in good]
+        with document.at("terms"):
+            if terms is not None and len(good) == len(_specs(given)):
+                terms.check(_objectives(scorers[: len(given["objectives"])]), _objectives(scorers))
     with found, document.at("preferences"):
         _preferences(given.get("preferences"), [_name_of(spec) for spec in given["objectives"]])
     usable = True

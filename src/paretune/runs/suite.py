@@ -45,6 +45,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 from paretune.errors import ConfigError, nearest, shown
 from paretune.files import disk_errors, sealed, write_json
 from paretune.methods.base import Method
+from paretune.objectives.utilities import UTILITIES
 from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, describe, unkeyed
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
@@ -57,6 +58,7 @@ from paretune.runs.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.recipe import _named, load_recipe, refuse_recipe, task_entry
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
+from paretune.tasks.exact.optimum import refuse_unreachable
 from paretune.training.cost import as_if_alone, read_cost
 from paretune.types import Natural, key_of
 
@@ -198,6 +200,8 @@ def check_task(task: Any) -> None:
     """ConfigError for what a task can find wrong before anything is trained."""
     if isinstance(task, Task):
         task.check()
+        if task.is_exact and task.terms is not None and task.terms.constraints is not None:
+            refuse_unreachable(task, "train", UTILITIES.build(task.terms.utility()))  # type: ignore[arg-type]
 
 
 def _takes_list(hint: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from paretune.objectives.terms import Terms
 from paretune.types import Objectives, Prompt, canonical_json
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Task(ABC):
     beta: float
     max_new_tokens: int
     guards: Objectives | None = None  # scores that are looked at and never trained or traded: see `score_guards`
+    terms: Terms | None = None  # gated rewards, weights by step, targets, constraints: see `objectives.terms`
 
     @abstractmethod
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -67,6 +69,10 @@ class Task(ABC):
     def trusts(self, *, scoring: bool = True) -> tuple[str, ...]:
         """What it runs, or sends texts to, on the word of whoever described it: to load its model, and with `scoring` to score."""
         return ()
+
+    def gated(self, rewards: np.ndarray, guards: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """(..., M) rewards under the conditions of the task's terms, and as they are without any; `guards` are those that these ask."""
+        return rewards if self.terms is None else self.terms.gated(rewards, self.objectives, guards)
 
     def check(self) -> None:  # noqa: B027
         """Raise ConfigError for what can be found wrong before a model is loaded; suites and `fit` ask before anything is trained."""

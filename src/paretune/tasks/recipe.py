@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from paretune.errors import ConfigError, nearest
 from paretune.objectives.base import Objective, check_callable, score_all
-from paretune.registry import OBJECTIVES, TASKS, describe
+from paretune.objectives.terms import Declared, Terms
+from paretune.registry import GIVEN, OBJECTIVES, TASKS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import check_pretrained, check_quantize, content_of, context_length, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource, chat_text
@@ -45,6 +46,7 @@ class RecipeTask(Task):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     quantize: Literal["4bit", "8bit", "torchao-int8"] | None = None  # load the base in so many bits; None: as the checkpoint is
     trust_remote_code: bool = False
+    terms: Declared | None = field(default=None, metadata=GIVEN)  # gated rewards, weights by step, targets, constraints
 
     def __post_init__(self):
         if not (self.beta > 0 and math.isfinite(self.beta)):
@@ -61,6 +63,8 @@ class RecipeTask(Task):
                 found=", ".join(_name_of(s) for s in self.objective_specs) or "none",
                 remedy="add one under objectives:, for example {name: brief, use: length}",
             )
+        names, guards = ([_name_of(spec) for spec in specs] for specs in (self.objective_specs, self.guard_specs))
+        object.__setattr__(self, "terms", Terms.of(self.terms, names, guards))
 
     @cached_property
     def scorers(self) -> tuple[tuple[str, Objective], ...]:
@@ -100,8 +104,12 @@ class RecipeTask(Task):
         return self.prompt_source.splits.get("validation", ())
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """(N, M) raw scores. `completion_ids` are the completions tokenized again, without special tokens."""
-        return self._score(self.scorers, prompts, completions)
+        """(N, M) raw scores, gated by the terms. `completion_ids` are the completions tokenized again, without special tokens."""
+        asked = {when.reward for when in ((self.terms and self.terms.when) or {}).values()}
+        guards = [(name, guard) for name, guard in self.guarding if name in asked]
+        rewards_NM = self._score([*self.scorers, *guards], prompts, completions)
+        m = len(self.scorers)
+        return self.gated(rewards_NM[:, :m], {name: rewards_NM[:, m + g] for g, (name, _) in enumerate(guards)})
 
     def score_guards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         return self._score(self.guarding, prompts, completions)
@@ -151,6 +159,8 @@ class RecipeTask(Task):
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
         assert self.guards is None or self.guards.count
+        if self.terms is not None:
+            self.terms.check(self.objectives, self.guards)
         for name, objective in (*self.scorers, *self.guarding):
             check_callable(name, objective, columns)
         if self.prompt_source.conversational and not self.tokenizer.chat_template:

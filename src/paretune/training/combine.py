@@ -187,6 +187,11 @@ class Combine:
         context = StepContext(low_M=np.array(objectives.low), high_M=np.array(objectives.high), **seen)
         return rule.weights(rule.start(objectives.count) if state is None else state, context)
 
+    def told(self, weights_NM: np.ndarray, objectives: Objectives) -> dict[str, float]:
+        """What the log says of a step's weights, "weights/name": their means; nothing where they are the preference itself."""
+        fixed = self.weighting["name"] == "fixed"
+        return {} if fixed else {f"weights/{name}": float(w) for name, w in zip(objectives.names, weights_NM.mean(0), strict=True)}
+
     def scores(self, rewards_NM: np.ndarray, w_NM: np.ndarray, objectives: Objectives) -> np.ndarray:
         """(N,) the scalarizer's number for each response; NaN where it cannot be said."""
         low_M, high_M = np.array(objectives.low), np.array(objectives.high)

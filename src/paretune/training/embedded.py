@@ -126,8 +126,10 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         return Combine.of(spec)
 
     def finished(self, run: Run) -> bool:
-        stale = self.patience is not None and run.best is not None and len(run.looks) - 1 - run.best >= self.patience
-        return run.step >= self.steps or run.converged or stale
+        if self.patience is None or run.best is None:
+            return run.step >= self.steps or run.converged
+        since = sum("moving" not in look for look in run.looks[run.best + 1 :])  # weights by step have yet to come to the preference
+        return run.step >= self.steps or run.converged or since >= self.patience
 
     def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
         """From fresh responses to training prompts, whose streams are their own."""
@@ -164,6 +166,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         respond(self, policy, task, spec, run)
         made = batch.responses
         told |= {"loss": loss, "gradient_norm": norm, "lr": lr, "seconds_of": seconds}
+        told |= self.combine(spec).told(batch.weights_NM, task.objectives)
         told |= {"length": float(made.mask_NT.sum(1).double().mean()), "cut": float(cut_off(policy, made, task.max_new_tokens).mean())}
         return {"rewards_NM": made.rewards_NM, **told}
 

@@ -154,6 +154,8 @@ class ExactGradient(StoppingRule, Learner):
             told["entropy"] = -(all_of.p_PR * all_of.logp_PR).detach().sum(1).mean().item()
             told["gradient_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             told["lr"] = optimizer.param_groups[0]["lr"]
+            if weights := combine.told(weights_PM, task.objectives):
+                told["weights"] = {name.removeprefix("weights/"): value for name, value in weights.items()}
         optimizer.step()
         return utility.item(), reward_PM.detach().mean(0).cpu().numpy(), kl_P.detach().mean().item(), state
 

@@ -277,6 +277,8 @@ class StoppingRule(ABC):
         """Validate where it is time to, after a step, and note in the run whether the training has converged."""
         if self.stop_cv is None or run.step % self.validate_every:
             return
+        if not Combine.of(spec).weighting_rule.arrived(run.step, self.steps):  # type: ignore[attr-defined]
+            return
         run.validations.append(self.validate(policy, task, spec, run))
         m = task.objectives.count
         w_2M, ends_2M = np.tile(spec.preference or (1 / m,) * m, (2, 1)), np.array([task.objectives.low, task.objectives.high])
@@ -382,6 +384,9 @@ def log_record(
     record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
     for name in dict.fromkeys(name for row in window for name in row if name not in ("rewards_NM", "seconds_of")):
         values = [row[name] for row in window if row.get(name) is not None]
+        if name.startswith("weights/"):
+            record.setdefault("weights", {})[name.removeprefix("weights/")] = float(np.mean(values))
+            continue
         record |= {name: float((np.max if name.endswith("_max") else np.mean)(values))} if values else {}
     return record | _speeds(window) | {"lr": lr}
 

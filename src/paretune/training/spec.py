@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paretune.training.weightings.base import under_terms
 from paretune.types import canonical_json, key_of
 
 __all__ = ["FOLDER", "Artifact", "TrainSpec"]
@@ -41,6 +42,11 @@ class TrainSpec:
     fresh: tuple[int, ...] | None = None  # None: what the default needs beside those of `init_from`, of the learner's rank
     rule: Mapping[str, Any] | None = None  # None: gate 1, or the preference itself
     active_objectives: tuple[int, ...] | None = None  # sampled preferences give weight to these objectives only; None: to all
+
+    def __post_init__(self):
+        """What the task's terms ask of weights becomes part of the weighting, whichever method made the spec."""
+        if terms := self.task.get("terms"):
+            object.__setattr__(self, "weighting", under_terms(self.weighting, terms))
 
     @property
     def parents(self) -> tuple[str, ...]:

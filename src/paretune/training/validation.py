@@ -27,8 +27,8 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
 
     Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that were
     cut; what the guards lost against the untrained model, with its standard error; the weights, where they are the best so far. That is
-    the highest utility where no guard lost more than `guard_drop`, at 95 % confidence; where none holds, the least loss. Nothing is
-    done where the task has no such prompts.
+    the highest utility where no guard lost more than `guard_drop`, at 95 % confidence; where none holds, the least loss. A constraint
+    of the task's terms comes next: the least `violation`, before utility. Nothing is done where the task has no such prompts.
     """
     known = task.validation()
     if not known:
@@ -62,10 +62,14 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     found |= {"cut": float(cut_N.mean()), "rewards": named_means(task.objectives, rewards_NM)}
     if task.guards is not None:
         found |= guarded(task.guards, guards_NG, run.first_guards, prompt_N)
+    combine = learner.combine(spec)
+    found |= {} if combine.weighting_rule.arrived(run.step, learner.steps) else {"moving": True}
+    if spec.preference is not None and task.terms is not None and task.terms.utility() is not None:  # what is to be kept, or come near to
+        found |= combine.measures(run.weighting, rewards_NM - task.beta * kl_N[:, None], w_NM[0], task.objectives)
     run.looks.append(found)
 
-    def worth(seen: dict[str, Any]) -> tuple[float, float]:
-        return min(0.0, guard_slack(seen, task.guards, learner.guard_drop)), seen["utility"]
+    def worth(seen: dict[str, Any]) -> tuple[float, float, float]:
+        return min(0.0, guard_slack(seen, task.guards, learner.guard_drop)), -seen.get("violation", 0.0), seen["utility"]
 
     if run.best is None or worth(found) >= worth(run.looks[run.best]):
         run.best = len(run.looks) - 1

@@ -76,6 +76,8 @@ def guard_slack(look: Mapping[str, Any], guards: Objectives | None, drop: float 
 def warnings_of(records: Records, looks: Records, task: Task, preference: Sequence[float] | None, *, group: int) -> dict[str, str]:
     """Kind -> what is wrong now, what was seen, and what helps. `records` are those of the log, the newest last."""
     names, wanted = task.objectives.names, preference or (1.0,) * task.objectives.count
+    if records and "weights" in records[-1] and task.terms is not None and task.terms.schedule is not None:
+        wanted = tuple(records[-1]["weights"].values())  # by step, as they are now
     found = {} if task.is_exact else _cut(records, task.max_new_tokens)
     for name, weight in zip(names, wanted, strict=True):
         found |= _equal(records, name, group) if weight > 0 else {}

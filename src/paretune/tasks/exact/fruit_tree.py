@@ -57,6 +57,7 @@ class FruitTree(ExactTask):
         for name, (low, high) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise TaskError(f"{name} lies between {low:g} and {high:g}", found=f"{name} = {value:g}", remedy="choose it in that range")
+        self._take_terms()
 
     @property
     def objectives(self) -> Objectives:  # type: ignore[override]
@@ -87,7 +88,7 @@ class FruitTree(ExactTask):
     def _rewards_all_PRM(self) -> np.ndarray:
         rewards_RM = np.zeros((self.tree.responses, len(NUTRIENTS)))
         rewards_RM[self.tree.internal :] = self.leaves_LM
-        return np.broadcast_to(rewards_RM, (2 * self.prompt_count, *rewards_RM.shape))
+        return self.gated(np.broadcast_to(rewards_RM, (2 * self.prompt_count, *rewards_RM.shape)))
 
     @property
     def _dense_all_PRM(self) -> Any:

@@ -29,13 +29,16 @@ and those of `tasks.dials`, off by default:
     context          a prompt that begins with the first letter of the alphabet has correlation rho + context, one that begins with
                      the second rho - context, each within 0.03; half of each split, so that what is learned on training
                      prompts holds on test prompts. `contexts` says which is which, `features` has the letters
+
+`terms` (`objectives.terms`) may gate rewards; then everything exact, the front too, is that of the gated ones, noise is added to these, and
+the dials were verified before.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,7 +48,8 @@ from scipy.special import logit, logsumexp
 
 from paretune.errors import TaskError
 from paretune.objectives.base import score_all
-from paretune.registry import TASKS
+from paretune.objectives.terms import Declared, Terms
+from paretune.registry import GIVEN, TASKS
 from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
@@ -101,6 +105,7 @@ class ExactTask(Task):
     sparse: float = 0.0
     noise: float = 0.0
     context: float = 0.0
+    terms: Declared | None = field(default=None, metadata=GIVEN)  # gated rewards, weights by step, targets, constraints
 
     is_exact: ClassVar[bool] = True
 
@@ -140,6 +145,12 @@ class ExactTask(Task):
                 remedy=f"at most {self.alphabet**3} prompts together, or a larger alphabet",
             )
         _check_dials(self)
+        self._take_terms()
+
+    def _take_terms(self) -> None:
+        object.__setattr__(self, "terms", Terms.of(self.terms, self.objectives.names))
+        if self.terms is not None:
+            self.terms.check(self.objectives)
 
     # What every task has
 
@@ -273,10 +284,11 @@ class ExactTask(Task):
 
     def posterior_PRM(self, split: str) -> np.ndarray:
         """(P, R, M) posterior means of the rewards given those of the training prompts. TaskError where they are not squashed normals."""
-        if self.sparse or self.context:
+        gated = self.terms is not None and self.terms.when is not None
+        if self.sparse or self.context or gated:
             raise TaskError(
                 "the posterior is that of rewards that one map makes of normal weights",
-                found=f"sparse = {self.sparse:g}, context = {self.context:g}",
+                found=f"sparse = {self.sparse:g}, context = {self.context:g}" + (", gated rewards" if gated else ""),
                 remedy="leave the line out for this task",
             )
         dense_PRM = posterior_mean(self.designs("train"), self.dense_PRM("train"), self.designs(split), self.deviation_M)
@@ -456,6 +468,7 @@ class ExactTask(Task):
         if self.sparse:
             rare_PR = pays_rarely(rewards_PRM[:, :, -1], logp_PR, self.sparse, self.strength, self.beta)
             rewards_PRM = np.concatenate([rewards_PRM[:, :, :-1], rare_PR[:, :, None]], axis=2)
+        rewards_PRM = self.gated(rewards_PRM)
         self._check_rewards(rewards_PRM)
         return rewards_PRM
 

@@ -8,7 +8,7 @@ the true front: everything is sampled, with intervals.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ import numpy as np
 from paretune.errors import TaskError, nearest
 from paretune.objectives.base import Objective, score_all
 from paretune.objectives.models import Fluency
-from paretune.registry import TASKS
+from paretune.objectives.terms import Declared, Terms
+from paretune.registry import GIVEN, TASKS
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import load_pretrained
 from paretune.tasks.reflection.language import SPLITS, prompt_of, statements
@@ -58,6 +59,7 @@ class ReflectionTask(Task):
     validation_count: int = 64
     test_count: int = 64
     seed: int = 0
+    terms: Declared | None = field(default=None, metadata=GIVEN)  # gated rewards, weights by step, targets, constraints
 
     def __post_init__(self):
         unknown = [aim for aim in self.aims if aim not in AIMS]
@@ -74,6 +76,9 @@ class ReflectionTask(Task):
                 raise TaskError(
                     f"{name} lies between {low:g} and {high:g}", found=f"{name} = {value:g}", remedy=f"choose {name} in that range"
                 )
+        object.__setattr__(self, "terms", Terms.of(self.terms, self.aims))
+        if self.terms is not None:
+            self.terms.check(self.objectives)
 
     @property
     def objectives(self) -> Objectives:  # type: ignore[override]
@@ -87,7 +92,7 @@ class ReflectionTask(Task):
         return self._prompts[split]
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        return score_all(self._scorers, prompts, completions)
+        return self.gated(score_all(self._scorers, prompts, completions))
 
     @cached_property
     def _prompts(self) -> dict[str, list[Prompt]]:

@@ -378,6 +378,7 @@ def recorder(learner: TrlLearner, spec: TrainSpec, task: Task, work: Path, sourc
             if state.global_step % learner.epochs:
                 return
             told = {name: float(logs[theirs]) for name, theirs in OF_TRL.items() if logs.get(theirs) is not None}
+            told |= getattr(source, "told", {})
             self.window.append({"rewards_NM": source.rewards_NM, "kl": self.kl, "loss": loss, "gradient_norm": norm, **told})
             if step == learner.steps or step % learner.log_every == 0:
                 if self.log is not None:

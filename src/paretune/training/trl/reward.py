@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -29,11 +30,12 @@ import numpy as np
 from paretune.errors import ConfigError, ParetuneError
 from paretune.hub import check_pretrained, load_tokenizer, located, unloadable
 from paretune.objectives.base import score_given
+from paretune.objectives.terms import Terms
 from paretune.objectives.utilities import Landmarks
 from paretune.training.advantages import group_covariance, weighted_returns
 from paretune.training.combine import Combine
 from paretune.training.learner import watch_unscored
-from paretune.training.weightings.base import State
+from paretune.training.weightings.base import State, under_terms
 from paretune.types import Objectives, Preference, Prompt
 
 __all__ = ["MultiObjectiveReward"]
@@ -53,8 +55,9 @@ class MultiObjectiveReward:
     objectives: what TRL takes as reward functions (functions, async ones too, sequence classifiers as modules or by name), and
     Paretune's objectives; or names and ranges (`Objectives`) together with `scorer`, which scores all of them at once. A module reads
     text with its tokenizer in `reward_processing_classes`, one for each objective, or else with the one under its own name.
-    `group` is TRL's num_generations. The other fields are those of a `TrainSpec` and of the learner `pg`; `low` and `high`, the
-    objectives' ranges, matter to weightings and to scalarizers other than "linear".
+    `group` is TRL's num_generations. `terms` are those of a recipe: gated rewards, weights by step, targets, constraints. The other
+    fields are those of a `TrainSpec` and of the learner `pg`; `low` and `high`, the objectives' ranges, matter to terms, to weightings
+    and to scalarizers other than "linear".
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class MultiObjectiveReward:
         scalarize_at: str = "reward",
         aggregation: str | Mapping[str, Any] = "learner",
         weighting: str | Mapping[str, Any] = "fixed",
+        terms: Mapping[str, Any] | None = None,
         baseline: Literal["leave_one_out", "group_mean"] | None = None,
         normalize: Literal["none", "batch", "group", "batch_returns"] = "none",
         low: Sequence[float] | None = None,
@@ -92,6 +96,12 @@ class MultiObjectiveReward:
         self.trainer, self.group, self.seed = trainer, group, seed
         self.beta, self.landmarks, self.max_unscored = beta, landmarks, max_unscored
         described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalarizer, aggregation, weighting)]
+        self.objectives, scorer = _scored_by(objectives, scorer, low, high, reward_processing_classes)
+        asked = Terms.of(terms, self.objectives.names)
+        if asked is not None:
+            asked.check(self.objectives)
+            described[2] = dict(under_terms(described[2], vars(asked)))
+        self.scorer = scorer if asked is None else lambda *given: asked.gated(scorer(*given), self.objectives)
         combine = Combine(
             scalarizer=described[0],
             scalarize_at=scalarize_at,
@@ -104,7 +114,6 @@ class MultiObjectiveReward:
         self._settings = self.settings_of(trainer, group, combine)
         inside = self._settings.get("normalize_advantages", False)
         self.combine = dataclasses.replace(combine, normalize="none") if inside else combine
-        self.objectives, self.scorer = _scored_by(objectives, scorer, low, high, reward_processing_classes)
         self.w_M = np.asarray(Preference.of(self.objectives.names, preference).weights, dtype=np.float64)
         self.restart()
 
@@ -114,6 +123,7 @@ class MultiObjectiveReward:
         self.weights_state: State | None = None
         self.recent: list[list[int]] = []  # per batch: completions, then unscored ones per objective
         self.rewards_NM = np.empty((0, self.objectives.count))  # of the last batch, all processes
+        self.told: dict[str, float] = {}  # its weights, where they are not the preference
 
     def state_dict(self) -> dict[str, Any]:
         """What the next batch depends on, JSON."""
@@ -178,7 +188,8 @@ class MultiObjectiveReward:
         asked = [prompt for each in all_of for prompt in each["prompts"]]
         self._check_groups(asked)
         self._count(rewards_NM, sum(each["tokens"] for each in all_of))
-        weights_NM = self._weights(rewards_NM, asked, state)
+        weights_NM = self._weights(rewards_NM, asked, state, asking)
+        self.told = self.combine.told(weights_NM, self.objectives)
         number_N = self._numbers(rewards_NM, weights_NM)
         self.rewards_NM, self.step = rewards_NM, self.step + 1
         if kept is not None:
@@ -248,13 +259,13 @@ class MultiObjectiveReward:
         self.samples, self.tokens = self.samples + len(rewards_NM), self.tokens + tokens
         self.recent = watch_unscored(self.recent, rewards_NM, self.objectives.names, limit=self.max_unscored)
 
-    def _weights(self, rewards_NM: np.ndarray, prompts: Sequence[Any], state: Any) -> np.ndarray:
+    def _weights(self, rewards_NM: np.ndarray, prompts: Sequence[Any], state: Any, asking: Any) -> np.ndarray:
         """(N, M) the weights of this batch; the weighting's memory moves on."""
         weights_NM, self.weights_state = self.combine.weights(
             self.weights_state,
             self.objectives,
             step=self.step,
-            steps=int(getattr(state, "max_steps", 0) or 0),
+            steps=_batches(int(getattr(state, "max_steps", 0) or 0), getattr(asking, "args", None)),
             w_NM=np.tile(self.w_M, (len(rewards_NM), 1)),
             returns_NM=rewards_NM - (self.beta * _last_kl(state) if self.beta else 0.0),
             covariance_MM=group_covariance(rewards_NM, group=self.group),
@@ -424,6 +435,12 @@ def _name(given: Any) -> str:
     if isinstance(given, str | torch.nn.Module) and source:
         return str(source).rstrip("/").split("/")[-1]
     return str(getattr(given, "__name__", None) or type(given).__name__)
+
+
+def _batches(steps: int, args: Any) -> int:
+    """How many batches a training of so many updates draws: TRL draws one for `steps_per_generation` x `num_iterations` of its passes."""
+    each = getattr(args, "num_iterations", 1) * (getattr(args, "steps_per_generation", None) or 1)
+    return math.ceil(steps * (getattr(args, "gradient_accumulation_steps", 1) if args is not None else 1) / each)
 
 
 def _last_kl(state: Any) -> float:

@@ -8,19 +8,22 @@ checkpoint, so that a resumed training goes on with the same weights.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from paretune.errors import ConfigError
-from paretune.objectives.utilities import Landmarks
-from paretune.registry import Registry
+from paretune.objectives.terms import Course, Terms
+from paretune.objectives.utilities import UTILITIES, Landmarks
+from paretune.registry import Registry, checked, describe
 from paretune.types import Prompt
 
-__all__ = ["Balanced", "Fixed", "StepContext", "State", "WEIGHTINGS", "Weighting"]
+__all__ = ["Balanced", "Fixed", "Scheduled", "StepContext", "State", "WEIGHTINGS", "Weighting", "under_terms"]
 
 WEIGHTINGS = Registry("weighting", "paretune.training.weightings")
 
@@ -64,6 +67,10 @@ class Weighting(ABC):
     @abstractmethod
     def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         """(N, M) weights of this step, and the next state. A pure function. Not negative, but for weightings with `needs_gramian`."""
+
+    def arrived(self, step: int, steps: int) -> bool:
+        """Whether weights at `step` are those that the rule is about; before, stopping rules do not count."""
+        return True
 
     def measures(self, state: State, J_M: np.ndarray, w_M: np.ndarray, marks: Landmarks) -> dict[str, float]:
         """What returns `J_M` are worth to a training at `w_M`: "utility" is w . J, unless its weights climb another one."""
@@ -120,3 +127,89 @@ class Balanced(Weighting):
         typical = np.trace(mean_MM) / len(mean_MM)
         scale_N = (typical / np.maximum(gain_N, 1e-2 * typical)) ** self.power if typical > 0 else np.ones(len(gain_N))
         return context.w_NM * scale_N[:, None], {"covariance": sum_MM.tolist(), "steps": steps}
+
+
+@WEIGHTINGS.register("schedule")
+@dataclass(frozen=True)
+class Scheduled(Weighting):
+    """Weights by step: the preference that another weighting is given moves along a course to the one that was asked for.
+
+    The preference of every row moves, so that trainings with sampled preferences are scheduled as well: their gates are those of the
+    preference that was asked for from the first step on. A training is measured by the preference that was asked for, too.
+
+    Source: curricula of reward weights, as users of TRL ask for (issue 3036). Differs: a share of the training instead of a number of
+    steps, and it ends at the preference, so that what a family gives at w is still what was asked for at w.
+    Hides: samples that were spent on other weights; a policy that has moved far from the reference for them may not come back.
+    """
+
+    course: Mapping[str, Any]
+    weighting: Mapping[str, Any] = field(default_factory=lambda: {"name": "fixed"})
+
+    def __post_init__(self):
+        self._course, self._rule  # noqa: B018 - what does not fit is refused here
+
+    @cached_property
+    def _course(self) -> Course:
+        given = checked("terms.schedule", Course, self.course)
+        return given.named([f"{k + 1}" for k in range(len(given.start or given.rows[0][1]))])
+
+    @cached_property
+    def _rule(self) -> Weighting:
+        return WEIGHTINGS.build(self.weighting)
+
+    @property
+    def takes_sampled_preferences(self) -> bool:  # type: ignore[override]
+        return self._rule.takes_sampled_preferences
+
+    @property
+    def needs_gramian(self) -> bool:  # type: ignore[override]
+        return self._rule.needs_gramian
+
+    def check(self) -> None:
+        self._rule.check()
+
+    def start(self, count: int) -> State:
+        rows = self._course.rows or ((0.0, self._course.start or ()),)
+        if any(len(row) != count for _, row in rows):
+            raise ConfigError(
+                "weighting schedule: its preferences have one weight per objective",
+                found=f"{', '.join(str(list(row)) for _, row in rows)} for {count} objectives",
+                remedy="give each row as many weights as there are objectives",
+            )
+        return self._rule.start(count)
+
+    def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
+        if context.steps < 1:
+            raise ConfigError(
+                "weights by step need to know how many steps a training has",
+                found="a trainer that does not say: no trainer_state, or no max_steps in it",
+                remedy="hand trainer_state on to the drop-in, as TRL gives it",
+            )
+        share = min(1.0, context.step / (context.steps - 1)) if context.steps > 1 else 1.0
+        moved_NM = self._course.at(share, context.w_NM)
+        return self._rule.weights(state, dataclasses.replace(context, w_NM=moved_NM))
+
+    def arrived(self, step: int, steps: int) -> bool:
+        return step >= self._course.until * (steps - 1)
+
+    def measures(self, state: State, J_M: np.ndarray, w_M: np.ndarray, marks: Landmarks) -> dict[str, float]:
+        return self._rule.measures(state, J_M, w_M, marks)
+
+
+def under_terms(weighting: Mapping[str, Any], terms: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weighting of a training whose task has these terms (as `describe` says them); the same where it is that already."""
+    scheduled = weighting["name"] == Scheduled.registered_name
+    inner: Mapping[str, Any] = weighting["weighting"] if scheduled else weighting
+    if (utility := Terms(targets=terms.get("targets"), constraints=terms.get("constraints")).utility()) is not None:
+        rule = {"name": "climb" if utility["name"] == "tchebycheff" else "multipliers", "utility": describe(UTILITIES.build(utility))}
+        described = describe(WEIGHTINGS.build(rule))
+        if inner["name"] not in (Fixed.registered_name, described["name"]):
+            raise ConfigError(
+                "targets and constraints of terms: are the weighting of a training, which has one",
+                found=f"a method whose trainings have the weighting {inner['name']}",
+                remedy="use a method that leaves it to the terms, such as linear or experts; or leave targets and constraints out",
+            )
+        inner = described
+    if (course := terms.get("schedule")) is None:
+        return inner
+    return describe(Scheduled(course=course, weighting=inner))
