@@ -41,6 +41,7 @@ from paretune.policy.rollout import needed
 from paretune.policy.scoring import chosen
 from paretune.seeds import forked_torch
 from paretune.training.batch import Responses
+from paretune.training.processes import ranks
 
 __all__ = ["AGGREGATORS", "Jacobian", "aggregate", "autograd_jacobian", "check_aggregator", "response_jacobian"]
 
@@ -81,9 +82,9 @@ def response_jacobian(
 
     `credit_NM` are advantages, one column per objective. `share_NT` is 0 where a response has ended.
     """
-    n, step = len(credit_NM), micro_batch or len(credit_NM)
+    n, step, here = len(credit_NM), micro_batch or len(credit_NM), ranks()
     totals: dict[int, Tensor] = {}
-    for start in range(0, n, step):
+    for start in range(0, n, step)[here.rank :: here.size]:
         rows = slice(start, min(n, start + step))
         credit = torch.from_numpy(credit_NM[rows]).to(policy.device)
         with _recorded(policy) as calls:
@@ -93,7 +94,7 @@ def response_jacobian(
             if dy is not None:
                 _accumulate(totals, call, dy, credit)
     parameters = policy.bank.parameters()
-    return Jacobian([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters])
+    return Jacobian(here.summed([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters]))
 
 
 @dataclass
