@@ -25,6 +25,7 @@ from torch.nn import functional
 from paretune.hub import text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
+from paretune.policy.lora.shard import everyone, held
 from paretune.policy.rollout import check_length, gates_on, needed, read
 
 __all__ = ["Packing", "chosen", "packs", "token_logp"]
@@ -60,10 +61,10 @@ def token_logp(
         padded = prompt_ids_PT.numel() + tokens_NT.numel()
         most = padded if packed else min(PACKED_BELOW * padded, padded - SAVED)
         real = int(prompt_mask_PT.sum() + asked_NT.sum()) - len(asked_NT)  # what every packing holds, or more
-        if packed or real <= most:
-            packing = Packing.of(prompt_mask_PT, asked_NT, group)
-            if packed or packing.size <= most:
-                return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
+        packing = Packing.of(prompt_mask_PT, asked_NT, group) if packed or real <= most else None
+        worth = packing is not None and bool(packed or packing.size <= most)
+        if everyone(policy.model, worth) and packing is not None:
+            return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
     if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
         prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:
@@ -128,9 +129,10 @@ def _of_states(policy: Policy, h_UH: Tensor, tokens_U: Tensor, temperature: floa
             return chosen(run_head(policy.model, h_UH[None]), tokens_U[None], temperature)[0]
 
     step = max(1, (at_once or LOGITS_AT_ONCE) // text_config(policy.model.config).vocab_size)
-    if h_UH.requires_grad and torch.is_grad_enabled():
-        return _Head.apply(h_UH, tokens_U, piece, step)
-    return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
+    with held(policy.model):
+        if h_UH.requires_grad and torch.is_grad_enabled():
+            return _Head.apply(h_UH, tokens_U, piece, step)
+        return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
 
 
 class _Head(torch.autograd.Function):

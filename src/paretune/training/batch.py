@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paretune.policy.base import Policy
 from paretune.policy.lora.bank import soup_state
+from paretune.policy.lora.shard import is_sharded
 from paretune.policy.rollout import generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
@@ -131,7 +132,8 @@ def _merged(policy: Policy, *, one: bool) -> Iterator[bool]:
     weights, as adapters are (rounding to less would sample from another policy), and up to `MERGE_LIMIT` bytes.
     """
     size = sum(weight.nbytes for weight in policy.model.parameters())
-    if not one or policy.bank.quantized or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
+    split = is_sharded(policy.model) or bool(policy.bank.quantized)
+    if not one or split or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
         yield False
         return
     soup = soup_state(policy.bank, [1.0])
