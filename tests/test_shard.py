@@ -5,18 +5,21 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import distributed
+from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from paretune.errors import ConfigError
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.decoder import recomputed
-from paretune.policy.lora.shard import shard
+from paretune.policy.lora.shard import is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import decode
 from paretune.policy.scoring import token_logp
 from paretune.policy.self_test import paths
 from paretune.seeds import generator
+from paretune.tasks.pretrained import load_pretrained, loaded_in_shares
 from processes import together
 
 GROUP, NEW, SHORT = 2, 12, 3
@@ -64,11 +67,16 @@ def computed(policy, rank):
     return {name: value.numpy() for name, value in found.items()}
 
 
-def sharded(kinds):
+def sharded(kinds, folder):
     distributed.init_process_group("gloo")
     answers = {}
     for kind in kinds:
-        model = shard(getattr(tiny_models, kind)())
+        model = getattr(tiny_models, kind)()
+        if kind == "llama":
+            with loaded_in_shares(shard):
+                model = load_pretrained(str(folder))[0]
+            assert is_sharded(model), "it was read whole"
+        shard(model)
         policy = made(model)
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in model.parameters())
         adapters = sum(weight.numel() for weight in policy.parameters())
@@ -77,9 +85,12 @@ def sharded(kinds):
     return answers
 
 
-def test_two_processes_with_halves_compute_what_one_with_the_whole_does():
+def test_two_processes_with_halves_compute_what_one_with_the_whole_does(tmp_path):
     kinds = ("llama", "gpt2")  # gpt2's head is tied, and its layers are Conv1D
-    answers = together(sharded, kinds)
+    tiny_models.llama().save_pretrained(tmp_path, max_shard_size="20KB")  # each process reads its shares; the other is split in memory
+    letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*"abcdefghijklmnop", "<eos>"])}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<eos>").save_pretrained(tmp_path)
+    answers = together(sharded, kinds, tmp_path)
     for rank, answer in enumerate(answers):
         assert isinstance(answer, dict), answer
         for kind in kinds:

@@ -27,12 +27,22 @@ __all__ = ["anyone", "everyone", "held", "is_sharded", "shard", "states"]
 
 
 def shard(model: Any, device: str | torch.device = "cpu") -> Any:
-    """The model with its weights split over the processes of the default group; it has no adapters yet. Raises ConfigError."""
+    """The model with its weights split over the processes of the default group; it has no adapters yet. Raises ConfigError.
+
+    A model without memory ("meta") is split, and its shares are filled in by who reads them; then it is given again.
+    """
+    if not is_sharded(model):
+        _split(model, device)
+    if not next(model.parameters()).is_meta:
+        with torch.no_grad():  # the buffers that weights are gathered into, made for good: not in inference mode, autograd reads them
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    return model
+
+
+def _split(model: Any, device: str | torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if is_sharded(model):
-        return model
     # Nothing here writes into what a model returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     layers = _layers_to_shard(model)
@@ -44,9 +54,6 @@ def shard(model: Any, device: str | torch.device = "cpu") -> Any:
     model.paretune_states = lambda **inputs: model.base_model(**inputs).last_hidden_state
     register_fsdp_forward_method(model, "paretune_states")
     model.paretune_mesh = mesh
-    with torch.no_grad():  # the buffers that weights are gathered into, made for good: not in inference mode, autograd reads them
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    return model
 
 
 def _layers_to_shard(model: Any) -> Any:
