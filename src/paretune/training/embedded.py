@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from abc import abstractmethod
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
+from paretune.policy.lora.shard import shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
 from paretune.registry import UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
+from paretune.tasks.pretrained import loaded_in_shares
 from paretune.training.batch import Responses, cut_off, draw
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
@@ -33,6 +36,7 @@ from paretune.training.learner import (
     Run,
     SampledLearner,
     StoppingRule,
+    check_cast,
     log_record,
     memory_explained,
     not_finite,
@@ -94,6 +98,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    shard: bool = field(default=False, metadata=UNKEYED)  # each of several processes holds its share of the base's weights only
     log_samples: Natural | None = field(default=None, metadata=UNKEYED)  # prompts whose responses are logged; None: 4 of sampled tasks
     log_samples_every: Count | None = field(default=None, metadata=UNKEYED)  # steps; None: a tenth of the training, 10 at least
 
@@ -105,6 +110,14 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1,
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
         }
+
+    def reference(self, task: Task, device: str) -> tuple[Any, Any]:
+        if not self.shard:
+            return super().reference(task, device)
+        with loaded_in_shares(split := functools.partial(shard, device=device)):
+            loaded: Any = task.load()
+        check_cast(loaded[0], self.dtype)
+        return split(loaded[0] if self.dtype is None else loaded[0].to(getattr(torch, self.dtype))), loaded[1]
 
     @abstractmethod
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Batch:
