@@ -63,7 +63,6 @@ def make(folder: Path) -> int:
 def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
     """What one process needs until the first step, and from there on: bytes."""
     import peft  # noqa: F401
-    import torch.distributed
     import transformers.models.llama  # noqa: F401
     from torch.distributed import fsdp, tensor  # noqa: F401
 
@@ -71,6 +70,7 @@ def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
     from paretune.tasks.base import Task
     from paretune.tasks.pretrained import load_pretrained
     from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.processes import joined, launched
     from paretune.training.spec import TrainSpec
     from paretune.types import Objectives, Prompt
 
@@ -97,14 +97,15 @@ def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
                 Path("/proc/self/clear_refs").write_text("5")
             return super().advance(policy, optimizer, task, spec, run)
 
-    torch.distributed.init_process_group("gloo")
-    settings: dict[str, Any] = {"step_kl": None, "checkpointing": True, "micro_batch": PASS, "shard": sharded, "log_samples": 0}
+    settings: dict[str, Any] = {"checkpointing": True, "micro_batch": PASS, "processes": PROCESSES, "shard": sharded, "log_samples": 0}
     learner = Watched(samples=ROWS * STEPS, batch=ROWS, group=GROUP, rank=RANK, **settings)
     task = Words()
     spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    learner.train(spec, task, work)
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=600, device="cpu"):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        learner.train(spec, task, work)
     found["training"] = resident("VmHWM") - before
     return found
 

@@ -21,6 +21,7 @@ from paretune.registry import LEARNERS, METHODS
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "paretune"
 MODULES = sorted(SOURCE.rglob("*.py"))
+ENTRIES = ("__init__", "__main__", "launch")  # what `import` and `python -m` begin with: each hands on to a room
 CODE = [p for folder in ("src", "tests", "benchmarks", "tools", "examples") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -94,7 +95,7 @@ def test_no_file_and_no_room_imports_itself_in_a_circle():
 def test_there_are_few_rooms_and_few_files_beside_them():
     folders = [p for p in SOURCE.iterdir() if p.is_dir() and any(p.glob("*.py"))]
     assert len(folders) <= 11
-    assert len(list(SOURCE.glob("*.py"))) <= 9
+    assert len([p for p in SOURCE.glob("*.py") if p.stem not in ENTRIES]) <= 7
 
 
 def test_the_finder_of_circles_finds_them(tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import distributed
 from transformers import PreTrainedTokenizerFast
@@ -18,11 +19,18 @@ from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import decode
 from paretune.policy.scoring import token_logp
 from paretune.policy.self_test import paths
+from paretune.registry import describe
 from paretune.seeds import generator
+from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.pretrained import load_pretrained, loaded_in_shares
+from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.processes import joined, launched
+from paretune.training.spec import TrainSpec
 from processes import together
 
 GROUP, NEW, SHORT = 2, 12, 3
+TASK = ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=2)
+SMALL = {"samples": 24, "batch": 12, "group": 2, "rank": 4, "processes": 2, "device": "cpu"}
 WAYS = ("padded rows", "one sequence", "head in pieces", "recomputed")
 
 
@@ -115,3 +123,41 @@ def test_what_cannot_be_sharded_is_refused():
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ConfigError, match="weights in floating point"):
         shard(model)
+
+
+def trained(folder, runs):
+    """The adapters that two processes train, by the names of runs: settings of the learner, and of the training."""
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=60, device="cpu"):
+        for name, (settings, about) in runs.items():
+            learner = PolicyGradient(**{**SMALL, **settings})
+            spec = TrainSpec(task=describe(TASK), learner=describe(learner), seed=3, **about)
+            work = folder / name / str(rank)
+            work.mkdir(parents=True)
+            learner.train(spec, TASK, work)
+
+
+def test_a_training_on_a_sharded_base_is_that_on_a_whole_one(tmp_path):
+    """Three passes over two processes: one of them computes the last for nothing, because the other cannot gather alone."""
+    several, gramian = {"preference": None}, {"preference": (0.5, 0.5), "weighting": {"name": "influence"}}
+    ways = {
+        "bridge-like": ({"micro_batch": 4}, several),
+        "recomputed": ({"checkpointing": True, "micro_batch": 6}, several),
+        "gradients of each": ({"micro_batch": 4}, gramian),
+    }
+    runs = {f"{name} {shard}": ({**fields, "shard": shard}, about) for name, (fields, about) in ways.items() for shard in (False, True)}
+    assert together(trained, tmp_path, runs) == [None, None]
+    for name in ways:
+        files = [sorted((tmp_path / f"{name} {shard}" / "0").rglob("*.safetensors")) for shard in (False, True)]
+        for whole, shares in zip(*files, strict=True):
+            one, other = load_file(whole), load_file(shares)
+            for key, value in one.items():
+                torch.testing.assert_close(other[key], value, rtol=0, atol=1e-5)
+            assert any(float(value.abs().max()) > 1e-3 for key, value in one.items() if "lora_B" in key)
+
+
+def test_a_base_is_sharded_over_several_processes():
+    with pytest.raises(ConfigError, match="shard needs processes, two at least"):
+        PolicyGradient(shard=True)
+    with pytest.raises(ConfigError, match=r"learner\.shard=true in one process"):
+        PolicyGradient(shard=True, processes=2).reference(TASK, "cpu")

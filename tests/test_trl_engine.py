@@ -24,7 +24,7 @@ from paretune.tasks.exact.task import ExactTask
 from paretune.training.advantages import advantages
 from paretune.training.batch import prompt_order
 from paretune.training.cost import TIMED, read_cost
-from paretune.training.exact import enumerated
+from paretune.training.exact import ExactGradient, enumerated
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.training.trl import learner as engine
@@ -274,10 +274,10 @@ def test_one_process_is_enough(tmp_path):
     assert Store(tmp_path).published("artifacts") == [job.key]
 
 
-def test_more_processes_need_the_learner_trl(tmp_path):
-    job = train_job(Store(tmp_path), spec_of(PolicyGradient(**TINY)))
+def test_more_processes_need_a_learner_that_samples(tmp_path):
+    job = train_job(Store(tmp_path), spec_of(ExactGradient(steps=1)))
     for text in together(_launched, job.path):
-        assert "several processes share one training with the learner trl" in text
+        assert "several processes share one training with a learner that samples" in text
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def house() -> str:
         files = len(list((SOURCE / room).rglob("*.py")))
         others = ", ".join(f"`{other}`" for other in _ordered() if other in arrows[room])
         lines.append(f"| `{room}` | {_about(room)} | {files} | {others} |")
-    beside = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__"))
+    beside = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__") and path.stem != "launch")
     return "\n".join(lines) + f"\n\nBeside the rooms stand {', '.join(f'`{name}`' for name in beside)}, which any room may import.\n"
 
 

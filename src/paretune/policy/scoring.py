@@ -25,7 +25,7 @@ from torch.nn import functional
 from paretune.hub import text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.lora.shard import everyone, held
+from paretune.policy.lora.shard import anyone, everyone, held
 from paretune.policy.rollout import check_length, gates_on, needed, read
 
 __all__ = ["Packing", "chosen", "packs", "token_logp"]
@@ -56,7 +56,7 @@ def token_logp(
     """
     length, gates_NK = tokens_NT.shape[1], gates_on(policy, gates_NK)
     check_length(policy, (0 if gates_NK is None else policy.extra_positions) + prompt_ids_PT.shape[1] + length, temperature)
-    if packed or (packed is None and mask_NT is not None and len(tokens_NT) > 1 and packs(policy, gates_NK)):
+    if packed or (packed is None and mask_NT is not None and anyone(policy.model, len(tokens_NT) > 1) and packs(policy, gates_NK)):
         asked_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
         padded = prompt_ids_PT.numel() + tokens_NT.numel()
         most = padded if packed else min(PACKED_BELOW * padded, padded - SAVED)
@@ -114,7 +114,7 @@ def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, te
     """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
     n, length = tokens_NT.shape
     vocabulary = text_config(policy.model.config).vocab_size
-    if n * length * vocabulary <= (at_once or LOGITS_AT_ONCE) or not policy.splits_head:
+    if not policy.splits_head or everyone(policy.model, n * length * vocabulary <= (at_once or LOGITS_AT_ONCE)):
         return chosen(forward(), tokens_NT, temperature)
     with policy.headless():
         h_NTH = forward()

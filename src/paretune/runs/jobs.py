@@ -33,19 +33,19 @@ from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingErro
 from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
 from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
-from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, Store
+from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, DONE, WIP, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
 from paretune.training.loggers import Reporter
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.watch import read_warnings
-from paretune.types import canonical_json, key_of
+from paretune.types import Cost, canonical_json, key_of
 
 if TYPE_CHECKING:
     from paretune.evaluation.evaluate import Evaluation
 
 __all__ = [
     *("CELL", "KIND", "TRAIN", "Job", "Outcome", "Tasks", "as_error", "attempt", "cell_job", "evaluation_settings", "failure"),
-    *("label_in", "label_of", "read_job", "run_job", "train_job", "training_label"),
+    *("label_in", "label_of", "read_job", "run_job", "train_along", "train_job", "training_label", "waits"),
 ]
 
 TRAIN, CELL = "train", "cell"
@@ -184,7 +184,7 @@ def run_job(path: Path, *, tasks: Tasks | None = None, progress: Progress | None
         job = read_job(path)
         with heard(hear):
             if job["kind"] == TRAIN:
-                _train(store, job, tasks, progress)
+                _train(store, path, job, tasks, progress)
             else:
                 _measure(store, job["spec"], job["waves"], tasks)
     except Exception as error:
@@ -229,21 +229,23 @@ def as_error(record: Mapping[str, Any], where: str) -> ParetuneError:
     return TrainingError(f"{record['label'] or 'a job'} ends without an error", found=found, remedy=f"the traceback is in {where}")
 
 
-def _train(store: Store, job: Mapping[str, Any], tasks: Tasks, progress: Progress | None) -> None:
+def _train(store: Store, path: Path, job: Mapping[str, Any], tasks: Tasks, progress: Progress | None) -> None:
+    from paretune.training.processes import ranks, together  # loads torch
+
     spec = TrainSpec.from_json(job["spec"])
     store.recover(spec.key)
-    if store.artifact(spec.key) is not None:
+    if ranks().shared(store.artifact(spec.key) is not None):
         return
-    task, learner = tasks.get(spec.task), _rebuild(LEARNERS, spec.learner)
-    has = unkeyed(learner)
-    learner = dataclasses.replace(learner, **{name: value for name, value in job.get("unkeyed", {}).items() if name in has})
-    parents = _artifacts(store, spec.parents)
+    learner, task, parents = _given(store, job, spec, tasks)
     work = store.begin(spec.key)
     with disk_errors(store.root):
         write_json(work / "spec.json", spec.to_json())
     about: dict[str, Any] = {"key": spec.key, "label": job["label"], "config": spec.to_json(), "progress": progress}
-    with Reporter(getattr(learner, "report_to", "none"), work=work, folder=store.root / "logs", **about) as reporter:
-        cost = learner.train(spec, task, work, parents=parents, progress=reporter)
+    with (
+        together(path, count=getattr(learner, "processes", 1), **waits(learner)),
+        Reporter(getattr(learner, "report_to", "none"), work=work, folder=store.root / "logs", **about) as reporter,
+    ):
+        cost = _agreed(learner, spec, task, parents, work, reporter)
     if not cost.storage_bytes:
         cost = dataclasses.replace(cost, storage_bytes=sum(p.stat().st_size for p in work.glob("*.safetensors")))
     with disk_errors(store.root):
@@ -251,6 +253,43 @@ def _train(store: Store, job: Mapping[str, Any], tasks: Tasks, progress: Progres
         keep_finished(work)
         write_cost(work, cost)
     store.publish(work)
+
+
+def train_along(path: Path) -> None:
+    """This process's part of a training that it shares with another one, which is process 0 and does `run_job`. Writes nothing."""
+    from paretune.training.processes import ranks
+
+    store, job = Store(path.resolve().parents[2]), read_job(path)
+    spec = TrainSpec.from_json(job["spec"])
+    if ranks().shared(None):  # it was done before
+        return
+    learner, task, parents = _given(store, job, spec, Tasks())
+    _agreed(learner, spec, task, parents, store.root / ARTIFACTS / (WIP + spec.key))
+
+
+def waits(learner: Any) -> dict[str, Any]:
+    """How long the processes of a training wait for each other, seconds, and where it is computed."""
+    return {"timeout": getattr(learner, "processes_timeout", 1800.0), "device": getattr(learner, "device", "auto")}
+
+
+def _given(store: Store, job: Mapping[str, Any], spec: TrainSpec, tasks: Tasks) -> tuple[Any, Any, dict[str, Artifact]]:
+    """The learner, the task and the parents of a training."""
+    task, learner = tasks.get(spec.task), _rebuild(LEARNERS, spec.learner)
+    has = unkeyed(learner)
+    learner = dataclasses.replace(learner, **{name: value for name, value in job.get("unkeyed", {}).items() if name in has})
+    return learner, task, _artifacts(store, spec.parents)
+
+
+def _agreed(
+    learner: Any, spec: TrainSpec, task: Any, parents: Mapping[str, Artifact], work: Path, progress: Progress | None = None
+) -> Cost:
+    """Train, once all processes have found the same: what is hashed in the spec was compared when the task was built."""
+    from paretune.training.processes import ranks
+
+    if (here := ranks()).size > 1:
+        found = {f"the training {key}": (parent.path / DONE).read_text(encoding="utf-8") for key, parent in parents.items()}
+        here.agree("files and packages", {"the training": spec.key, **found, **_installed()["packages"]})
+    return learner.train(spec, task, work, parents=parents, progress=progress)
 
 
 def _measure(store: Store, spec: Mapping[str, Any], waves: Sequence[Sequence[str]], tasks: Tasks) -> None:

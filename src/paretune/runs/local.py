@@ -32,7 +32,7 @@ from paretune.runs.pool import ONE_THREAD, Pool, Worker
 from paretune.runs.store import Store
 from paretune.tasks.base import keep_reference
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "die_with"]
 
 PROGRESS_EVERY = 0.3  # seconds between two progress events of a worker
 STOPPED_WITHIN = 3.0  # seconds that workers get to end by themselves
@@ -118,7 +118,7 @@ class Workers(Pool[_Process]):
 
 def _work(root: Path, parent: int) -> int:
     """Pull jobs until the standard input ends."""
-    _die_with(parent)
+    die_with(parent)
     commands, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what a job prints or asks for must not touch the two channels
     os.dup2(2, 1)
@@ -145,7 +145,7 @@ def _answer(path: Path, tasks: Tasks, answers: Any) -> dict[str, Any]:
     return {"event": "end", **attempt(path, tasks=tasks, progress=progress)}
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the process `parent` ends: by the system on Linux, and by a thread that looks every second elsewhere."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -229,7 +229,7 @@ def _shares(
     if len(names) < max(len(wanted), len(stored)) or converted or kept_wide or getattr(empty, "_keep_in_fp32_modules", None):
         return None
     with contextlib.suppress(OSError):
-        empty.generation_config = GenerationConfig.from_pretrained(local_or_hub(model), revision=revision)
+        empty.generation_config = GenerationConfig.from_pretrained(local_or_hub(model), revision=revision or "main")
     split(empty)
     for name, path in names.items():
         with safe_open(path, "pt") as file:  # opened for each: what is mapped counts as memory of this process until it is closed

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from paretune.policy.base import Policy
 from paretune.policy.lora.bank import soup_state
 from paretune.policy.lora.shard import is_sharded
-from paretune.policy.rollout import generate, occurrences
+from paretune.policy.rollout import encode, generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import spread_preferences
 from paretune.training.learner import SampledLearner, gates_of
+from paretune.training.processes import ranks
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "cut_off", "draw", "draw_step", "preferences", "prompt_order"]
+__all__ = ["Responses", "cut_off", "draw", "draw_step", "in_shares", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -48,10 +51,11 @@ class Responses:
         """(N,) log pi - log pi_ref of whole responses, nats, from the reference's (N, T) log-probabilities."""
         return ((self.logp_NT - reference_NT) * self.mask_NT).sum(1).double().cpu().numpy()
 
-    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
+    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False, pieces: int = 1) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
 
-        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are.
+        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are. Where
+        there would be fewer than `pieces` of them, they are smaller, down to one group.
         """
         count = len(self.tokens_NT)
         step = rows or count
@@ -60,6 +64,8 @@ class Responses:
             step = step if step < group else step - step % group
         if whole:
             step = max(group, step - step % group)
+        if count <= step * (pieces - 1):
+            step = group * max(1, -(-count // (group * pieces)))
         return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
@@ -83,30 +89,59 @@ def draw(
     its own; `spec.rule` says which gates its rows have.
     With `reference` the responses are the reference's, and `logp_NT` is its own. Rewards are NaN where none are wanted (`scored`).
     """
-    began = time.perf_counter()
     known = task.prompts("train") if known is None else known
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
     w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
     gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
-    with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
+    of_rows = [prompt for prompt in chosen for _ in range(group)]
+    numbers = occurrences(of_rows)
+    noise = [seed_for(spec.seed, "reward noise", step, prompt.digest, n) for prompt, n in zip(of_rows, numbers, strict=True)]
+
+    def part(mine: slice, *, scored: bool = scored) -> tuple[Any, ...]:
+        """What one process draws and scores: ids and mask of these prompts, tokens, mask, logp, rewards, texts, seconds."""
+        began, rows = time.perf_counter(), slice(mine.start * group, mine.stop * group)
         (made,) = generate(
             policy,
-            chosen,
-            gates_NK=None if merged or reference else gates_NK,
+            chosen[mine],
+            gates_NK=None if merged or reference else gates_NK[rows],
             max_new_tokens=task.max_new_tokens,
             seed=spec.seed,
             step=step,
             group=group,
+            numbers=numbers[rows],
             temperature=temperature,
         )
-    sampled = time.perf_counter()
-    streams = [(prompt.digest, n) for prompt, n in zip(made.prompts, occurrences(made.prompts), strict=True)]
-    noise = [seed_for(spec.seed, "reward noise", step, digest, n) for digest, n in streams]
-    rewards_NM = task.observe(made.prompts, made.texts, streams=noise) if scored else np.full(w_NM.shape, np.nan)
-    seconds = {"sampling": sampled - began, "rewards": time.perf_counter() - sampled}
-    drawn, ids_PT, mask_PT = made.responses, made.prompt_ids_PT, made.prompt_mask_PT
-    shared = (gates_NK, w_NM, rewards_NM, made.texts, seconds)
-    return Responses(made.prompts, ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, *shared)
+        sampled = time.perf_counter()
+        rewards_NM = task.observe(made.prompts, made.texts, streams=noise[rows]) if scored else np.full(w_NM[rows].shape, np.nan)
+        seconds = {"sampling": sampled - began, "rewards": time.perf_counter() - sampled}
+        drawn, ids_PT, mask_PT = made.responses, made.prompt_ids_PT, made.prompt_mask_PT
+        return ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, rewards_NM, made.texts, seconds
+
+    with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
+        along = functools.partial(part, scored=False) if is_sharded(policy.model) else None
+        parts = ranks().mapped(ranks().shares(prompts), part, device=policy.device, along=along)
+    ids, mask, tokens, made_mask, logp, rewards, texts, seconds = zip(*parts, strict=True)
+    if len(parts) == 1:
+        prompt_ids, prompt_mask = ids[0], mask[0]
+    else:
+        prompt_ids, prompt_mask = encode(policy.tokenizer, chosen, policy.device)
+    drawn = (_longest(tokens, policy.pad_id), _longest(made_mask, False), _longest(logp, 0.0))
+    said = [text for of in texts for text in of]
+    spent = {name: max(of[name] for of in seconds) for name in seconds[0]}
+    return Responses(of_rows, prompt_ids, prompt_mask, *drawn, gates_NK, w_NM, np.concatenate(rewards), said, spent)
+
+
+def _longest(parts: Sequence[Tensor], pad: Any) -> Tensor:
+    """(N, T) rows of several batches, padded on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([functional.pad(part, (0, width - part.shape[1]), value=pad) for part in parts])
+
+
+def in_shares(made: Responses, score: Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]) -> np.ndarray:
+    """The scores of all responses, each asked for in one process."""
+    return np.concatenate(ranks().mapped(ranks().shares(len(made.texts)), lambda rows: score(made.prompts[rows], made.texts[rows])))
 
 
 def cut_off(policy: Policy, made: Responses, limit: int) -> np.ndarray:
@@ -154,7 +189,7 @@ def prompt_order(seed: int, first: int, n: int, count: int) -> list[int]:
     return [_shuffled(seed, place // count, count)[place % count] for place in range(first, first + n)]
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(generator(seed, "prompts", epoch).permutation(count).tolist())
 

@@ -42,9 +42,9 @@ RULE = "a distillation has one epoch a batch and no KL to the reference"
 
 @dataclass(frozen=True)
 class DistillBatch(Batch):
-    """A batch with the teachers' logits on the student's own responses."""
+    """A batch with the gates of the teachers, whose logits are wanted at the tokens of the student's own responses."""
 
-    teacher_NTV: Tensor
+    teachers_NK: Tensor
 
 
 @LEARNERS.register("distill", version=3)
@@ -77,25 +77,24 @@ class Distillation(EmbeddedLearner):
                 found=f"{gates_NK.shape[1]} gates, {policy.K} adapters in all",
                 remedy="name a rule for the adapters in `frozen_adapters`",
             )
-        teacher_NTV: Tensor | None = None
-        with torch.no_grad():
-            everything = slice(0, self.batch)
-            reference_NT = self.logp(policy, made, everything, gates_NK=None)
-            for k in range(gates_NK.shape[1]):
-                alone_NK = torch.zeros(len(gates_NK), policy.K, device=policy.device)
-                alone_NK[:, k] = 1.0
-                part_NTV = _response_logits(policy, made, self.group, alone_NK, everything).float() * gates_NK[:, k, None, None]
-                teacher_NTV = part_NTV if teacher_NTV is None else teacher_NTV + part_NTV
-        assert teacher_NTV is not None
+        reference_NT = self.reference_logp(policy, made)
         kl_N = made.kl_N(reference_NT)
-        return DistillBatch(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, teacher_NTV)
+        return DistillBatch(made, reference_NT, kl_N, made.w_NM, np.zeros(len(kl_N)), state or {}, gates_NK)
 
     def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:
         """The mean over responses of the KL to the teachers' mixture, in nats per response."""
         assert isinstance(batch, DistillBatch)
         made = batch.responses
         student_NTV = _response_logits(policy, made, self.group, made.gates_NK, rows)
-        return (mixture_kl(student_NTV, batch.teacher_NTV[rows]) * made.mask_NT[rows]).sum() / len(batch.kl_N)
+        teacher_NTV: Tensor | float = 0.0
+        with torch.no_grad():  # of these rows alone: the vocabulary is long
+            for k in range(batch.teachers_NK.shape[1]):
+                alone_NK = torch.zeros(len(batch.teachers_NK), policy.K, device=policy.device)
+                alone_NK[:, k] = 1.0
+                part_NTV = _response_logits(policy, made, self.group, alone_NK, rows).float() * batch.teachers_NK[rows, k, None, None]
+                teacher_NTV = teacher_NTV + part_NTV
+        assert isinstance(teacher_NTV, Tensor), "there are teachers"
+        return (mixture_kl(student_NTV, teacher_NTV) * made.mask_NT[rows]).sum() / len(batch.kl_N)
 
 
 def _response_logits(policy: Policy, made: Responses, group: int, gates_NK: Tensor, rows: slice) -> Tensor:

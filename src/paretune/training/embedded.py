@@ -1,4 +1,4 @@
-"""The embedded learners: draw a batch, climb, log, save. One process, and no library beyond torch, transformers and PEFT.
+"""The embedded learners: draw a batch, climb, log, save. No library beyond torch, transformers and PEFT, in one process or in several.
 
 A learner on it says what a batch is (`collect`) and what its loss is (`loss`). A new loss is a subclass in one file, registered in
 LEARNERS, inside the tree or outside; `paretune.testing.losses.check_loss` proves that it keeps what a loss must keep.
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
-from paretune.policy.lora.shard import shard
+from paretune.policy.lora.shard import anyone, is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
 from paretune.registry import UNKEYED
@@ -43,6 +44,7 @@ from paretune.training.learner import (
     run_loop,
     watch_unscored,
 )
+from paretune.training.processes import GradientSum, ranks
 from paretune.training.spec import TrainSpec
 from paretune.training.validation import charge, look, respond
 from paretune.training.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
@@ -77,6 +79,14 @@ class Batch:
             self._seen.append(torch.full_like(self.responses.logp_NT, torch.nan, dtype=torch.float32))
         self._seen[0][rows] = logp_NT.detach().float()
 
+    def gather_scored(self) -> None:
+        """Let every process see what any of them has scored."""
+        if ranks().size > 1:
+            first, *others = ranks().gathered(None if self.seen_NT() is None else self._seen[0].cpu())
+            for other in others:
+                first = other if first is None else first if other is None else torch.where(first.isnan(), other, first)
+            self._seen[:] = [] if first is None else [first.to(self.responses.logp_NT.device)]
+
     def seen_NT(self) -> Tensor | None:
         """(N, T) log-probabilities as last scored, NaN where they were not; None where nothing was."""
         return self._seen[0] if self._seen else None
@@ -90,6 +100,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     """
 
     on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own
+    in_processes: ClassVar[str] = "torch"
 
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
     validation_samples: Count = 64  # responses of each validation of the stopping rule
@@ -98,6 +109,8 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    processes: Count = field(default=1, metadata=UNKEYED)  # that share this training: its prompts, passes and rewards; one per GPU
+    processes_timeout: Positive = field(default=1800.0, metadata=UNKEYED)  # seconds that they wait for each other at most
     shard: bool = field(default=False, metadata=UNKEYED)  # each of several processes holds its share of the base's weights only
     log_samples: Natural | None = field(default=None, metadata=UNKEYED)  # prompts whose responses are logged; None: 4 of sampled tasks
     log_samples_every: Count | None = field(default=None, metadata=UNKEYED)  # steps; None: a tenth of the training, 10 at least
@@ -109,11 +122,19 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             "micro_tokens is at least 1": (self.micro_tokens or 1) >= 1,
             "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1,
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
+            "shard needs processes, two at least": not self.shard or self.processes > 1,
+            "processes have a prompt of each batch at least, which are batch // group": self.processes <= self.batch // max(self.group, 1),
         }
 
     def reference(self, task: Task, device: str) -> tuple[Any, Any]:
         if not self.shard:
             return super().reference(task, device)
+        if ranks().size == 1:
+            raise ConfigError(
+                "a base is sharded over the processes of a training",
+                found="learner.shard=true in one process",
+                remedy="run it by `paretune fit`, `bench` or a launcher, or set learner.shard=false",
+            )
         with loaded_in_shares(split := functools.partial(shard, device=device)):
             loaded: Any = task.load()
         check_cast(loaded[0], self.dtype)
@@ -130,6 +151,11 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     def passes(self, made: Responses) -> list[slice]:
         """The rows of each forward and backward."""
         return made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=self.group)
+
+    def shared_passes(self, made: Responses) -> list[slice]:
+        """The passes of all processes: those of one; where these are fewer than the processes, smaller ones, of whole groups."""
+        found, count = self.passes(made), ranks().size
+        return found if len(found) >= count else made.passes(rows=None, tokens=None, group=self.group, pieces=count)
 
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
         return run_loop(self, spec, task, work, parents, progress)
@@ -151,11 +177,17 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
+        with ranks().gathering():
+            return self._advance(policy, optimizer, task, spec, run)
+
+    def _advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         if run.step == 0:
             look(self, policy, task, spec, run)
             respond(self, policy, task, spec, run)
         began = time.perf_counter()
         batch = self.collect(policy, task, spec, run.step, run.weighting)
+        decided = ("kl_N", "weights_NM", "advantage_N", "state")
+        batch = dataclasses.replace(batch, **ranks().shared({name: getattr(batch, name) for name in decided}))
         run.weighting, collected = batch.state, time.perf_counter()
         told: dict[str, Any] = {"kl": float(batch.kl_N.mean()), "kl_max": float(batch.kl_N.max())}
         run.kl += (max(0.0, float(batch.kl_N.mean())) - run.kl) / (5 if run.step else 1)  # over about five batches
@@ -249,12 +281,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
 
         old_N, before = logp_N(first=fresh), [weight.detach().clone() for weight in weights]
         if fresh:
-            run.rounding = float(((old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()) ** 2).mean()) / 2
+            gap_N = old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()
+            run.rounding = ranks().shared(float((gap_N**2).mean()) / 2)
             bound = self._bound(run)
         yield
         kept = 1.0  # of the update
         for attempt in range(ATTEMPTS):
-            kl = float(((logp_N() - old_N) ** 2).mean()) / 2
+            kl = ranks().shared(float(((logp_N() - old_N) ** 2).mean()) / 2)
             if not math.isfinite(kl):
                 raise not_finite("log-probabilities that are no numbers after an update", run.step, self.lr * run.lr_share)
             if attempt == 0:
@@ -308,29 +341,45 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise not_finite(f"loss {loss:g}, gradient norm {norm:g}", step, self.lr)
         optimizer.step()
+        ranks().share(optimizer.param_groups[0]["params"])
         return loss, norm
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the loss to `.grad` of the trained parameters, pass by pass; returns the loss."""
-        total = 0.0
-        for rows in self.passes(batch.responses):
+
+        def one(rows: slice) -> float:
             loss = self.loss(policy, batch, rows, beta=beta)
             loss.backward()
-            total += float(loss.detach())
+            return float(loss.detach())
+
+        here = ranks()
+        gradients = GradientSum(here, policy.parameters())
+
+        def along(rows: slice) -> None:
+            one(rows)
+            gradients.clear()
+
+        sharded = is_sharded(policy.model)
+        total = sum(here.mapped(self.shared_passes(batch.responses), one, each=gradients.add, along=along if sharded else None))
+        gradients.settle()
+        batch.gather_scored()
         return total
 
-    def reference_logp(self, policy: Policy, made: Responses, *, group: int | None = None) -> Tensor:
-        """(N, T) log-probabilities of the reference, pass by pass: an ordinary tensor, which autograd may keep."""
-        rows = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group or self.group)
-        with torch.inference_mode():
-            parts = [self.logp(policy, made, part, gates_NK=None, group=group) for part in rows]
-        return torch.cat(parts)
+    def reference_logp(self, policy: Policy, made: Responses, *, group: int | None = None, gates_NK: Tensor | None = None) -> Tensor:
+        """(N, T) log-probabilities of the reference, or under these gates, pass by pass: an ordinary tensor, which autograd may keep."""
+        passes = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group or self.group, pieces=ranks().size)
+
+        def one(part: slice) -> Tensor:
+            with torch.inference_mode():
+                return self.logp(policy, made, part, gates_NK=None if gates_NK is None else gates_NK[part], group=group)
+
+        return torch.cat(ranks().mapped(passes, one, device=policy.device, along=one if is_sharded(policy.model) else None))
 
     def logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None, group: int | None = None) -> Tensor:
         """(rows, T) log-probabilities, gates None for the reference; whole groups, of `self.group` by default, read their prompt once."""
         ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, group or self.group
         again = self.checkpointing and torch.is_grad_enabled()  # a cache, which shares prompts, cannot be filled twice
-        if again or rows.start % group or (rows.stop - rows.start) % group:
+        if again or anyone(policy.model, bool(rows.start % group or (rows.stop - rows.start) % group)):
             ids, mask, group = ids.repeat_interleave(group, 0)[rows], mask.repeat_interleave(group, 0)[rows], 1
         else:
             prompts = slice(rows.start // group, rows.stop // group)

@@ -42,6 +42,7 @@ from paretune.training.checkpoint import (
 from paretune.training.combine import Combine
 from paretune.training.cost import PHASES, Cost, read_cost
 from paretune.training.loggers import Loggers, reporting
+from paretune.training.processes import ranks
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.watch import named_means
 from paretune.training.weightings.base import State
@@ -72,6 +73,7 @@ class Learner(ABC):
 
     registered_name: ClassVar[str]
     version: ClassVar[int]
+    in_processes: ClassVar[str] = ""  # what several processes share one of its trainings by: "torch", "accelerate"; "": they cannot
 
     rank: Count = 16  # of the LoRA adapters
     alpha: Count | None = None  # the scale of an adapter is alpha / rank; None: 2 at every rank
@@ -327,23 +329,26 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     `record(task, spec, run, window, records)` makes a line of the log from what steps returned since the last of `records`;
     `finished(run)`; `new_optimizer(weights)`. Where it leaves weights in `run.kept`, these are the result.
     """
-    if is_finished(work):  # by a process that was killed before it could publish
-        return read_cost(work)
+    here = ranks()
+    if here.shared(here.first and is_finished(work)):  # by a process that was killed before it could publish
+        return read_cost(work) if here.first else Cost()
     learner.accept(spec)
     policy = learner.start(spec, task, parents or {})
     began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
-    run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
-    run.window = unpacked(run.window)
+    run = _resumed(work, spec.key, weights, optimizer)
     saved = time.monotonic()
-    with (
-        reporting(learner, spec, work, progress) as told,
-        TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=told) as log,
-    ):
+    with contextlib.ExitStack() as opened:
+        if here.first:
+            told = opened.enter_context(reporting(learner, spec, work, progress))
+            log = opened.enter_context(TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=told))
         while not learner.finished(run):
             run.window.append(learner.advance(policy, optimizer, task, spec, run))
             last = learner.finished(run)
+            if not here.first:
+                _follow(run)
+                continue
             if last or run.step % learner.log_every == 0:
                 log.write(learner.record(task, spec, run, run.window, log.records), steps=learner.steps)
                 run.window = []
@@ -351,12 +356,36 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
                 run.seconds, run.log, saved = log.seconds, log.mark(), time.monotonic()
                 state = {**vars(run), "window": packed(run.window)}
                 save_checkpoint(work, run.step, weights, optimizer, state, kept=state.pop("kept"))
+            _follow(run)
     if run.kept is not None:
         with torch.no_grad():
             for weight, kept in zip(weights, run.kept, strict=True):
                 weight.copy_(kept)
     counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
-    return learner.finish(spec, policy, work, Cost(steps=run.updates, **counted))
+    cost = Cost(steps=run.updates, **counted)
+    return learner.finish(spec, policy, work, cost) if here.first else cost
+
+
+def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Run:
+    """The run and the tensors of the newest checkpoint, or of the start; process 0 looks first, because it removes what is damaged."""
+    here = ranks()
+    state = load_checkpoint(work, key, weights, optimizer) if here.first else None
+    step = here.shared(None if state is None else state["step"])
+    if not here.first and step is not None:
+        state = load_checkpoint(work, key, weights, optimizer)
+    here.agree("checkpoint", {"step": None if state is None else state["step"]})
+    here.share(weights)
+    run = Run(**(state or {"key": key}))
+    run.window = unpacked(run.window)
+    return run
+
+
+def _follow(run: Run) -> None:
+    """After a step: all that process 0 remembers holds in every process, so that none can decide otherwise."""
+    if (here := ranks()).size > 1:
+        own = ("kept", "window", "log", "seconds", "responses")  # equal weights, and what only the one that writes needs
+        vars(run).update(here.shared({name: value for name, value in vars(run).items() if name not in own} if here.first else {}))
+        run.window, run.responses = (run.window, run.responses) if here.first else ([], [])
 
 
 def log_record(

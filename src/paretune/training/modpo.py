@@ -138,8 +138,7 @@ class Modpo(EmbeddedLearner):
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Pairs:
         """Pairs of the reference's responses; `kl_N` has the mean KL(reference || policy), the direction that can be seen offline."""
         made = draw_step(self, policy, task, spec, step, reference=True)
-        with torch.no_grad():
-            logp_NT = self.logp(policy, made, slice(0, self.batch), gates_NK=made.gates_NK)
+        logp_NT = self.reference_logp(policy, made, gates_NK=made.gates_NK)
         reference_NT = made.logp_NT.float()
         kl_N = ((reference_NT - logp_NT) * made.mask_NT).sum(1).double().cpu().numpy()
         sides = compared(made, spec, step, group=self.group, labeled=self.labeled, labels=self.labels)

@@ -12,7 +12,7 @@ from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import Policy
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, cut_off, draw
+from paretune.training.batch import Responses, cut_off, draw, in_shares
 from paretune.training.learner import Run
 from paretune.training.spec import TrainSpec
 from paretune.training.watch import as_record, guard_slack, guarded, named_means
@@ -49,7 +49,7 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
 
     if task.guards is not None and not run.looks and (spec.frozen_adapters or spec.init_from):
         for made in drawn(reference=True, scored=False):  # a bridge begins as the soup, which may have lost some of its guards
-            run.first_guards += as_record(task.score_guards(made.prompts, made.texts))
+            run.first_guards += as_record(in_shares(made, task.score_guards))
     parts, prompt_N = [], list[str]()
     for made in drawn():
         prompt_N += [prompt.digest for prompt in made.prompts]
@@ -100,4 +100,4 @@ def charge(run: Run, made: Responses) -> None:
 def _measured(learner: Any, policy: Policy, task: Task, made: Responses, group: int) -> tuple[np.ndarray, ...]:
     """Of each response: rewards (N, M), preference (N, M), KL (N,) in nats, whether it was cut off (N,), guards (N, G)."""
     kl_N = made.kl_N(learner.reference_logp(policy, made, group=group))
-    return made.rewards_NM, made.w_NM, kl_N, cut_off(policy, made, task.max_new_tokens), task.score_guards(made.prompts, made.texts)
+    return made.rewards_NM, made.w_NM, kl_N, cut_off(policy, made, task.max_new_tokens), in_shares(made, task.score_guards)

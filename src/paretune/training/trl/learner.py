@@ -4,7 +4,7 @@ What a `TrainSpec` asks for is handed to TRL through its public interface: promp
 optimizer and schedule; the objectives are combined by the drop-in reward. TRL does the loop: generation (its own, or vLLM's),
 log-probabilities, baseline, loss, checkpoints, and many processes.
 
-    accelerate launch --config_file examples/accelerate/ddp.yaml -m paretune.runs.launch ROOT/logs/jobs/train-KEY.json
+    accelerate launch --config_file examples/accelerate/ddp.yaml -m paretune.launch ROOT/logs/jobs/train-KEY.json
 
 Every process calls `train`; the first one writes the same files as the embedded learner. While a training runs its checkpoints are TRL's
 own, with a `paretune.json` and then a `DONE` with the hashes of all its files: a checkpoint that is not whole is not resumed from.
@@ -83,6 +83,10 @@ class TrlLearner(SampledLearner):
 
     trainers: ClassVar[tuple[str, ...]]
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **dict.fromkeys(
+            ("processes", "processes_timeout"),
+            ("TRL's processes are those of accelerate", "accelerate launch --num_processes 4 -m paretune.launch JOB; see docs/trl.md"),
+        ),
         "micro_tokens": ("TRL splits a batch by rows", "use micro_batch, rows per process and backward"),
         **dict.fromkeys(
             ("stop_cv", "stop_window", "validate_every", "validation_samples", "look_samples", "keep", "guard_drop", "patience"),
@@ -443,6 +447,7 @@ class Trl(PolicySettings, TrlLearner):
     """
 
     trainers: ClassVar[tuple[str, ...]] = ("rloo", "grpo")
+    in_processes: ClassVar[str] = "accelerate"
 
     def __post_init__(self):
         super().__post_init__()
