@@ -73,6 +73,20 @@ def located(name: str, *, weights: bool = False) -> dict[str, Any]:
     return found
 
 
+def weight_files(name: str, revision: str | None) -> list[str]:
+    """The safetensors files of a model, on this machine; [] where there are none of the usual names."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    def found(file: str) -> str | None:
+        return cached_file(local_or_hub(name), file, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    if (one := found(SAFE_WEIGHTS_NAME)) is not None:
+        return [one]
+    index = found(SAFE_WEIGHTS_INDEX_NAME)
+    return [] if index is None else list(get_checkpoint_shard_files(local_or_hub(name), index, revision=revision)[0])
+
+
 @functools.cache
 def _alone(path: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder with a link to this file only: transformers would mix in the tokenizer or the adapter of a model that lies beside it."""

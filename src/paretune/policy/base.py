@@ -25,6 +25,7 @@ from paretune.errors import ConfigError
 from paretune.hub import text_config
 from paretune.policy.lora.bank import LoraBank, soup_weight
 from paretune.policy.lora.layers import FusedLayer
+from paretune.policy.lora.shard import states
 from paretune.registry import Registry
 from paretune.tasks.base import Task, first_device, reference
 
@@ -268,7 +269,7 @@ class Policy(ABC):
     def _logits(self, inputs: dict[str, Any], last_only: int) -> Tensor:
         """The model's own logits; only those of the last `last_only` positions are computed; 0 is all."""
         if self._headless:
-            return self.model.base_model(**inputs).last_hidden_state[:, -int(last_only) :]
+            return states(self.model, inputs)[:, -int(last_only) :]
         return self.model(**inputs, logits_to_keep=int(last_only)).logits
 
 

@@ -25,6 +25,7 @@ from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
+from paretune.policy.lora.shard import anyone, held
 from paretune.policy.sampling import Said, Sampling, draw, shaped
 from paretune.progress import counted
 from paretune.seeds import uniforms
@@ -122,6 +123,7 @@ class Decoding:
     def __enter__(self) -> Decoding:
         self._contexts.enter_context(torch.inference_mode())
         self._contexts.enter_context(self.policy.bank.unchanged())
+        self._contexts.enter_context(held(self.policy.model))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -444,13 +446,14 @@ def decode(
             stopped_N[rows_R[ends_R]] = True
             runs_R = runs_R & ~ends_R
             left = int(runs_R.sum())
-            if not left:
+            if not anyone(policy.model, left > 0):
                 break
             if left <= KEPT_BELOW * len(runs_R) and policy.has_plain_cache and t + 1 < max_new_tokens:
-                decoding.leave(~runs_R)
-                rows_R, runs_R = rows_R[runs_R], runs_R[runs_R]
+                kept_R = runs_R if left else torch.arange(len(runs_R), device=where) == 0  # other processes go on: one row goes with them
+                decoding.leave(~kept_R)
+                rows_R, runs_R = rows_R[kept_R], runs_R[kept_R]
     # Outside of inference mode: copies are ordinary tensors, which autograd may keep.
-    longest, device = int(length_N.max()), policy.device
+    longest, device = t + 1, policy.device  # of all processes that share the model's weights
     mask_NT = torch.arange(longest, device=where) < length_N[:, None]
     logp_NT = logp_NT[:, :longest].clone()
     return Generation(

@@ -25,6 +25,7 @@ from torch.nn import functional
 from paretune.hub import text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
+from paretune.policy.lora.shard import anyone, everyone, held
 from paretune.policy.rollout import check_length, gates_on, needed, read
 
 __all__ = ["Packing", "chosen", "packs", "token_logp"]
@@ -55,15 +56,15 @@ def token_logp(
     """
     length, gates_NK = tokens_NT.shape[1], gates_on(policy, gates_NK)
     check_length(policy, (0 if gates_NK is None else policy.extra_positions) + prompt_ids_PT.shape[1] + length, temperature)
-    if packed or (packed is None and mask_NT is not None and len(tokens_NT) > 1 and packs(policy, gates_NK)):
+    if packed or (packed is None and mask_NT is not None and anyone(policy.model, len(tokens_NT) > 1) and packs(policy, gates_NK)):
         asked_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
         padded = prompt_ids_PT.numel() + tokens_NT.numel()
         most = padded if packed else min(PACKED_BELOW * padded, padded - SAVED)
         real = int(prompt_mask_PT.sum() + asked_NT.sum()) - len(asked_NT)  # what every packing holds, or more
-        if packed or real <= most:
-            packing = Packing.of(prompt_mask_PT, asked_NT, group)
-            if packed or packing.size <= most:
-                return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
+        packing = Packing.of(prompt_mask_PT, asked_NT, group) if packed or real <= most else None
+        worth = packing is not None and bool(packed or packing.size <= most)
+        if everyone(policy.model, worth) and packing is not None:
+            return _packed_logp(policy, packing, prompt_ids_PT, tokens_NT, gates_NK, temperature, at_once)
     if group > 1 and not policy.has_plain_cache:  # other caches take one token at a time: read all of it anew
         prompt_ids_PT, prompt_mask_PT, group = (*(x.repeat_interleave(group, 0) for x in (prompt_ids_PT, prompt_mask_PT)), 1)
     if group > 1:
@@ -113,7 +114,7 @@ def _scored(policy: Policy, forward: Callable[[], Tensor], tokens_NT: Tensor, te
     """(N, T) log-probabilities of the tokens; of many logits only `at_once` (LOGITS_AT_ONCE) exist at a time, in the backward too."""
     n, length = tokens_NT.shape
     vocabulary = text_config(policy.model.config).vocab_size
-    if n * length * vocabulary <= (at_once or LOGITS_AT_ONCE) or not policy.splits_head:
+    if not policy.splits_head or everyone(policy.model, n * length * vocabulary <= (at_once or LOGITS_AT_ONCE)):
         return chosen(forward(), tokens_NT, temperature)
     with policy.headless():
         h_NTH = forward()
@@ -128,9 +129,10 @@ def _of_states(policy: Policy, h_UH: Tensor, tokens_U: Tensor, temperature: floa
             return chosen(run_head(policy.model, h_UH[None]), tokens_U[None], temperature)[0]
 
     step = max(1, (at_once or LOGITS_AT_ONCE) // text_config(policy.model.config).vocab_size)
-    if h_UH.requires_grad and torch.is_grad_enabled():
-        return _Head.apply(h_UH, tokens_U, piece, step)
-    return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
+    with held(policy.model):
+        if h_UH.requires_grad and torch.is_grad_enabled():
+            return _Head.apply(h_UH, tokens_U, piece, step)
+        return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
 
 
 class _Head(torch.autograd.Function):

@@ -6,9 +6,11 @@ where the tokenizer has none), and all its EOS ids in `model.generation_config.e
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import ConfigError
@@ -24,6 +26,7 @@ from paretune.hub import (
     refuse_kernels,
     text_config,
     unloadable,
+    weight_files,
 )
 from paretune.hub import load_tokenizer as read_tokenizer
 
@@ -40,6 +43,7 @@ __all__ = [
     "keep_layout",
     "load_pretrained",
     "load_tokenizer",
+    "loaded_in_shares",
 ]
 
 REFERENCE = "the reference model"
@@ -155,9 +159,11 @@ def load_pretrained(
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it says at each 8-bit product that it rounds
     wide = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    split = _split.get() if quantize is None else None
     try:
         with quietly("loading the model"):
-            found: Any = AutoModelForCausalLM.from_pretrained(
+            found: Any = split and _shares(model, revision, config, wide, trust_remote_code, split)
+            found = found or AutoModelForCausalLM.from_pretrained(
                 **located(model, weights=True),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
@@ -183,6 +189,71 @@ def load_pretrained(
     return loaded.eval(), tokenizer
 
 
+_split: ContextVar[Callable[[Any], Any] | None] = ContextVar("split", default=None)
+
+
+@contextlib.contextmanager
+def loaded_in_shares(split: Callable[[Any], Any]) -> Iterator[None]:
+    """Within, each process reads its share of a model only; `split` makes the weights of an empty model DTensors.
+
+    Not from GGUF, nor where a checkpoint has other names, shapes or dtypes than its model: that is read whole, to be split afterwards.
+    """
+    token = _split.set(split)
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
+def _shares(
+    model: str, revision: str | None, config: Any, dtype: str, trust_remote_code: bool, split: Callable[[Any], Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """The model with this process's share of each weight, tensor by tensor from the files; None where they cannot be read in shares."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    stored: dict[str, tuple[str, list[int]]] = {}
+    for path in [] if is_gguf(model) else weight_files(model, revision):
+        with safe_open(path, "pt") as file:
+            stored |= {name: (path, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    with init_empty_weights(include_buffers=False):  # buffers are computed by the model itself, or small
+        empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    empty.tie_weights()
+    wanted, kept_wide = dict(empty.named_parameters()), getattr(empty, "_keep_in_fp32_modules_strict", None)
+    converted = any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(empty))
+    names = {name: path for name, (path, shape) in stored.items() if name in wanted and shape == list(wanted[name].shape)}
+    if len(names) < max(len(wanted), len(stored)) or converted or kept_wide or getattr(empty, "_keep_in_fp32_modules", None):
+        return None
+    with contextlib.suppress(OSError):
+        empty.generation_config = GenerationConfig.from_pretrained(local_or_hub(model), revision=revision or "main")
+    split(empty)
+    for name, path in names.items():
+        with safe_open(path, "pt") as file:  # opened for each: what is mapped counts as memory of this process until it is closed
+            _place_share(empty, name, file.get_slice(name))
+    return empty, {}
+
+
+def _place_share(model: Any, name: str, stored: Any) -> None:
+    """Read the rows that this process holds of one weight."""
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    empty = getattr(module, leaf)
+    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(empty.shape, empty.device_mesh, empty.placements)
+    local = torch.empty(rows, *empty.shape[1:], dtype=empty.dtype, device=empty.device_mesh.device_type)
+    local.copy_(stored[first : first + rows])
+    whole = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
+    share = DTensor.from_local(local, empty.device_mesh, empty.placements, **whole)
+    setattr(module, leaf, torch.nn.Parameter(share, requires_grad=False))
+
+
 def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Every weight comes from the checkpoint, every tensor of it is used, and all numbers are finite."""
     from torch import Tensor
@@ -200,6 +271,7 @@ def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any])
             )
     quantized = bool(getattr(loaded, "is_quantized", False))  # whose scales show what their numbers cannot
     for name, weight in loaded.state_dict().items() if quantized else loaded.named_parameters():
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight  # this process's share
         if weight.is_floating_point() and type(weight) in (Tensor, Parameter) and not bool(weight.isfinite().all()):
             raise ConfigError(
                 "weights are finite numbers", found=f"NaN or infinity in {name} of {model}", remedy="save or download it again"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from paretune.policy.base import Policy
 from paretune.policy.lora.bank import soup_state
+from paretune.policy.lora.shard import is_sharded
 from paretune.policy.rollout import encode, generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
@@ -96,7 +97,7 @@ def draw(
     numbers = occurrences(of_rows)
     noise = [seed_for(spec.seed, "reward noise", step, prompt.digest, n) for prompt, n in zip(of_rows, numbers, strict=True)]
 
-    def part(mine: slice) -> tuple[Any, ...]:
+    def part(mine: slice, *, scored: bool = scored) -> tuple[Any, ...]:
         """What one process draws and scores: ids and mask of these prompts, tokens, mask, logp, rewards, texts, seconds."""
         began, rows = time.perf_counter(), slice(mine.start * group, mine.stop * group)
         (made,) = generate(
@@ -117,7 +118,8 @@ def draw(
         return ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, rewards_NM, made.texts, seconds
 
     with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
-        parts = ranks().mapped(ranks().shares(prompts), part, device=policy.device)
+        along = functools.partial(part, scored=False) if is_sharded(policy.model) else None
+        parts = ranks().mapped(ranks().shares(prompts), part, device=policy.device, along=along)
     ids, mask, tokens, made_mask, logp, rewards, texts, seconds = zip(*parts, strict=True)
     if len(parts) == 1:
         prompt_ids, prompt_mask = ids[0], mask[0]
@@ -165,7 +167,8 @@ def _merged(policy: Policy, *, one: bool) -> Iterator[bool]:
     weights, as adapters are (rounding to less would sample from another policy), and up to `MERGE_LIMIT` bytes.
     """
     size = sum(weight.nbytes for weight in policy.model.parameters())
-    if not one or policy.bank.quantized or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
+    split = is_sharded(policy.model) or bool(policy.bank.quantized)
+    if not one or split or policy.mixing != "parameter" or policy.model.dtype != torch.float32 or size > MERGE_LIMIT:
         yield False
         return
     soup = soup_state(policy.bank, [1.0])
@@ -186,7 +189,7 @@ def prompt_order(seed: int, first: int, n: int, count: int) -> list[int]:
     return [_shuffled(seed, place // count, count)[place % count] for place in range(first, first + n)]
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def _shuffled(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(generator(seed, "prompts", epoch).permutation(count).tolist())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from abc import abstractmethod
@@ -19,13 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
+from paretune.policy.lora.shard import anyone, is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
 from paretune.registry import UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
+from paretune.tasks.pretrained import loaded_in_shares
 from paretune.training.batch import Responses, cut_off, draw
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
@@ -33,6 +37,7 @@ from paretune.training.learner import (
     Run,
     SampledLearner,
     StoppingRule,
+    check_cast,
     log_record,
     memory_explained,
     not_finite,
@@ -98,6 +103,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
     processes: Count = field(default=1, metadata=UNKEYED)  # that share this training: its prompts, passes and rewards; one per GPU
     processes_timeout: Positive = field(default=1800.0, metadata=UNKEYED)  # seconds that they wait for each other at most
+    shard: bool = field(default=False, metadata=UNKEYED)  # each of several processes holds its share of the base's weights only
     log_samples: Natural | None = field(default=None, metadata=UNKEYED)  # prompts whose responses are logged; None: 4 of sampled tasks
     log_samples_every: Count | None = field(default=None, metadata=UNKEYED)  # steps; None: a tenth of the training, 10 at least
 
@@ -108,8 +114,23 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             "micro_tokens is at least 1": (self.micro_tokens or 1) >= 1,
             "stop_window and validate_every are at least 1": min(self.stop_window, self.validate_every) >= 1,
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
+            "shard needs processes, two at least": not self.shard or self.processes > 1,
             "processes have a prompt of each batch at least, which are batch // group": self.processes <= self.batch // max(self.group, 1),
         }
+
+    def reference(self, task: Task, device: str) -> tuple[Any, Any]:
+        if not self.shard:
+            return super().reference(task, device)
+        if ranks().size == 1:
+            raise ConfigError(
+                "a base is sharded over the processes of a training",
+                found="learner.shard=true in one process",
+                remedy="run it by `paretune fit`, `bench` or a launcher, or set learner.shard=false",
+            )
+        with loaded_in_shares(split := functools.partial(shard, device=device)):
+            loaded: Any = task.load()
+        check_cast(loaded[0], self.dtype)
+        return split(loaded[0] if self.dtype is None else loaded[0].to(getattr(torch, self.dtype))), loaded[1]
 
     @abstractmethod
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> Batch:
@@ -150,6 +171,10 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
+        with ranks().gathering():
+            return self._advance(policy, optimizer, task, spec, run)
+
+    def _advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         if run.step == 0:
             look(self, policy, task, spec, run)
             respond(self, policy, task, spec, run)
@@ -325,7 +350,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
 
         here, passes = ranks(), self.shared_passes(batch.responses)
         gradients = GradientSum(here, policy.parameters())
-        found = here.mapped(passes, one, each=gradients.add, device=policy.device)
+
+        def along(rows: slice) -> None:
+            one(rows)
+            gradients.clear()
+
+        along_too = along if is_sharded(policy.model) else None
+        found = here.mapped(passes, one, each=gradients.add, device=policy.device, along=along_too)
         gradients.settle()
         for rows, (_, seen_NT) in zip(passes, found, strict=True):
             if seen_NT is not None:
@@ -340,13 +371,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             with torch.inference_mode():
                 return self.logp(policy, made, part, gates_NK=None if gates_NK is None else gates_NK[part], group=group)
 
-        return torch.cat(ranks().mapped(passes, one, device=policy.device))
+        return torch.cat(ranks().mapped(passes, one, device=policy.device, along=one if is_sharded(policy.model) else None))
 
     def logp(self, policy: Policy, made: Responses, rows: slice, *, gates_NK: Tensor | None, group: int | None = None) -> Tensor:
         """(rows, T) log-probabilities, gates None for the reference; whole groups, of `self.group` by default, read their prompt once."""
         ids, mask, group = made.prompt_ids_PT, made.prompt_mask_PT, group or self.group
         again = self.checkpointing and torch.is_grad_enabled()  # a cache, which shares prompts, cannot be filled twice
-        if again or rows.start % group or (rows.stop - rows.start) % group:
+        if again or anyone(policy.model, bool(rows.start % group or (rows.stop - rows.start) % group)):
             ids, mask, group = ids.repeat_interleave(group, 0)[rows], mask.repeat_interleave(group, 0)[rows], 1
         else:
             prompts = slice(rows.start // group, rows.stop // group)

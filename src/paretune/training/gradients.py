@@ -37,6 +37,7 @@ from torch.nn import functional
 from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.layers import FusedLayer, Gated
+from paretune.policy.lora.shard import anyone, is_sharded
 from paretune.policy.rollout import needed
 from paretune.policy.scoring import chosen
 from paretune.seeds import forked_torch
@@ -84,14 +85,18 @@ def response_jacobian(
     """
     n, step, here = len(credit_NM), micro_batch or len(credit_NM), ranks()
     totals: dict[int, Tensor] = {}
-    for start in range(0, n, step)[here.rank :: here.size]:
+    starts = range(0, n, step)
+    for turn in range(here.rank, -(-len(starts) // here.size) * here.size, here.size):
+        if turn >= len(starts) and not is_sharded(policy.model):  # what is sharded computes in all processes
+            break
+        start = starts[min(turn, len(starts) - 1)]
         rows = slice(start, min(n, start + step))
         credit = torch.from_numpy(credit_NM[rows]).to(policy.device)
         with _recorded(policy) as calls:
             logp_NT = _read(policy, made, rows, credit, group=group, temperature=temperature, calls=calls)
         seeds = torch.autograd.grad((logp_NT * share_NT[rows]).sum(), [call.y for call in calls], allow_unused=True)
         for call, dy in zip(calls, seeds, strict=True):
-            if dy is not None:
+            if dy is not None and turn < len(starts):
                 _accumulate(totals, call, dy, credit)
     parameters = policy.bank.parameters()
     return Jacobian(here.summed([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters]))
@@ -131,7 +136,7 @@ def _read(policy: Policy, made: Responses, rows: slice, credit: Tensor, *, group
     """(rows, T) log-probabilities of the responses; marks the calls that read prompts once per objective."""
     tokens_NT, gates_NK, m = made.tokens_NT[rows], made.gates_NK[rows], credit.shape[1]
     ids, mask, length = made.prompt_ids_PT, made.prompt_mask_PT, made.tokens_NT.shape[1]
-    if m >= group or rows.start % group or len(credit) % group or not policy.has_plain_cache:
+    if m >= group or anyone(policy.model, bool(rows.start % group or len(credit) % group)) or not policy.has_plain_cache:
         ids, mask = (x.repeat_interleave(group, 0)[rows] for x in (ids, mask))
         known = needed(mask)
         known = None if known is None else functional.pad(known, (0, length - 1), value=1)

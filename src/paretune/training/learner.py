@@ -113,7 +113,7 @@ class Learner(ABC):
     def start(self, spec: TrainSpec, task: Task, parents: Mapping[str, Artifact]) -> ParameterMix:
         """The policy at step 0 on the task's model: frozen adapters, those that are trained on, and fresh ones; see `TrainSpec`."""
         device = first_device() if self.device == "auto" else self.device
-        model, tokenizer = reference(task, device=device, dtype=self.dtype, place=lambda model: placed(model, device, self.dtype))
+        model, tokenizer = self.reference(task, device)
         paths: dict[str, Path] = {}
         for keys, kind in ((spec.frozen_adapters, "frozen"), (spec.init_from, "policy")):
             found = [path for key in keys for path in parents[key].adapters]
@@ -138,6 +138,10 @@ class Learner(ABC):
         gates_of(spec, np.eye(task.objectives.count)[:1], policy.K)  # a rule for other adapters fails here
         check_model(policy)
         return policy
+
+    def reference(self, task: Task, device: str) -> tuple[Any, Any]:
+        """The task's model on the device, without adapters, and its tokenizer."""
+        return reference(task, device=device, dtype=self.dtype, place=lambda model: placed(model, device, self.dtype))
 
     def finish(self, spec: TrainSpec, policy: ParameterMix, work: Path, cost: Cost) -> Cost:
         """Write the adapters and the cost, then drop the checkpoint; in this order, a kill in between loses nothing."""

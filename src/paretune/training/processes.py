@@ -85,16 +85,21 @@ class Ranks:
         *,
         device: torch.device | str = "cpu",
         each: Callable[[], None] = lambda: None,
+        along: Callable[[T], object] | None = None,
     ) -> list[R]:
         """What the function says of each item, in their order: item i is asked in process i modulo `size`. Tensors come to `device`.
 
-        `each` is called in every process after every turn, in which a process has had one item at most.
+        `each` is called in every process after every turn, in which a process has had one item at most. A process that has none in a
+        turn calls `along` with the last one: what is sharded computes in all processes, or in none.
         """
         if self.size == 1:
             return [function(item) for item in items]
         mine: list[Any] = []
         for turn in range(0, len(items), self.size):
-            mine += [_moved(function(item), "cpu") for item in items[turn : turn + self.size][self.rank :][:1]]
+            if turn + self.rank < len(items):
+                mine.append(_moved(function(items[turn + self.rank]), "cpu"))
+            elif along is not None:
+                along(items[-1])
             each()
         by_rank = self.gathered(mine)
         return [_moved(by_rank[i % self.size][i // self.size], device) for i in range(len(items))]
@@ -147,6 +152,16 @@ class Ranks:
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         return flat if self.on_device else flat.cpu()
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Around computations in which a sharded model exchanges its weights."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                raise self._why(error) from error
+            raise
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:

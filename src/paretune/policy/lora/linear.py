@@ -70,7 +70,8 @@ class _Frozen(torch.autograd.Function):
 
 def is_quantized(layer: Any) -> bool:
     """Whether a module is a linear layer whose weight is anything but a matrix in 16 bits or more, to be read and written into."""
-    weight = next((getattr(layer, name) for name in ("W_q", "qweight", "weight") if hasattr(layer, name)), None)
+    weight: Any = next((getattr(layer, name) for name in ("W_q", "qweight", "weight") if hasattr(layer, name)), None)
+    weight = weight.to_local() if hasattr(weight, "to_local") else weight  # this process's share of it
     plain = weight is None or (type(weight) in (Tensor, Parameter) and weight.is_floating_point() and weight.itemsize > 1)
     return hasattr(layer, "in_features") and not plain
 

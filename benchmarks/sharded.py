@@ -1,0 +1,161 @@
+"""Peak memory of each of two processes that train together, with the base sharded over them and with a whole base in each.
+
+    python benchmarks/sharded.py [--out benchmarks/results/sharded.json] [--rounds 1]
+
+A random Llama with SmolLM2-135M's layers, 27 of them, and a vocabulary of 8,192 (100 M parameters, float32), saved and read as a recipe
+reads one. Two steps of `pg`: 16 responses of 16 tokens to prompts of 24, groups of 8, LoRA of rank 16 on every linear layer but the head,
+activation checkpointing, passes of 8 rows. Every case runs in two fresh processes over gloo, one thread each. Each imports what it needs,
+notes the memory that it holds, loads and trains, and reports the highest resident memory beyond that note (Linux: VmHWM, with the pages of
+files that are mapped): until the first step, and from there on.
+
+`sharded_memory` is that of the sharded base as a share of that of the whole one, each the higher of both processes over loading and
+training; it is the larger of two ratios, that of everything and that of training alone. All four numbers of bytes are in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import emit
+from memory import ALLOCATOR, LETTERS, MIB, PROMPT, resident
+
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+PROCESSES, STEPS, ROWS, GROUP, NEW, RANK, PASS = 2, 2, 16, 8, 16, 16, 8
+
+
+def make(folder: Path) -> int:
+    """Save the model and its tokenizer; returns the number of parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import memory
+    from paretune.seeds import forked_torch
+
+    with forked_torch(0):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.save_pretrained(folder)
+    memory.tokenizer().save_pretrained(folder)
+    return model.num_parameters()
+
+
+def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
+    """What one process needs until the first step, and from there on: bytes."""
+    import peft  # noqa: F401
+    import transformers.models.llama  # noqa: F401
+    from torch.distributed import fsdp, tensor  # noqa: F401
+
+    from paretune.registry import describe
+    from paretune.tasks.base import Task
+    from paretune.tasks.pretrained import load_pretrained
+    from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.processes import joined, launched
+    from paretune.training.spec import TrainSpec
+    from paretune.types import Objectives, Prompt
+
+    @dataclass(frozen=True)
+    class Words(Task):
+        objectives = Objectives(("varied", "long"), (0.0, 0.0), (1.0, 1.0))
+        beta, max_new_tokens, registered_name, version = 0.05, NEW, "words", 1
+
+        def load(self):
+            return load_pretrained(str(folder))
+
+        def prompts(self, split):
+            return [Prompt(text=" ".join(LETTERS[(i + j) % 26] for j in range(PROMPT))) for i in range(ROWS // GROUP)]
+
+        def score(self, prompts, completions):
+            return np.array([[len(set(text)) / 26, len(text) / 200] for text in completions])
+
+    found: dict[str, int] = {}
+
+    class Watched(PolicyGradient):
+        def advance(self, policy, optimizer, task, spec, run):
+            if run.step == 0:
+                found["loading"] = resident("VmHWM") - before
+                Path("/proc/self/clear_refs").write_text("5")
+            return super().advance(policy, optimizer, task, spec, run)
+
+    settings: dict[str, Any] = {"checkpointing": True, "micro_batch": PASS, "processes": PROCESSES, "shard": sharded, "log_samples": 0}
+    learner = Watched(samples=ROWS * STEPS, batch=ROWS, group=GROUP, rank=RANK, **settings)
+    task = Words()
+    spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=600, device="cpu"):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        learner.train(spec, task, work)
+    found["training"] = resident("VmHWM") - before
+    return found
+
+
+def run(folder: Path, sharded: bool) -> dict[str, int]:
+    """The higher of both processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(PROCESSES)}
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, __file__, "--case", str(folder), str(int(sharded)), work]
+        environment = {**os.environ, **ALLOCATOR, **place, "OMP_NUM_THREADS": "1", "PARETUNE_SELF_TEST": "off"}
+        children = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment, "RANK": str(rank)})
+            for rank in range(PROCESSES)
+        ]
+        answers = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        sys.exit("a process has failed")
+    each = [json.loads(answer.splitlines()[-1]) for answer in answers]
+    return {phase: max(one[phase] for one in each) for phase in each[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        folder, sharded, work = given.case
+        own = Path(work) / os.environ["RANK"]
+        own.mkdir()
+        print(json.dumps(train(Path(folder), sharded == "1", own)))
+        return
+    peaks: dict[str, list[dict[str, int]]] = {"whole": [], "sharded": []}
+    with tempfile.TemporaryDirectory() as home:
+        parameters = make(Path(home))
+        for _ in range(given.rounds):
+            for kind, found in peaks.items():
+                found.append(run(Path(home), kind == "sharded"))
+                print(kind, {phase: f"{size / MIB:.0f} MiB" for phase, size in found[-1].items()}, file=sys.stderr, flush=True)
+    sizes = {kind: {phase: statistics.median(one[phase] for one in found) for phase in found[0]} for kind, found in peaks.items()}
+    ratios = {
+        "everything": max(sizes["sharded"].values()) / max(sizes["whole"].values()),
+        "training": sizes["sharded"]["training"] / sizes["whole"]["training"],
+    }
+    mebibytes = {kind: {phase: round(size / MIB, 1) for phase, size in found.items()} for kind, found in sizes.items()}
+    emit({"sharded_memory": max(ratios.values())}, given.out, mebibytes=mebibytes, ratios=ratios, parameters=parameters, shape=SHAPE)
+
+
+if __name__ == "__main__":
+    main()
