@@ -59,6 +59,16 @@ def test_what_is_watched_is_set_apart_and_guarded(recipe):
     assert task.guards.names == ("fluent",)
 
 
+def test_prompts_without_rewards_need_no_columns(recipe):
+    asked, given = yaml.safe_load(block("yaml", "# unlabelled.yaml")), yaml.safe_load(recipe.read_text())
+    write_lines(recipe.parent / "more.jsonl", [{"question": f"What is {n}?"} for n in range(3)])
+    given["prompts"]["unlabelled"], given["learner"] = asked["prompts"]["unlabelled"], asked["learner"]
+    recipe.write_text(yaml.safe_dump(given))
+    loaded = load_recipe(recipe)
+    assert len(loaded.task.unlabelled(asked["learner"]["unlabelled"])) == 3
+    loaded.task.check()
+
+
 def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
     task = load_recipe(recipe).task
     prompt = task.prompts("train")[0]

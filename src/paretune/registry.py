@@ -32,6 +32,7 @@ __all__ = [
     "OBJECTIVES",
     "PLUGIN_REMEDY",
     "GATE_RULES",
+    "GIVEN",
     "TASKS",
     "Registry",
     "checked",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 UNKEYED = {"keyed": False}  # metadata of a field that changes nothing in what is computed, such as where a training's log goes
+GIVEN = {"keyed": "given"}  # of a field that is described only where it is not its default, so that it moved no key when it was added
 
 
 PLUGIN_REMEDY = "; one of your own comes with --plugin FILE.py, in Python with load_plugin"
@@ -221,7 +223,7 @@ def describe(thing: Any) -> dict[str, Any]:
 
     Fields that are None where they follow from others have the number that follows, by the method `resolved`.
     """
-    fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init and f.metadata.get("keyed", True)}
+    fields = _fields(thing)
     fields |= thing.resolved() if hasattr(thing, "resolved") else {}
     content = thing.content() if hasattr(thing, "content") else {}
     described = {"name": thing.registered_name, "version": thing.version, **fields}
@@ -233,11 +235,21 @@ def unkeyed(thing: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init and not f.metadata.get("keyed", True)}
 
 
+def _fields(thing: Any) -> dict[str, Any]:
+    """The keyed fields of a dataclass, and what they hold."""
+    found = {}
+    for f in dataclasses.fields(thing):
+        keyed, value = f.metadata.get("keyed", True), getattr(thing, f.name)
+        if f.init and keyed and not (keyed == "given" and value == f.default):
+            found[f.name] = _plain(value)
+    return found
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and hasattr(value, "registered_name"):
         return describe(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _fields(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -99,6 +99,9 @@ class RecipeTask(Task):
     def validation(self) -> Sequence[Prompt]:
         return self.prompt_source.splits.get("validation", ())
 
+    def unlabelled(self, count: int) -> Sequence[Prompt]:
+        return self.prompt_source.splits.get("unlabelled", ())[:count]
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """(N, M) raw scores. `completion_ids` are the completions tokenized again, without special tokens."""
         return self._score(self.scorers, prompts, completions)

@@ -321,7 +321,8 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
 
     Its methods: `advance(policy, optimizer, task, spec, run)` takes a step, charges it to the run and returns what the log needs of it;
     `record(task, spec, run, window, records)` makes a line of the log from what steps returned since the last of `records`;
-    `finished(run)`; `new_optimizer(weights)`. Where it leaves weights in `run.kept`, these are the result.
+    `finished(run)`; `new_optimizer(weights)`; `trained_on(policy, spec, task, work)`, the task that it sees. Where it leaves weights in
+    `run.kept`, these are the result.
     """
     if is_finished(work):  # by a process that was killed before it could publish
         return read_cost(work)
@@ -330,7 +331,8 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
-    run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key}))
+    task, spent = learner.trained_on(policy, spec, task, work)
+    run = Run(**(load_checkpoint(work, spec.key, weights, optimizer) or {"key": spec.key, **spent}))
     run.window = unpacked(run.window)
     saved = time.monotonic()
     with (
