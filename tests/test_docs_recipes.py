@@ -81,6 +81,16 @@ def test_the_terms_of_the_page_gate_and_are_trained(recipe, tmp_path):
         assert sum(log[-1]["weights"].values()) == pytest.approx(1)
 
 
+def test_prompts_without_rewards_need_no_columns(recipe):
+    asked, given = yaml.safe_load(block("yaml", "# unlabelled.yaml")), yaml.safe_load(recipe.read_text())
+    write_lines(recipe.parent / "more.jsonl", [{"question": f"What is {n}?"} for n in range(3)])
+    given["prompts"]["unlabelled"], given["learner"] = asked["prompts"]["unlabelled"], asked["learner"]
+    recipe.write_text(yaml.safe_dump(given))
+    loaded = load_recipe(recipe)
+    assert len(loaded.task.unlabelled(asked["learner"]["unlabelled"])) == 3
+    loaded.task.check()
+
+
 def test_the_examples_make_a_recipe_that_scores(recipe, capsys):
     task = load_recipe(recipe).task
     prompt = task.prompts("train")[0]

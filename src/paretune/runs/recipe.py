@@ -275,7 +275,7 @@ def _anchor(document: config.Document, folder: Path, typed_in: Path) -> None:
     given["model"] = absolute(given["model"], "model", always=False)  # else the name of a model on the hub
     given["output"] = absolute(given.get("output") or str(folder / "runs"), "output")
     of_files = prompts.get("dataset") is None
-    for key in ("path", "test", "validation") if of_files else ("dataset",):
+    for key in ("path", "test", "validation", "unlabelled") if of_files else ("dataset",):
         if key in prompts:
             prompts[key] = absolute(prompts[key], "prompts", key, always=of_files)
     for role, place, spec in _specs(given):

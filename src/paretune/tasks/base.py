@@ -62,6 +62,10 @@ class Task(ABC):
         """Prompts on which trainings are watched, neither trained nor judged on: the best policy there is kept. () is none."""
         return ()
 
+    def unlabelled(self, count: int) -> Sequence[Prompt]:
+        """At most so many prompts that nobody scores, none of the others: a learner may go on at them with a reward model. () is none."""
+        return ()
+
     def score_guards(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """(N, G) raw scores of the `guards`, as `score`."""
         return np.empty((len(completions), 0))

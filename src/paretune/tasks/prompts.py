@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,6 +25,7 @@ from paretune.errors import ConfigError, nearest
 from paretune.hub import how_to_get, is_local
 from paretune.objectives.base import RESERVED
 from paretune.objectives.functions import names_in
+from paretune.registry import GIVEN
 from paretune.seeds import seed_for
 from paretune.types import Prompt
 
@@ -56,6 +57,7 @@ class PromptSource:
     system: str | None = None  # with chat: a system message before it
     test: str | float = 0.2  # a share of the prompts, or another file, or another split of the dataset
     validation: str | int = 0  # so many of the others, or another file or split: trainings are watched on them and never trained
+    unlabelled: str | None = field(default=None, metadata=GIVEN)  # another file or split, without rewards: see `learner.unlabelled`
     seed: int = 0  # which prompts are for testing and validation
     limit: int | None = None  # only the first ones of each file or split
     shortest: int = 0  # characters of a prompt; shorter ones are left out
@@ -97,7 +99,7 @@ class PromptSource:
 
     @cached_property
     def splits(self) -> Mapping[str, tuple[Prompt, ...]]:
-        """{"train": prompts, "test": prompts}, and "validation" where it is asked for, in the order of their file. No prompt is in two."""
+        """{"train": prompts, "test": prompts}, "validation" and "unlabelled" where asked for, in the file's order; none is in two."""
         prompts = self._read(self.path or self.dataset, self.split)
         found = {"train": prompts}
         if isinstance(self.test, str):
@@ -108,6 +110,11 @@ class PromptSource:
             found |= self._other("validation", self.validation, found)
         elif self.validation:
             found |= _taken(found["train"], self.validation, seed=self.seed)
+        if self.unlabelled is not None:
+            read = (self.column,) if self.template is None else names_in(self.template)  # other columns are the objectives'
+            bare = replace(self, map={name: place for name, place in self.map.items() if name in read})
+            found |= bare._other("unlabelled", self.unlabelled, found)
+            self.left_out.update(bare.left_out)
         return found
 
     def _other(self, name: str, place: str, known: Mapping[str, Sequence[Prompt]]) -> dict[str, tuple[Prompt, ...]]:
@@ -116,13 +123,14 @@ class PromptSource:
         for other, others in known.items():
             seen, doing = {p.digest for p in others}, {"train": "training", "test": "testing"}
             if self.unique:
-                self.left_out[f"used for {doing[other]}"] += sum(p.digest in seen for p in prompts)
+                self.left_out[f"used for {doing.get(other, other)}"] += sum(p.digest in seen for p in prompts)
                 prompts = tuple(p for p in prompts if p.digest not in seen)
                 self._some(prompts, place)
             if common := seen & {p.digest for p in prompts}:
                 instead = "a share, for example test: 0.2, and one file" if name == "test" else "a number, for example validation: 32"
+                instead = "other prompts" if name == "unlabelled" else instead
                 raise ConfigError(
-                    f"no prompt is used for {doing[other]} and for {doing.get(name, name)}",
+                    f"no prompt is used for {doing.get(other, other)} and for {doing.get(name, name)}",
                     found=f"{len(common)} prompts are in both",
                     remedy=f"remove them from one, set unique: true, or give {instead}",
                 )
@@ -130,8 +138,8 @@ class PromptSource:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that objectives are offered: those that every prompt has."""
-        prompts = [prompt for split in self.splits.values() for prompt in split]
+        """The columns that objectives are offered: those that every prompt has which they score."""
+        prompts = [prompt for split, those in self.splits.items() if split != "unlabelled" for prompt in those]
         return tuple(name for name in prompts[0].columns if all(name in p.columns for p in prompts))
 
     @property

@@ -103,6 +103,9 @@ class RecipeTask(Task):
     def validation(self) -> Sequence[Prompt]:
         return self.prompt_source.splits.get("validation", ())
 
+    def unlabelled(self, count: int) -> Sequence[Prompt]:
+        return self.prompt_source.splits.get("unlabelled", ())[:count]
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """(N, M) raw scores, gated by the terms. `completion_ids` are the completions tokenized again, without special tokens."""
         asked = {when.reward for when in ((self.terms and self.terms.when) or {}).values()}

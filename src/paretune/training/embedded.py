@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from paretune.policy.lora.decoder import recomputed
 from paretune.policy.lora.shard import anyone, is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
-from paretune.registry import UNKEYED
+from paretune.registry import GIVEN, UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import loaded_in_shares
@@ -44,6 +44,7 @@ from paretune.training.learner import (
     run_loop,
     watch_unscored,
 )
+from paretune.training.modelled import RewardModel, Scored, Unlabelled, sampled
 from paretune.training.processes import GradientSum, ranks
 from paretune.training.spec import TrainSpec
 from paretune.training.validation import charge, look, respond
@@ -85,7 +86,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedLearner(StoppingRule, SampledLearner):
+class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     """Base of the learners on the embedded loop. A step draws `batch` responses, `group` to each of `batch // group` prompts.
 
     Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `validation.look`.
@@ -94,6 +95,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own
     in_processes: ClassVar[str] = "torch"
 
+    scored: Natural = field(default=0, metadata=GIVEN)  # of `samples`: the reference's, to which the reward model of `unlabelled` is fitted
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
     validation_samples: Count = 64  # responses of each validation of the stopping rule
     look_samples: Count = 128  # of each look at validation prompts
@@ -116,6 +118,11 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             "either micro_batch or micro_tokens": self.micro_batch is None or self.micro_tokens is None,
             "shard needs processes, two at least": not self.shard or self.processes > 1,
             "processes have a prompt of each batch at least, which are batch // group": self.processes <= self.batch // max(self.group, 1),
+            "unlabelled prompts come with scored samples, a batch at least, and these with unlabelled prompts": (
+                self.scored >= self.batch if self.unlabelled else self.scored == 0
+            ),
+            "samples are scored ones and a batch": self.samples >= self.scored + self.batch,
+            "unlabelled prompts are trained on in one process": not (self.unlabelled and self.processes > 1),
         }
 
     def reference(self, task: Task, device: str) -> tuple[Any, Any]:
@@ -139,6 +146,13 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch, rows: slice, *, beta: float) -> Tensor:
         """The part of `rows` in the loss of the batch, a scalar with gradient; the parts of all `passes` add up to the loss."""
+
+    @property
+    def steps(self) -> int:
+        return (self.samples - self.scored) // self.batch
+
+    def _scored(self, model: RewardModel, policy: Policy, spec: TrainSpec, task: Task) -> tuple[Iterable[Scored], dict[str, int]]:
+        return sampled(self, model, policy, spec, task)
 
     def passes(self, made: Responses) -> list[slice]:
         """The rows of each forward and backward."""

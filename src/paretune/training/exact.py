@@ -26,6 +26,7 @@ from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.gradients import autograd_jacobian
 from paretune.training.learner import Learner, Run, StoppingRule, gates_of, run_loop
+from paretune.training.modelled import Unlabelled
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 from paretune.types import Count, Fraction
@@ -35,7 +36,7 @@ __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerate
 
 @LEARNERS.register("exact", version=2)
 @dataclass(frozen=True, kw_only=True)
-class ExactGradient(StoppingRule, Learner):
+class ExactGradient(Unlabelled, StoppingRule, Learner):
     """Full-batch ascent on the enumerated J_w: every response to every training prompt, one forward and backward a step.
 
     Source: the gradient in closed form; the optimizer is Muon (Jordan et al. 2024), as PyTorch ships it.

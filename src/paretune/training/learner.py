@@ -329,7 +329,8 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
 
     Its methods: `advance(policy, optimizer, task, spec, run)` takes a step, charges it to the run and returns what the log needs of it;
     `record(task, spec, run, window, records)` makes a line of the log from what steps returned since the last of `records`;
-    `finished(run)`; `new_optimizer(weights)`. Where it leaves weights in `run.kept`, these are the result.
+    `finished(run)`; `new_optimizer(weights)`; `trained_on(policy, spec, task, work)`, the task that it sees. Where it leaves weights in
+    `run.kept`, these are the result.
     """
     here = ranks()
     if here.shared(here.first and is_finished(work)):  # by a process that was killed before it could publish
@@ -339,7 +340,8 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
     optimizer = learner.new_optimizer(weights)
-    run = _resumed(work, spec.key, weights, optimizer)
+    task, spent = learner.trained_on(policy, spec, task, work)
+    run = _resumed(work, spec.key, weights, optimizer, spent)
     saved = time.monotonic()
     with contextlib.ExitStack() as opened:
         if here.first:
@@ -368,8 +370,11 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     return learner.finish(spec, policy, work, cost) if here.first else cost
 
 
-def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Run:
-    """The run and the tensors of the newest checkpoint, or of the start; process 0 looks first, because it removes what is damaged."""
+def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, spent: Mapping[str, int]) -> Run:
+    """The run and the tensors of the newest checkpoint, or of the start; process 0 looks first, because it removes what is damaged.
+
+    `spent` is what was paid before the first step.
+    """
     here = ranks()
     state = load_checkpoint(work, key, weights, optimizer) if here.first else None
     step = here.shared(None if state is None else state["step"])
@@ -377,7 +382,7 @@ def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.o
         state = load_checkpoint(work, key, weights, optimizer)
     here.agree("checkpoint", {"step": None if state is None else state["step"]})
     here.share(weights)
-    run = Run(**(state or {"key": key}))
+    run = Run(**(state or {"key": key, **spent}))
     run.window = unpacked(run.window)
     return run
 

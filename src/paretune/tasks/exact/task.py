@@ -39,6 +39,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as fields_of
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -182,7 +183,28 @@ class ExactTask(Task):
         rewards_NM = self.score(prompts, completions)
         return add_noise(rewards_NM, self.noise * self._spread_M, streams) if self.noise else rewards_NM
 
+    def unlabelled(self, count: int) -> Sequence[Prompt]:
+        """Further prompts of the reference's language."""
+        drawn = sample_language(self._reference, generator(self.seed, "unlabelled prompts"), 50 * self.alphabet**3, self._reference.context)
+        known = {prompt.text for split in SPLITS for prompt in self.prompts(split)}
+        return [Prompt(text=text) for text in dict.fromkeys(map(self._text, drawn)) if text not in known][:count]
+
     # What only an exact task knows
+
+    def retrained(self, more: Sequence[Prompt], guess: Callable[[ExactTask], np.ndarray]) -> ExactTask:
+        """The same task with more training prompts, on all of which the rewards are what `guess` says of it, (P, R, M), without noise."""
+        names = alphabet_of(self.alphabet)
+        more_PT = np.array([[names.index(symbol) for symbol in str(prompt.text)] for prompt in more])
+        count = len(self._prompts_PT)
+        rows = np.concatenate([self._rows["train"], np.arange(count, count + len(more))])
+        made = object.__new__(type(self))
+        made.__dict__.update({f.name: getattr(self, f.name) for f in fields_of(self)}, prompt_count=len(rows), noise=0.0)
+        made.__dict__["_prompts_PT"] = np.concatenate([self._prompts_PT, more_PT])
+        made.__dict__["_rows"] = {"train": rows, "test": self._rows["test"]}
+        rewards_PRM = np.concatenate([self._rewards_all_PRM, np.empty((len(more), *self._rewards_all_PRM.shape[1:]))])
+        rewards_PRM[rows] = guess(made)
+        made.__dict__["_rewards_all_PRM"] = rewards_PRM
+        return made
 
     def contexts(self, split: str) -> np.ndarray:
         """(P,) the context of each prompt: 0 has correlation rho + context, 1 has rho - context. All 0 where context is off."""
