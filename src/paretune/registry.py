@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 UNKEYED = {"keyed": False}  # metadata of a field that changes nothing in what is computed, such as where a training's log goes
+GIVEN = {"keyed": "given"}  # of one that came later: a key has it where it is not its default, so that older keys stay
 
 
 PLUGIN_REMEDY = "; one of your own comes with --plugin FILE.py, in Python with load_plugin"
@@ -221,7 +222,8 @@ def describe(thing: Any) -> dict[str, Any]:
 
     Fields that are None where they follow from others have the number that follows, by the method `resolved`.
     """
-    fields = {f.name: _plain(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init and f.metadata.get("keyed", True)}
+    keyed = (f for f in dataclasses.fields(thing) if f.init and f.metadata.get("keyed", True))
+    fields = {f.name: _plain(getattr(thing, f.name)) for f in keyed if f.metadata != GIVEN or getattr(thing, f.name) != f.default}
     fields |= thing.resolved() if hasattr(thing, "resolved") else {}
     content = thing.content() if hasattr(thing, "content") else {}
     described = {"name": thing.registered_name, "version": thing.version, **fields}
