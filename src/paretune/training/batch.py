@@ -17,7 +17,7 @@ from torch.nn import functional
 from paretune.policy.base import Policy
 from paretune.policy.lora.bank import soup_state
 from paretune.policy.lora.shard import is_sharded
-from paretune.policy.rollout import encode, generate, occurrences
+from paretune.policy.rollout import Rollout, encode, generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import spread_preferences
@@ -26,9 +26,12 @@ from paretune.training.processes import ranks
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 
-__all__ = ["Responses", "cut_off", "draw", "draw_step", "in_shares", "preferences", "prompt_order"]
+__all__ = ["Draws", "Responses", "cut_off", "draw", "draw_step", "in_shares", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
+
+Draws = Callable[..., Iterator[Rollout]]
+"""Who draws responses: `policy.rollout.generate`, or what takes the same arguments, such as `rollouts.VllmServer.generate`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Responses:
     rewards_NM: np.ndarray  # raw, NaN = unscored
     texts: Sequence[str] = ()  # without special tokens
     seconds: Mapping[str, float] = field(default_factory=dict)  # of "sampling" and of "rewards", their scores
+    sampled_logp_NT: Tensor | None = None  # what another engine that drew them says, where `logp_NT` was scored anew
+    weight_N: Tensor | None = None  # importance weights of such responses, float64; None: all are 1
 
     def kl_N(self, reference_NT: Tensor) -> np.ndarray:
         """(N,) log pi - log pi_ref of whole responses, nats, from the reference's (N, T) log-probabilities."""
@@ -82,17 +87,21 @@ def draw(
     reference: bool = False,
     known: Sequence[Prompt] | None = None,
     scored: bool = True,
+    by: Draws | None = None,
 ) -> Responses:
     """`group` responses to each of `prompts` prompts from place `first` of their endless seeded order: training prompts, or those `known`.
 
     A pure function of the policy's weights, `spec.seed` and `step`. Where `spec.preference` is None each prompt gets a preference of
     its own; `spec.rule` says which gates its rows have.
     With `reference` the responses are the reference's, and `logp_NT` is its own. Rewards are NaN where none are wanted (`scored`).
+    `by` draws those of the policy, where it is not this process.
     """
     known = task.prompts("train") if known is None else known
     chosen = [known[i] for i in prompt_order(spec.seed, first, prompts, len(known))]
     w_NM = preferences(spec, step, prompts, task.objectives.count).repeat(group, axis=0)
     gates_NK = torch.from_numpy(gates_of(spec, w_NM, policy.K)).float().to(policy.device)
+    by = generate if reference or by is None else by
+    alone = not reference and policy.K == 1 and spec.rule is None and spec.preference is not None
     of_rows = [prompt for prompt in chosen for _ in range(group)]
     numbers = occurrences(of_rows)
     noise = [seed_for(spec.seed, "reward noise", step, prompt.digest, n) for prompt, n in zip(of_rows, numbers, strict=True)]
@@ -100,7 +109,7 @@ def draw(
     def part(mine: slice, *, scored: bool = scored) -> tuple[Any, ...]:
         """What one process draws and scores: ids and mask of these prompts, tokens, mask, logp, rewards, texts, seconds."""
         began, rows = time.perf_counter(), slice(mine.start * group, mine.stop * group)
-        (made,) = generate(
+        (made,) = by(
             policy,
             chosen[mine],
             gates_NK=None if merged or reference else gates_NK[rows],
@@ -117,7 +126,7 @@ def draw(
         drawn, ids_PT, mask_PT = made.responses, made.prompt_ids_PT, made.prompt_mask_PT
         return ids_PT, mask_PT, drawn.tokens_NT, drawn.mask_NT, drawn.logp_NT, rewards_NM, made.texts, seconds
 
-    with _merged(policy, one=not reference and policy.K == 1 and spec.rule is None and spec.preference is not None) as merged:
+    with _merged(policy, one=alone and by is generate) as merged:
         along = functools.partial(part, scored=False) if is_sharded(policy.model) else None
         parts = ranks().mapped(ranks().shares(prompts), part, device=policy.device, along=along)
     ids, mask, tokens, made_mask, logp, rewards, texts, seconds = zip(*parts, strict=True)
@@ -152,11 +161,13 @@ def cut_off(policy: Policy, made: Responses, limit: int) -> np.ndarray:
     return (made.mask_NT[:, -1].bool() & ~ended_N).cpu().numpy()
 
 
-def draw_step(learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False) -> Responses:
+def draw_step(
+    learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False, by: Draws | None = None
+) -> Responses:
     """The responses of one step of a learner: its batch, its groups, the next prompts."""
     group, count = learner.group, learner.batch // learner.group
-    heat = learner.temperature
-    return draw(policy, task, spec, step=step, first=step * count, prompts=count, group=group, temperature=heat, reference=reference)
+    shape: dict[str, Any] = {"step": step, "first": step * count, "prompts": count, "group": group, "temperature": learner.temperature}
+    return draw(policy, task, spec, reference=reference, by=by, **shape)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.registry import GATE_RULES, LEARNERS
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw_step
+from paretune.training.batch import Responses
 from paretune.training.combine import Combine
 from paretune.training.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
@@ -65,11 +65,14 @@ class Distillation(EmbeddedLearner):
     def rules(self) -> dict[str, bool]:
         return {**super().rules(), f"{RULE}: epochs is 1": self.epochs == 1}
 
+    weighs: ClassVar[bool] = True
+
     def accept(self, spec: TrainSpec) -> None:
+        super().accept(spec)
         Combine.of(spec).check(sampled=spec.preference is None)
 
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> DistillBatch:
-        made = draw_step(self, policy, task, spec, step)
+        made = self.drawn(policy, task, spec, step)
         gates_NK = torch.from_numpy(GATE_RULES.build(self.teacher).gates(made.w_NM)).float().to(policy.device)
         if gates_NK.shape[1] > policy.K:
             raise ConfigError(
@@ -94,7 +97,9 @@ class Distillation(EmbeddedLearner):
                 part_NTV = _response_logits(policy, made, self.group, alone_NK, rows).float() * batch.teachers_NK[rows, k, None, None]
                 teacher_NTV = teacher_NTV + part_NTV
         assert isinstance(teacher_NTV, Tensor), "there are teachers"
-        return (mixture_kl(student_NTV, teacher_NTV) * made.mask_NT[rows]).sum() / len(batch.kl_N)
+        kl_RT = mixture_kl(student_NTV, teacher_NTV) * made.mask_NT[rows]
+        kl_RT = kl_RT if made.weight_N is None else kl_RT * made.weight_N[rows, None].float()
+        return kl_RT.sum() / len(batch.kl_N)
 
 
 def _response_logits(policy: Policy, made: Responses, group: int, gates_NK: Tensor, rows: slice) -> Tensor:

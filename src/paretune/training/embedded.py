@@ -26,11 +26,11 @@ from paretune.policy.lora.decoder import recomputed
 from paretune.policy.lora.shard import anyone, is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.scoring import token_logp
-from paretune.registry import GIVEN, UNKEYED
+from paretune.registry import GATE_RULES, GIVEN, UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import loaded_in_shares
-from paretune.training.batch import Responses, cut_off, draw
+from paretune.training.batch import Draws, Responses, cut_off, draw, draw_step
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.learner import (
@@ -46,11 +46,12 @@ from paretune.training.learner import (
 )
 from paretune.training.modelled import RewardModel, Scored, Unlabelled, sampled
 from paretune.training.processes import GradientSum, ranks
+from paretune.training.rollouts import check_mixing, server_at, weighed
 from paretune.training.spec import TrainSpec
 from paretune.training.validation import charge, look, respond
 from paretune.training.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
 from paretune.training.weightings.base import State
-from paretune.types import Count, Natural, Positive
+from paretune.types import Count, Name, Natural, Positive
 
 __all__ = ["Batch", "EmbeddedLearner"]
 
@@ -94,6 +95,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
 
     on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own
     in_processes: ClassVar[str] = "torch"
+    weighs: ClassVar[bool] = False  # whether its loss multiplies by `Responses.weight_N`, where responses have weights
 
     scored: Natural = field(default=0, metadata=GIVEN)  # of `samples`: the reference's, to which the reward model of `unlabelled` is fitted
     step_kl: Positive | None = 0.02  # nats per response that one update may move the policy, see `bounded`; None: no bound
@@ -103,6 +105,9 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     guard_drop: Positive | None = 0.05  # of a guard's range: a policy that may have lost more is not kept; None: it may be
     patience: Count | None = 10  # looks without a better one, after which the training ends; None: it never does
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
+    rollouts: Literal["vllm"] | None = field(default=None, metadata=GIVEN)  # who draws responses; None: this process, with transformers
+    rollouts_cap: Positive = field(default=2.0, metadata=GIVEN)  # of importance weights, see `rollouts.importance_weights`
+    rollouts_url: Name | None = field(default=None, metadata=UNKEYED)  # of the vLLM server, the part before /v1
     processes: Count = field(default=1, metadata=UNKEYED)  # that share this training: its prompts, passes and rewards; one per GPU
     processes_timeout: Positive = field(default=1800.0, metadata=UNKEYED)  # seconds that they wait for each other at most
     shard: bool = field(default=False, metadata=UNKEYED)  # each of several processes holds its share of the base's weights only
@@ -123,7 +128,28 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
             ),
             "samples are scored ones and a batch": self.samples >= self.scored + self.batch,
             "unlabelled prompts are trained on in one process": not (self.unlabelled and self.processes > 1),
+            "a sharded base draws its responses itself: leave out rollouts or shard": self.rollouts is None or not self.shard,
+            "rollouts are for losses that weigh responses, such as those of pg and distill": self.rollouts is None or self.weighs,
         }
+
+    def accept(self, spec: TrainSpec) -> None:
+        if self.rollouts is None:
+            return
+        check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
+        if self.rollouts_url is None:
+            remedy = "learner.rollouts_url=http://127.0.0.1:8000; docs/scale.md says how the server is started"
+            raise ConfigError("rollouts by vLLM have an address", found="no rollouts_url", remedy=remedy)
+
+    def draws(self, spec: TrainSpec) -> Draws | None:
+        """Who draws the responses of a training; None: this process."""
+        return None if self.rollouts is None else server_at(self.rollouts_url or "", spec.key[:16]).generate
+
+    def drawn(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
+        """The responses of one step; those that another engine drew are scored here, and weighed."""
+        made = draw_step(self, policy, task, spec, step, by=self.draws(spec))
+        if self.rollouts is None:
+            return made
+        return weighed(made, self.reference_logp(policy, made, gates_NK=made.gates_NK), cap=self.rollouts_cap)
 
     def reference(self, task: Task, device: str) -> tuple[Any, Any]:
         if not self.shard:
@@ -179,7 +205,8 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     def validate(self, policy: Policy, task: Task, spec: TrainSpec, run: Run) -> float:
         """From fresh responses to training prompts, whose streams are their own."""
         apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "validation"))
-        made = draw(policy, task, apart, step=run.step, first=0, prompts=self.validation_samples, group=1, temperature=self.temperature)
+        shape: dict[str, Any] = {"prompts": self.validation_samples, "group": 1, "temperature": self.temperature}
+        made = draw(policy, task, apart, step=run.step, first=0, by=self.draws(spec), **shape)
         charge(run, made)
         run.evaluations += 1
         return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
@@ -242,7 +269,8 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         """For the log, of a batch that was just scored: entropy, the gap between sampling and scoring, the spread of advantages.
 
         `entropy_estimate` is minus the mean log-probability of the responses, nats per response, which has the entropy's expectation;
-        `logp_gap` the mean difference per token, nats, of what sampling and scoring say of it.
+        `logp_gap` the mean difference per token, nats, of what sampling and scoring say of it. Where another engine drew: the mean and
+        the largest of the importance weights, and the share of them that the cap has `truncated`.
         """
         made, seen_NT = batch.responses, batch.seen_NT()
         found: dict[str, float | None] = {"advantage_spread": float(batch.advantage_N.std()) if batch.advantage_N.any() else None}
@@ -250,7 +278,11 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
             found["entropy_estimate"] = -float((made.logp_NT * made.mask_NT).sum(1).double().mean())
             if seen_NT is not None:
                 known_NT = made.mask_NT.bool() & ~seen_NT.isnan()
-                found["logp_gap"] = float((seen_NT - made.logp_NT.float()).abs()[known_NT].double().mean())
+                sampled_NT = made.logp_NT if made.sampled_logp_NT is None else made.sampled_logp_NT
+                found["logp_gap"] = float((seen_NT - sampled_NT.float()).abs()[known_NT].double().mean())
+        if made.weight_N is not None:
+            found |= {"weight": float(made.weight_N.mean()), "weight_max": float(made.weight_N.max())}
+            found["truncated"] = float((made.weight_N >= self.rollouts_cap).double().mean())
         return found
 
     @contextlib.contextmanager
@@ -418,6 +450,6 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         run.samples += n
         run.tokens += int(made.mask_NT.sum())
         run.updates += self.epochs
-        run.flops += (4 + 4 * self.epochs) * policy.model.num_parameters() * positions
+        run.flops += (4 + 4 * self.epochs + 2 * (self.rollouts is not None)) * policy.model.num_parameters() * positions
         last, names = run.step + 1 == self.steps, task.objectives.names
         run.unscored = watch_unscored(run.unscored, made.rewards_NM, names, limit=self.max_unscored, last=last)

@@ -10,7 +10,7 @@ the response. Its expected gradient is the gradient of J_w, before clipping and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from paretune.registry import LEARNERS
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.advantages import group_covariance
-from paretune.training.batch import Responses, draw_step
+from paretune.training.batch import Responses
 from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
@@ -74,18 +74,23 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         comparison and climb something other than J_w; `normalize="batch"` rescales each step by one positive number.
     """
 
+    weighs: ClassVar[bool] = True
+
     def accept(self, spec: TrainSpec) -> None:
+        super().accept(spec)
         self.combine(spec).check(sampled=spec.preference is None, epochs=self.epochs, kl_in=self.kl_in)
 
     @memory_explained(SMALLER)
     def collect(self, policy: Policy, task: Task, spec: TrainSpec, step: int, state: State | None = None) -> PolicyBatch:
-        combine, made = self.combine(spec), draw_step(self, policy, task, spec, step)
+        combine, made = self.combine(spec), self.drawn(policy, task, spec, step)
+        ratio_N = np.ones(len(made.w_NM)) if made.weight_N is None else made.weight_N.cpu().numpy()
         reference_NT = self.reference_logp(policy, made)
         kl_N = made.kl_N(reference_NT)
         returns_NM = made.rewards_NM - task.beta * kl_N[:, None]
         jacobian = None
         if combine.needs_gramian:
-            jacobian = self.jacobian(policy, made, combine.credits(returns_NM, group=self.group))
+            credit_NM = combine.credits(returns_NM, group=self.group)
+            jacobian = self.jacobian(policy, made, credit_NM * ratio_N[:, None])
             if not np.isfinite(jacobian.gramian_MM).all():
                 raise not_finite("gradients of the objectives that are no numbers", step, self.lr)
         weights_NM, after = combine.weights(
@@ -103,7 +108,7 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         )
         penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
         advantage_N = combine.advantages(made.rewards_NM, weights_NM, penalty_N, task.objectives, group=self.group)
-        return PolicyBatch(made, reference_NT, kl_N, weights_NM, advantage_N, after, jacobian=jacobian)
+        return PolicyBatch(made, reference_NT, kl_N, weights_NM, advantage_N * ratio_N, after, jacobian=jacobian)
 
     def jacobian(self, policy: Policy, made: Responses, credit_NM: np.ndarray) -> Jacobian:
         """The estimated gradients of the objectives' returns, by one backward."""
@@ -145,5 +150,6 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         if self.kl_in == "loss":
             terms_NT = kl_terms(logp_NT, batch.reference_logp_NT[rows], self.kl_estimator) * mask_NT
             share_N1 = 1.0 if self.length == "sum" else 1.0 / mask_NT.sum(1, keepdim=True)
+            share_N1 = share_N1 if made.weight_N is None else share_N1 * made.weight_N[rows, None].float()
             loss = loss + beta * (terms_NT * share_N1).sum() / n
         return loss

@@ -42,7 +42,7 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     def drawn(**more: Any) -> Iterator[Responses]:
         for first in range(0, total, at_once):
             shape = {"prompts": min(at_once, total - first), "group": group, "temperature": learner.temperature}
-            made = draw(policy, task, apart, step=first, first=first, known=known, **shape, **more)
+            made = draw(policy, task, apart, step=first, first=first, known=known, by=learner.draws(spec), **shape, **more)
             charge(run, made)
             run.flops += 4 * policy.model.num_parameters() * (made.prompt_ids_PT.numel() + made.tokens_NT.numel())
             yield made
@@ -89,7 +89,8 @@ def respond(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run)
     known = task.validation() or task.prompts("train")
     count = min(count, len(known))
     apart = dataclasses.replace(spec, seed=seed_for(spec.seed, "logged responses"))
-    made = draw(policy, task, apart, step=0, first=0, prompts=count, group=1, temperature=learner.temperature, known=known, scored=False)
+    shape: dict[str, Any] = {"prompts": count, "group": 1, "temperature": learner.temperature, "known": known}
+    made = draw(policy, task, apart, step=0, first=0, scored=False, by=learner.draws(spec), **shape)
     rows = zip(made.prompts, made.texts, made.w_NM.tolist(), strict=True)
     answers = [{"prompt": prompt.raw, "response": text, "preference": w_M} for prompt, text, w_M in rows]
     run.responses.append({"step": run.step, "answers": answers})

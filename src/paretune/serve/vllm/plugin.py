@@ -8,7 +8,7 @@ as many preferences as requests. These are the places in vLLM that are changed, 
     set_active_loras              writes the step's gates into that buffer, before the step runs
     WorkerLoRAManager             reads a family's folder as one LoRA
     InputProcessor                turns a request's preference into gates, refuses bad ones, and salts the prefix cache by the gates
-    OpenAIServingModels           knows `family@polite=.7,brief=.3` as the family
+    OpenAIServingModels           knows `family@polite=.7,brief=.3` as the family; takes policies of trainings with the request
 
 A resolver (`PARETUNE_VLLM_FAMILIES`) is the other way, without gates: every preference is an exact LoRA of its own.
 """
@@ -22,6 +22,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ import torch
 
 from paretune.errors import ConfigError
 from paretune.serve.vllm.families import DEFAULT, FAMILIES, GatedFamily, families_named, fill_gates, is_family
+from paretune.training.rollouts import PUSHED, VERSIONS, unpack
 
 __all__ = ["VERSIONS", "check_version", "register"]
 
-VERSIONS = ("0.32.0",)
 KEY = "paretune"  # of a request's extra arguments, on the way from the front end to the workers
 
 
@@ -60,13 +61,14 @@ def register() -> None:
         return
     _patch_worker()
     _patch_front()
+    _patch_loading()
     if os.environ.get(FAMILIES):
         from vllm.lora.resolver import LoRAResolverRegistry
 
         LoRAResolverRegistry.register_resolver("paretune", _resolver())
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # a training pushes many
 def _family(path: str) -> GatedFamily:
     return GatedFamily.read(path, os.environ.get(DEFAULT) or None)
 
@@ -179,6 +181,41 @@ def _patch_front() -> None:
 
     _put(OpenAIServingModels, "__init__", __init__, serving)
     _put(InputProcessor, "process_inputs", process_inputs, process)
+
+
+def _patch_loading() -> None:
+    """`/v1/load_lora_adapter` also takes the policy of a training, whose files stand where the path would; see `training.rollouts`."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve import create_error_response
+
+    load, unload = _patched(OpenAIServingModels, "load_lora_adapter"), OpenAIServingModels.unload_lora_adapter
+    if load is None:
+        return
+    root = tempfile.TemporaryDirectory(prefix="paretune-vllm-policies-")
+
+    async def load_lora_adapter(self, request, *args, **kwargs):
+        if not request.lora_path.startswith(PUSHED):
+            return await load(self, request, *args, **kwargs)
+        folder = tempfile.mkdtemp(dir=root.name)
+        try:
+            await asyncio.to_thread(unpack, request.lora_path.removeprefix(PUSHED), Path(folder))
+            await asyncio.to_thread(GatedFamily.read, folder)
+            made = await load(self, request.model_copy(update={"lora_path": folder}), *args, **kwargs)
+        except ConfigError as error:
+            made = create_error_response(message=str(error))
+        if not isinstance(made, str):
+            shutil.rmtree(folder, ignore_errors=True)
+        return made
+
+    async def unload_lora_adapter(self, request, *args, **kwargs):
+        known = self.lora_requests.get(request.lora_name)
+        made = await unload(self, request, *args, **kwargs)
+        if isinstance(made, str) and known is not None and Path(known.lora_path).parent == Path(root.name):
+            shutil.rmtree(known.lora_path, ignore_errors=True)
+        return made
+
+    _put(OpenAIServingModels, "load_lora_adapter", load_lora_adapter, load)
+    _put(OpenAIServingModels, "unload_lora_adapter", unload_lora_adapter, unload)
 
 
 def _gated(config: Any, given: Any, params: Any) -> tuple[Any, str | None]:
