@@ -268,6 +268,22 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
 
 
+def _lonely():
+    del os.environ["MASTER_ADDR"]
+    return launched()
+
+
+def test_a_launcher_says_where_the_others_are(capsys, tmp_path, monkeypatch):
+    for text in together(_lonely):
+        assert "MASTER_ADDR" in text
+        assert "start them by torchrun" in text
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert launch.main([str(tmp_path / "none.json")]) == 2
+        assert bool(capsys.readouterr().err) == speaks
+
+
 def test_every_process_has_a_prompt():
     with pytest.raises(ConfigError, match="processes have a prompt of each batch at least") as caught:
         PolicyGradient(**{**SMALL, "batch": 8}, processes=3)

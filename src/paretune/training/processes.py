@@ -33,7 +33,10 @@ from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, TrainingError
 from paretune.files import disk_errors
 
-__all__ = ["RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks", "joined", "last_word", "launched", "ranks", "together"]
+__all__ = [
+    *("ENDS_WITHIN", "RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks"),
+    *("joined", "last_word", "launched", "ranks", "together"),
+]
 
 TOGETHER = "a training goes on while all of its processes do"
 RESUMES = "the last checkpoint is kept: the same command goes on from there"
@@ -309,8 +312,15 @@ def launched() -> tuple[Any, int, int]:
     """The store, the rank and the number of processes that a launcher gave this one: torchrun, accelerate launch, or `together`."""
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(iter(rendezvous("env://")))
-    store.add(HERE, 1)
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+        store.add(HERE, 1)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "a launcher gives each process its rank, their number, and where process 0 is reached",
+            found=str(error).splitlines()[0],
+            remedy="start them by torchrun or accelerate launch, or let learner.processes start them",
+        ) from error
     return store, rank, size
 
 
