@@ -213,7 +213,7 @@ def _sleeps():
 @pytest.mark.parametrize(
     ("how", "kind", "said"),
     [
-        (_raises, RewardError, "first"),
+        (_raises, RewardError, "(in process 1)"),
         (_breaks, processes.TrainingError, "process 1: ZeroDivisionError: by zero"),
         (_dies, processes.Lost, "a process has ended, seen by process 0 of 2"),
         (_sleeps, processes.Late, "learner.processes_timeout"),
@@ -268,6 +268,22 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
 
 
+def _lonely():
+    del os.environ["MASTER_ADDR"]
+    return launched()
+
+
+def test_a_launcher_says_where_the_others_are(capsys, tmp_path, monkeypatch):
+    for text in together(_lonely):
+        assert "MASTER_ADDR" in text
+        assert "start them by torchrun" in text
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert launch.main([str(tmp_path / "none.json")]) == 2
+        assert bool(capsys.readouterr().err) == speaks
+
+
 def test_every_process_has_a_prompt():
     with pytest.raises(ConfigError, match="processes have a prompt of each batch at least") as caught:
         PolicyGradient(**{**SMALL, "batch": 8}, processes=3)
@@ -292,7 +308,9 @@ def test_a_started_process_that_is_killed_is_started_once_more(tmp_path, monkeyp
     job = jobs.train_job(store, spec_of(learner), learner=learner)
     with pytest.warns(UserWarning, match="a process has ended.* it starts once more, from its last checkpoint"):
         jobs.run_job(job.path, progress=lambda record: children[0].kill())
-    assert [child.returncode for child in children if "paretune.launch" in child.args] == [-signal.SIGKILL, 0]
+    started = [child for child in children if "paretune.launch" in child.args]
+    assert len(started) == 2
+    assert started[0].returncode == -signal.SIGKILL
     assert store.published("artifacts") == [job.key]
     learner.train(spec_of(learner), TASK, tmp_path / "whole")
     assert _apart(tmp_path / "whole", tmp_path / "artifacts" / job.key) <= SAME
