@@ -1,6 +1,7 @@
 """Kills bench, fit, tune and report with SIGKILL at seeded random instants, runs them again until they end, and compares everything.
 
     python tests/kill.py --kills 100
+    python tests/kill.py --kills 20 --commands processes     # a training in two processes: one of them is killed, or both
 
 prints a table, and ends with 1 where a number, a log or a file differs from an undisturbed run. `test_killed_suite.py` kills a few times.
 """
@@ -72,7 +73,18 @@ def report(root: Path) -> None:
     write_rows(results, root / "rows.json")
 
 
-COMMANDS: dict[str, Callable[[Path], None]] = {"bench": bench, "fit": fit_family, "tune": search, "report": report}
+def processes(root: Path) -> None:
+    settings = {**LEARNER, "samples": 192, "checkpoint_every": 1, "processes": 2}
+    fit({**TASK, "prompt_count": 4}, "bridge", learner=settings, root=root, progress=False)
+
+
+COMMANDS: dict[str, Callable[[Path], None]] = {
+    "bench": bench,
+    "fit": fit_family,
+    "tune": search,
+    "report": report,
+    "processes": processes,
+}
 
 
 def start(command: str, root: Path) -> int:
@@ -102,15 +114,24 @@ def ended(command: str, root: Path) -> float:
     return time.monotonic() - began
 
 
-def killed(command: str, root: Path, delay: float) -> bool:
-    """Start the command and kill it after so many seconds; False where it had ended before."""
+def killed(command: str, root: Path, delay: float, *, part: bool = False) -> bool:
+    """Start the command and kill it after so many seconds, or with `part` what it started; False where that had ended before."""
     child = start(command, root)
     time.sleep(delay)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+    victims = started_by(child) if part else [child]
+    for victim in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
     code = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(code) or code == 0, root.with_suffix(".log").read_text()
-    return os.WIFSIGNALED(code)
+    return bool(victims) if part else os.WIFSIGNALED(code)
+
+
+def started_by(process: int) -> list[int]:
+    """The processes that another one has started, from the system's table (Linux)."""
+    with contextlib.suppress(OSError):
+        return [int(found) for found in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return []
 
 
 def without_clock(value):
@@ -161,7 +182,7 @@ def torment(command: str, kills: int, folder: Path, *, seed: int = 0, a_round: i
         root = fresh(ready, folder / f"round-{told.rounds}")
         told.rounds += 1
         left = min(a_round, kills - told.kills)
-        while left and killed(command, root, rng.uniform(0.0, lasts)):
+        while left and killed(command, root, rng.uniform(0.0, lasts), part=command == "processes" and rng.random() < 0.5):
             told.kills, left = told.kills + 1, left - 1
             told.differences += len(Store(root).check()) if root.exists() else 0
         ended(command, root)
@@ -188,19 +209,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=["bench", "fit", "tune", "report"])
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("PARETUNE_CACHE", f"{folder}/cache")
         rows = []
-        for place, command in enumerate(COMMANDS):
-            share = given.kills // len(COMMANDS) + (place < given.kills % len(COMMANDS))
+        for place, command in enumerate(given.commands):
+            share = given.kills // len(given.commands) + (place < given.kills % len(given.commands))
             (Path(folder) / command).mkdir()
             rows.append(torment(command, share, Path(folder) / command, seed=given.seed))
             print(f"{command}: done", file=sys.stderr)
-    print(f"{'command':8} {'kills':>6} {'rounds':>7} {'differences':>12} {'seconds':>8}")
+    print(f"{'command':9} {'kills':>6} {'rounds':>7} {'differences':>12} {'seconds':>8}")
     for told in rows:
-        print(f"{told.command:8} {told.kills:6} {told.rounds:7} {told.differences:12} {told.seconds:8.0f}")
+        print(f"{told.command:9} {told.kills:6} {told.rounds:7} {told.differences:12} {told.seconds:8.0f}")
     return int(any(told.differences for told in rows))
 
 

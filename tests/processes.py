@@ -7,7 +7,7 @@ import traceback
 
 
 def together(function, *given, count=2, limit=120):
-    """What `function(*given)` returned in each of `count` processes, or the text of its exception; rank by rank."""
+    """What `function(*given)` returned in each of `count` processes, or the text of its exception, or "killed"; rank by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -21,11 +21,18 @@ def together(function, *given, count=2, limit=120):
         pipes.append(near)
         children.append(child)
     try:
-        return [pipe.recv() if pipe.poll(limit) else "no answer" for pipe in pipes]
+        return [_answer(pipe, limit) for pipe in pipes]
     finally:
         for child in children:
             child.join(10)
             child.kill()
+
+
+def _answer(pipe, limit):
+    try:
+        return pipe.recv() if pipe.poll(limit) else "no answer"
+    except EOFError:
+        return "killed"
 
 
 def alone(function, *given):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: its stack traces of closed connections hide what process 0 says
 
 from paretune.runs.launch import main
 

@@ -30,7 +30,7 @@ import numpy as np
 import paretune
 from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
-from paretune.files import disk_errors, is_disk_full, no_room, read_json, write_json
+from paretune.files import disk_errors, is_disk_full, no_room, note, read_json, write_json
 from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, DONE, WIP, Store
@@ -230,7 +230,7 @@ def as_error(record: Mapping[str, Any], where: str) -> ParetuneError:
 
 
 def _train(store: Store, path: Path, job: Mapping[str, Any], tasks: Tasks, progress: Progress | None) -> None:
-    from paretune.training.processes import ranks, together  # loads torch
+    from paretune.training.processes import Late, Lost, ranks, together  # loads torch
 
     spec = TrainSpec.from_json(job["spec"])
     store.recover(spec.key)
@@ -241,11 +241,18 @@ def _train(store: Store, path: Path, job: Mapping[str, Any], tasks: Tasks, progr
     with disk_errors(store.root):
         write_json(work / "spec.json", spec.to_json())
     about: dict[str, Any] = {"key": spec.key, "label": job["label"], "config": spec.to_json(), "progress": progress}
-    with (
-        together(path, count=getattr(learner, "processes", 1), **waits(learner)),
-        Reporter(getattr(learner, "report_to", "none"), work=work, folder=store.root / "logs", **about) as reporter,
-    ):
-        cost = _agreed(learner, spec, task, parents, work, reporter)
+    for last in (False, True):
+        try:
+            with (
+                together(path, count=getattr(learner, "processes", 1), **waits(learner)),
+                Reporter(getattr(learner, "report_to", "none"), work=work, folder=store.root / "logs", **about) as reporter,
+            ):
+                cost = _agreed(learner, spec, task, parents, work, reporter)
+            break
+        except Lost as error:
+            if last or isinstance(error, Late) or ranks().size > 1:
+                raise
+            note(f"{job['label']}: {error.found}; it starts once more, from its last checkpoint")
     if not cost.storage_bytes:
         cost = dataclasses.replace(cost, storage_bytes=sum(p.stat().st_size for p in work.glob("*.safetensors")))
     with disk_errors(store.root):

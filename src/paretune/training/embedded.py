@@ -79,14 +79,6 @@ class Batch:
             self._seen.append(torch.full_like(self.responses.logp_NT, torch.nan, dtype=torch.float32))
         self._seen[0][rows] = logp_NT.detach().float()
 
-    def gather_scored(self) -> None:
-        """Let every process see what any of them has scored."""
-        if ranks().size > 1:
-            first, *others = ranks().gathered(None if self.seen_NT() is None else self._seen[0].cpu())
-            for other in others:
-                first = other if first is None else first if other is None else torch.where(first.isnan(), other, first)
-            self._seen[:] = [] if first is None else [first.to(self.responses.logp_NT.device)]
-
     def seen_NT(self) -> Tensor | None:
         """(N, T) log-probabilities as last scored, NaN where they were not; None where nothing was."""
         return self._seen[0] if self._seen else None
@@ -347,23 +339,26 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the loss to `.grad` of the trained parameters, pass by pass; returns the loss."""
 
-        def one(rows: slice) -> float:
+        def one(rows: slice) -> tuple[float, Tensor | None]:
             loss = self.loss(policy, batch, rows, beta=beta)
             loss.backward()
-            return float(loss.detach())
+            seen_NT = batch.seen_NT()
+            return float(loss.detach()), None if seen_NT is None else seen_NT[rows]
 
-        here = ranks()
+        here, passes = ranks(), self.shared_passes(batch.responses)
         gradients = GradientSum(here, policy.parameters())
 
         def along(rows: slice) -> None:
             one(rows)
             gradients.clear()
 
-        sharded = is_sharded(policy.model)
-        total = sum(here.mapped(self.shared_passes(batch.responses), one, each=gradients.add, along=along if sharded else None))
+        along_too = along if is_sharded(policy.model) else None
+        found = here.mapped(passes, one, each=gradients.add, device=policy.device, along=along_too)
         gradients.settle()
-        batch.gather_scored()
-        return total
+        for rows, (_, seen_NT) in zip(passes, found, strict=True):
+            if seen_NT is not None:
+                batch.scored(rows, seen_NT)  # in whichever process it was
+        return sum(loss for loss, _ in found)
 
     def reference_logp(self, policy: Policy, made: Responses, *, group: int | None = None, gates_NK: Tensor | None = None) -> Tensor:
         """(N, T) log-probabilities of the reference, or under these gates, pass by pass: an ordinary tensor, which autograd may keep."""

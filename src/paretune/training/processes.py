@@ -33,7 +33,7 @@ from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, TrainingError
 from paretune.files import disk_errors
 
-__all__ = ["RESUMES", "TOGETHER", "WITH", "GradientSum", "Lost", "Ranks", "joined", "last_word", "launched", "ranks", "together"]
+__all__ = ["RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks", "joined", "last_word", "launched", "ranks", "together"]
 
 TOGETHER = "a training goes on while all of its processes do"
 RESUMES = "the last checkpoint is kept: the same command goes on from there"
@@ -179,7 +179,8 @@ class Ranks:
         late = "timed out" in said.lower()
         remedy = "raise learner.processes_timeout where a process needs so long" if late else "often the system ran out of memory"
         what = "a process did not answer in time" if late else "a process has ended"
-        return Lost(TOGETHER, found=f"{what}, seen by process {self.rank} of {self.size}: {said}", remedy=f"{remedy}; {RESUMES}")
+        found = f"{what}, seen by process {self.rank} of {self.size}: {said}"
+        return (Late if late else Lost)(TOGETHER, found=found, remedy=f"{remedy}; {RESUMES}")
 
 
 class GradientSum:
@@ -210,7 +211,11 @@ class GradientSum:
 
 
 class Lost(TrainingError):
-    """Another process of the training has ended, or does not answer."""
+    """Another process of the training has ended."""
+
+
+class Late(Lost):
+    """Another process of the training does not answer in time."""
 
 
 ALONE = Ranks()
