@@ -3,7 +3,7 @@
     python benchmarks/sharded.py [--out benchmarks/results/sharded.json] [--rounds 1]
 
 A random Llama with SmolLM2-135M's layers, 27 of them, and a vocabulary of 8,192 (100 M parameters, float32), saved and read as a recipe
-reads one. Two steps of `pg`: 16 responses of 16 tokens to prompts of 24, groups of 8, LoRA of rank 8 on every linear layer but the head,
+reads one. One step of `pg`: 16 responses of 8 tokens to prompts of 24, groups of 8, LoRA of rank 4 on every linear layer but the head,
 activation checkpointing, passes of 8 rows. Every case runs in two fresh processes over gloo, one thread each. Each trains a model of one
 layer first, so that all code is loaded, notes the memory that it holds, loads and trains, and reports the highest resident memory beyond
 that note (Linux: VmHWM, with the pages of files that are mapped): until the first step, and from there on.
@@ -44,7 +44,7 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": None,
 }
-PROCESSES, STEPS, ROWS, GROUP, NEW, RANK, PASS = 2, 2, 16, 8, 16, 8, 8
+PROCESSES, STEPS, ROWS, GROUP, NEW, RANK, PASS = 2, 1, 16, 8, 8, 4, 8
 
 
 def make(folder: Path) -> int:
@@ -97,7 +97,14 @@ def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
                 Path("/proc/self/clear_refs").write_text("5")
             return super().advance(policy, optimizer, task, spec, run)
 
-    settings: dict[str, Any] = {"checkpointing": True, "micro_batch": PASS, "processes": PROCESSES, "shard": sharded, "log_samples": 0}
+    settings: dict[str, Any] = {
+        "step_kl": None,
+        "checkpointing": True,
+        "micro_batch": PASS,
+        "processes": PROCESSES,
+        "shard": sharded,
+        "log_samples": 0,
+    }
     learner = Watched(samples=ROWS * STEPS, batch=ROWS, group=GROUP, rank=RANK, **settings)
     store, rank, size = launched()
     with joined(rank, size, store, timeout=600, device="cpu"):
