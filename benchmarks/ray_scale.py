@@ -10,8 +10,8 @@ by name, so that two runs are delayed alike.
 
 driver_cpu   CPU seconds of the driver per second of the run, from the first job handed over to the last one seen
 driver_busy  the share of that time in which it did not wait for Ray: nobody's answer is heard then
-per_job_ms   its CPU time per job, in milliseconds
-The start of the actors is part of the run. On a machine that others use, the run takes longer; per_job_ms stays.
+driver_per_job_ms   its CPU time per job, in milliseconds
+The start of the actors is part of the run. On a machine that others use, the run takes longer; driver_per_job_ms stays.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main() -> None:
     assert len(schedule.trained) == each * len(members), len(schedule.trained)
     jobs = len(schedule.trained)
     emit(
-        {"driver_cpu": cpu / seconds, "driver_busy": 1 - waits.seconds / seconds, "per_job_ms": 1000 * cpu / jobs},
+        {"driver_cpu": cpu / seconds, "driver_busy": 1 - waits.seconds / seconds, "driver_per_job_ms": 1000 * cpu / jobs},
         out=given.out,
         seconds=round(seconds, 1),
         jobs=jobs,
