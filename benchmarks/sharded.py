@@ -3,10 +3,10 @@
     python benchmarks/sharded.py [--out benchmarks/results/sharded.json] [--rounds 1]
 
 A random Llama with SmolLM2-135M's layers, 27 of them, and a vocabulary of 8,192 (100 M parameters, float32), saved and read as a recipe
-reads one. Two steps of `pg`: 16 responses of 16 tokens to prompts of 24, groups of 8, LoRA of rank 16 on every linear layer but the head,
-activation checkpointing, passes of 8 rows. Every case runs in two fresh processes over gloo, one thread each. Each imports what it needs,
-notes the memory that it holds, loads and trains, and reports the highest resident memory beyond that note (Linux: VmHWM, with the pages of
-files that are mapped): until the first step, and from there on.
+reads one. One step of `pg`: 16 responses of 8 tokens to prompts of 24, groups of 8, LoRA of rank 4 on every linear layer but the head,
+activation checkpointing, passes of 8 rows. Every case runs in two fresh processes over gloo, one thread each. Each trains a model of one
+layer first, so that all code is loaded, notes the memory that it holds, loads and trains, and reports the highest resident memory beyond
+that note (Linux: VmHWM, with the pages of files that are mapped): until the first step, and from there on.
 
 `sharded_memory` is that of the sharded base as a share of that of the whole one, each the higher of both processes over loading and
 training; it is the larger of two ratios, that of everything and that of training alone. All four numbers of bytes are in the file.
@@ -15,6 +15,7 @@ training; it is the larger of two ratios, that of everything and that of trainin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -43,7 +44,7 @@ SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": None,
 }
-PROCESSES, STEPS, ROWS, GROUP, NEW, RANK, PASS = 2, 2, 16, 8, 16, 16, 8
+PROCESSES, STEPS, ROWS, GROUP, NEW, RANK, PASS = 2, 1, 16, 8, 8, 4, 8
 
 
 def make(folder: Path) -> int:
@@ -53,19 +54,16 @@ def make(folder: Path) -> int:
     import memory
     from paretune.seeds import forked_torch
 
-    with forked_torch(0):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model.save_pretrained(folder)
-    memory.tokenizer().save_pretrained(folder)
+    for place, layers in (("small", 1), ("large", SHAPE["num_hidden_layers"])):
+        with forked_torch(0):
+            model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers}))
+        model.save_pretrained(folder / place)
+        memory.tokenizer().save_pretrained(folder / place)
     return model.num_parameters()
 
 
 def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
     """What one process needs until the first step, and from there on: bytes."""
-    import peft  # noqa: F401
-    import transformers.models.llama  # noqa: F401
-    from torch.distributed import fsdp, tensor  # noqa: F401
-
     from paretune.registry import describe
     from paretune.tasks.base import Task
     from paretune.tasks.pretrained import load_pretrained
@@ -79,8 +77,10 @@ def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
         objectives = Objectives(("varied", "long"), (0.0, 0.0), (1.0, 1.0))
         beta, max_new_tokens, registered_name, version = 0.05, NEW, "words", 1
 
+        size: str = "large"
+
         def load(self):
-            return load_pretrained(str(folder))
+            return load_pretrained(str(folder / self.size))
 
         def prompts(self, split):
             return [Prompt(text=" ".join(LETTERS[(i + j) % 26] for j in range(PROMPT))) for i in range(ROWS // GROUP)]
@@ -93,21 +93,30 @@ def train(folder: Path, sharded: bool, work: Path) -> dict[str, int]:
     class Watched(PolicyGradient):
         def advance(self, policy, optimizer, task, spec, run):
             if run.step == 0:
-                found["loading"] = resident("VmHWM") - before
+                found["loading"] = resident("VmHWM")
                 Path("/proc/self/clear_refs").write_text("5")
             return super().advance(policy, optimizer, task, spec, run)
 
-    settings: dict[str, Any] = {"checkpointing": True, "micro_batch": PASS, "processes": PROCESSES, "shard": sharded, "log_samples": 0}
+    settings: dict[str, Any] = {
+        "step_kl": None,
+        "checkpointing": True,
+        "micro_batch": PASS,
+        "processes": PROCESSES,
+        "shard": sharded,
+        "log_samples": 0,
+    }
     learner = Watched(samples=ROWS * STEPS, batch=ROWS, group=GROUP, rank=RANK, **settings)
-    task = Words()
-    spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)
     store, rank, size = launched()
     with joined(rank, size, store, timeout=600, device="cpu"):
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        learner.train(spec, task, work)
-    found["training"] = resident("VmHWM") - before
-    return found
+        for task in (Words(size="small"), Words()):
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            spec = TrainSpec(task=describe(task), learner=describe(learner), preference=(1.0, 0.0), seed=0)
+            (own := work / task.size).mkdir()
+            learner.train(spec, task, own)
+    found["training"] = resident("VmHWM")
+    return {phase: most - before for phase, most in found.items()}
 
 
 def run(folder: Path, sharded: bool) -> dict[str, int]:

@@ -471,9 +471,10 @@ def test_the_example_of_the_page_runs(bench, cluster, monkeypatch, capsys):
     assert "suite s: 1 of 1 cells (0 were there), 2 trained" in capsys.readouterr().out
 
 
-def test_the_arithmetic_of_the_page_gives_what_the_page_says(capsys):
-    exec(compile(block("python", "GPU-hours"), "docs/scale.md", "exec"), {})
-    assert capsys.readouterr().out == block("text", "GPU-hours")
+@pytest.mark.parametrize("mark", ["GPU-hours", "at rest"])
+def test_the_arithmetic_of_the_page_gives_what_the_page_says(mark, capsys):
+    exec(compile(block("python", mark), "docs/scale.md", "exec"), {})
+    assert capsys.readouterr().out == block("text", mark)
 
 
 def test_what_the_page_takes_from_results_is_there():

@@ -1,6 +1,7 @@
 """A base whose weights are split over two processes computes what one that is whole computes: tokens, log-probabilities, gradients."""
 
 import contextlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from paretune.policy.rollout import decode
 from paretune.policy.scoring import token_logp
 from paretune.policy.self_test import paths
 from paretune.registry import describe
+from paretune.runs.jobs import train_job
+from paretune.runs.launch import launch
+from paretune.runs.store import Store
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.pretrained import load_pretrained, loaded_in_shares
@@ -29,6 +33,7 @@ from paretune.training.spec import TrainSpec
 from processes import together
 
 GROUP, NEW, SHORT = 2, 12, 3
+KINDS = {"llama": tiny_models.llama, "tied": partial(tiny_models.llama, tie_word_embeddings=True), "gpt2": tiny_models.gpt2}  # Conv1D
 TASK = ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=2)
 SMALL = {"samples": 24, "batch": 12, "group": 2, "rank": 4, "processes": 2, "device": "cpu"}
 WAYS = ("padded rows", "one sequence", "head in pieces", "recomputed")
@@ -79,10 +84,10 @@ def sharded(kinds, folder):
     distributed.init_process_group("gloo")
     answers = {}
     for kind in kinds:
-        model = getattr(tiny_models, kind)()
-        if kind == "llama":
+        model = KINDS[kind]()
+        if kind != "gpt2":
             with loaded_in_shares(shard):
-                model = load_pretrained(str(folder))[0]
+                model = load_pretrained(str(folder / kind))[0]
             assert is_sharded(model), "it was read whole"
         shard(model)
         policy = made(model)
@@ -94,15 +99,15 @@ def sharded(kinds, folder):
 
 
 def test_two_processes_with_halves_compute_what_one_with_the_whole_does(tmp_path):
-    kinds = ("llama", "gpt2")  # gpt2's head is tied, and its layers are Conv1D
-    tiny_models.llama().save_pretrained(tmp_path, max_shard_size="20KB")  # each process reads its shares; the other is split in memory
     letters = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*"abcdefghijklmnop", "<eos>"])}, unk_token="<eos>"))
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<eos>").save_pretrained(tmp_path)
-    answers = together(sharded, kinds, tmp_path)
+    for kind in ("llama", "tied"):  # of these each process reads its shares, of several files; gpt2 is split in memory
+        KINDS[kind]().save_pretrained(tmp_path / kind, max_shard_size="20KB")
+        PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>", pad_token="<eos>").save_pretrained(tmp_path / kind)
+    answers = together(sharded, tuple(KINDS), tmp_path)
     for rank, answer in enumerate(answers):
         assert isinstance(answer, dict), answer
-        for kind in kinds:
-            (found, share, off), want = answer[kind], computed(made(getattr(tiny_models, kind)()), rank)
+        for kind, make in KINDS.items():
+            (found, share, off), want = answer[kind], computed(made(make()), rank)
             assert share < 0.53  # rows that do not divide are padded
             assert off < 1e-4
             assert found["tokens"].shape == (4, NEW)  # as long as the longest of all processes, so that all score equally often
@@ -161,3 +166,13 @@ def test_a_base_is_sharded_over_several_processes():
         PolicyGradient(shard=True)
     with pytest.raises(ConfigError, match=r"learner\.shard=true in one process"):
         PolicyGradient(shard=True, processes=2).reference(TASK, "cpu")
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_accelerates_own_sharding_is_refused_where_it_would_load_random_weights(engine, tmp_path, monkeypatch):
+    spec = TrainSpec(task=describe(TASK), learner=describe(PolicyGradient(**SMALL)), preference=(1.0, 0.0), seed=0)
+    job = train_job(Store(tmp_path), spec)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=f"learner pg under accelerate's settings for {engine}"):
+        launch(job.path)

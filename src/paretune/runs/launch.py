@@ -30,6 +30,8 @@ from paretune.training.spec import TrainSpec
 
 __all__ = ["launch", "main"]
 
+ENGINES = ("deepspeed", "fsdp", "megatron_lm")  # what accelerate shards a model with; it tells transformers by the environment
+
 
 def launch(path: Path) -> None:
     """Do this process's part of the job in the file `path`."""
@@ -45,6 +47,12 @@ def launch(path: Path) -> None:
             "several processes share one training with a learner that samples: pg, distill, modpo, or trl",
             found=f"learner {spec.learner['name']} in {count} processes",
             remedy="start one process, or run many trainings side by side with `paretune bench --workers`",
+        )
+    if engine := next((name for name in ENGINES if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true")), None):
+        raise ConfigError(
+            "a base is sharded by learner.shard: the embedded learners' adapters stay whole",
+            found=f"learner {spec.learner['name']} under accelerate's settings for {engine}",
+            remedy='launch it without them, with learner.shard=true, or use learner "trl", which takes them',
         )
     if count == 1:
         _publish(path, spec)

@@ -7,6 +7,10 @@ with one thread per CPU of its request, so that its results are those of a local
 Ray kills the actors of a driver that ends, however it ends; until they are gone they hold the store's worker lock, and the next run waits.
 A worker that Ray has lost may still compute, on a machine that was cut off: it holds the lock of its job file, and no other worker starts
 that job meanwhile.
+
+Where a job asks for several GPUs a worker is as many actors, with a GPU each, on one machine or on several. They are the processes of a
+training (`training.processes`): the first takes the job, and the others train along. Where one is lost they all go, and the training
+starts again from its last checkpoint, on fewer GPUs where there are no more; its result is the same.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,9 +32,9 @@ from typing import IO, Any
 import paretune
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError
 from paretune.files import disk_errors, write_json
-from paretune.registry import loaded_plugins
+from paretune.registry import LEARNERS, loaded_plugins
 from paretune.runs.display import Display
-from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure
+from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure, read_job, train_along, waits
 from paretune.runs.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.tasks.base import keep_reference
@@ -89,6 +93,17 @@ class Ray:
         """What one job asks for, as Ray counts it."""
         return {"CPU": self.cpus_per_job, "GPU": self.gpus_per_job, "memory": self.memory_per_job * GIB}
 
+    @property
+    def processes(self) -> int:
+        """How many actors share a job: one for each GPU."""
+        return max(1, int(self.gpus_per_job))
+
+    @property
+    def share(self) -> dict[str, float]:
+        """What one of them asks for; CPUs are whole ones."""
+        each = {name: amount / self.processes for name, amount in self.resources.items()}
+        return {**each, "CPU": max(1, self.cpus_per_job // self.processes)}
+
     def asked(self) -> str:
         """`1 CPU, 0.5 GPU, 16 GiB`."""
         return _resources(self.resources)
@@ -102,6 +117,9 @@ class _Place(Worker):
     call: Any
     told: Any = None  # the question for its latest progress record, not yet answered
     last: Mapping[str, Any] | None = None  # the answer before
+    others: Sequence[Any] = ()  # the actors that train along
+    along: Sequence[Any] = ()  # their calls
+    group: Any = None  # the placement group of all
 
 
 class RayWorkers(Pool[_Place]):
@@ -118,6 +136,8 @@ class RayWorkers(Pool[_Place]):
         self._ask_at = self._look_at = 0.0
         self._hello: dict[str, Any] = {}
         self._starved_since: float | None = None
+        self._size = settings.processes  # actors of a worker
+        self._ran = False
         self._local = False
         self._open = contextlib.ExitStack()
 
@@ -158,11 +178,14 @@ class RayWorkers(Pool[_Place]):
 
     def _look_for_room(self) -> None:
         """Raise ConfigError where a job fits on no machine, and none appears within the time to wait."""
-        asked = self._settings.resources
+        asked = self._settings.share
         machines = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         fit = sum(min(int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items() if amount) for has in machines)
-        if fit:
-            self._starved_since = None
+        if 0 < fit < self._settings.processes and self._ran:
+            self.display.note(f"trainings go on in {fit} processes, for want of GPUs")
+        self._size = max(1, min(fit, self._settings.processes))
+        if fit >= (1 if self._ran else self._settings.processes):
+            fit, self._starved_since = fit // self._size, None
             self._limit = self._asked_limit or fit
             self.display.forecast.side_by_side = min(self._limit, fit)
             return
@@ -173,7 +196,7 @@ class RayWorkers(Pool[_Place]):
         if time.monotonic() - self._starved_since >= self._settings.wait:
             there = sorted({_resources(has) for has in machines})
             raise ConfigError(
-                "a job fits on one machine of the cluster",
+                "a job fits on one machine of the cluster" if self._settings.processes == 1 else "the GPUs of a job are in the cluster",
                 found=f"{self._settings.asked()} asked; machines: {'; '.join(there[:4]) or 'none'}",
                 remedy="ask for less per job, add machines, or give --wait seconds where an autoscaler adds them",
             )
@@ -182,23 +205,38 @@ class RayWorkers(Pool[_Place]):
 
     def _start(self, log: Path) -> _Place:
         settings, log = self._settings, log.resolve()
-        env = {**dict.fromkeys(ONE_THREAD, str(settings.cpus_per_job)), "TOKENIZERS_PARALLELISM": "false"}
+        env = {**dict.fromkeys(ONE_THREAD, str(settings.share["CPU"])), "TOKENIZERS_PARALLELISM": "false"}
+        env |= {} if self._size == 1 else {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # each actor sees one GPU, its own
         if self._local:  # elsewhere, the machines have a Paretune of their own
             env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        asked: dict[str, Any] = {"num_cpus": settings.cpus_per_job, "num_gpus": settings.gpus_per_job}
+        share = settings.share
+        asked: dict[str, Any] = {"num_cpus": share["CPU"], "num_gpus": share["GPU"]}
         if settings.memory_per_job:
-            asked["memory"] = int(settings.memory_per_job * GIB)
-        # Two calls at a time: the job, and the question how far it is.
-        actor = _ray().remote(_worker()).options(**asked, max_concurrency=2, runtime_env={"env_vars": env}).remote()
-        return _Place(log=log, ready=False, actor=actor, call=actor.begin.remote({**self._hello, "log": str(log)}))
+            asked["memory"] = int(share["memory"])
+        group = _together(share, self._size) if self._size > 1 else None
+        if group is not None:
+            asked["placement_group"] = group
+        # Several calls at a time: the job, the question how far it is, and where the others meet the first.
+        made = _ray().remote(_worker()).options(**asked, max_concurrency=2 + self._size, runtime_env={"env_vars": env})
+        actor, *others = (made.remote() for _ in range(self._size))
+        logs = [log if rank == 0 else log.with_name(f"{log.stem}-{rank}.log") for rank in range(self._size)]
+        begun = [other.begin.remote({**self._hello, "log": str(own)}) for other, own in zip(others, logs[1:], strict=True)]
+        call = actor.begin.remote({**self._hello, "log": str(log)}, *begun)
+        return _Place(log=log, ready=False, actor=actor, call=call, others=others, group=group)
 
     def _give(self, worker: _Place, job: Job) -> None:
-        worker.call = worker.actor.run.remote(str(job.path.resolve()))
+        path, size = str(job.path.resolve()), 1 + len(worker.others) if job.kind == TRAIN else 1
+        worker.call = worker.actor.run.remote(path, size, *worker.along)  # once the others have ended the job before
+        worker.along = [other.along.remote(path, rank, size, worker.actor) for rank, other in enumerate(worker.others[: size - 1], start=1)]
 
     def _stop(self, workers: Sequence[_Place]) -> None:
         for worker in workers:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                _ray().kill(worker.actor)
+            for actor in (worker.actor, *worker.others):
+                with contextlib.suppress(Exception):  # the cluster may be gone
+                    _ray().kill(actor)
+            if worker.group is not None:
+                with contextlib.suppress(Exception):
+                    _ray().util.remove_placement_group(worker.group)
 
     def _left(self) -> int:
         return super()._left() + len(self._unseen)
@@ -227,7 +265,13 @@ class RayWorkers(Pool[_Place]):
         if not worker.ready:
             self._begun(worker, answer)
             return
+        if worker.others and (answer["error"] or {}).get("error") == "Lost":
+            yield from self._lost(worker, answer["error"]["found"])
+            return
         outcome = self._ended(worker, answer)
+        if worker.others and outcome.error is not None:  # whoever trained along may still wait for the first
+            self._workers.remove(worker)
+            self._stop([worker])
         if outcome.error is None and not self._sees(outcome.job):
             self._unseen.append((outcome, time.monotonic() + SEEN_WITHIN))
         else:
@@ -247,6 +291,7 @@ class RayWorkers(Pool[_Place]):
                 remedy="put --root on a file system with cluster-wide flock (NFS 4, Lustre mounted with -o flock)",
             )
         worker.ready, worker.since, self._failed_starts = True, time.monotonic(), 0
+        self._ran = True
 
     def _not_begun(self, how: str) -> None:
         self._failed_starts += 1
@@ -307,6 +352,13 @@ def _ray() -> Any:
     import ray
 
     return ray
+
+
+def _together(share: Mapping[str, float], count: int) -> Any:
+    """A placement group: all actors of a worker are placed, near each other if possible, or none is."""
+    from ray.util.placement_group import placement_group
+
+    return placement_group([{name: amount for name, amount in share.items() if amount}] * count, strategy="PACK")
 
 
 def _answered(calls: list[Any]) -> list[Any]:
@@ -375,7 +427,7 @@ def _worker() -> type:
     """The actor's class. Being made in a function it travels by value, so that a machine without Paretune can say so."""
 
     class Worker:
-        def begin(self, hello):
+        def begin(self, hello, *others):
             try:
                 from paretune.runs.ray import Remote
             except ImportError as error:
@@ -386,10 +438,16 @@ def _worker() -> type:
                     "remedy": f"install version {hello['version']} there, with the packages that the driver has",
                 }
             self.remote = Remote()
-            return self.remote.begin(hello)
+            return self.remote.begin(hello) or next((problem for problem in others if problem), None)
 
-        def run(self, path):
-            return self.remote.run(path)
+        def run(self, path, size, *before):
+            return self.remote.run(path, size)
+
+        def along(self, path, rank, size, first):
+            return self.remote.along(path, rank, size, lambda: __import__("ray").get(first.meets.remote()))
+
+        def meets(self):
+            return self.remote.meets
 
         def last(self):
             return self.remote.last
@@ -403,6 +461,7 @@ class Remote:
     def __init__(self) -> None:
         self.tasks = Tasks()
         self.last: dict[str, Any] | None = None  # {"path", "record"}: the latest progress
+        self.meets: tuple[str, str, int] | None = None  # the job, and the host and port where those who train along come
         self._held = contextlib.ExitStack()  # until the process ends
 
     def begin(self, hello: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -437,8 +496,8 @@ class Remote:
             self._held.enter_context(Store(root).worker_lock())
         keep_reference()
 
-    def run(self, path: str) -> dict[str, Any]:
-        """Do the job and say how it ended, as `attempt` does."""
+    def run(self, path: str, size: int = 1) -> dict[str, Any]:
+        """Do the job, with others where `size` is more than one, and say how it ended, as `attempt` does."""
 
         said: dict[str, str] = {}  # the driver asks now and then, and may not see every record
 
@@ -449,9 +508,51 @@ class Remote:
         try:
             with open(path, "r+", encoding="utf-8") as handle:
                 _alone(handle, path)
-                return attempt(Path(path), tasks=self.tasks, progress=progress)
+                with self._joined(path, 0, size, None):
+                    return attempt(Path(path), tasks=self.tasks, progress=progress)
         except (ParetuneError, OSError) as error:
             return {"error": failure(error, label=Path(path).stem), "full": False}
+
+    def along(self, path: str, rank: int, size: int, meets: Callable[[], tuple[str, str, int] | None]) -> None:
+        """Train along with the first actor; what goes wrong is told to it, and the log has it."""
+        if not _shared(path):
+            return
+        while (place := meets()) is None or place[0] != path:
+            time.sleep(0.1)
+        try:
+            with self._joined(path, rank, size, place):
+                train_along(Path(path))
+        except (ParetuneError, OSError, RuntimeError) as error:
+            print(error, flush=True)
+
+    @contextlib.contextmanager
+    def _joined(self, path: str, rank: int, size: int, place: tuple[str, str, int] | None) -> Iterator[None]:
+        """Be one of the processes of a training; the first one opens the place where the others come."""
+        if size == 1 or not (learner := _shared(path)):
+            yield
+            return
+        from datetime import timedelta
+
+        from ray.util import get_node_ip_address
+        from torch.distributed import TCPStore
+
+        from paretune.training.processes import joined
+
+        host, port = (get_node_ip_address(), 0) if place is None else place[1:]
+        within = waits(learner)
+        store = TCPStore(host, port, size, rank == 0, timedelta(seconds=within["timeout"]), wait_for_workers=False)
+        if rank == 0:
+            self.meets = (path, host, store.port)
+        with joined(rank, size, store, **within):
+            yield
+
+
+def _shared(path: str) -> Any:
+    """The learner of a job whose training several processes can share; None of any other."""
+    job = read_job(Path(path))
+    settings = {**job["spec"].get("learner", {}), **job.get("unkeyed", {})}
+    learner: Any = LEARNERS.build(settings) if job["kind"] == TRAIN else None
+    return learner if getattr(learner, "in_processes", "") == "torch" else None
 
 
 def _alone(handle: IO[str], path: str) -> None:

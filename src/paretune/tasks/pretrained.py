@@ -243,15 +243,16 @@ def _place_share(model: Any, name: str, stored: Any) -> None:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    empty = getattr(module, leaf)
+    empty = model.get_parameter(name)
     (rows, *_), (first, *_) = compute_local_shape_and_global_offset(empty.shape, empty.device_mesh, empty.placements)
     local = torch.empty(rows, *empty.shape[1:], dtype=empty.dtype, device=empty.device_mesh.device_type)
     local.copy_(stored[first : first + rows])
     whole = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
     share = DTensor.from_local(local, empty.device_mesh, empty.placements, **whole)
-    setattr(module, leaf, torch.nn.Parameter(share, requires_grad=False))
+    weight = torch.nn.Parameter(share, requires_grad=False)
+    for module in model.modules():  # a tied weight has several places
+        for leaf in [leaf for leaf, known in module._parameters.items() if known is empty]:
+            setattr(module, leaf, weight)
 
 
 def _check_weights(model: str, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -50,6 +50,8 @@ def _split(model: Any, device: str | torch.device) -> None:
     model.requires_grad_(False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        if mesh.device_type == "cpu":  # where nothing is gathered meanwhile: no other layer ahead of its backward
+            layer.set_modules_to_backward_prefetch([layer])
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.paretune_states = lambda **inputs: model.base_model(**inputs).last_hidden_state
     register_fsdp_forward_method(model, "paretune_states")
