@@ -33,6 +33,8 @@ METHOD = {
     "bridge": {"name": "bridge"},
     "conditioned": {"name": "conditioned", "structure": "bridge", "effort": 4.0},
 }
+# Chosen on development seed 0. Without, the policy settles on a few leaves, and on what suits preferences of all six objectives: the log.
+LEARNER = {"name": "exact", "anneal": 100.0, "faces": 0.7}
 ZERO_SHOT = ("bridge", "conditioned")
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     recorded = json.loads(Path(__file__).with_name("recorded.json").read_text(encoding="utf-8"))
-    w_WM, learner = np.array(recorded["equally_spaced_weights_6_50"]), LEARNERS.build("exact")
+    w_WM, learner = np.array(recorded["equally_spaced_weights_6_50"]), LEARNERS.build(LEARNER)
     rows: list[dict[str, Any]] = []
     for depth in given.depths:
         for seed in given.seeds:

@@ -185,7 +185,7 @@ def test_the_exact_learner_climbs_what_an_aggregation_says(monkeypatch):
     policy = moved(learner)
     found = enumerated(policy, TASK, torch.ones(2, 1))
     weights_PM = np.tile([0.3, 0.7], (2, 1))
-    value = aggregated(found, Combine(aggregation={"name": "plain"}), weights_PM, TASK)
+    value = aggregated(found, Combine(aggregation={"name": "plain"}), weights_PM, TASK, TASK.beta)
     value.backward(retain_graph=True)
     got = flat(policy)
     policy.model.zero_grad()

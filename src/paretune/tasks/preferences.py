@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["judged_preferences", "sample_preferences", "spread_preferences"]
+__all__ = ["judged_preferences", "onto_faces", "sample_preferences", "spread_preferences"]
 
 JUDGED_M2 = 11
 
@@ -70,3 +67,19 @@ def spread_preferences(rng: np.random.Generator, n: int, count: int) -> np.ndarr
     lost_N = (w_NM < 0).any(-1) | (np.abs(w_NM[:, None] - judged_WM).max(-1).min(-1) <= KEEP_OUT)
     w_NM[lost_N] = sample_preferences(rng, int(lost_N.sum()), count)  # out of the simplex, or into another box: rare
     return w_NM
+
+
+def onto_faces(w_NM: np.ndarray, objectives: Sequence[int], share: float, rng: np.random.Generator) -> None:
+    """Put a share of the rows, in place, on faces of the simplex: a number of objectives from 1 to all but one, which, uniform on these.
+
+    Uniform preferences of six objectives come near a face seldom, and near a vertex never, where people's preferences often are.
+    """
+    judged_WM = judged_preferences(w_NM.shape[1])
+    for row in rng.permutation(len(w_NM))[: round(share * len(w_NM))]:
+        while True:
+            on = rng.permutation(objectives)[: rng.integers(1, len(objectives))]
+            w_NM[row] = 0.0
+            w_NM[row, on] = rng.dirichlet(np.ones(len(on)))
+            w_NM[row] /= w_NM[row].sum()  # a vertex is 1, not rounded
+            if np.abs(w_NM[row] - judged_WM).max(-1).min() > KEEP_OUT:
+                break

@@ -20,7 +20,7 @@ from paretune.policy.lora.shard import is_sharded
 from paretune.policy.rollout import Rollout, encode, generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
-from paretune.tasks.preferences import spread_preferences
+from paretune.tasks.preferences import onto_faces, spread_preferences
 from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.processes import ranks
 from paretune.training.spec import TrainSpec
@@ -211,5 +211,7 @@ def preferences(spec: TrainSpec, step: int, n: int, count: int) -> np.ndarray:
         active_objectives = list(range(count) if spec.active_objectives is None else spec.active_objectives)
         w_NM = np.zeros((n, count))
         w_NM[:, active_objectives] = spread_preferences(generator(spec.seed, "preferences", step), n, len(active_objectives))
+        if share := spec.learner.get("faces", 0.0):
+            onto_faces(w_NM, active_objectives, share, generator(spec.seed, "faces", step))
         return w_NM
     return np.tile(np.asarray(spec.preference, dtype=np.float64), (n, 1))

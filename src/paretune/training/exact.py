@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from paretune.errors import ConfigError
 from paretune.policy.mixing.parameter import ParameterMix
-from paretune.registry import LEARNERS
+from paretune.registry import GIVEN, LEARNERS
 from paretune.tasks.exact.optimum import landmarks
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.batch import preferences
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.gradients import autograd_jacobian
-from paretune.training.learner import Learner, Run, StoppingRule, gates_of, run_loop
+from paretune.training.learner import Learner, Run, StoppingRule, annealed, gates_of, run_loop
 from paretune.training.modelled import Unlabelled
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
-from paretune.types import Count, Fraction
+from paretune.types import Count, Fraction, Positive
 
 __all__ = ["Enumerated", "ExactGradient", "aggregated", "enumerated", "enumerated_returns"]
 
@@ -47,6 +47,7 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
     steps: int = 200
     lr: float = 2e-2
     momentum: Fraction = 0.8
+    anneal: Positive = field(default=1.0, metadata=GIVEN)  # times its own price is that of KL at first, see `annealed`
     validate_every: Count = 3  # so that a window is about as large a part of the default budget as the sampled learner's
     log_every: int = 10
     checkpoint_every: int = 50
@@ -124,7 +125,8 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
         gates_PK = torch.from_numpy(gates_of(spec, w_PM, policy.K)).float().to(policy.device)
         all_of = enumerated(policy, task, gates_PK)
         reward_PM, kl_P = all_of.rewards_PM, all_of.kl_P
-        return_PM = reward_PM - task.beta * kl_P[:, None]
+        beta = task.beta * annealed(self.anneal, step / self.steps)
+        return_PM = reward_PM - beta * kl_P[:, None]
         combine, parameters = Combine.of(spec), policy.parameters()
         jacobian = autograd_jacobian(return_PM.mean(0), parameters) if combine.needs_gramian else None
         weights_PM, state = combine.weights(
@@ -143,12 +145,12 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
         )
         utility = (torch.from_numpy(weights_PM).to(return_PM) * return_PM).sum(1).mean()
         if not combine.linear:
-            utility = ((all_of.p_PR * _scores_PR(combine, all_of, w_PM, task)).sum(1) - task.beta * kl_P).mean()
+            utility = ((all_of.p_PR * _scores_PR(combine, all_of, w_PM, task)).sum(1) - beta * kl_P).mean()
         optimizer.zero_grad(set_to_none=True)
         if jacobian is not None:
             jacobian.descend(parameters, weights_PM[0])
         else:
-            (-(aggregated(all_of, combine, weights_PM, task) if combine.aggregates else utility)).backward()
+            (-(aggregated(all_of, combine, weights_PM, task, beta) if combine.aggregates else utility)).backward()
         if told is not None:
             spread_M = np.sqrt(np.maximum(np.diagonal(all_of.covariance_MM), 0.0)).tolist()
             told |= {"spread": dict(zip(task.objectives.names, spread_M, strict=True)), "kl_max": kl_P.detach().max().item()}
@@ -213,10 +215,10 @@ def enumerated_returns(policy: ParameterMix, task: ExactTask, gates_PK: Tensor, 
     return found.rewards_PM, found.kl_P, found.covariance_MM
 
 
-def aggregated(found: Enumerated, combine: Combine, weights_PM: np.ndarray, task: ExactTask) -> Tensor:
+def aggregated(found: Enumerated, combine: Combine, weights_PM: np.ndarray, task: ExactTask, beta: float) -> Tensor:
     """A number whose gradient is the expected policy gradient under the training's aggregation, for groups without end."""
     with torch.no_grad():
-        returns_PRM = found.rewards_PRM - task.beta * (found.logp_PR - found.reference_PR)[:, :, None]
+        returns_PRM = found.rewards_PRM - beta * (found.logp_PR - found.reference_PR)[:, :, None]
     p, r, m = returns_PRM.shape
     returns_NM, weights_NM = returns_PRM.reshape(-1, m).cpu().numpy(), np.repeat(weights_PM, r, axis=0)
     mass_N = found.p_PR.detach().reshape(-1).cpu().numpy()

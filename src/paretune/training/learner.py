@@ -27,7 +27,7 @@ from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
-from paretune.registry import GATE_RULES, UNKEYED
+from paretune.registry import GATE_RULES, GIVEN, UNKEYED
 from paretune.tasks.base import Task, first_device, reference
 from paretune.training.checkpoint import (
     Progress,
@@ -53,6 +53,7 @@ __all__ = [
     "Run",
     "SampledLearner",
     "StoppingRule",
+    "annealed",
     "check_cast",
     "converged",
     "gates_of",
@@ -80,6 +81,7 @@ class Learner(ABC):
     targets: Name | tuple[Name, ...] = "all-linear"  # which layers get adapters; or names, as PEFT takes them
     device: Device = "auto"  # "auto" is the first GPU where there is one; only a CPU resumes bitwise
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as the task loads it; adapters are float32 in any case
+    faces: Fraction = field(default=0.0, metadata=GIVEN)  # the share of sampled preferences in which some objectives have no weight
     report_to: Loggers = field(default="none", metadata=UNKEYED)  # where the log goes, too: tensorboard, trackio, wandb
 
     def resolved(self) -> dict[str, Any]:
@@ -503,6 +505,17 @@ def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
             remedy="give one parent or fresh adapter per gate, or name another rule",
         )
     return gates_NK
+
+
+def annealed(first: float, done: float) -> float:
+    """The price of KL in units of the task's own, when a share `done` of the training is: from `first` down to 1, by equal factors.
+
+    Where the task's price is small against the differences of rewards, a policy settles on what is good on average over preferences before
+    it has seen what is best at each, and has no gradient left. At a high price it keeps all choices. The last fifth is at the task's own.
+
+    Source: deterministic annealing (Rose 1998), for the entropy of a policy (Mei et al. 2019).
+    """
+    return first ** max(0.0, 1.0 - done / 0.8)
 
 
 def _adapter_name(kind: str, i: int, count: int) -> str:

@@ -34,6 +34,7 @@ from paretune.types import Natural, Positive, Prompt
 __all__ = ["RewardModel", "Unlabelled"]
 
 FEATURES = 1024
+AT_ONCE = 2**23  # products of tokens: 64 MiB
 FOLDS = 4  # of prompts, by which is measured what a reward model knows of prompts that it was not fitted to
 FILE = "reward_model.json"
 
@@ -65,7 +66,8 @@ class RewardModel:
         config, rng = text_config(policy.model.config), generator(seed, "reward features")
         self._policy = policy
         self._state_HF = torch.from_numpy(rng.normal(0, (config.hidden_size + 1) ** -0.5, (config.hidden_size + 1, FEATURES)))
-        self._token_VF = torch.from_numpy(rng.choice([-1.0, 1.0], (config.vocab_size, FEATURES)))
+        pieces = [rng.choice([-1, 1], (min(4096, config.vocab_size - v), FEATURES)) for v in range(0, config.vocab_size, 4096)]
+        self._token_VF = torch.from_numpy(np.concatenate([piece.astype(np.int8) for piece in pieces]))
         self.weights_FM, self.level_M = np.zeros((FEATURES, 0)), np.zeros(0)
 
     def tree_RF(self, task: ExactTask, row: int) -> np.ndarray:
@@ -83,14 +85,17 @@ class RewardModel:
         """(N, F) features of responses as texts; those of fewer than `limit` tokens ended by themselves."""
         policy = self._policy
         ids_NT, mask_NT = encode(policy.tokenizer, prompts, policy.device)
-        rows = [policy.tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in completions]
-        rows = [row if len(row) == limit else [*row, policy.eos_ids[0]] for row in rows]
-        length = max(map(len, rows))
-        tokens_NT = torch.tensor([[*row, *[policy.pad_id] * (length - len(row))] for row in rows], device=policy.device)
-        real_NT1 = torch.tensor([[[i < len(row)] for i in range(length)] for row in rows])
+        said = [policy.tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in completions]
+        said = [row if len(row) == limit else [*row, policy.eos_ids[0]] for row in said]
+        length = max(map(len, said))
+        tokens_NT = torch.tensor([[*row, *[policy.pad_id] * (length - len(row))] for row in said], device=policy.device)
+        real_NT1 = torch.tensor([[[i < len(row)] for i in range(length)] for row in said])
         mask_NT = functional.pad(mask_NT, (0, length - 1), value=1)
-        state_NTF = self._states(torch.cat([ids_NT, tokens_NT[:, :-1]], 1), mask_NT, length)
-        return (state_NTF * self._token_VF[tokens_NT.cpu()] * real_NT1).sum(1).numpy()
+        ids_NT, found, step = torch.cat([ids_NT, tokens_NT[:, :-1]], 1), [], max(1, AT_ONCE // (length * FEATURES))
+        for rows in (slice(first, first + step) for first in range(0, len(said), step)):
+            state_NTF = self._states(ids_NT[rows], mask_NT[rows], length)
+            found.append((state_NTF * self._token_VF[tokens_NT[rows].cpu()] * real_NT1[rows]).sum(1))
+        return torch.cat(found).numpy()
 
     @torch.inference_mode()
     def _states(self, ids_NT: Tensor, mask: Tensor, last: int, **given: Tensor) -> Tensor:
@@ -218,9 +223,9 @@ class _Modelled(Task):
         self._task, self._model = task, model
         self._train = [*task.prompts("train"), *more]
         self._known = {prompt.digest for prompt in self._train}
-        self.objectives, self.beta, self.max_new_tokens, self.guards = task.objectives, task.beta, task.max_new_tokens, task.guards
-        for name in ("load", "validation", "score_guards", "base", "prompt_form", "judged"):
-            setattr(self, name, getattr(task, name))
+        for name in ("objectives", "beta", "max_new_tokens", "guards", "terms", "validation", "score_guards", "base", "prompt_form"):
+            if hasattr(task, name):
+                setattr(self, name, getattr(task, name))
 
     def load(self) -> Any:
         return self._task.load()

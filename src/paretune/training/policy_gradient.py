@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paretune.policy.base import Policy
-from paretune.registry import LEARNERS
+from paretune.registry import GIVEN, LEARNERS
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.advantages import group_covariance
@@ -25,7 +25,7 @@ from paretune.training.batch import Responses
 from paretune.training.combine import Combine
 from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
 from paretune.training.gradients import Jacobian, response_jacobian
-from paretune.training.learner import memory_explained, not_finite
+from paretune.training.learner import annealed, memory_explained, not_finite
 from paretune.training.loss import clipped_share, kl_terms, policy_loss
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
@@ -76,6 +76,11 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
 
     weighs: ClassVar[bool] = True
 
+    anneal: Positive = field(default=1.0, metadata=GIVEN)  # times its own price is that of KL at first, see `learner.annealed`
+
+    def rules(self) -> dict[str, bool]:
+        return {**super().rules(), "anneal is of kl_in reward": self.anneal == 1 or self.kl_in == "reward"}
+
     def accept(self, spec: TrainSpec) -> None:
         super().accept(spec)
         self.combine(spec).check(sampled=spec.preference is None, epochs=self.epochs, kl_in=self.kl_in)
@@ -86,7 +91,8 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         ratio_N = np.ones(len(made.w_NM)) if made.weight_N is None else made.weight_N.cpu().numpy()
         reference_NT = self.reference_logp(policy, made)
         kl_N = made.kl_N(reference_NT)
-        returns_NM = made.rewards_NM - task.beta * kl_N[:, None]
+        beta = task.beta * annealed(self.anneal, step / self.steps)
+        returns_NM = made.rewards_NM - beta * kl_N[:, None]
         jacobian = None
         if combine.needs_gramian:
             credit_NM = combine.credits(returns_NM, group=self.group)
@@ -106,7 +112,7 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
             seed=spec.seed,
             gramian_MM=None if jacobian is None else jacobian.gramian_MM,
         )
-        penalty_N = task.beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
+        penalty_N = beta * kl_N if self.kl_in == "reward" else np.zeros_like(kl_N)
         advantage_N = combine.advantages(made.rewards_NM, weights_NM, penalty_N, task.objectives, group=self.group)
         return PolicyBatch(made, reference_NT, kl_N, weights_NM, advantage_N * ratio_N, after, jacobian=jacobian)
 
