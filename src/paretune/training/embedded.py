@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretune.errors import ConfigError
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.mixing.parameter import ParameterMix
@@ -116,6 +117,9 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
     def accept(self, spec: TrainSpec) -> None:
         if self.rollouts is not None:
             check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
+            if self.rollouts_url is None and getattr(self, "processes", 1) > 1:
+                found, remedy = "no rollouts_url", "start it as docs/scale.md says, and give all processes its rollouts_url"
+                raise ConfigError("the processes of one training share one vLLM server", found=found, remedy=remedy)
 
     def draws(self, spec: TrainSpec) -> Draws | None:
         """Who draws the responses of a training; None: this process."""

@@ -58,8 +58,9 @@ VERSIONS = ("0.32.0",)  # of vLLM, whose inside Paretune's plugin knows
 PUSHED = "paretune-policy:"  # a LoRA's path that is none: the files follow
 GAP = 0.1  # nats per token between the server's log-probabilities and the trainer's, on average: no rounding makes more
 WAIT = 600.0  # seconds for which a server may be away, such as for a start
+START = 3600.0  # the same of one that the training has started: as long as its process lives, it loads
 PAUSE, LONGEST = 1.0, 15.0  # seconds between two attempts, at first and at most
-ANSWER = 600.0  # seconds for one response
+ANSWER, CONNECT = 600.0, 10.0  # seconds for one response, and until there is a connection
 PYTHON = "PARETUNE_VLLM_PYTHON"  # an environment variable: the interpreter of vLLM's environment, where that is another one
 AT_ONCE = 128  # requests
 PROBED = 4, 64  # prompts and tokens of each by which the base is known
@@ -121,10 +122,9 @@ class VllmServer:
             answers: list[Any] = [None] * len(bodies)
             since, pause = time.monotonic(), PAUSE
             key = os.environ.get("VLLM_API_KEY")
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
             limits = httpx2.Limits(max_connections=None)
-            with httpx2.Client(
-                timeout=ANSWER, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False
-            ) as client:
+            with httpx2.Client(timeout=httpx2.Timeout(ANSWER, connect=CONNECT), limits=limits, headers=headers, trust_env=False) as client:
                 send = functools.partial(_send, client, self.url)
                 while True:
                     missing = [n for n, answer in enumerate(answers) if answer is None]
@@ -141,14 +141,18 @@ class VllmServer:
                         self._known, self._pushed = False, ""
                         if any(answers[n] is not None for n in missing):
                             since, pause = time.monotonic(), PAUSE
-                        if time.monotonic() - since > WAIT:
-                            found = f"{self.url}, for {WAIT:g} s: {why}"
+                        if time.monotonic() - since > self._wait:
+                            found = f"{self.url}, for {self._wait:g} s: {why}"
                             raise TrainingError("the vLLM server that draws responses answers", found=found, remedy=KEPT) from why
                         time.sleep(pause)
                         pause = min(LONGEST, 2 * pause)
 
     def _ensure(self, policy: Policy) -> None:
         """Nothing: who started the server sees to it."""
+
+    @property
+    def _wait(self) -> float:
+        return WAIT
 
     @property
     def _mine(self) -> str:
@@ -210,6 +214,10 @@ class OwnServer(VllmServer):
     @property
     def _python(self) -> str:
         return os.environ.get(PYTHON) or sys.executable
+
+    @property
+    def _wait(self) -> float:
+        return START
 
     def end(self) -> None:
         """End the server and what it has started."""
