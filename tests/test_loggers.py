@@ -69,7 +69,7 @@ def test_a_run_that_is_watched_is_the_same_training(tmp_path, kept):
     watched = dataclasses.replace(LEARNER, report_to="json")
     assert describe(watched) == describe(LEARNER) == describe(PolicyGradient(**SMALL))
     assert "report_to" not in describe(watched)
-    places = {"processes": 1, "processes_timeout": 1800.0, "rollouts_url": None}
+    places = {"processes": 1, "processes_timeout": 1800.0, "shard": False, "rollouts_url": None, "rollouts_args": ""}
     assert unkeyed(watched) == {"report_to": "json", "log_samples": 2, "log_samples_every": 2, **places}
     one, other = trained(tmp_path / "a", watched), trained(tmp_path / "b", PolicyGradient(**SMALL))
     assert one.name == other.name

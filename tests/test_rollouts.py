@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import os
+import signal
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from paretune.errors import ParetuneError, TrainingError
 from paretune.policy.rollout import generate
 from paretune.policy.scoring import token_logp
 from paretune.registry import LEARNERS, describe, unkeyed
+from paretune.tasks.exact.task import ExactTask
 from paretune.training import rollouts
 from paretune.training.batch import draw_step
 from paretune.training.cost import TIMED
@@ -191,7 +195,6 @@ def test_what_vllm_cannot_draw_is_refused_before_anything_is_trained():
     with VllmServer(TASK.load) as server:
         learner = by(server)
         message(lambda: learner.accept(spec_of(learner, None, rule={"name": "router", "experts": 2})), "plain LoRAs", "'routed'")
-    message(lambda: PolicyGradient(rollouts="vllm").accept(spec_of(PolicyGradient())), "no rollouts_url", "docs/scale.md")
     message(lambda: Modpo(rollouts="vllm"), "losses that weigh responses")
     message(lambda: LEARNERS.build({"name": "pg", "rollouts": "sglang"}), "rollouts")
     for url in ("not an address", "ftp://a/", "http://"):
@@ -300,6 +303,43 @@ def test_a_trainer_that_is_killed_goes_on_and_leaves_nothing_at_the_server(tmp_p
         learner.train(spec, TASK, tmp_path / "killed")
         assert len(server.policies) == 1
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script")
+def test_a_server_that_the_training_starts_is_started_again_after_kill_9(tmp_path, monkeypatch):
+    """The stand-in as a process in vLLM's place; one that ends at once is told with what it said."""
+    load = ExactTask.load
+
+    def named(self):
+        model, tokenizer = load(self)
+        model.name_or_path = "exact"
+        return model, tokenizer
+
+    monkeypatch.setattr(ExactTask, "load", named)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {Path(__file__).with_name("vllm_server.py")} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(rollouts.PYTHON, str(python))
+    learner = PolicyGradient(**{**SMALL, "log_every": 1}, rollouts="vllm", rollouts_args=f"--count-in {tmp_path / 'starts'}")
+    spec = spec_of(learner)
+    server = rollouts.server_at(None, spec.key[:16], learner.rollouts_args)
+
+    def kill(record):
+        if record["step"] == 2:
+            os.kill(server.process.pid, signal.SIGKILL)
+
+    learner.train(spec, TASK, tmp_path / "killed", progress=kill)
+    assert (tmp_path / "starts").read_text().splitlines() == ["started"] * 2
+    server.end()
+    with VllmServer(TASK.load) as other:
+        by(other).train(spec, TASK, tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+    python.write_text("#!/bin/sh\necho no module named vllm >&2\nexit 1\n")
+    policy = moved(learner)
+    message(lambda: learner.drawn(policy, TASK, spec_of(learner, (0.5, 0.5)), 0), "starts beside", "no module named vllm", rollouts.PYTHON)
+    policy.model.name_or_path = ""
+    message(lambda: learner.drawn(policy, TASK, spec_of(learner, (0.4, 0.6)), 0), "folder or the hub", "rollouts_url")
 
 
 # Truncated importance weights

@@ -15,7 +15,7 @@ from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.policy.rules import BridgeRule
 from paretune.serve.vllm.families import DEFAULT, FAMILIES, GatedFamily, families_named, fill_gates, is_family
-from paretune.serve.vllm.launch import command
+from paretune.serve.vllm.launch import command, drawing
 from paretune.serve.vllm.plugin import check_version
 from tiny_models import dense_soup
 from vllm_families import fresh, saved
@@ -135,7 +135,7 @@ def test_a_family_that_was_changed_is_refused(tmp_path):
 def test_the_command_line_is_vllms_own(made):
     path, _ = made
     argv, variables = command([path], **SERVER, default="polite=1", key="secret", more=["--max-model-len", "128"])
-    assert argv[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(path.parent / "base")]
+    assert argv[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(path.parent / "base")]
     assert f"family={path}" in argv[argv.index("--lora-modules") + 1]
     assert argv[argv.index("--max-lora-rank") + 1] == "16"  # 12 ranks
     assert argv[-2:] == ["--max-model-len", "128"]
@@ -150,6 +150,16 @@ def test_the_command_line_is_vllms_own(made):
 def test_another_vllm_is_refused_before_anything_is_loaded(made, version):
     message(lambda: command([made[0]], **{**SERVER, "version": version}), "vLLM 0.32.0", version or "no vLLM", "pip install")
     check_version("0.32.0+cpu")
+    message(lambda: drawing("base", version=version, host="127.0.0.1", port=1, rank=8), "vLLM 0.32.0", version or "no vLLM")
+
+
+def test_a_server_for_trainings_takes_all_adapters_at_run_time():
+    argv, variables = drawing("base", version="0.32.0", host="127.0.0.1", port=7, rank=24, more=["--max-model-len", "64"])
+    assert argv[argv.index("--max-lora-rank") + 1] == "32"
+    assert argv[argv.index("--logprobs-mode") + 1] == "processed_logprobs"  # else a temperature other than 1 gives wrong weights
+    assert argv[-2:] == ["--max-model-len", "64"]
+    assert variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    message(lambda: drawing("base", version="0.32.0", host="127.0.0.1", port=7, rank=513), "at most rank 512", "513")
 
 
 def test_the_command_refuses_without_vllm_and_what_belongs_to_the_other_engine(made, monkeypatch):

@@ -7,6 +7,7 @@ it drop connections, forget its policies as a new process would, or answer nonse
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,8 +27,8 @@ class VllmServer:
     """`load()` gives a fresh model and its tokenizer. `trouble(path, body, count)` runs before each answer; what it returns, or raises,
     is in its place: (status, JSON), or a ConnectionError for a connection that breaks off."""
 
-    def __init__(self, load, *, version="0.32.0+cpu", max_rank=16, max_model_len=64, trouble=None, heat=1.0):
-        self.load, self.version, self.max_rank, self.longest, self.heat = load, version, max_rank, max_model_len, heat
+    def __init__(self, load, *, version="0.32.0+cpu", max_rank=16, max_model_len=64, trouble=None, port=0):
+        self.load, self.version, self.max_rank, self.longest = load, version, max_rank, max_model_len
         self.trouble = trouble or (lambda *_: None)
         self.lock, self.asked, self.policies = threading.Lock(), [], {}
         model, tokenizer = load()
@@ -48,7 +49,7 @@ class VllmServer:
             request_queue_size = 128
             daemon_threads = True
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self):
@@ -129,9 +130,23 @@ class VllmServer:
             gates_NK=torch.tensor([body["vllm_xargs"]["gates"]]),
             max_new_tokens=body["max_tokens"],
             uniforms_NT=noise_1T,
-            temperature=body["temperature"] * self.heat,
+            temperature=body["temperature"],
         )
         logprobs = {"token_logprobs": made.logp_NT[0].tolist()}
         reason = "stop" if bool(made.stopped_N[0]) else "length"
         choice = {"token_ids": made.tokens_NT[0].tolist(), "logprobs": logprobs, "finish_reason": reason}
         return 200, {"model": body["model"], "choices": [choice]}
+
+
+def main(arguments):
+    """A process of its own, as `python -m paretune.serve.vllm.launch` is asked for one; it tells how often it was started."""
+    from learner_cases import TASK
+
+    with Path(arguments[arguments.index("--count-in") + 1]).open("a") as file:
+        file.write("started\n")
+    with VllmServer(TASK.load, port=int(arguments[arguments.index("--port") + 1])):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

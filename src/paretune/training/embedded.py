@@ -107,7 +107,8 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     micro_tokens: Count | None = None  # instead of micro_batch: at most so many tokens, of prompts, responses and padding, or one row
     rollouts: Literal["vllm"] | None = field(default=None, metadata=GIVEN)  # who draws responses; None: this process, with transformers
     rollouts_cap: Positive = field(default=2.0, metadata=GIVEN)  # of importance weights, see `rollouts.importance_weights`
-    rollouts_url: Name | None = field(default=None, metadata=UNKEYED)  # of the vLLM server, the part before /v1
+    rollouts_url: Name | None = field(default=None, metadata=UNKEYED)  # of the vLLM server, before /v1; None: it is started here
+    rollouts_args: str = field(default="", metadata=UNKEYED)  # more of vLLM's options, where it is started here
     processes: Count = field(default=1, metadata=UNKEYED)  # that share this training: its prompts, passes and rewards; one per GPU
     processes_timeout: Positive = field(default=1800.0, metadata=UNKEYED)  # seconds that they wait for each other at most
     shard: bool = field(default=False, metadata=UNKEYED)  # each of several processes holds its share of the base's weights only
@@ -133,16 +134,15 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         }
 
     def accept(self, spec: TrainSpec) -> None:
-        if self.rollouts is None:
-            return
-        check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
-        if self.rollouts_url is None:
-            remedy = "learner.rollouts_url=http://127.0.0.1:8000; docs/scale.md says how the server is started"
-            raise ConfigError("rollouts by vLLM have an address", found="no rollouts_url", remedy=remedy)
+        if self.rollouts is not None:
+            check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
+            if self.rollouts_url is None and getattr(self, "processes", 1) > 1:
+                found, remedy = "no rollouts_url", "start it as docs/scale.md says, and give all processes its rollouts_url"
+                raise ConfigError("the processes of one training share one vLLM server", found=found, remedy=remedy)
 
     def draws(self, spec: TrainSpec) -> Draws | None:
         """Who draws the responses of a training; None: this process."""
-        return None if self.rollouts is None else server_at(self.rollouts_url or "", spec.key[:16]).generate
+        return None if self.rollouts is None else server_at(self.rollouts_url, spec.key[:16], self.rollouts_args).generate
 
     def drawn(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
         """The responses of one step; those that another engine drew are scored here, and weighed."""

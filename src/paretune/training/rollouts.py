@@ -1,6 +1,8 @@
 """Rollouts by a vLLM server: it holds the policy's adapters, draws the responses of a batch, and gives every row gates of its own.
 
-    learner.rollouts=vllm learner.rollouts_url=http://127.0.0.1:8000      (docs/scale.md says how the server is started)
+    learner.rollouts=vllm learner.rollouts_url=http://127.0.0.1:8000
+
+Without an address the training starts a server of its own beside it, and starts it again where it dies.
 
 `VllmServer.generate` stands where `policy.rollout.generate` does. After each update the adapters are sent to the server under a name that
 is their hash: what a name says never changes, a push that broke off is sent again, and every response is checked to be of the name asked
@@ -9,7 +11,9 @@ for. The server's kernels round differently; `weighed` scores the responses anew
 
 from __future__ import annotations
 
+import atexit
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +21,11 @@ import io
 import json
 import math
 import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -40,14 +49,19 @@ from paretune.seeds import seed_for
 from paretune.training.batch import Responses
 from paretune.types import Prompt, canonical_json
 
-__all__ = ["PUSHED", "VERSIONS", "VllmServer", "check_mixing", "importance_weights", "server_at", "unpack", "weighed", "write_policy"]
+__all__ = [
+    *("PUSHED", "VERSIONS", "OwnServer", "VllmServer", "check_mixing", "importance_weights", "server_at", "unpack", "weighed"),
+    "write_policy",
+]
 
 VERSIONS = ("0.32.0",)  # of vLLM, whose inside Paretune's plugin knows
 PUSHED = "paretune-policy:"  # a LoRA's path that is none: the files follow
 GAP = 0.1  # nats per token between the server's log-probabilities and the trainer's, on average: no rounding makes more
-WAIT = 300.0  # seconds for which a server may be away, such as for a start
+WAIT = 600.0  # seconds for which a server may be away, such as for a start
+START = 3600.0  # the same of one that the training has started: as long as its process lives, it loads
 PAUSE, LONGEST = 1.0, 15.0  # seconds between two attempts, at first and at most
-ANSWER = 600.0  # seconds for one response
+ANSWER, CONNECT = 600.0, 10.0  # seconds for one response, and until there is a connection
+PYTHON = "PARETUNE_VLLM_PYTHON"  # an environment variable: the interpreter of vLLM's environment, where that is another one
 AT_ONCE = 128  # requests
 PROBED = 4, 64  # prompts and tokens of each by which the base is known
 KEPT = "the last checkpoint is kept; start the server again, and the same command goes on"
@@ -108,14 +122,14 @@ class VllmServer:
             answers: list[Any] = [None] * len(bodies)
             since, pause = time.monotonic(), PAUSE
             key = os.environ.get("VLLM_API_KEY")
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
             limits = httpx2.Limits(max_connections=None)
-            with httpx2.Client(
-                timeout=ANSWER, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False
-            ) as client:
+            with httpx2.Client(timeout=httpx2.Timeout(ANSWER, connect=CONNECT), limits=limits, headers=headers, trust_env=False) as client:
                 send = functools.partial(_send, client, self.url)
                 while True:
                     missing = [n for n, answer in enumerate(answers) if answer is None]
                     try:
+                        self._ensure(policy)
                         if not self._known:
                             _check(send, policy, prompts, longest=max(map(len, prompts)) + bodies[0]["max_tokens"])
                             self._known = True
@@ -127,11 +141,18 @@ class VllmServer:
                         self._known, self._pushed = False, ""
                         if any(answers[n] is not None for n in missing):
                             since, pause = time.monotonic(), PAUSE
-                        if time.monotonic() - since > WAIT:
-                            found = f"{self.url}, for {WAIT:g} s: {why}"
+                        if time.monotonic() - since > self._wait:
+                            found = f"{self.url}, for {self._wait:g} s: {why}"
                             raise TrainingError("the vLLM server that draws responses answers", found=found, remedy=KEPT) from why
                         time.sleep(pause)
                         pause = min(LONGEST, 2 * pause)
+
+    def _ensure(self, policy: Policy) -> None:
+        """Nothing: who started the server sees to it."""
+
+    @property
+    def _wait(self) -> float:
+        return WAIT
 
     @property
     def _mine(self) -> str:
@@ -154,10 +175,63 @@ class VllmServer:
                 send("POST", "/v1/unload_lora_adapter", {"lora_name": other["id"]})
 
 
+class OwnServer(VllmServer):
+    """A server that the training starts beside it, on the same machine, with `options` of vLLM; it ends with this process."""
+
+    def __init__(self, owner: str, options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        super().__init__(f"http://127.0.0.1:{self.port}", owner)
+        self.options, self.process, self._answered = options, None, False
+        self._log = tempfile.NamedTemporaryFile(prefix="paretune-vllm-", suffix=".log")  # noqa: SIM115 - as long as the server
+        atexit.register(self.end)
+
+    process: subprocess.Popen[bytes] | None
+
+    def _ensure(self, policy: Policy) -> None:
+        if self.process is not None and self.process.poll() is None:
+            return
+        if self.process is not None and not self._answered:
+            said = Path(self._log.name).read_text(encoding="utf-8", errors="replace").strip()
+            remedy = f"see learner.rollouts_args; {PYTHON} names the Python of vLLM's environment (docs/scale.md), now {self._python}"
+            raise TrainingError("a vLLM server starts beside the training", found=said[-600:] or "it ended", remedy=remedy)
+        self.end()
+        model = str(getattr(policy.model, "name_or_path", "") or "")
+        if not model:
+            remedy = "save the model, and name the folder; or start the server yourself, and give learner.rollouts_url"
+            raise ConfigError("a vLLM server loads the base from a folder or the hub", found="a model made in this process", remedy=remedy)
+        rank = sum(max((config.r, *(config.rank_pattern or {}).values())) for config in policy.bank.model.peft_config.values())
+        asked = [self._python, "-m", "paretune.serve.vllm.launch", model, "--port", str(self.port), "--rank", str(rank)]
+        asked += ["--with-parent", str(os.getpid()), "--dtype", str(policy.model.dtype).removeprefix("torch."), *shlex.split(self.options)]
+        self._answered = False
+        self.process = subprocess.Popen(asked, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
+
+    def _push(self, send: Any, name: str, folder: Path) -> None:
+        self._answered = True
+        super()._push(send, name, folder)
+
+    @property
+    def _python(self) -> str:
+        return os.environ.get(PYTHON) or sys.executable
+
+    @property
+    def _wait(self) -> float:
+        return START
+
+    def end(self) -> None:
+        """End the server and what it has started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
 @functools.lru_cache(maxsize=8)
-def server_at(url: str, owner: str) -> VllmServer:
-    """The server at an address, as one training knows it."""
-    return VllmServer(url, owner)
+def server_at(url: str | None, owner: str, options: str = "") -> VllmServer:
+    """The server at an address, or one of its own, as one training knows it."""
+    return OwnServer(owner, options) if url is None else VllmServer(url, owner)
 
 
 def check_mixing(mixing: Any) -> None:
