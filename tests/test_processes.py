@@ -32,7 +32,14 @@ from paretune.types import Objectives
 from processes import together
 
 SAME = 1e-5
-ADAM = {**SMALL, "optimizer": "adam", "samples": 36, "batch": 12, "log_every": 1}  # three prompts, of which two processes have 2 and 1
+ADAM = {
+    **SMALL,
+    "optimizer": "adam",
+    "micro_batch": 4,
+    "samples": 36,
+    "batch": 12,
+    "log_every": 1,
+}  # three prompts, of which two processes have 2 and 1
 METHODS_RUN = ("bridge", "conditioned", "router", "distilled", "extended")
 calls: list[str] = []  # of this process, one name per completion
 
@@ -64,10 +71,12 @@ LOOKED = {"validate_every": 2, "look_samples": 16, "step_kl": 1e-3, "lr": 0.05}
 CASES = {
     "shared spreads, clipped": (PolicyGradient(**ADAM, normalize="batch", clip_norm=0.01), TASK, {}),
     "several epochs": (PolicyGradient(**{**ADAM, "epochs": 2, "lr": 0.1}), TASK, {}),
-    "KL in the loss": (PolicyGradient(**ADAM, kl_in="loss", kl_estimator="k3", length="token_mean", micro_batch=2), TASK, {}),
+    "KL in the loss": (PolicyGradient(**{**ADAM, "micro_batch": 3}, kl_in="loss", kl_estimator="k3", length="token_mean"), TASK, {}),
     "balanced": (PolicyGradient(**ADAM), TASK, {"preference": None, "weighting": {"name": "balanced"}}),
     "gradients": (PolicyGradient(**ADAM), TASK, {"weighting": {"name": "gradient", "aggregator": "nash_mtl"}}),
     "returns": (PolicyGradient(**ADAM), TASK, {"weighting": {"name": "multipliers", "utility": {"name": "max-min"}}}),
+    "one pass": (PolicyGradient(**{**ADAM, "micro_batch": None}), TASK, {}),
+    "tokens": (PolicyGradient(**{**ADAM, "micro_batch": None, "micro_tokens": 24}), TASK, {}),
     "pairs": (Modpo(**ADAM), TASK, {}),
     "looks": (PolicyGradient(**{**ADAM, **LOOKED}), WATCHED, {}),
     "stops": (PolicyGradient(**ADAM, stop_cv=1.0, stop_window=2, validate_every=1, validation_samples=6), TASK, {}),
@@ -266,6 +275,19 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
         assert "torch: " in text
         assert "0.1 in process 1" in text
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
+
+
+def test_passes_that_are_too_few_are_said(tmp_path):
+    learner = PolicyGradient(**{**ADAM, "micro_batch": 8})
+    token = processes._here.set(processes.Ranks(0, 3))
+    try:
+        with (
+            pytest.warns(UserWarning, match="a pass has 8 of 12 rows: 3 processes do not share the backward"),
+            pytest.raises(ValueError, match="group"),
+        ):
+            learner.train(spec_of(learner), TASK, tmp_path)  # there is no group to talk to
+    finally:
+        processes._here.reset(token)
 
 
 def _lonely():

@@ -521,4 +521,18 @@ FIGURES = (
         "at most",
         1.02,
     ),
+    Figure(
+        "processes_weight_difference",
+        "processes.py",
+        "bridge and conditioned in two processes against one: the largest difference of any trained weight",
+        "maximum over 2 methods, 2 optimizers",
+        "at most",
+        1e-5,
+    ),
+    Figure(
+        "one_process_other_passes",
+        "processes.py",
+        "the same between two runs of one process whose passes are 32 rows and 64 rows, under Muon",
+        "maximum over the task seeds",
+    ),
 )

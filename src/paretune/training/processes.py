@@ -78,6 +78,15 @@ class Ranks:
             _dist().all_gather_object(found, value)
         return found
 
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Process 0 first, then all others: it fills caches, which transformers writes in no other one."""
+        if not self.first:
+            self.shared(None)
+        yield
+        if self.first:
+            self.shared(None)
+
     def shares(self, count: int) -> list[slice]:
         """`count` things in as many runs as there are processes, as even as can be; fewer where there are fewer things."""
         ends = np.linspace(0, count, min(self.size, count) + 1).round().astype(int).tolist()
@@ -312,6 +321,8 @@ def together(job: Path, *, count: int, timeout: float, device: str = "auto") -> 
         torch.set_num_threads(threads)
         with joined(0, count, store, timeout=timeout, device=device) as here:
             here.shared(False)  # under a launcher: whether the training was done before
+            with here.in_turn():  # the task has been built
+                pass
             yield
         for child in children.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
