@@ -521,4 +521,20 @@ FIGURES = (
         "at most",
         1.02,
     ),
+    Figure(
+        "sharded_memory",
+        "sharded.py",
+        "100 M parameters over two processes: peak memory of each, as a share of that with a whole base in each",
+        "larger of loading and training, and training alone",
+        "at most",
+        0.65,
+    ),
+    Figure(
+        "driver_cpu",
+        "ray_scale.py",
+        "Ray, 50 simulated machines, 1,000 fake jobs, a slow directory: CPU seconds of the driver per second",
+        "one run",
+    ),
+    Figure("driver_per_job_ms", "ray_scale.py", "the same per job, ms", "one run"),
+    Figure("driver_busy", "ray_scale.py", "the share of the time in which the driver does not wait for Ray", "one run"),
 )

@@ -31,6 +31,8 @@ def shard(model: Any, device: str | torch.device = "cpu") -> Any:
 
     A model without memory ("meta") is split, and its shares are filled in by who reads them; then it is given again.
     """
+    # Nothing here writes into what a model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not is_sharded(model):
         _split(model, device)
     if not next(model.parameters()).is_meta:
@@ -43,8 +45,6 @@ def _split(model: Any, device: str | torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # Nothing here writes into what a model returns.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     layers = _layers_to_shard(model)
     mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
     model.requires_grad_(False)
