@@ -3,10 +3,10 @@
     python benchmarks/processes.py [--part difference|speed|all] [--seeds 100] [--samples 3200] [--pairs 3] [--model FOLDER] [--out FILE]
 
 Difference: `bridge` and `conditioned` on exact-v1 (correlation -0.8, judged task seeds) by the sampled learner, in one process and in two
-over gloo, `learner.processes` being all that differs; the largest difference of any trained weight. Twice: with passes of 16 rows
-(`micro_batch`), which both compute alike, under Muon; and without, where one process makes one pass and two make two, under Adam. Muon
-orthogonalizes in bfloat16 and turns the rounding between other passes into other steps: what that is between two runs of one process
-is a row of its own, without a target.
+over gloo, `learner.processes` being all that differs; the largest difference of any trained weight. Under Muon and under Adam, with
+passes of 16 rows (`micro_batch`), which the processes share. Optimizers make of rounding other steps, Muon most of all, because it
+orthogonalizes in bfloat16: the difference between two runs of one process that sum in another order, because their passes have 32 rows
+and 64, is a row of its own, without a target.
 
 Speed: samples per second of the embedded loop on SmolLM2-135M-Instruct (see smollm.py), one process of one thread against two of one
 thread each, alternated; 2 steps after one, of 32 responses of up to 32 tokens to 4 prompts. The learning rate is 1e-6, so that responses
@@ -37,8 +37,8 @@ from paretune.training.spec import TrainSpec
 
 TASK = {"name": "exact-v1", "rho": -0.8}
 METHODS = ("bridge", "conditioned")
-VARIANTS: dict[str, dict[str, Any]] = {"muon, the same passes": {"micro_batch": 16}, "adam": {"optimizer": "adam"}}
-OTHER_PASSES = "muon, other passes"  # one process, twice: passes of 32 rows against one of 64
+VARIANTS: dict[str, dict[str, Any]] = {name: {"optimizer": name, "micro_batch": 16} for name in ("muon", "adam")}
+OTHER_PASSES = "muon, one process, other passes"  # one process, twice: passes of 32 rows against one of 64
 WARM, TIMED, ROWS, GROUP = 1, 2, 32, 8
 
 

@@ -75,7 +75,7 @@ def report(root: Path) -> None:
 
 def processes(root: Path) -> None:
     settings = {**LEARNER, "samples": 192, "checkpoint_every": 1, "processes": 2}
-    fit({**TASK, "prompt_count": 4}, "bridge", learner=settings, root=root, progress=False)
+    fit({**TASK, "prompt_count": 4}, "conditioned", learner=settings, root=root, progress=False)
 
 
 COMMANDS: dict[str, Callable[[Path], None]] = {

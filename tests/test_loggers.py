@@ -69,7 +69,8 @@ def test_a_run_that_is_watched_is_the_same_training(tmp_path, kept):
     watched = dataclasses.replace(LEARNER, report_to="json")
     assert describe(watched) == describe(LEARNER) == describe(PolicyGradient(**SMALL))
     assert "report_to" not in describe(watched)
-    assert unkeyed(watched) == {"report_to": "json", "log_samples": 2, "log_samples_every": 2}
+    processes = {"processes": 1, "processes_timeout": 1800.0}
+    assert unkeyed(watched) == {"report_to": "json", "log_samples": 2, "log_samples_every": 2, **processes}
     one, other = trained(tmp_path / "a", watched), trained(tmp_path / "b", PolicyGradient(**SMALL))
     assert one.name == other.name
     assert weights(one) == weights(other)

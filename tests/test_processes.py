@@ -32,7 +32,14 @@ from paretune.types import Objectives
 from processes import together
 
 SAME = 1e-5
-ADAM = {**SMALL, "optimizer": "adam", "samples": 36, "batch": 12, "log_every": 1}  # three prompts, of which two processes have 2 and 1
+ADAM = {
+    **SMALL,
+    "optimizer": "adam",
+    "micro_batch": 4,
+    "samples": 36,
+    "batch": 12,
+    "log_every": 1,
+}  # three prompts, of which two processes have 2 and 1
 METHODS_RUN = ("bridge", "conditioned", "router", "distilled", "extended")
 calls: list[str] = []  # of this process, one name per completion
 
@@ -64,10 +71,12 @@ LOOKED = {"validate_every": 2, "look_samples": 16, "step_kl": 1e-3, "lr": 0.05}
 CASES = {
     "shared spreads, clipped": (PolicyGradient(**ADAM, normalize="batch", clip_norm=0.01), TASK, {}),
     "several epochs": (PolicyGradient(**{**ADAM, "epochs": 2, "lr": 0.1}), TASK, {}),
-    "KL in the loss": (PolicyGradient(**ADAM, kl_in="loss", kl_estimator="k3", length="token_mean", micro_batch=2), TASK, {}),
+    "KL in the loss": (PolicyGradient(**{**ADAM, "micro_batch": 3}, kl_in="loss", kl_estimator="k3", length="token_mean"), TASK, {}),
     "balanced": (PolicyGradient(**ADAM), TASK, {"preference": None, "weighting": {"name": "balanced"}}),
     "gradients": (PolicyGradient(**ADAM), TASK, {"weighting": {"name": "gradient", "aggregator": "nash_mtl"}}),
     "returns": (PolicyGradient(**ADAM), TASK, {"weighting": {"name": "multipliers", "utility": {"name": "max-min"}}}),
+    "one pass": (PolicyGradient(**{**ADAM, "micro_batch": None}), TASK, {}),
+    "tokens": (PolicyGradient(**{**ADAM, "micro_batch": None, "micro_tokens": 24}), TASK, {}),
     "pairs": (Modpo(**ADAM), TASK, {}),
     "looks": (PolicyGradient(**{**ADAM, **LOOKED}), WATCHED, {}),
     "stops": (PolicyGradient(**ADAM, stop_cv=1.0, stop_window=2, validate_every=1, validation_samples=6), TASK, {}),
@@ -213,7 +222,7 @@ def _sleeps():
 @pytest.mark.parametrize(
     ("how", "kind", "said"),
     [
-        (_raises, RewardError, "first"),
+        (_raises, RewardError, "(in process 1)"),
         (_breaks, processes.TrainingError, "process 1: ZeroDivisionError: by zero"),
         (_dies, processes.Lost, "a process has ended, seen by process 0 of 2"),
         (_sleeps, processes.Late, "learner.processes_timeout"),
@@ -268,6 +277,35 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
 
 
+def test_passes_that_are_too_few_are_said(tmp_path):
+    learner = PolicyGradient(**{**ADAM, "micro_batch": 8})
+    token = processes._here.set(processes.Ranks(0, 3))
+    try:
+        with (
+            pytest.warns(UserWarning, match="a pass has 8 of 12 rows: 3 processes do not share the backward"),
+            pytest.raises(ValueError, match="group"),
+        ):
+            learner.train(spec_of(learner), TASK, tmp_path)  # there is no group to talk to
+    finally:
+        processes._here.reset(token)
+
+
+def _lonely():
+    del os.environ["MASTER_ADDR"]
+    return launched()
+
+
+def test_a_launcher_says_where_the_others_are(capsys, tmp_path, monkeypatch):
+    for text in together(_lonely):
+        assert "MASTER_ADDR" in text
+        assert "start them by torchrun" in text
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert launch.main([str(tmp_path / "none.json")]) == 2
+        assert bool(capsys.readouterr().err) == speaks
+
+
 def test_every_process_has_a_prompt():
     with pytest.raises(ConfigError, match="processes have a prompt of each batch at least") as caught:
         PolicyGradient(**{**SMALL, "batch": 8}, processes=3)
@@ -292,7 +330,9 @@ def test_a_started_process_that_is_killed_is_started_once_more(tmp_path, monkeyp
     job = jobs.train_job(store, spec_of(learner), learner=learner)
     with pytest.warns(UserWarning, match="a process has ended.* it starts once more, from its last checkpoint"):
         jobs.run_job(job.path, progress=lambda record: children[0].kill())
-    assert [child.returncode for child in children if "paretune.launch" in child.args] == [-signal.SIGKILL, 0]
+    started = [child for child in children if "paretune.launch" in child.args]
+    assert len(started) == 2
+    assert started[0].returncode == -signal.SIGKILL
     assert store.published("artifacts") == [job.key]
     learner.train(spec_of(learner), TASK, tmp_path / "whole")
     assert _apart(tmp_path / "whole", tmp_path / "artifacts" / job.key) <= SAME

@@ -236,7 +236,8 @@ def _train(store: Store, path: Path, job: Mapping[str, Any], tasks: Tasks, progr
     store.recover(spec.key)
     if ranks().shared(store.artifact(spec.key) is not None):
         return
-    learner, task, parents = _given(store, job, spec, tasks)
+    with ranks().in_turn():
+        learner, task, parents = _given(store, job, spec, tasks)
     work = store.begin(spec.key)
     with disk_errors(store.root):
         write_json(work / "spec.json", spec.to_json())
@@ -270,7 +271,8 @@ def train_along(path: Path) -> None:
     spec = TrainSpec.from_json(job["spec"])
     if ranks().shared(None):  # it was done before
         return
-    learner, task, parents = _given(store, job, spec, Tasks())
+    with ranks().in_turn():
+        learner, task, parents = _given(store, job, spec, Tasks())
     _agreed(learner, spec, task, parents, store.root / ARTIFACTS / (WIP + spec.key))
 
 

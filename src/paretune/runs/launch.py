@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from paretune.runs.jobs import Tasks, failure, label_in, read_job, run_job, trai
 from paretune.runs.local import die_with
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.checkpoint import is_finished
-from paretune.training.processes import RESUMES, TOGETHER, WITH, joined, last_word, launched
+from paretune.training.processes import ENDS_WITHIN, RESUMES, TOGETHER, WITH, joined, last_word, launched
 from paretune.training.spec import TrainSpec
 
 __all__ = ["launch", "main"]
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ParetuneError as error:
         if os.environ.get("RANK", "0") == "0" or WITH in os.environ:
             print(error, file=sys.stderr)
+        else:
+            time.sleep(ENDS_WITHIN)  # or less: a launcher that sees one end stops the others, before process 0 has spoken
         return error.exit_code
     return 0
 

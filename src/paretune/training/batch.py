@@ -51,11 +51,10 @@ class Responses:
         """(N,) log pi - log pi_ref of whole responses, nats, from the reference's (N, T) log-probabilities."""
         return ((self.logp_NT - reference_NT) * self.mask_NT).sum(1).double().cpu().numpy()
 
-    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False, pieces: int = 1) -> list[slice]:
+    def passes(self, *, rows: int | None, tokens: int | None, group: int, whole: bool = False) -> list[slice]:
         """The rows that go through the model together: `rows`, or as many as have `tokens` with prompts and padding (one at least), or all.
 
-        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are. Where
-        there would be fewer than `pieces` of them, they are smaller, down to one group.
+        With `tokens` these are whole groups where they fit, because a group reads its prompt once; with `whole` they always are.
         """
         count = len(self.tokens_NT)
         step = rows or count
@@ -64,8 +63,6 @@ class Responses:
             step = step if step < group else step - step % group
         if whole:
             step = max(group, step - step % group)
-        if count <= step * (pieces - 1):
-            step = group * max(1, -(-count // (group * pieces)))
         return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError
+from paretune.files import note
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.lora.shard import anyone, is_sharded, shard
@@ -144,12 +145,12 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
         """The rows of each forward and backward."""
         return made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=self.group)
 
-    def shared_passes(self, made: Responses) -> list[slice]:
-        """The passes of all processes: those of one; where these are fewer than the processes, smaller ones, of whole groups."""
-        found, count = self.passes(made), ranks().size
-        return found if len(found) >= count else made.passes(rows=None, tokens=None, group=self.group, pieces=count)
-
     def train(self, spec, task, work, *, parents=None, progress=None) -> Cost:
+        here, rows = ranks(), self.micro_batch or self.batch
+        if here.first and self.micro_tokens is None and math.ceil(self.batch / rows) < here.size:
+            note(
+                f"a pass has {rows} of {self.batch} rows: {here.size} processes do not share the backward; set micro_batch or micro_tokens"
+            )
         return run_loop(self, spec, task, work, parents, progress)
 
     def combine(self, spec: TrainSpec) -> Combine:
@@ -345,7 +346,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
             seen_NT = batch.seen_NT()
             return float(loss.detach()), None if seen_NT is None else seen_NT[rows]
 
-        here, passes = ranks(), self.shared_passes(batch.responses)
+        here, passes = ranks(), self.passes(batch.responses)
         gradients = GradientSum(here, policy.parameters())
 
         def along(rows: slice) -> None:
@@ -362,7 +363,7 @@ class EmbeddedLearner(StoppingRule, SampledLearner):
 
     def reference_logp(self, policy: Policy, made: Responses, *, group: int | None = None, gates_NK: Tensor | None = None) -> Tensor:
         """(N, T) log-probabilities of the reference, or under these gates, pass by pass: an ordinary tensor, which autograd may keep."""
-        passes = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group or self.group, pieces=ranks().size)
+        passes = made.passes(rows=self.micro_batch, tokens=self.micro_tokens, group=group or self.group)
 
         def one(part: slice) -> Tensor:
             with torch.inference_mode():

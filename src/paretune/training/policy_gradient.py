@@ -110,7 +110,7 @@ class PolicyGradient(PolicySettings, EmbeddedLearner):
         mask_NT = made.mask_NT.float()
         share_NT = mask_NT / len(mask_NT) / (1.0 if self.length == "sum" else mask_NT.sum(1, keepdim=True).clamp(min=1.0))
         return response_jacobian(
-            policy, made, credit_NM, share_NT, group=self.group, temperature=self.temperature, micro_batch=self.shared_passes(made)[0].stop
+            policy, made, credit_NM, share_NT, group=self.group, temperature=self.temperature, micro_batch=self.passes(made)[0].stop
         )
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:

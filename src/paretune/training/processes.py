@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,10 @@ from paretune import errors
 from paretune.errors import ConfigError, ParetuneError, TrainingError
 from paretune.files import disk_errors
 
-__all__ = ["RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks", "joined", "last_word", "launched", "ranks", "together"]
+__all__ = [
+    *("ENDS_WITHIN", "RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks"),
+    *("joined", "last_word", "launched", "ranks", "together"),
+]
 
 TOGETHER = "a training goes on while all of its processes do"
 RESUMES = "the last checkpoint is kept: the same command goes on from there"
@@ -41,6 +45,7 @@ LAST_WORD = 60.0  # seconds that process 0 gets to say what went wrong, before t
 ENDS_WITHIN = 10.0  # seconds that started processes get to end by themselves
 HERE = "paretune came"  # in the store: how many of the others have come
 WITH = "PARETUNE_WITH"  # the process with which a started one ends
+GLOO = "GLOO_SOCKET_IFNAME"  # by which network gloo talks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,6 +77,15 @@ class Ranks:
         with self._exchange():
             _dist().all_gather_object(found, value)
         return found
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Process 0 first, then all others: it fills caches, which transformers writes in no other one."""
+        if not self.first:
+            self.shared(None)
+        yield
+        if self.first:
+            self.shared(None)
 
     def shares(self, count: int) -> list[slice]:
         """`count` things in as many runs as there are processes, as even as can be; fewer where there are fewer things."""
@@ -173,8 +187,10 @@ class Ranks:
 
     def _why(self, error: RuntimeError) -> ParetuneError:
         with contextlib.suppress(RuntimeError):  # the store is gone where process 0 is
-            if self.store.check(["failed"]):
-                return _as_error(json.loads(self.store.get("failed")))
+            for wait in (0.0, 0.1, 0.3, 0.6):  # what was said may come after what was closed
+                time.sleep(wait)
+                if self.store.check(["failed"]):
+                    return _as_error(json.loads(self.store.get("failed")))
         said = str(error).partition("]")[2].partition(". This is typically")[0].strip() or str(error)
         late = "timed out" in said.lower()
         remedy = "raise learner.processes_timeout where a process needs so long" if late else "often the system ran out of memory"
@@ -280,12 +296,19 @@ def together(job: Path, *, count: int, timeout: float, device: str = "auto") -> 
         return
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    listening = socket.create_server(("127.0.0.1", 0))  # of this machine alone
+    port, handle = listening.getsockname()[1], listening.detach()
+    limits: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=timeout)}
+    store = dist.TCPStore("127.0.0.1", port, count, is_master=True, master_listen_fd=handle, **limits)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-    environment = {**os.environ, **place, "PYTHONPATH": paths, "OMP_NUM_THREADS": threads, WITH: str(os.getpid())}
     before, children = torch.get_num_threads(), dict[Path, subprocess.Popen[bytes]]()
+    threads = max(1, before // count)
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    given = os.environ.get(GLOO)
+    if loopback is not None:
+        os.environ.setdefault(GLOO, loopback)
+    environment = {**os.environ, **place, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), WITH: str(os.getpid())}
     try:
         for rank in range(1, count):
             log = job.parents[1] / f"process-{rank}.log"
@@ -295,15 +318,19 @@ def together(job: Path, *, count: int, timeout: float, device: str = "auto") -> 
                 command = [sys.executable, "-P", "-m", "paretune.launch", str(job)]
                 children[log] = subprocess.Popen(command, **pipes, env=ranked, start_new_session=True)
         _await(store, children, timeout)
-        torch.set_num_threads(int(threads))
+        torch.set_num_threads(threads)
         with joined(0, count, store, timeout=timeout, device=device) as here:
             here.shared(False)  # under a launcher: whether the training was done before
+            with here.in_turn():  # the task has been built
+                pass
             yield
         for child in children.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(ENDS_WITHIN)
     finally:
         torch.set_num_threads(before)
+        if given is None:
+            os.environ.pop(GLOO, None)
         for child in children.values():
             child.kill()
             child.wait()
@@ -324,8 +351,15 @@ def launched() -> tuple[Any, int, int]:
     """The store, the rank and the number of processes that a launcher gave this one: torchrun, accelerate launch, or `together`."""
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(iter(rendezvous("env://")))
-    store.add(HERE, 1)
+    try:
+        store, rank, size = next(iter(rendezvous("env://")))
+        store.add(HERE, 1)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            "a launcher gives each process its rank, their number, and where process 0 is reached",
+            found=str(error).splitlines()[0],
+            remedy="start them by torchrun or accelerate launch, or let learner.processes start them",
+        ) from error
     return store, rank, size
 
 
@@ -347,14 +381,10 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 def _as_record(error: BaseException, rank: int) -> dict[str, str]:
-    parts = {"rule": error.rule, "found": error.found, "remedy": error.remedy} if isinstance(error, ParetuneError) else {}
-    return {
-        "rule": TOGETHER,
-        "found": f"process {rank}: {type(error).__name__}: {error}",
-        "remedy": RESUMES,
-        "kind": type(error).__name__,
-        **parts,
-    }
+    kind, found = type(error).__name__, f"process {rank}: {type(error).__name__}: {error}"
+    if not isinstance(error, ParetuneError):
+        return {"kind": kind, "rule": TOGETHER, "found": found, "remedy": RESUMES}
+    return {"kind": kind, "rule": error.rule, "found": f"{error.found} (in process {rank})", "remedy": error.remedy}
 
 
 def _as_error(record: Mapping[str, str]) -> ParetuneError:
