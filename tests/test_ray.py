@@ -507,4 +507,4 @@ def test_commands_of_the_page_have_the_options_that_exist():
     for _, command, *words in ours:
         options = {word for word in words if word.startswith("--")}
         assert options <= COMMANDS[command], command
-    assert set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address"} <= COMMANDS["bench"]
+    assert set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address", "--max-restarts"} <= COMMANDS["bench"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from paretune.errors import ConfigError
-from paretune.policy.lora.bank import LoraBank
+from paretune.policy.lora.bank import LoraBank, decoder_layers
 from paretune.policy.lora.decoder import recomputed
 from paretune.policy.lora.shard import is_sharded, shard
 from paretune.policy.mixing.parameter import ParameterMix
@@ -91,10 +91,10 @@ def sharded(kinds, folder):
             assert is_sharded(model), "it was read whole"
         shard(model)
         policy = made(model)
-        held = sum(p.to_local().numel() if hasattr(p, "to_local") else 0 for p in model.parameters())
-        adapters = sum(weight.numel() for weight in policy.parameters())
+        split = [p for layer in decoder_layers(model)[1] for name, p in layer.named_parameters() if "lora_" not in name]
+        held = sum(weight.to_local().numel() for weight in split) / sum(weight.numel() for weight in split)
         off = dict(paths(policy))
-        answers[kind] = computed(policy, distributed.get_rank()), held / (model.num_parameters() - adapters), max(off.values())
+        answers[kind] = computed(policy, distributed.get_rank()), held, max(off.values())
     return answers
 
 

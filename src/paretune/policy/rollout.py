@@ -25,7 +25,7 @@ from paretune.errors import ConfigError
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
-from paretune.policy.lora.shard import anyone, held
+from paretune.policy.lora.shard import anyone
 from paretune.policy.sampling import Said, Sampling, draw, shaped
 from paretune.progress import counted
 from paretune.seeds import uniforms
@@ -123,7 +123,6 @@ class Decoding:
     def __enter__(self) -> Decoding:
         self._contexts.enter_context(torch.inference_mode())
         self._contexts.enter_context(self.policy.bank.unchanged())
-        self._contexts.enter_context(held(self.policy.model))
         return self
 
     def __exit__(self, *_: Any) -> None:

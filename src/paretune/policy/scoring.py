@@ -25,7 +25,7 @@ from torch.nn import functional
 from paretune.hub import text_config
 from paretune.policy.base import Policy
 from paretune.policy.lora.decoder import run_head
-from paretune.policy.lora.shard import anyone, everyone, held
+from paretune.policy.lora.shard import anyone, everyone
 from paretune.policy.rollout import check_length, gates_on, needed, read
 
 __all__ = ["Packing", "chosen", "packs", "token_logp"]
@@ -129,10 +129,9 @@ def _of_states(policy: Policy, h_UH: Tensor, tokens_U: Tensor, temperature: floa
             return chosen(run_head(policy.model, h_UH[None]), tokens_U[None], temperature)[0]
 
     step = max(1, (at_once or LOGITS_AT_ONCE) // text_config(policy.model.config).vocab_size)
-    with held(policy.model):
-        if h_UH.requires_grad and torch.is_grad_enabled():
-            return _Head.apply(h_UH, tokens_U, piece, step)
-        return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
+    if h_UH.requires_grad and torch.is_grad_enabled():
+        return _Head.apply(h_UH, tokens_U, piece, step)
+    return torch.cat([piece(h, tokens) for h, tokens in zip(h_UH.split(step), tokens_U.split(step), strict=True)])
 
 
 class _Head(torch.autograd.Function):

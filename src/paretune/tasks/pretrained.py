@@ -238,18 +238,21 @@ def _shares(
 
 
 def _place_share(model: Any, name: str, stored: Any) -> None:
-    """Read the rows that this process holds of one weight."""
+    """Read the rows that this process holds of one weight: all of one that is not split."""
     import torch
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     empty = model.get_parameter(name)
-    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(empty.shape, empty.device_mesh, empty.placements)
-    local = torch.empty(rows, *empty.shape[1:], dtype=empty.dtype, device=empty.device_mesh.device_type)
-    local.copy_(stored[first : first + rows])
-    whole = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
-    share = DTensor.from_local(local, empty.device_mesh, empty.placements, **whole)
-    weight = torch.nn.Parameter(share, requires_grad=False)
+    if isinstance(empty, DTensor):
+        (rows, *_), (first, *_) = compute_local_shape_and_global_offset(empty.shape, empty.device_mesh, empty.placements)
+        local = torch.empty(rows, *empty.shape[1:], dtype=empty.dtype, device=empty.device_mesh.device_type)
+        local.copy_(stored[first : first + rows])
+        whole: dict[str, Any] = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
+        read: Any = DTensor.from_local(local, empty.device_mesh, empty.placements, **whole)
+    else:
+        read = torch.empty_like(empty, device=model.paretune_mesh.device_type).copy_(stored[:])
+    weight = torch.nn.Parameter(read, requires_grad=False)
     for module in model.modules():  # a tied weight has several places
         for leaf in [leaf for leaf, known in module._parameters.items() if known is empty]:
             setattr(module, leaf, weight)

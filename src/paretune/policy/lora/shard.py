@@ -1,9 +1,9 @@
 """A sharded base: FSDP2 around the frozen weights of a causal LM, so that each process holds its share of them.
 
-`shard` splits every weight of the base over the processes by `fully_shard`. A decoder layer is gathered for its forward and for its
-backward, and freed after each; embeddings, final norm and head are gathered together. Adapters are attached afterwards, so that they
-are whole and the same in every process: what is reduced are their gradients alone, and their optimizer sees whole factors (Muon
-orthogonalizes them).
+`shard` splits the weights of the decoder's layers over the processes by `fully_shard`. A layer is gathered for its forward and for its
+backward, and freed after each. Embeddings, final norm and head stay whole: they would be gathered together, and stay so through a whole
+backward, which needs more memory at its highest than it spares. Adapters are attached afterwards, so that they are whole and the same in
+every process: what is reduced are their gradients alone, and their optimizer sees whole factors (Muon orthogonalizes them).
 
 A gathering needs all processes. So they must run the model equally often, whatever their rows are: `decode` goes on until no process has
 a row left, and what depends on rows is asked of all (`anyone`, `everyone`).
@@ -11,9 +11,7 @@ a row left, and what depends on rows is asked of all (`anyone`, `everyone`).
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,14 +21,16 @@ from paretune.errors import ConfigError
 from paretune.policy.lora.bank import decoder_layers
 from paretune.policy.lora.linear import is_quantized
 
-__all__ = ["anyone", "everyone", "held", "is_sharded", "shard", "states"]
+__all__ = ["anyone", "everyone", "is_sharded", "shard", "states"]
 
 
 def shard(model: Any, device: str | torch.device = "cpu") -> Any:
-    """The model with its weights split over the processes of the default group; it has no adapters yet. Raises ConfigError.
+    """The model with its layers' weights split over the processes of the default group; it has no adapters yet. Raises ConfigError.
 
     A model without memory ("meta") is split, and its shares are filled in by who reads them; then it is given again.
     """
+    # Nothing here writes into what a model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not is_sharded(model):
         _split(model, device)
     if not next(model.parameters()).is_meta:
@@ -43,8 +43,6 @@ def _split(model: Any, device: str | torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # Nothing here writes into what a model returns.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     layers = _layers_to_shard(model)
     mesh = init_device_mesh(torch.device(device).type, (distributed.get_world_size(),))
     model.requires_grad_(False)
@@ -52,7 +50,10 @@ def _split(model: Any, device: str | torch.device) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         if mesh.device_type == "cpu":  # where nothing is gathered meanwhile: no other layer ahead of its backward
             layer.set_modules_to_backward_prefetch([layer])
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    ends = {weight for weight in model.parameters() if type(weight) is torch.nn.Parameter and not hasattr(weight, "to_local")}
+    for weight in ends if not next(iter(ends)).is_meta else ():
+        weight.data = weight.data.to(mesh.device_type)
+    fully_shard(model, mesh=mesh, ignored_params=ends)
     model.paretune_states = lambda **inputs: model.base_model(**inputs).last_hidden_state
     register_fsdp_forward_method(model, "paretune_states")
     model.paretune_mesh = mesh
@@ -84,24 +85,6 @@ def is_sharded(model: Any) -> bool:
 def states(model: Any, inputs: dict[str, Any]) -> Tensor:
     """(N, T, H) what the head of a causal LM is given."""
     return model.paretune_states(**inputs) if is_sharded(model) else model.base_model(**inputs).last_hidden_state
-
-
-@contextlib.contextmanager
-def held(model: Any) -> Iterator[None]:
-    """Within, embeddings and head of a sharded model are gathered once: for forwards of the head alone, and for every token."""
-    if not is_sharded(model) or getattr(model, "paretune_held", False):
-        yield
-        return
-    model.paretune_held = True
-    model.set_reshard_after_forward(False, recurse=False)
-    model.set_reshard_after_backward(False, recurse=False)
-    try:
-        yield
-    finally:
-        model.paretune_held = False
-        model.set_reshard_after_forward(True, recurse=False)
-        model.set_reshard_after_backward(True, recurse=False)
-        model.reshard()
 
 
 def anyone(model: Any, flag: bool) -> bool:
