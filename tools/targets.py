@@ -445,6 +445,15 @@ FIGURES = (
         "exact-v1: the representable ceiling",
         "minimum over 5 sizes, 10 task seeds, both splits, judged preferences",
     ),
+    # New prompts
+    Figure(
+        "v2_bridge_worst",
+        "generalization.py",
+        "exact-v2, rho −0.8: `bridge`, exact learner, training prompts",
+        "minimum over 10 task seeds, 11 preferences",
+        "at least",
+        0.99,
+    ),
     # Golden data
     Figure(
         "golden_wrong",
