@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--measured", type=int, default=256, help="responses of each measurement")
     parser.add_argument("--out")
     asked = parser.parse_args()
@@ -96,7 +97,14 @@ def main() -> None:
         def draws(self, spec: TrainSpec) -> Any:
             return server.generate
 
-    shape: dict[str, Any] = {"rank": 8, "batch": asked.rows, "samples": asked.rows * asked.steps, "group": 4, "log_every": 1}
+    shape: dict[str, Any] = {
+        "rank": 8,
+        "batch": asked.rows,
+        "samples": asked.rows * asked.steps,
+        "group": 4,
+        "lr": asked.lr,
+        "log_every": 1,
+    }
     embedded = PolicyGradient(**shape, log_samples=0)
     learners = {"embedded": embedded, "vllm": ByServer(**shape, log_samples=0, rollouts="vllm")}
     measured = TrainSpec(task=describe(task), learner=describe(embedded), preference=None, seed=10_000)
@@ -127,6 +135,7 @@ def main() -> None:
         seeds=asked.seeds,
         samples=asked.rows * asked.steps,
         tokens=asked.tokens,
+        lr=asked.lr,
         untrained=untrained,
         reached=reached,
         standard_error=statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None,
