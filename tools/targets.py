@@ -544,6 +544,7 @@ FIGURES = (
         "the same between two runs of one process whose passes are 32 rows and 64 rows, under Muon",
         "maximum over the task seeds",
     ),
+    Figure(
         "sharded_memory",
         "sharded.py",
         "100 M parameters over two processes: peak memory of each, as a share of that with a whole base in each",
