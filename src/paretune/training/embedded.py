@@ -137,7 +137,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     def accept(self, spec: TrainSpec) -> None:
         if self.rollouts is not None:
             check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
-            if self.rollouts_url is None and getattr(self, "processes", 1) > 1:
+            if self.rollouts_url is None and self.processes > 1:
                 found, remedy = "no rollouts_url", "start it as docs/scale.md says, and give all processes its rollouts_url"
                 raise ConfigError("the processes of one training share one vLLM server", found=found, remedy=remedy)
 
