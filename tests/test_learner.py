@@ -130,7 +130,7 @@ def test_out_of_memory_says_which_knob(found, monkeypatch):
     def fail(*_, **__):
         raise found
 
-    monkeypatch.setattr("paretune.training.policy_gradient.draw_step", fail)
+    monkeypatch.setattr("paretune.training.embedded.draw_step", fail)
     with pytest.raises(TrainingError, match=r"micro_tokens.*checkpointing"):
         learner.collect(policy, TASK, spec, 0)
 

@@ -384,7 +384,7 @@ class FakeRay:
         return call
 
     def actor(self):
-        run = SimpleNamespace(remote=lambda path: self.said({"error": None, "full": False}))
+        run = SimpleNamespace(remote=lambda path, size: self.said({"error": None, "full": False}))
         return SimpleNamespace(run=run, last=SimpleNamespace(remote=lambda: self.counts.update(["last"]) or self.said(None)))
 
     def kill(self, actor):
@@ -507,4 +507,4 @@ def test_commands_of_the_page_have_the_options_that_exist():
     for _, command, *words in ours:
         options = {word for word in words if word.startswith("--")}
         assert options <= COMMANDS[command], command
-    assert set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address", "--max-restarts"} <= COMMANDS["bench"]
+    assert set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address", "--max-restarts", "--rank"} <= COMMANDS["bench"]

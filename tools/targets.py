@@ -156,7 +156,6 @@ FIGURES = (
         CONFLICT,
         "at least",
         0.85,
-        front=True,
     ),
     Figure("conditioned_exact_worst", "conditioned.py", "the same, exact learner", CONFLICT, "at least", 0.93),
     Figure("conditioned_exact_worst_pblora", "conditioned.py", "the same with the structure of PBLoRA", CONFLICT),
@@ -375,7 +374,6 @@ FIGURES = (
         "minimum over batch 1 and 8, medians of pairs",
         "at least",
         0.95,
-        front=True,
     ),
     Figure(
         "default_rate_share",
