@@ -342,7 +342,7 @@ FIGURES = (
     Figure(
         "real_gain_low_worst",
         "smollm_family.py",
-        "SmolLM2-135M, experts and bridge, 2,560 samples each: gain in utility over the untrained model, lower end of its 95 % interval",
+        "SmolLM2-135M, experts and bridge, 2,560 samples each: utility gained over the untrained model, lower end (95 %)",
         "minimum over 11 preferences, 64 test questions, one seed",
         "above",
         0.0,
