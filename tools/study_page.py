@@ -140,7 +140,8 @@ def state() -> str:
     parts = []
     for part, relations in record["cells"].items():
         counts = [len(row["seeds"]) for rows in relations.values() for row in rows.values()]
-        parts.append(f"{part} learner: {len(relations)} relationships, {sum(counts)} cells, {min(counts)} to {max(counts)} seeds each")
+        seeds = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        parts.append(f"{part} learner: {len(relations)} relationships, {sum(counts):,} cells, {seeds} seeds each")
     text = f"{total - missing:,.0f} of {total:,} cells are measured ({'; '.join(parts) or 'none'})."
     if missing:
         text += (
