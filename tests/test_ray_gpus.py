@@ -60,6 +60,7 @@ def called(title):
 def test_a_training_of_two_gpus_is_two_actors_and_one_that_is_killed_costs_nothing(gpus, tmp_path):
     task = ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=2)
     settings = {"group": 2, "rank": 4, "micro_batch": 4, "device": "cpu", "checkpoint_every": 2, "log_every": 2}
+    settings |= {"optimizer": "adam", "lr": 3e-3}  # Muon makes more of rounding, which hangs on a batch's rows under some instruction sets
     learner = PolicyGradient(samples=600, batch=12, **settings)
     spec = TrainSpec(task=describe(task), learner=describe(learner), preference=None, seed=3)
     alone = trained(InProcess(), Store(tmp_path / "alone"), spec)
