@@ -34,6 +34,7 @@ from paretune.training.weightings.base import WEIGHTINGS, StepContext
 from paretune.types import Objectives, key_of
 from recipe_files import tiny_model, write_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # weights and rewards are compared to the bit
 DIALS = {"alphabet": 3, "length": 2, "prompt_count": 2, "width": 16, "layers": 1}  # of the tiny task, `TASK`
 LINEAR = {"kind": "linear", "start": {"objective_1": 1.0}}
 GATE = {"objective_2": {"reward": "objective_1", "at_least": 0.5}}
