@@ -6,7 +6,8 @@ import contextlib
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from local_server import LocalServer
 
 
 def verdict(score, *, reason="fine", usage=(10, 5)):
@@ -20,7 +21,7 @@ def says(content):
     return 200, {"choices": [{"message": {"role": "assistant", "content": content}}]}
 
 
-class JudgeServer:
+class JudgeServer(LocalServer):
     """`answer(text, attempt)` gives (status, JSON or raw text[, headers]); `text` is what stands in <response>, attempt counts from 0.
 
     In place of the text a function may write to the connection: then it alone says what is sent.
@@ -31,33 +32,14 @@ class JudgeServer:
         self.bodies, self.headers, self.paths = [], [], []
         self.active = self.most = 0
         self.lock = threading.Lock()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                owner.handle(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
+        self.url += "/v1"
 
     @property
     def texts(self):
         return [text_in(body) for body in self.bodies]
 
-    def handle(self, request):
-        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+    def handle(self, request, body):
         with self.lock:
             attempt = sum(text_in(other) == text_in(body) for other in self.bodies)
             self.bodies.append(body)

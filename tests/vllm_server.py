@@ -10,11 +10,11 @@ import json
 import sys
 import tempfile
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
+from local_server import LocalServer
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.rollout import decode
@@ -23,7 +23,7 @@ from paretune.serve.vllm.families import GatedFamily
 from paretune.training.rollouts import PUSHED, unpack
 
 
-class VllmServer:
+class VllmServer(LocalServer):
     """`load()` gives a fresh model and its tokenizer. `trouble(path, body, count)` runs before each answer; what it returns, or raises,
     is in its place: (status, JSON), or a ConnectionError for a connection that breaks off."""
 
@@ -33,32 +33,7 @@ class VllmServer:
         self.lock, self.asked, self.policies = threading.Lock(), [], {}
         model, tokenizer = load()
         self.base = ParameterMix(LoraBank.load(model, {}), tokenizer)
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                owner.handle(self, None)
-
-            def do_POST(self):
-                owner.handle(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def log_message(self, *_):
-                pass
-
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 128
-            daemon_threads = True
-
-        self.server = Server(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(port)
 
     def bodies(self, path="/v1/completions"):
         return [body for place, body in self.asked if place == path]

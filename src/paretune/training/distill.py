@@ -57,6 +57,7 @@ class Distillation(EmbeddedLearner):
     Hides: the student can be no better than the mixture; M and more forwards per token while it learns, one when it serves.
     """
 
+    weighs: ClassVar[bool] = True
     keeps: ClassVar[Mapping[str, Any]] = {"epochs": 1}
     lacks: ClassVar[Mapping[str, tuple[str, str]]] = dict.fromkeys(("kl_in", "kl_estimator"), (RULE, "leave these fields out"))
 
@@ -64,8 +65,6 @@ class Distillation(EmbeddedLearner):
 
     def rules(self) -> dict[str, bool]:
         return {**super().rules(), f"{RULE}: epochs is 1": self.epochs == 1}
-
-    weighs: ClassVar[bool] = True
 
     def accept(self, spec: TrainSpec) -> None:
         super().accept(spec)
