@@ -20,6 +20,7 @@ must infer.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,19 +168,25 @@ def main() -> None:
     parser.add_argument("--consistent", type=float, nargs="+", default=CONSISTENT)
     parser.add_argument("--askers", nargs="+", default=list(ASKERS), choices=list(ASKERS))
     parser.add_argument("--development", action="store_true", help="task seeds from 0 on, on which rules were chosen")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="settings that another run left there with as many users stay")
     given = parser.parse_args()
-    found: dict[str, Any] = {}
+    before = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.exists() else {}
+    found: dict[str, Any] = before.get("found", {})
+    users: dict[str, int] = before.get("users", {})
     for name, (count, rho) in SETTINGS.items():
         if given.only and not name.startswith(given.only):
             continue
         pools = {seed: Pool(count, rho, seed) for seed in (DEVELOPMENT if given.development else JUDGED)[: given.seeds]}
         for consistent in given.consistent:
+            setting = f"{name}, {consistent:.0%} consistent"
+            if users.get(setting, 0) >= given.users:
+                continue
             regrets = {
                 asker: np.array([session(pools[s], asker, s, u, consistent) for s in pools for u in range(given.users)])
                 for asker in given.askers
             }
-            found[f"{name}, {consistent:.0%} consistent"] = {asker: _summary(values, given.users) for asker, values in regrets.items()}
+            found[setting] = {asker: _summary(values, given.users) for asker, values in regrets.items()}
+            users[setting] = given.users
             print(
                 name, consistent, {asker: np.round(np.median(values, axis=0), 4).tolist() for asker, values in regrets.items()}, flush=True
             )
@@ -189,7 +196,7 @@ def main() -> None:
         ours, random = main_case["ours"], main_case["random"]
         figures = {f"regret_after_{q}": ours[str(q)]["median"] for q in (5, 10)}
         figures["elicit_vs_random"] = random["10"]["median"] / ours["10"]["median"]
-    emit(figures, out=given.out, asked=ASKED, users=given.users, found=found)
+    emit(figures, out=given.out, asked=ASKED, users=users, found=found)
 
 
 def session(pool: Pool, asker: str, seed: int, user: int, consistent: float) -> list[float]:
