@@ -176,10 +176,9 @@ def _aimed_and_missed() -> tuple[list[Figure], list[Figure]]:
 
 def targets() -> str:
     """How many targets are met, and which are not."""
-    measured = _measured()
     aimed, missed = _aimed_and_missed()
     lines = [f"{len(aimed)} figures have a target; {len(aimed) - len(missed)} meet it and {len(missed)} miss it:\n"]
-    lines += [f"- {f.what}: {_number(measured[f.name])}, target {f.target}. {f.why}".rstrip() for f in missed]
+    lines += [f"- {f.what}: {_number(f)}, target {f.target}. {f.why}".rstrip() for f in missed]
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +195,7 @@ def _figure_table(rows: list[Figure], *, script: bool) -> str:
     for f in rows:
         verdict = "" if not f.want else "met" if f.met(measured[f.name]) else "**MISSED**"
         end = f" `benchmarks/{f.script}` |" if script else ""
-        lines.append(f"| {f.what} | {f.over} | {f.target} | {_number(measured[f.name])} | {verdict} |{end}")
+        lines.append(f"| {f.what} | {f.over} | {f.target} | {_number(f)} | {verdict} |{end}")
     return "\n".join(lines) + "\n"
 
 
@@ -208,8 +207,13 @@ def _measured() -> dict[str, float]:
     return found
 
 
-def _number(value: float) -> str:
-    return minus(f"{value:.3g}")
+def _number(figure: Figure) -> str:
+    """Three digits, or as many as tell it from its target; a whole number has all of its own."""
+    value = _measured()[figure.name]
+    if float(value).is_integer():
+        return minus(f"{value:.0f}")
+    digits = next(d for d in range(3, 18) if d == 17 or not figure.want or float(f"{value:.{d}g}") != figure.bound)
+    return minus(f"{value:.{digits}g}")
 
 
 COMPARED = ("conditioned", "bridge", "emorl-shared", "linear", "experts parameter", "experts logit")
