@@ -21,23 +21,29 @@ from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 
 ray = pytest.importorskip("ray")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.fixture
-def gpus(monkeypatch):
-    """A cluster of two GPUs that are none."""
+def machines(monkeypatch):
+    """Where clusters of GPUs that are none may be started; they end with the test."""
     folder = Path("/dev/shm") / f"rg{os.getpid()}"
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path or os.getcwd() for path in sys.path))
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=2, num_gpus=2, object_store_memory=100_000_000, **quiet)
-    yield
-    ray.shutdown()
+    with contextlib.ExitStack() as opened:
+        yield opened
+        ray.shutdown()
     subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+MACHINE = {"include_dashboard": False, "object_store_memory": 100_000_000}
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+
+SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}  # a machine is given up
 
 
 def trained(pool, store, spec):
@@ -57,25 +63,68 @@ def called(title):
     return found
 
 
-def test_a_training_of_two_gpus_is_two_actors_and_one_that_is_killed_costs_nothing(gpus, tmp_path):
-    task = ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=2)
-    settings = {"group": 2, "rank": 4, "micro_batch": 4, "device": "cpu", "checkpoint_every": 2, "log_every": 2}
-    settings |= {"optimizer": "adam", "lr": 3e-3}  # Muon makes more of rounding, which hangs on a batch's rows under some instruction sets
-    learner = PolicyGradient(samples=600, batch=12, **settings)
-    spec = TrainSpec(task=describe(task), learner=describe(learner), preference=None, seed=3)
-    alone = trained(InProcess(), Store(tmp_path / "alone"), spec)
-    killed = []
+SPEC = TrainSpec(
+    task=describe(ExactTask(alphabet=4, length=3, prompt_count=4, width=32, layers=2)),
+    learner=describe(
+        PolicyGradient(
+            samples=600,
+            batch=12,
+            group=2,
+            rank=4,
+            micro_batch=4,
+            device="cpu",
+            checkpoint_every=2,
+            log_every=2,
+            optimizer="adam",  # Muon makes more of rounding, which hangs on a batch's rows under some instruction sets
+            lr=3e-3,
+        )
+    ),
+    preference=None,
+    seed=3,
+)
 
-    class Killing(RayWorkers):
-        def _dispatch(self):
-            super()._dispatch()
-            if not killed and list((tmp_path / "ray" / ARTIFACTS).glob(".wip-*/checkpoint/*")):
-                killed.extend(called(b"ray::Worker.along"))
-                os.kill(killed[0], signal.SIGKILL)
 
-    together = trained(Killing(Store(tmp_path / "ray"), Ray(cpus_per_job=2, gpus_per_job=2), 1), Store(tmp_path / "ray"), spec)
-    assert killed
+class Losing(RayWorkers):
+    """Once the training has a checkpoint of step 8 or later, `lose` is called; `logged` is what the log has up to that checkpoint."""
+
+    def __init__(self, root, lose):
+        super().__init__(Store(root), Ray(cpus_per_job=1, gpus_per_job=2), 1)
+        self._lose, self.logged = lose, None
+
+    def _dispatch(self):
+        super()._dispatch()
+        work = self._store.root / ARTIFACTS / f".wip-{SPEC.key}"
+        step = max((int(path.name) for path in work.glob("checkpoint/[0-9]*")), default=0)
+        if self.logged is None and step >= 8:
+            self.logged = (work / "train.jsonl").read_bytes().splitlines()[: step // 2]
+            self._lose()
+
+
+def test_a_training_of_two_gpus_is_two_actors_and_one_that_is_killed_costs_nothing(machines, tmp_path):
+    ray.init(address="local", num_cpus=2, num_gpus=2, **MACHINE, **QUIET)
+    alone = trained(InProcess(), Store(tmp_path / "alone"), SPEC)
+    pool = Losing(tmp_path / "ray", lambda: os.kill(called(b"ray::Worker.along")[0], signal.SIGKILL))
+    _as_alone(trained(pool, Store(tmp_path / "ray"), SPEC), alone, pool)
     assert sorted(p.name for p in (tmp_path / "ray" / "logs").glob("ray-*.log")) == ["ray-1-1.log", "ray-1.log", "ray-2-1.log", "ray-2.log"]
+
+
+def test_a_training_that_loses_a_machine_goes_on_with_the_gpu_that_is_left(machines, tmp_path):
+    alone = trained(InProcess(), Store(tmp_path / "alone"), SPEC)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, **MACHINE, "_system_config": SOON})
+    machines.callback(cluster.shutdown)
+    second = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=MACHINE["object_store_memory"])
+    ray.init(address=cluster.address, **QUIET)
+    pool = Losing(tmp_path / "ray", lambda: cluster.remove_node(second, allow_graceful=False))
+    _as_alone(trained(pool, Store(tmp_path / "ray"), SPEC), alone, pool)
+    logs = {path.name for path in (tmp_path / "ray" / "logs").glob("ray-*.log")}
+    assert "ray-1-1.log" in logs, "two actors began"
+    assert f"ray-{pool._started}-1.log" not in logs, "one ended"
+
+
+def _as_alone(together, alone, pool):
     assert together.keys() == alone.keys()
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=0, atol=1e-5)
+    lines = (pool._store.artifact(SPEC.key).path / "train.jsonl").read_bytes().splitlines()
+    assert pool.logged
+    assert lines[: len(pool.logged)] == pool.logged, "with the times of then: what a checkpoint has is not computed again"

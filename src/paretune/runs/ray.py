@@ -250,6 +250,10 @@ class RayWorkers(Pool[_Place]):
         self._rest()
         if not any(worker.ready for worker in self._workers):
             self._look_for_room()
+            # Started before the cluster knew what it has lost: these would wait for GPUs that are gone.
+            waiting = [worker for worker in self._workers if 1 + len(worker.others) != self._size]
+            self._workers = [worker for worker in self._workers if worker not in waiting]
+            self._stop(waiting)
 
     def _returned(self, worker: _Place) -> Iterator[Outcome]:
         ray = _ray()
