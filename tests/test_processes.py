@@ -6,6 +6,7 @@ Two real processes over gloo, forked once for all comparisons. Adam, because Muo
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -266,6 +267,24 @@ def test_launched_processes_publish_once(tmp_path):
     assert together(_launched, job.path) == [None, None]
     assert (tmp_path / "artifacts" / job.key / "DONE").stat().st_mtime_ns == before
     assert any("responses" in line for line in log_of(tmp_path / "artifacts" / job.key))
+
+
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    # --multi_gpu, on a machine without one: with --cpu, accelerate starts one process unless MPI is there
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --gpu_ids 0,1 --num_processes 2 --main_process_port 0".split(),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_peoples_launchers_start_two_processes(launcher, tmp_path):
+    job = jobs.train_job(Store(tmp_path), spec_of(learner := PolicyGradient(**{**ADAM, "micro_batch": None})), learner=learner)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "paretune.launch", str(job.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes do not share the backward" in done.stderr
+    assert Store(tmp_path).published("artifacts") == [job.key]
 
 
 def test_processes_that_see_different_files_are_refused(tmp_path):
