@@ -270,9 +270,9 @@ def test_launched_processes_publish_once(tmp_path):
 
 
 LAUNCHERS = {
-    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2",
     # --multi_gpu, on a machine without one: with --cpu, accelerate starts one process unless MPI is there
-    "accelerate": "-m accelerate.commands.launch --multi_gpu --gpu_ids 0,1 --num_processes 2 --main_process_port 0".split(),
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --gpu_ids 0,1 --num_processes 2 --main_process_port 0",
 }
 
 
@@ -280,7 +280,7 @@ LAUNCHERS = {
 def test_peoples_launchers_start_two_processes(launcher, tmp_path):
     job = jobs.train_job(Store(tmp_path), spec_of(learner := PolicyGradient(**{**ADAM, "micro_batch": None})), learner=learner)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *LAUNCHERS[launcher], "-m", "paretune.launch", str(job.path)]
+    command = [sys.executable, *LAUNCHERS[launcher].split(), "-m", "paretune.launch", str(job.path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "2 processes do not share the backward" in done.stderr

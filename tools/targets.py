@@ -417,7 +417,6 @@ FIGURES = (
         "sum over 10 task seeds",
         "at most",
         0.0,
-        why="Two shared cores had no time for it: `python benchmarks/study.py --run` goes on where it stands.",
     ),
     Figure(
         "relate_without_evidence",
