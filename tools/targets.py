@@ -480,8 +480,8 @@ FIGURES = (
         "mean over 10 task seeds of the worst preference",
         "at least",
         0.92,
-        why="The optimum under its reward model has 0.93 to 0.96 on three development seeds, the policy 0.895 to 0.947: most of what is missing is "
-        "the reward model's, some the policy's. More features, less ridge and every prompt there is gain about 0.01.",
+        why="On three development seeds the optimum under its reward model has 0.93 to 0.96 and the policy 0.895 to 0.947: most of what is "
+        "missing is the reward model's. More features, less ridge and every prompt there is gain about 0.01.",
     ),
     Figure(
         "v2_sampled_worst",
