@@ -277,6 +277,23 @@ def answers() -> str:
     return "\n".join([*lines, *(f"| {label} | {' '.join(made[name][0].split())} |" for name, label in shown.items())]) + "\n"
 
 
+def elicited() -> str:
+    """What `elicit` leaves to be gained after so many answers, by number of objectives, correlation and noise."""
+    made = json.loads((RESULTS / "elicit.json").read_text(encoding="utf-8"))
+    known = {name: re.fullmatch(r"M(\d+) rho (\S+), (\d+)% consistent", name) for name in made["found"]}
+    settings = sorted((match.groups(), name) for name, match in known.items() if match)
+    lines = ["| objectives | correlation | answers that agree | 5 answers | 10 answers | 20 answers | 10 to random pairs | users of each task |"]
+    lines.append("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for (count, rho, agree), name in settings:
+        ours, random = made["found"][name]["ours"], made["found"][name]["random"]["10"]["median"]
+        cells = [f"{ours[asked]['median']:.3f}" for asked in ("5", "20")]
+        ten = "{median:.3f} [{low:.3f}, {high:.3f}]".format(**ours["10"])
+        lines.append(
+            f"| {count} | {minus(f'{float(rho):g}')} | {agree} % | {cells[0]} | {ten} | {cells[1]} | {random:.3f} | {made['users'][name]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def commands() -> str:
     """Every command with its arguments and options, from the application itself."""
     group = typer.main.get_command(app)
@@ -394,6 +411,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "study-claims": study_page.claims,
     "study-table": study_page.table,
     "answers": answers,
+    "elicited": elicited,
     "finding": finding,
     "results": results,
     "groups": groups,
