@@ -282,7 +282,9 @@ def elicited() -> str:
     made = json.loads((RESULTS / "elicit.json").read_text(encoding="utf-8"))
     known = {name: re.fullmatch(r"M(\d+) rho (\S+), (\d+)% consistent", name) for name in made["found"]}
     settings = sorted((match.groups(), name) for name, match in known.items() if match)
-    lines = ["| objectives | correlation | answers that agree | 5 answers | 10 answers | 20 answers | 10 to random pairs | users of each task |"]
+    lines = [
+        "| objectives | correlation | answers that agree | 5 answers | 10 answers | 20 answers | 10 to random pairs | users of each task |"
+    ]
     lines.append("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for (count, rho, agree), name in settings:
         ours, random = made["found"][name]["ours"], made["found"][name]["random"]["10"]["median"]
