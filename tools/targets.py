@@ -498,7 +498,7 @@ FIGURES = (
         "minimum over 3 training seeds, 50 weights",
         "at least",
         0.98,
-        why="`conditioned` settles before it has seen what each preference wants; asked for its own weight it has 0.79 to 0.86. `bridge` has "
+        why="`conditioned` settles before it has seen what each preference wants; at its own weight it has 0.79 to 0.86. `bridge` has "
         "0.867 to 0.926, and twelve trainings chosen by `ols` 0.879 to 0.901. The optimal policies have 0.999.",
     ),
     # Golden data
