@@ -269,6 +269,25 @@ def test_launched_processes_publish_once(tmp_path):
     assert any("responses" in line for line in log_of(tmp_path / "artifacts" / job.key))
 
 
+LEFT = """
+import os, sys
+from pathlib import Path
+from paretune.runs import launch
+launch.launch(Path(sys.argv[1]))
+names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+print("left:", [name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_gloo_is_left_to_abort_a_process_that_ends(tmp_path):
+    """In new processes: what is imported while there is a group would keep it."""
+    job = jobs.train_job(Store(tmp_path), spec_of(learner := PolicyGradient(**ADAM)), learner=learner)
+    (tmp_path / "left.py").write_text(LEFT)
+    done = _by("torchrun", str(tmp_path / "left.py"), str(job.path))
+    assert done.stdout.splitlines() == ["left: []", "left: []"], done.stderr
+
+
 LAUNCHERS = {
     "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2",
     # --multi_gpu, on a machine without one: with --cpu, accelerate starts one process unless MPI is there
@@ -276,12 +295,16 @@ LAUNCHERS = {
 }
 
 
+def _by(launcher, *what):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *LAUNCHERS[launcher].split(), *what]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_peoples_launchers_start_two_processes(launcher, tmp_path):
     job = jobs.train_job(Store(tmp_path), spec_of(learner := PolicyGradient(**{**ADAM, "micro_batch": None})), learner=learner)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *LAUNCHERS[launcher].split(), "-m", "paretune.launch", str(job.path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = _by(launcher, "-m", "paretune.launch", str(job.path))
     assert done.returncode == 0, done.stderr
     assert "2 processes do not share the backward" in done.stderr
     assert Store(tmp_path).published("artifacts") == [job.key]

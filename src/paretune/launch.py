@@ -12,11 +12,4 @@ from paretune.runs.launch import main
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    code = main()
-    if os.environ.get("RANK", "0") == "0":
-        sys.exit(code)
-    # A thread of gloo may still be letting go of the last exchange's tensors. Where it waits for an interpreter that is ending, the process
-    # aborts, and a launcher stops process 0 while it publishes. What others than process 0 leave is on the disk by now.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(main())

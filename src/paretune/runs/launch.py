@@ -25,7 +25,7 @@ from paretune.runs.jobs import Tasks, failure, label_in, read_job, run_job, trai
 from paretune.runs.local import die_with
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.checkpoint import is_finished
-from paretune.training.processes import ENDS_WITHIN, RESUMES, TOGETHER, WITH, joined, last_word, launched
+from paretune.training.processes import ENDS_WITHIN, RESUMES, TOGETHER, WITH, joined, last_word, launched, without_defaults
 from paretune.training.spec import TrainSpec
 
 __all__ = ["launch", "main"]
@@ -95,6 +95,7 @@ def _with_accelerate(path: Path, spec: TrainSpec) -> None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    without_defaults()
     store = Store(path.resolve().parents[2])
     on_cpu = spec.learner.get("device") == "cpu" or not torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -36,7 +36,7 @@ from paretune.files import disk_errors
 
 __all__ = [
     *("ENDS_WITHIN", "RESUMES", "TOGETHER", "WITH", "GradientSum", "Late", "Lost", "Ranks"),
-    *("joined", "last_word", "launched", "ranks", "together"),
+    *("joined", "last_word", "launched", "ranks", "together", "without_defaults"),
 ]
 
 TOGETHER = "a training goes on while all of its processes do"
@@ -266,9 +266,19 @@ def joined(rank: int, size: int, store: Any, *, timeout: float, device: str = "a
             _here.reset(token)
 
 
+def without_defaults() -> None:
+    """Before there is a process group: have torch's functions take None as their default group.
+
+    Those of torch.distributed.nn take the group that there is when they are imported, which torch._dynamo does at some later time. They
+    would keep it, and its threads, when it is destroyed; one that lets go of a tensor while the interpreter ends aborts the process.
+    """
+    import torch.distributed.nn  # noqa: F401
+
+
 @contextlib.contextmanager
 def _started(dist: Any, backend: str, rank: int, size: int, store: Any, timeout: float) -> Iterator[None]:
     """A process group; that others do not come is said like everything else."""
+    without_defaults()
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
