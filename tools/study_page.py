@@ -291,8 +291,9 @@ def picture() -> str:
         length = bars * steps[method] / most
         out.append(f'</g><rect class="b" x="{bar}" y="{y + 5}" width="{length:.1f}" height="{high - 11}"/>')
         out.append(f'<text class="q" x="{bar + length + 4:.0f}" y="{y + 13}">{steps[method]}</text>')
-    few = min(len(row["seeds"]) for rows in part.values() for row in rows.values())
-    note = f"Means over at least {few} task seed{'s' if few > 1 else ''}; exact learner (noisy: sampled). Bars: steps with two objectives."
+    counts = {len(row["seeds"]) for rows in part.values() for row in rows.values()}
+    over = f"{'at least ' * (len(counts) > 1)}{min(counts)} task seed{'s' * (min(counts) > 1)}"
+    note = f"Means over {over}; exact learner (noisy: sampled). Bars: steps with two objectives."
     out.append(f'<text class="q" x="4" y="{height - 10}">{note}</text></svg>')
     return "\n".join(out) + "\n"
 
