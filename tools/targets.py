@@ -528,6 +528,14 @@ FIGURES = (
         0.9,
     ),
     Figure(
+        "vllm_rollouts_minus_embedded",
+        "vllm_rollouts.py",
+        "responses of a conditioned training drawn by vLLM: utility less that with the embedded sampler, at the same samples",
+        "mean over training seeds",
+        "at least",
+        -0.02,
+    ),
+    Figure(
         "served_equal_offline",
         "serving.py",
         "`serve`, 64 clients with 64 preferences: share of responses that are those of `Family.sample`",
