@@ -247,6 +247,31 @@ def test_process_0_says_what_another_did_and_nothing_is_lost(how, kind, said, tm
         assert _apart(tmp_path / "whole", tmp_path / "again") <= SAME
 
 
+def _meet(waits, failing, timeout):
+    """Exchange something after so many seconds, process by process; `failing` raises instead."""
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=timeout) as here:
+        here.shared(None)
+        time.sleep(waits[rank])
+        if rank == failing:
+            _breaks()
+        here.gathered(rank)
+
+
+def test_what_one_of_three_did_is_said_as_it_was():
+    """The second meets the error of the third before process 0 does, and passes it on unchanged."""
+    said = together(_meet, (1.5, 0, 0), 2, 60.0, count=3)[0]
+    assert "found:  process 2: ZeroDivisionError: by zero\n" in said
+
+
+def test_process_0_that_is_late_says_so():
+    """The others give up while it scores or writes; none of them has ended, and to start the training again would not help."""
+    said = together(_meet, (4.0, 0), None, 1.5)[0]
+    assert "processes.Late: " in said
+    assert "a process did not answer in time, seen by process 1 of 2" in said
+    assert "learner.processes_timeout" in said
+
+
 def _launched(path, other=None):
     if other is not None and os.environ["RANK"] == "1":
         here = jobs._installed()

@@ -258,9 +258,9 @@ def joined(rank: int, size: int, store: Any, *, timeout: float, device: str = "a
         try:
             yield here
         except BaseException as error:
-            if not here.first and not isinstance(error, Lost):
-                with contextlib.suppress(RuntimeError):
-                    own.set("failed", json.dumps(_as_record(error, rank)))
+            if not here.first and (isinstance(error, Late) or not isinstance(error, Lost)):
+                with contextlib.suppress(RuntimeError):  # of several the first one, which the others repeat
+                    own.compare_set("failed", "", json.dumps(_as_record(error, rank)))
             raise
         finally:
             _here.reset(token)
@@ -384,10 +384,11 @@ def _as_record(error: BaseException, rank: int) -> dict[str, str]:
     kind, found = type(error).__name__, f"process {rank}: {type(error).__name__}: {error}"
     if not isinstance(error, ParetuneError):
         return {"kind": kind, "rule": TOGETHER, "found": found, "remedy": RESUMES}
-    return {"kind": kind, "rule": error.rule, "found": f"{error.found} (in process {rank})", "remedy": error.remedy}
+    found = error.found if isinstance(error, Late) else f"{error.found} (in process {rank})"  # which says who saw it
+    return {"kind": kind, "rule": error.rule, "found": found, "remedy": error.remedy}
 
 
 def _as_error(record: Mapping[str, str]) -> ParetuneError:
-    kind: Any = getattr(errors, record["kind"], None)
+    kind: Any = Late if record["kind"] == Late.__name__ else getattr(errors, record["kind"], None)
     known = isinstance(kind, type) and issubclass(kind, ParetuneError)
     return (kind if known else TrainingError)(record["rule"], found=record["found"], remedy=record["remedy"])
