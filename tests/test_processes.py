@@ -272,6 +272,21 @@ def test_process_0_that_is_late_says_so():
     assert "learner.processes_timeout" in said
 
 
+def _exchanging(cards):
+    """Whether gradients go from GPU to GPU, where each process sees so many GPUs (which are none)."""
+    mine = cards[int(os.environ["RANK"])]
+    torch.cuda.device_count, torch.cuda.set_device = lambda: mine, lambda device: None
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=20) as here:
+        return here.on_device, here.gathered(rank)
+
+
+def test_a_process_without_a_gpu_has_all_talk_over_gloo():
+    """Such as a machine whose driver is too old for torch: NCCL in one of them would wait for the other."""
+    assert together(_exchanging, (0, 1)) == [(False, [0, 1])] * 2
+
+
 def _launched(path, other=None):
     if other is not None and os.environ["RANK"] == "1":
         here = jobs._installed()
@@ -381,4 +396,4 @@ def test_a_started_process_that_is_killed_is_started_once_more(tmp_path, monkeyp
     learner.train(spec_of(learner), TASK, tmp_path / "whole")
     assert _apart(tmp_path / "whole", tmp_path / "artifacts" / job.key) <= SAME
     assert describe(learner)["version"] == 4
-    assert Path(tmp_path / "logs" / "process-1.log").exists()
+    assert Path(tmp_path / "logs" / f"{job.path.stem}-process-1.log").exists(), "another worker's training has its own"

@@ -251,10 +251,10 @@ def joined(rank: int, size: int, store: Any, *, timeout: float, device: str = "a
     cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if cards:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % cards)
-    backend = "cpu:gloo,cuda:nccl" if cards >= int(os.environ.get("LOCAL_WORLD_SIZE", size)) else "gloo"
-    with _started(dist, backend, rank, size, store, timeout):
-        own = dist.PrefixStore("paretune", store)
-        token = _here.set(here := Ranks(rank, size, own, backend != "gloo"))
+    own = dist.PrefixStore("paretune", store)
+    has_one = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    with _started(dist, has_one, rank, size, own, timeout) as on_device:
+        token = _here.set(here := Ranks(rank, size, own, on_device))
         try:
             yield here
         except BaseException as error:
@@ -267,14 +267,19 @@ def joined(rank: int, size: int, store: Any, *, timeout: float, device: str = "a
 
 
 @contextlib.contextmanager
-def _started(dist: Any, backend: str, rank: int, size: int, store: Any, timeout: float) -> Iterator[None]:
-    """A process group; that others do not come is said like everything else."""
+def _started(dist: Any, has_one: bool, rank: int, size: int, store: Any, timeout: float) -> Iterator[bool]:
+    """A process group, on GPUs where every process has one of its own; that others do not come is said like everything else."""
+    names, limit = [f"has a GPU {other}" for other in range(size)], timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        store.set(names[rank], str(has_one))
+        store.wait(names, limit)
+        on_device = all(store.get(name) == b"True" for name in names)
+        backend = "cpu:gloo,cuda:nccl" if on_device else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         raise Lost(TOGETHER, found=f"process {rank} of {size} does not reach the others: {error}", remedy=RESUMES) from error
     try:
-        yield
+        yield on_device
     finally:
         dist.destroy_process_group()
 
@@ -311,8 +316,8 @@ def together(job: Path, *, count: int, timeout: float, device: str = "auto") -> 
     environment = {**os.environ, **place, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), WITH: str(os.getpid())}
     try:
         for rank in range(1, count):
-            log = job.parents[1] / f"process-{rank}.log"
-            with disk_errors(job.parents[2]), open(log, "wb") as output:
+            log = job.parents[1] / f"{job.stem}-process-{rank}.log"  # several trainings may run side by side
+            with disk_errors(job.parents[2]), open(log, "ab") as output:
                 ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
                 command = [sys.executable, "-P", "-m", "paretune.launch", str(job)]
