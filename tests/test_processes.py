@@ -358,11 +358,17 @@ def test_a_launcher_says_where_the_others_are(capsys, tmp_path, monkeypatch):
     for text in together(_lonely):
         assert "MASTER_ADDR" in text
         assert "start them by torchrun" in text
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: sys.exit("stopped by the launcher"))
+    monkeypatch.setenv("RANK", "0")
+    assert launch.main([str(tmp_path / "none.json")]) == 2
+    assert "a job is a file" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.main([str(tmp_path / "none.json")])
+    assert not capsys.readouterr().err, "process 0 has said it"
     monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
-    for rank, speaks in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
-        assert launch.main([str(tmp_path / "none.json")]) == 2
-        assert bool(capsys.readouterr().err) == speaks
+    assert launch.main([str(tmp_path / "none.json")]) == 2
+    assert "a job is a file" in capsys.readouterr().err, "process 0 has not: the file is on its machine"
 
 
 def test_every_process_has_a_prompt():
