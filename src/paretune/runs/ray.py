@@ -49,6 +49,7 @@ SEEN_WITHIN = 60.0  # seconds after which what one machine wrote is seen by all:
 LOOK_EVERY = 0.3  # seconds that the driver waits for an answer before it looks around; Ctrl-C is heard then
 GONE_WITHIN = 60.0  # seconds in which a worker that Ray has lost ends
 MOST_MEMORY = 1e5  # GiB of one job; Ray counts in units so small that a million GiB overflow and are granted
+SAYS_WITHIN = 5.0  # seconds that the first actor of a job gets to say itself what became of another
 PATIENCE = 60.0  # seconds that the workers of a killed driver get to disappear: ray:// waits 30 of them for a reconnection
 IDLE = 60.0  # seconds after which a worker without work gives its CPUs and GPUs back
 PROGRESS_EVERY = 1.0  # seconds between two questions to all workers how far they are
@@ -289,7 +290,8 @@ class RayWorkers(Pool[_Place]):
             try:
                 ray.get(ray.wait(list(worker.along), num_returns=len(worker.along), timeout=0)[0])
             except ray.exceptions.RayError as gone:
-                yield from self._lost(worker, _last_line(gone))
+                if not ray.wait([worker.call], timeout=SAYS_WITHIN)[0]:
+                    yield from self._lost(worker, _last_line(gone))
 
     def _sees(self, job: Job) -> bool:
         """Whether this machine sees what the job has published."""
