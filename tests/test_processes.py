@@ -23,7 +23,7 @@ from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import jobs, launch
 from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
-from paretune.training import processes
+from paretune.training import checkpoint, processes
 from paretune.training.cost import TIMED, read_cost
 from paretune.training.modpo import Modpo
 from paretune.training.policy_gradient import PolicyGradient
@@ -334,6 +334,27 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
         assert "torch: " in text
         assert "0.1 in process 1" in text
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
+
+
+def _sees_damage(learner, folder):
+    if os.environ["RANK"] == "1":
+        checkpoint.seal_damage = lambda folder, name: ["state.json: damaged"]
+    _share(learner.train, spec_of(learner), TASK, folder)
+
+
+def test_only_process_0_removes_a_checkpoint(tmp_path):
+    """Another one may see an earlier state of a network's file system: the training is refused, and goes on once it sees what is there."""
+    learner = PolicyGradient(**{**ADAM, "checkpoint_every": 1})
+
+    def interrupt(record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.train(spec_of(learner), TASK, tmp_path, progress=interrupt)
+    for text in together(_sees_damage, learner, tmp_path):
+        assert "the processes of a training see the same checkpoint" in text
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["00000001"]
 
 
 def test_passes_that_are_too_few_are_said(tmp_path):

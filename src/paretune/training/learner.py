@@ -382,7 +382,7 @@ def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.o
     state = load_checkpoint(work, key, weights, optimizer) if here.first else None
     step = here.shared(None if state is None else state["step"])
     if not here.first and step is not None:
-        state = load_checkpoint(work, key, weights, optimizer)
+        state = load_checkpoint(work, key, weights, optimizer, removes=False)
     here.agree("checkpoint", {"step": None if state is None else state["step"]})
     here.share(weights)
     run = Run(**(state or {"key": key, **spent}))
