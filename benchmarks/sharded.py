@@ -4,14 +4,14 @@
 
 A random Llama with SmolLM2-135M's layers, 27 of them, and a vocabulary of 8,192 (100 M parameters, float32), saved and read as a recipe
 reads one. One step of `pg` as it is by default, 64 responses in groups of 8 and LoRA of rank 16 on every linear layer but the head; the
-responses have 32 tokens and the prompts 24; activation checkpointing, passes of 8 rows. With `--small`, 16 responses of 8 tokens and rank 4.
+responses have 32 tokens and the prompts 24; activation checkpointing, passes of 8 rows. With `--small`: 16 responses of 8 tokens, rank 4.
 Every case runs in two fresh processes over gloo, one thread each. Each trains a model of one layer first, so that all code is loaded, notes
 the memory that it holds, loads and trains, and reports the highest resident memory beyond that note (Linux: VmHWM, with the pages of files
 that are mapped): until the first step, and from there on.
 
 `sharded_memory` is that of the sharded base as a share of that of the whole one, each the higher of both processes over loading and
-training; it is the larger of two ratios, that of everything and that of training alone. All four numbers of bytes are in the file. Adapters,
-their gradients and moments weigh the same in both cases, so that rank and batch move the ratio: `--small` gives `sharded_memory_small`.
+training; it is the larger of two ratios, that of everything and that of training alone. All four numbers of bytes are in the file. Adapters
+with gradients and moments weigh the same in both cases, so that rank and batch move the ratio: `--small` gives `sharded_memory_small`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import jobs, launch
 from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
-from paretune.training import processes
+from paretune.training import checkpoint, processes
 from paretune.training.cost import TIMED, read_cost
 from paretune.training.modpo import Modpo
 from paretune.training.policy_gradient import PolicyGradient
@@ -247,6 +247,46 @@ def test_process_0_says_what_another_did_and_nothing_is_lost(how, kind, said, tm
         assert _apart(tmp_path / "whole", tmp_path / "again") <= SAME
 
 
+def _meet(waits, failing, timeout):
+    """Exchange something after so many seconds, process by process; `failing` raises instead."""
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=timeout) as here:
+        here.shared(None)
+        time.sleep(waits[rank])
+        if rank == failing:
+            _breaks()
+        here.gathered(rank)
+
+
+def test_what_one_of_three_did_is_said_as_it_was():
+    """The second meets the error of the third before process 0 does, and passes it on unchanged."""
+    said = together(_meet, (1.5, 0, 0), 2, 60.0, count=3)[0]
+    assert "found:  process 2: ZeroDivisionError: by zero\n" in said
+
+
+def test_process_0_that_is_late_says_so():
+    """The others give up while it scores or writes; none of them has ended, and to start the training again would not help."""
+    said = together(_meet, (4.0, 0), None, 1.5)[0]
+    assert "processes.Late: " in said
+    assert "a process did not answer in time, seen by process 1 of 2" in said
+    assert "learner.processes_timeout" in said
+
+
+def _exchanging(cards):
+    """Whether gradients go from GPU to GPU, where each process sees so many GPUs (which are none)."""
+    mine = cards[int(os.environ["RANK"])]
+    torch.cuda.device_count, torch.cuda.set_device = lambda: mine, lambda device: None
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    store, rank, size = launched()
+    with joined(rank, size, store, timeout=20) as here:
+        return here.on_device, here.gathered(rank)
+
+
+def test_a_process_without_a_gpu_has_all_talk_over_gloo():
+    """Such as a machine whose driver is too old for torch: NCCL in one of them would wait for the other."""
+    assert together(_exchanging, (0, 1)) == [(False, [0, 1])] * 2
+
+
 def _launched(path, other=None):
     if other is not None and os.environ["RANK"] == "1":
         here = jobs._installed()
@@ -319,6 +359,27 @@ def test_processes_that_see_different_files_are_refused(tmp_path):
     assert "files and packages" in Store(tmp_path).failures("artifacts")[job.key]["message"]
 
 
+def _sees_damage(learner, folder):
+    if os.environ["RANK"] == "1":
+        checkpoint.seal_damage = lambda folder, name: ["state.json: damaged"]
+    _share(learner.train, spec_of(learner), TASK, folder)
+
+
+def test_only_process_0_removes_a_checkpoint(tmp_path):
+    """Another one may see an earlier state of a network's file system: the training is refused, and goes on once it sees what is there."""
+    learner = PolicyGradient(**{**ADAM, "checkpoint_every": 1})
+
+    def interrupt(record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.train(spec_of(learner), TASK, tmp_path, progress=interrupt)
+    for text in together(_sees_damage, learner, tmp_path):
+        assert "the processes of a training see the same checkpoint" in text
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["00000001"]
+
+
 def test_passes_that_are_too_few_are_said(tmp_path):
     learner = PolicyGradient(**{**ADAM, "micro_batch": 8})
     token = processes._here.set(processes.Ranks(0, 3))
@@ -341,11 +402,17 @@ def test_a_launcher_says_where_the_others_are(capsys, tmp_path, monkeypatch):
     for text in together(_lonely):
         assert "MASTER_ADDR" in text
         assert "start them by torchrun" in text
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: sys.exit("stopped by the launcher"))
+    monkeypatch.setenv("RANK", "0")
+    assert launch.main([str(tmp_path / "none.json")]) == 2
+    assert "a job is a file" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.main([str(tmp_path / "none.json")])
+    assert not capsys.readouterr().err, "process 0 has said it"
     monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
-    for rank, speaks in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
-        assert launch.main([str(tmp_path / "none.json")]) == 2
-        assert bool(capsys.readouterr().err) == speaks
+    assert launch.main([str(tmp_path / "none.json")]) == 2
+    assert "a job is a file" in capsys.readouterr().err, "process 0 has not: the file is on its machine"
 
 
 def test_every_process_has_a_prompt():
@@ -379,4 +446,4 @@ def test_a_started_process_that_is_killed_is_started_once_more(tmp_path, monkeyp
     learner.train(spec_of(learner), TASK, tmp_path / "whole")
     assert _apart(tmp_path / "whole", tmp_path / "artifacts" / job.key) <= SAME
     assert describe(learner)["version"] == 4
-    assert Path(tmp_path / "logs" / "process-1.log").exists()
+    assert Path(tmp_path / "logs" / f"{job.path.stem}-process-1.log").exists(), "another worker's training has its own"

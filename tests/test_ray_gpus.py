@@ -1,10 +1,12 @@
 """Jobs of several GPUs on Ray: actors with one each train together. GPUs are Ray's word for them here; there are none."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from paretune.registry import describe
 from paretune.runs.jobs import train_job
 from paretune.runs.pool import InProcess
-from paretune.runs.ray import Ray, RayWorkers
+from paretune.runs.ray import Ray, RayWorkers, _shared
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.policy_gradient import PolicyGradient
@@ -119,6 +121,39 @@ def test_a_training_that_loses_a_machine_goes_on_with_the_gpu_that_is_left(machi
     logs = {path.name for path in (tmp_path / "ray" / "logs").glob("ray-*.log")}
     assert "ray-1-1.log" in logs, "two actors began"
     assert f"ray-{pool._started}-1.log" not in logs, "one ended"
+
+
+class Lonely(RayWorkers):
+    """The actor that trains along with the first is killed as soon as it is asked to; `waited` is how long the driver took to see it."""
+
+    def __init__(self, root):
+        super().__init__(Store(root), Ray(cpus_per_job=1, gpus_per_job=2), 1)
+        self._killed, self.waited = None, None
+
+    def _give(self, worker, job):
+        super()._give(worker, job)
+        if self._killed is None:
+            self._killed = time.monotonic()
+            ray.kill(worker.others[0])
+
+    def _lost(self, worker, how):
+        self.waited = time.monotonic() - self._killed
+        yield from super()._lost(worker, how)
+
+
+def test_an_actor_that_ends_before_it_meets_the_first_is_not_waited_for(machines, tmp_path):
+    """The first would wait for half an hour, and the driver for it."""
+    ray.init(address="local", num_cpus=2, num_gpus=2, **MACHINE, **QUIET)
+    pool = Lonely(tmp_path)
+    trained(pool, Store(tmp_path), SPEC)
+    assert pool.waited < 60
+
+
+def test_a_training_on_unlabelled_prompts_is_one_process(tmp_path):
+    """As learner.processes says of it; on Ray the number of GPUs says how many there are, and nobody else asks."""
+    for more, alone in (({}, False), ({"unlabelled": 8, "scored": 12}, True)):
+        spec = dataclasses.replace(SPEC, learner={**SPEC.learner, **more})
+        assert (_shared(str(train_job(Store(tmp_path), spec).path)) is None) == alone
 
 
 def _as_alone(together, alone, pool):

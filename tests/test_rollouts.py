@@ -19,7 +19,7 @@ from paretune.policy.rollout import generate
 from paretune.policy.scoring import token_logp
 from paretune.registry import LEARNERS, describe, unkeyed
 from paretune.tasks.exact.task import ExactTask
-from paretune.training import rollouts
+from paretune.training import processes, rollouts
 from paretune.training.batch import draw_step
 from paretune.training.cost import TIMED
 from paretune.training.distill import Distillation
@@ -196,6 +196,12 @@ def test_what_vllm_cannot_draw_is_refused_before_anything_is_trained():
         learner = by(server)
         message(lambda: learner.accept(spec_of(learner, None, rule={"name": "router", "experts": 2})), "plain LoRAs", "'routed'")
     message(lambda: Modpo(rollouts="vllm"), "losses that weigh responses")
+    own = PolicyGradient(**SMALL, rollouts="vllm")
+    token = processes._here.set(processes.Ranks(0, 2))  # by torchrun or Ray, whatever learner.processes says
+    try:
+        message(lambda: own.accept(spec_of(own)), "share one vLLM server", "no rollouts_url")
+    finally:
+        processes._here.reset(token)
     message(lambda: LEARNERS.build({"name": "pg", "rollouts": "sglang"}), "rollouts")
     for url in ("not an address", "ftp://a/", "http://"):
         learner = PolicyGradient(**SMALL, rollouts="vllm", rollouts_url=url)
@@ -330,7 +336,7 @@ def test_a_server_that_the_training_starts_is_started_again_after_kill_9(tmp_pat
 
     learner.train(spec, TASK, tmp_path / "killed", progress=kill)
     assert (tmp_path / "starts").read_text().splitlines() == ["started"] * 2
-    server.end()
+    assert server.process is None, "the next training of this process needs its GPU"
     with VllmServer(TASK.load) as other:
         by(other).train(spec, TASK, tmp_path / "whole")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")

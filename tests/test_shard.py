@@ -1,6 +1,8 @@
 """A base whose weights are split over two processes computes what one that is whole computes: tokens, log-probabilities, gradients."""
 
 import contextlib
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -27,6 +29,7 @@ from paretune.runs.store import Store
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.pretrained import load_pretrained, loaded_in_shares
+from paretune.training import embedded
 from paretune.training.policy_gradient import PolicyGradient
 from paretune.training.processes import joined, launched
 from paretune.training.spec import TrainSpec
@@ -159,6 +162,19 @@ def test_a_training_on_a_sharded_base_is_that_on_a_whole_one(tmp_path):
             for key, value in one.items():
                 torch.testing.assert_close(other[key], value, rtol=0, atol=1e-5)
             assert any(float(value.abs().max()) > 1e-3 for key, value in one.items() if "lora_B" in key)
+
+
+def dies_while_it_loads(folder):
+    if os.environ["RANK"] == "1":
+        embedded.check_cast = lambda model, dtype: os.kill(os.getpid(), signal.SIGKILL)
+    trained(folder, {"one": ({"shard": True}, {"preference": (0.5, 0.5)})})
+
+
+def test_a_process_that_is_killed_while_it_loads_its_share_is_said_to_be(tmp_path):
+    """Memory is short there if anywhere; as `Lost`, the training starts once more."""
+    said = together(dies_while_it_loads, tmp_path)[0]
+    assert "processes.Lost: a training goes on while all of its processes do" in said
+    assert "a process has ended, seen by process 0 of 2" in said
 
 
 def test_a_base_is_sharded_over_several_processes():

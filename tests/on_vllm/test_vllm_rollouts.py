@@ -5,12 +5,14 @@ PARETUNE_KILLS says how often it is killed, twice by default.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 from dataclasses import dataclass
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -64,16 +66,24 @@ def task(tmp_path_factory):
 
 
 def trained(task, folder):
-    """A conditioned training, two adapters, whose server is its own."""
+    """The server of a conditioned training, two adapters, and the policies that it had at the last step: it ends with the training."""
     learner = PolicyGradient(**SETTINGS, rollouts="vllm", rollouts_args=OPTIONS)
     spec = TrainSpec(task=describe(task), learner=describe(learner), preference=None, seed=5)
     server = rollouts.server_at(None, spec.key[:16], OPTIONS)
-    learner.train(spec, task, folder)
-    return server
+    names = []
+
+    def ask(record):
+        if record["step"] == record["steps"] and server.process.poll() is None:
+            with contextlib.suppress(httpx2.HTTPError):
+                names.extend(one["id"] for one in httpx2.get(server.url + "/v1/models", timeout=30).json()["data"] if one["parent"])
+
+    learner.train(spec, task, folder, progress=ask)
+    assert server.process is None
+    return server, names
 
 
 def test_kill_9_of_the_server_at_random_instants_changes_nothing(task, tmp_path):
-    server = trained(task, tmp_path / "whole")
+    server, names = trained(task, tmp_path / "whole")
     whole = [load_file(tmp_path / "whole" / f"adapter-{k}" / "adapter_model.safetensors") for k in range(2)]
     records = log_of(tmp_path / "whole")
     assert len(records) == 8
@@ -82,9 +92,6 @@ def test_kill_9_of_the_server_at_random_instants_changes_nothing(task, tmp_path)
         assert record["truncated"] == 0
         assert abs(record["weight"] - 1) < 1e-3
     assert max(float(t.abs().max()) for one in whole for name, t in one.items() if "lora_B" in name) > 1e-3  # else nothing was trained
-    import httpx2
-
-    names = [one["id"] for one in httpx2.get(server.url + "/v1/models", timeout=30).json()["data"] if one["parent"]]
     assert len(names) == 1  # earlier policies are gone
 
     rng, kills, runs = generator(0, "kills"), 0, 0
@@ -112,4 +119,3 @@ def test_kill_9_of_the_server_at_random_instants_changes_nothing(task, tmp_path)
                 torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
         print(f"run {runs}: {len(done)} kills, {kills} in all", flush=True)
         runs += 1
-    server.end()

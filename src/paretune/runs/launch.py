@@ -132,17 +132,19 @@ def _read(path: Path) -> tuple[dict[str, Any], TrainSpec]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 where the training failed, 2 where the request is wrong. Process 0 says what is wrong, for all."""
+    """The exit code: 0, 1 where the training failed, 2 where the request is wrong. Process 0 says what is wrong, for all.
+
+    Another one says it where process 0 has not: that the job's file is on the first machine only, nobody else knows.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if len(given) != 1:
             raise ConfigError("launch takes one job file", found=" ".join(given) or "nothing", remedy="see docs/scale.md and docs/trl.md")
         launch(Path(given[0]))
     except ParetuneError as error:
-        if os.environ.get("RANK", "0") == "0" or WITH in os.environ:
-            print(error, file=sys.stderr)
-        else:
-            time.sleep(ENDS_WITHIN)  # or less: a launcher that sees one end stops the others, before process 0 has spoken
+        if os.environ.get("RANK", "0") != "0" and WITH not in os.environ:
+            time.sleep(ENDS_WITHIN)  # or less: process 0 speaks and ends, and a launcher that sees it stops the others
+        print(error, file=sys.stderr)
         return error.exit_code
     return 0
 

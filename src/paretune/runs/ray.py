@@ -49,6 +49,7 @@ SEEN_WITHIN = 60.0  # seconds after which what one machine wrote is seen by all:
 LOOK_EVERY = 0.3  # seconds that the driver waits for an answer before it looks around; Ctrl-C is heard then
 GONE_WITHIN = 60.0  # seconds in which a worker that Ray has lost ends
 MOST_MEMORY = 1e5  # GiB of one job; Ray counts in units so small that a million GiB overflow and are granted
+SAYS_WITHIN = 5.0  # seconds that the first actor of a job gets to say itself what became of another
 PATIENCE = 60.0  # seconds that the workers of a killed driver get to disappear: ray:// waits 30 of them for a reconnection
 IDLE = 60.0  # seconds after which a worker without work gives its CPUs and GPUs back
 PROGRESS_EVERY = 1.0  # seconds between two questions to all workers how far they are
@@ -245,6 +246,7 @@ class RayWorkers(Pool[_Place]):
         calls = {worker.call: worker for worker in self._workers if worker.call is not None}
         for call in _answered(list(calls)):
             yield from self._returned(calls[call])
+        yield from self._left_alone()
         yield from self._published()
         self._ask()
         self._rest()
@@ -261,7 +263,7 @@ class RayWorkers(Pool[_Place]):
         try:
             answer = ray.get(call)
         except ray.exceptions.RayError as gone:
-            how = str(gone).strip().rpartition("\n")[2][:240]
+            how = _last_line(gone)
             yield from self._lost(worker, how)
             if not worker.ready:
                 self._not_begun(how)
@@ -280,6 +282,16 @@ class RayWorkers(Pool[_Place]):
             self._unseen.append((outcome, time.monotonic() + SEEN_WITHIN))
         else:
             yield outcome
+
+    def _left_alone(self) -> Iterator[Outcome]:
+        """Of a worker whose first actor waits for another one that has ended, or cannot come; it would wait for `processes_timeout`."""
+        ray = _ray()
+        for worker in [worker for worker in self._workers if worker.job is not None and worker.along]:
+            try:
+                ray.get(ray.wait(list(worker.along), num_returns=len(worker.along), timeout=0)[0])
+            except ray.exceptions.RayError as gone:
+                if not ray.wait([worker.call], timeout=SAYS_WITHIN)[0]:
+                    yield from self._lost(worker, _last_line(gone))
 
     def _sees(self, job: Job) -> bool:
         """Whether this machine sees what the job has published."""
@@ -356,6 +368,10 @@ def _ray() -> Any:
     import ray
 
     return ray
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2][:240]
 
 
 def _together(share: Mapping[str, float], count: int) -> Any:
@@ -518,16 +534,20 @@ class Remote:
             return {"error": failure(error, label=Path(path).stem), "full": False}
 
     def along(self, path: str, rank: int, size: int, meets: Callable[[], tuple[str, str, int] | None]) -> None:
-        """Train along with the first actor; what goes wrong is told to it, and the log has it."""
+        """Train along with the first actor. What goes wrong once they have met is told to it; what keeps them from it is raised."""
         if not _shared(path):
             return
         while (place := meets()) is None or place[0] != path:
             time.sleep(0.1)
+        met = False
         try:
             with self._joined(path, rank, size, place):
+                met = True
                 train_along(Path(path))
-        except (ParetuneError, OSError, RuntimeError) as error:
+        except Exception as error:
             print(error, flush=True)
+            if not met:
+                raise
 
     @contextlib.contextmanager
     def _joined(self, path: str, rank: int, size: int, place: tuple[str, str, int] | None) -> Iterator[None]:
@@ -556,7 +576,8 @@ def _shared(path: str) -> Any:
     job = read_job(Path(path))
     settings = {**job["spec"].get("learner", {}), **job.get("unkeyed", {})}
     learner: Any = LEARNERS.build(settings) if job["kind"] == TRAIN else None
-    return learner if getattr(learner, "in_processes", "") == "torch" else None
+    alone = getattr(learner, "in_processes", "") != "torch" or getattr(learner, "unlabelled", 0)
+    return None if alone else learner
 
 
 def _alone(handle: IO[str], path: str) -> None:

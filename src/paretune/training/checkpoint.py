@@ -82,9 +82,12 @@ def save_checkpoint(
                 remove(other)
 
 
-def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_checkpoint(
+    work: Path, key: str, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, *, removes: bool = True
+) -> dict[str, Any] | None:
     """Put the newest whole checkpoint into `parameters` and `optimizer` and return its state; None where there is none.
 
+    A damaged one is removed, unless this process is one of several that only read (`removes`).
     Raises TrainingError for a checkpoint of another training (`state["key"]` is not `key`).
     """
     from safetensors.torch import load_file
@@ -98,7 +101,8 @@ def load_checkpoint(work: Path, key: str, parameters: Sequence[Tensor], optimize
             problems = log_damage(work, state["log"])
         if not problems:
             break
-        discard(found, problems)
+        if removes:
+            discard(found, problems)
     else:
         return None
     kept = [tensors.pop(f"{i}.kept").to(parameter.device) for i, parameter in enumerate(parameters) if f"{i}.kept" in tensors]

@@ -47,7 +47,7 @@ from paretune.training.learner import (
 )
 from paretune.training.modelled import RewardModel, Scored, Unlabelled, sampled
 from paretune.training.processes import GradientSum, ranks
-from paretune.training.rollouts import check_mixing, server_at, weighed
+from paretune.training.rollouts import VllmServer, check_mixing, server_at, weighed
 from paretune.training.spec import TrainSpec
 from paretune.training.validation import charge, look, respond
 from paretune.training.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
@@ -137,13 +137,16 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     def accept(self, spec: TrainSpec) -> None:
         if self.rollouts is not None:
             check_mixing("parameter" if spec.rule is None else GATE_RULES.build(spec.rule).mixing)
-            if self.rollouts_url is None and self.processes > 1:
+            if self.rollouts_url is None and max(self.processes, ranks().size) > 1:
                 found, remedy = "no rollouts_url", "start it as docs/scale.md says, and give all processes its rollouts_url"
                 raise ConfigError("the processes of one training share one vLLM server", found=found, remedy=remedy)
 
     def draws(self, spec: TrainSpec) -> Draws | None:
         """Who draws the responses of a training; None: this process."""
-        return None if self.rollouts is None else server_at(self.rollouts_url, spec.key[:16], self.rollouts_args).generate
+        return None if self.rollouts is None else self._server(spec).generate
+
+    def _server(self, spec: TrainSpec) -> VllmServer:
+        return server_at(self.rollouts_url, spec.key[:16], self.rollouts_args)
 
     def drawn(self, policy: Policy, task: Task, spec: TrainSpec, step: int) -> Responses:
         """The responses of one step; those that another engine drew are scored here, and weighed."""
@@ -191,7 +194,11 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
             note(
                 f"a pass has {rows} of {self.batch} rows: {here.size} processes do not share the backward; set micro_batch or micro_tokens"
             )
-        return run_loop(self, spec, task, work, parents, progress)
+        try:
+            return run_loop(self, spec, task, work, parents, progress)
+        finally:
+            if self.rollouts is not None:
+                self._server(spec).end()
 
     def combine(self, spec: TrainSpec) -> Combine:
         """How the training combines its objectives under this learner."""

@@ -338,7 +338,7 @@ def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any
     if here.shared(here.first and is_finished(work)):  # by a process that was killed before it could publish
         return read_cost(work) if here.first else Cost()
     learner.accept(spec)
-    with contextlib.nullcontext() if getattr(learner, "shard", False) else here.in_turn():  # what is sharded is loaded by all at once
+    with here.gathering() if getattr(learner, "shard", False) else here.in_turn():  # what is sharded is loaded by all at once
         policy = learner.start(spec, task, parents or {})
     began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
     weights = policy.parameters()
@@ -382,7 +382,7 @@ def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.o
     state = load_checkpoint(work, key, weights, optimizer) if here.first else None
     step = here.shared(None if state is None else state["step"])
     if not here.first and step is not None:
-        state = load_checkpoint(work, key, weights, optimizer)
+        state = load_checkpoint(work, key, weights, optimizer, removes=False)
     here.agree("checkpoint", {"step": None if state is None else state["step"]})
     here.share(weights)
     run = Run(**(state or {"key": key, **spent}))

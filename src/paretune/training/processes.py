@@ -251,16 +251,16 @@ def joined(rank: int, size: int, store: Any, *, timeout: float, device: str = "a
     cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if cards:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % cards)
-    backend = "cpu:gloo,cuda:nccl" if cards >= int(os.environ.get("LOCAL_WORLD_SIZE", size)) else "gloo"
-    with _started(dist, backend, rank, size, store, timeout):
-        own = dist.PrefixStore("paretune", store)
-        token = _here.set(here := Ranks(rank, size, own, backend != "gloo"))
+    own = dist.PrefixStore("paretune", store)
+    has_one = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    with _started(dist, has_one, rank, size, own, timeout) as on_device:
+        token = _here.set(here := Ranks(rank, size, own, on_device))
         try:
             yield here
         except BaseException as error:
-            if not here.first and not isinstance(error, Lost):
-                with contextlib.suppress(RuntimeError):
-                    own.set("failed", json.dumps(_as_record(error, rank)))
+            if not here.first and (isinstance(error, Late) or not isinstance(error, Lost)):
+                with contextlib.suppress(RuntimeError):  # of several the first one, which the others repeat
+                    own.compare_set("failed", "", json.dumps(_as_record(error, rank)))
             raise
         finally:
             _here.reset(token)
@@ -276,15 +276,20 @@ def without_defaults() -> None:
 
 
 @contextlib.contextmanager
-def _started(dist: Any, backend: str, rank: int, size: int, store: Any, timeout: float) -> Iterator[None]:
-    """A process group; that others do not come is said like everything else."""
+def _started(dist: Any, has_one: bool, rank: int, size: int, store: Any, timeout: float) -> Iterator[bool]:
+    """A process group, on GPUs where every process has one of its own; that others do not come is said like everything else."""
     without_defaults()
+    names, limit = [f"has a GPU {other}" for other in range(size)], timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        store.set(names[rank], str(has_one))
+        store.wait(names, limit)
+        on_device = all(store.get(name) == b"True" for name in names)
+        backend = "cpu:gloo,cuda:nccl" if on_device else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         raise Lost(TOGETHER, found=f"process {rank} of {size} does not reach the others: {error}", remedy=RESUMES) from error
     try:
-        yield
+        yield on_device
     finally:
         dist.destroy_process_group()
 
@@ -321,8 +326,8 @@ def together(job: Path, *, count: int, timeout: float, device: str = "auto") -> 
     environment = {**os.environ, **place, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), WITH: str(os.getpid())}
     try:
         for rank in range(1, count):
-            log = job.parents[1] / f"process-{rank}.log"
-            with disk_errors(job.parents[2]), open(log, "wb") as output:
+            log = job.parents[1] / f"{job.stem}-process-{rank}.log"  # several trainings may run side by side
+            with disk_errors(job.parents[2]), open(log, "ab") as output:
                 ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
                 command = [sys.executable, "-P", "-m", "paretune.launch", str(job)]
@@ -394,10 +399,11 @@ def _as_record(error: BaseException, rank: int) -> dict[str, str]:
     kind, found = type(error).__name__, f"process {rank}: {type(error).__name__}: {error}"
     if not isinstance(error, ParetuneError):
         return {"kind": kind, "rule": TOGETHER, "found": found, "remedy": RESUMES}
-    return {"kind": kind, "rule": error.rule, "found": f"{error.found} (in process {rank})", "remedy": error.remedy}
+    found = error.found if isinstance(error, Late) else f"{error.found} (in process {rank})"  # which says who saw it
+    return {"kind": kind, "rule": error.rule, "found": found, "remedy": error.remedy}
 
 
 def _as_error(record: Mapping[str, str]) -> ParetuneError:
-    kind: Any = getattr(errors, record["kind"], None)
+    kind: Any = Late if record["kind"] == Late.__name__ else getattr(errors, record["kind"], None)
     known = isinstance(kind, type) and issubclass(kind, ParetuneError)
     return (kind if known else TrainingError)(record["rule"], found=record["found"], remedy=record["remedy"])

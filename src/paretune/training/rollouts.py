@@ -150,6 +150,9 @@ class VllmServer:
     def _ensure(self, policy: Policy) -> None:
         """Nothing: who started the server sees to it."""
 
+    def end(self) -> None:
+        """Nothing: who started the server ends it."""
+
     @property
     def _wait(self) -> float:
         return WAIT
@@ -176,7 +179,10 @@ class VllmServer:
 
 
 class OwnServer(VllmServer):
-    """A server that the training starts beside it, on the same machine, with `options` of vLLM; it ends with this process."""
+    """A server that the training starts beside it, on the same machine, with `options` of vLLM.
+
+    It ends with the training, because the next one in this process starts its own, on the same GPU; at the latest with this process.
+    """
 
     def __init__(self, owner: str, options: str):
         with socket.socket() as free:
@@ -220,7 +226,8 @@ class OwnServer(VllmServer):
         return START
 
     def end(self) -> None:
-        """End the server and what it has started."""
+        """End the server and what it has started; the next draw starts it again."""
+        self._known, self._pushed = False, ""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
