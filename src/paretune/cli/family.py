@@ -30,7 +30,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.cli.places import find_family
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, nearest
 from paretune.files import check_new
 from paretune.hub import check_push
 from paretune.hub import push as to_hub
@@ -207,9 +207,12 @@ def export(
         check_push(push)
     elif public:
         raise ConfigError("--public goes with --push", found="no --push", remedy="add --push OWNER/NAME, or leave --public out")
-    from paretune.serve.export import check_request
+    from paretune.serve.export import KINDS, check_request
     from paretune.serve.export import export as write
 
+    if kind not in KINDS:
+        known = (*KINDS, "gguf")
+        raise ConfigError(f"a kind of export is one of {', '.join(known)}", found=repr(kind), remedy=nearest(kind, known))
     check_request(out, kind, dtype, license_)
     from paretune.policy.family import Family
 
