@@ -560,6 +560,13 @@ def test_a_dry_run_of_a_suite_counts_later_waves(tmp_path):
     assert "48 samples and at most 384 tokens" in planned.text()
 
 
+def test_a_dry_run_of_a_plan_that_is_refused_has_the_exit_code_of_the_run(tmp_path):
+    write_recipe(tmp_path, tiny_model(), learner=SHORT, terms={"constraints": {"brief": 0.3}})
+    (tmp_path / "suite.yaml").write_text("name: s\ntasks: [{recipe: recipe.yaml}]\nmethods: [bridge]\nseeds: [0]\nsamples: 4\n")
+    made = run("bench", tmp_path / "suite.yaml", "--dry-run", "--root", tmp_path / "runs", code=1)
+    assert "follows one preference" in made.stdout
+
+
 def test_the_command_that_fit_suggests_asks_a_prompt_of_the_recipe(fitted):
     recipe, _ = fitted
     line = run("fit", recipe, "--samples", 0).stdout.splitlines()[-1]
