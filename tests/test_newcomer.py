@@ -316,6 +316,16 @@ def test_preview_says_all_mistakes_at_once_with_their_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "prompts", [{"validation": -1}, {"unlabelled": 3}, {"validation": 0.2}, {"unlabelled": "other.jsonl"}, {"system": "x"}]
+)
+def test_one_mistake_is_told_once(tmp_path, prompts):
+    """With its line and without were two."""
+    write_lines(tmp_path / "other.jsonl", [{"prompt": [{"role": "user", "content": "where is it?"}]}])
+    (error,) = mistakes(write_recipe(tmp_path, tiny_model(), prompts={"path": "prompts.jsonl", **prompts}))
+    assert "recipe.yaml, line" in error.found
+
+
+@pytest.mark.parametrize(
     ("changes", "rules"),
     [
         ({"learner": SHORT}, []),

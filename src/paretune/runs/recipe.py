@@ -336,8 +336,14 @@ class _Found:
         return None
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, ConfigError) and str(error) not in map(str, self.errors):
-            self.errors.append(error)
+        if isinstance(error, ConfigError):
+            for place, known in enumerate(self.errors):  # the same one may say where it is, or not
+                short, long = sorted((known, error), key=lambda one: len(one.found))
+                if (known.rule, known.remedy) == (error.rule, error.remedy) and long.found.startswith(short.found):
+                    self.errors[place] = long
+                    break
+            else:
+                self.errors.append(error)
         return isinstance(error, ConfigError)
 
 
@@ -420,8 +426,7 @@ def _look_at_values(document: config.Document, found: _Found) -> None:
     columns: tuple[str, ...] | None = None
     if given["prompts"]:
         with found, document.at("prompts"):
-            source = checked("prompts", PromptSource, given["prompts"])
-            columns = source.columns
+            columns = _build_task(document, {**STAND_IN, "prompt_source": given["prompts"]}, parts=False).prompt_source.columns
     if columns is None:
         return
     for key, place, spec in good:
