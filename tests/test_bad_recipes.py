@@ -263,6 +263,14 @@ def test_prompt_files_that_are_wrong(tiny, tmp_path, name, data, rule, found):
     assert found in error.found
 
 
+@pytest.mark.parametrize("key", ["test", "validation", "unlabelled"])
+def test_texts_in_one_file_and_messages_in_another(tiny, tmp_path, key):
+    write_lines(tmp_path / "other.jsonl", [{"prompt": [{"role": "user", "content": "where is it?"}], "answer": "1"}])
+    error = refused(write_recipe(tmp_path, tiny, prompts={"path": "prompts.jsonl", key: "other.jsonl"}))
+    assert error.rule == "the prompts are all texts or all lists of messages"
+    assert f"train, test{'' if key == 'test' else f', {key}'}" in error.found
+
+
 def test_a_missing_column_is_told_its_nearest_name(tiny, tmp_path):
     write_lines(tmp_path / "p.jsonl", [{"prompts": "a"}])
     assert "did you mean 'prompts'?" in refused(write_recipe(tmp_path, tiny, prompts="p.jsonl")).remedy

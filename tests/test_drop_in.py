@@ -345,6 +345,31 @@ def test_the_utility_that_is_logged_is_what_the_training_climbs(fields, measured
         assert found == pytest.approx(measured)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"low": (2, 0)}, r"(?s)low is below high.*length: low 2, high 1"),
+        ({"high": (3, float("nan"))}, "high is a finite number"),
+        ({"low": ("none", 0)}, "low is as declared"),
+        ({"low": 0}, "low is as declared"),
+        ({"beta": float("nan")}, "beta is a finite number"),
+        ({"beta": -0.1}, "beta is as declared"),
+        ({"group": "four"}, "group is as declared"),
+        ({"max_unscored": 2}, "max_unscored is as declared"),
+    ],
+)
+def test_numbers_of_a_drop_in_that_are_none_are_refused(given, message):
+    """A range that is none made gated rewards, prices and log_product wrong without a word."""
+    with pytest.raises(ConfigError, match=message):
+        MultiObjectiveReward([length, share], W, **{"group": GROUP, **given})
+
+
+def test_numbers_of_a_drop_in_may_be_numpys():
+    given = {"low": np.array([0, 0]), "high": [np.int64(3), 1.0], "beta": np.float32(0.5), "max_unscored": np.float64(0.5)}
+    reward = MultiObjectiveReward([length, share], np.array(W), group=np.int64(GROUP), **given)
+    assert (reward.group, reward.beta, reward.objectives.low, reward.objectives.high) == (GROUP, 0.5, (0.0, 0.0), (3.0, 1.0))
+
+
 def test_what_nobody_scored_has_no_utility():
     reward = MultiObjectiveReward({"a": length, "b": lambda completions, **_: [None] * len(completions)}, W, group=GROUP)
     asking = Asking(SimpleNamespace(**reward.settings()), training=False)

@@ -135,6 +135,13 @@ def test_a_pool_without_two_responses_that_differ_is_refused(pool, prompts):
         Elicitation(pool, prompts)
 
 
+def test_an_objective_that_never_differs_is_refused():
+    """Its weight is what no answer says: it was told as .72 to somebody who had asked for none of it in eight answers."""
+    pool = np.stack([POOL[:, 0], 0.1 * PROMPTS], axis=1)  # it differs between prompts, and questions are about one
+    with pytest.raises(ConfigError, match=r"(?s)rewards differ.*equal rewards of objective 2 of 2"):
+        Elicitation(pool, PROMPTS)
+
+
 @pytest.mark.parametrize("chosen", [2, -2, 17])
 def test_an_answer_that_is_no_option_is_refused_and_changes_nothing(chosen):
     asked = Elicitation(POOL, PROMPTS)

@@ -77,6 +77,13 @@ def test_without_the_package_it_says_what_to_install(made, tmp_path, monkeypatch
         export_gguf(made[0], tmp_path / "out", "polite=1")
 
 
+def test_a_kind_of_export_that_there_is_not_is_told_all_three(made, tmp_path):
+    told = CliRunner().invoke(app, ["export", str(made[0]), "--preference", "polite=1", "--as", "ggml", "--out", str(tmp_path / "out")])
+    assert told.exit_code == 2
+    assert "one of merged, adapter, gguf" in told.output
+    assert "did you mean 'gguf'?" in told.output
+
+
 @pytest.mark.parametrize("option", [("--dtype", "bfloat16"), ("--license", "mit"), ("--push", "me/brief"), ("--public",)])
 def test_what_such_files_do_not_have_is_refused(made, tmp_path, option):
     command = ["export", str(made[0]), "--preference", "polite=1", "--as", "gguf", "--out", str(tmp_path / "out"), *option]

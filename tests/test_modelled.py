@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner_cases import SMALL, killed, log_of, spec_of, weights
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, RewardError
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.returns import ExactReturns
@@ -188,3 +188,16 @@ def test_a_head_with_adapters_says_so(tmp_path):
     learner = replace(SAMPLED, targets=("lm_head",))
     with pytest.raises(ConfigError, match="head"):
         learner.train(spec_of(learner, task=TASK), TASK, tmp_path / "made")
+
+
+@pytest.mark.parametrize(("score", "found"), [(0.5, "each with equal scores"), (None, "no prompt with two responses")])
+def test_rewards_that_never_differ_say_so_before_a_step(tmp_path, score, found):
+    write_lines(tmp_path / "more.jsonl", [{"prompt": "Customer: is it here?\nAgent:"}])
+    (tmp_path / "rewards.py").write_text(f"def same(completions, **columns):\n    return [{score}] * len(completions)\n")
+    objectives = [{"name": name, "use": "rewards.py:same", "low": 0, "high": 1} for name in ("one", "two")]
+    recipe = write_recipe(tmp_path, tiny_model(), objectives=objectives, prompts={"path": "prompts.jsonl", "unlabelled": "more.jsonl"})
+    task, learner = load_recipe(recipe).task, replace(SAMPLED, max_unscored=1.0)
+    with pytest.raises(RewardError, match="whose scores differ") as raised:
+        learner.train(spec_of(learner, task=task), task, tmp_path / "made")
+    assert found in raised.value.found
+    assert not (tmp_path / "made" / FILE).exists()

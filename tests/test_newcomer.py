@@ -315,6 +315,33 @@ def test_preview_says_all_mistakes_at_once_with_their_lines(tmp_path):
     assert said.count("remedy:") == len(wanted)
 
 
+@pytest.mark.parametrize(
+    "prompts", [{"validation": -1}, {"unlabelled": 3}, {"validation": 0.2}, {"unlabelled": "other.jsonl"}, {"system": "x"}]
+)
+def test_one_mistake_is_told_once(tmp_path, prompts):
+    """With its line and without were two."""
+    write_lines(tmp_path / "other.jsonl", [{"prompt": [{"role": "user", "content": "where is it?"}]}])
+    (error,) = mistakes(write_recipe(tmp_path, tiny_model(), prompts={"path": "prompts.jsonl", **prompts}))
+    assert "recipe.yaml, line" in error.found
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules"),
+    [
+        ({"learner": SHORT}, []),
+        ({"learner": {"name": "pg", "kl_in": "loss", "kl_estimator": "k3"}}, []),
+        ({"learner": {**SHORT, "lr": "abc"}}, ["learner pg: lr"]),
+        ({"learner": {**SHORT, "samples": 4}}, ["samples are at least one batch"]),
+        ({"learner": "pq"}, ["a learner is known by its name"]),
+    ],
+)
+def test_fields_that_go_together_are_no_mistakes_beside_another(tmp_path, changes, rules):
+    """Each field was looked at beside the defaults of the others: 16 samples were too few for a batch that the recipe does not have."""
+    found = [error.rule for error in mistakes(write_recipe(tmp_path, tiny_model(), beta=-1, **changes))]
+    assert found[0].startswith("beta")
+    assert [rule.startswith(wanted) for rule, wanted in zip(found[1:], rules, strict=True)] == [True] * len(rules)
+
+
 MINE = """
 def five(completions, **columns):
     return [5.0] * len(completions)
@@ -488,6 +515,31 @@ def test_a_dry_run_counts_everything_and_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_unlabelled_prompts_and_who_trains_on_them_go_together(tmp_path):
+    (tmp_path / "more.jsonl").write_text('{"prompt": "Customer: is it here?\\nAgent:"}\n')
+    recipe = write_recipe(tmp_path, tiny_model(), learner={**SHORT, "samples": 48, "scored": 16, "unlabelled": 1})
+    (error,) = mistakes(recipe)
+    assert error.rule == "learner.unlabelled asks for prompts without rewards"
+    assert "recipe.yaml, line" in error.found
+    recipe = write_recipe(tmp_path, tiny_model(), learner=SHORT, prompts={"path": "prompts.jsonl", "unlabelled": "more.jsonl"})
+    assert "prompts.unlabelled is not used" in run("preview", recipe, "--prompts", 1, "--n", 2).stdout
+    assert "prompts.unlabelled is not used" in run("fit", recipe, "--samples", 0).stderr
+
+
+def test_a_dry_run_of_a_training_with_a_reward_model_or_a_sharded_base(tmp_path):
+    """Two steps are too few to fit a reward model, and one process has no shares of a base."""
+    (tmp_path / "more.jsonl").write_text('{"prompt": "Customer: is it here?\\nAgent:"}\n')
+    prompts = {"path": "prompts.jsonl", "unlabelled": "more.jsonl"}
+    recipe = write_recipe(tmp_path, tiny_model(), learner={**SHORT, "samples": 48, "scored": 16, "unlabelled": 1}, prompts=prompts)
+    found = json.loads(run("fit", recipe, "--dry-run", "--json").stdout)
+    assert [one["samples"] for one in found["trainings"]] == [48, 48]
+    assert found["seconds"]["training"] > 0
+    shared = ("fit", recipe, "learner.scored=0", "learner.unlabelled=0", "learner.processes=2", "learner.shard=true", "--dry-run")
+    assert "2 trainings to do: 96 samples" in (told := run(*shared).stdout)
+    assert "time and memory are unknown" in told
+    assert json.loads(run(*shared, "--json").stdout)["estimated_from"] is None
+
+
 def test_a_dry_run_knows_the_rate_of_what_was_trained_and_asks_no_judge(fitted):
     recipe, _ = fitted
     judge = "{name: helpful, use: judge, url: 'http://127.0.0.1:9/v1', model: m, rubric: r}"
@@ -516,6 +568,13 @@ def test_a_dry_run_of_a_suite_counts_later_waves(tmp_path):
     assert planned.foreseen["samples"] == 48
     assert planned.foreseen["whole"] is True
     assert "48 samples and at most 384 tokens" in planned.text()
+
+
+def test_a_dry_run_of_a_plan_that_is_refused_has_the_exit_code_of_the_run(tmp_path):
+    write_recipe(tmp_path, tiny_model(), learner=SHORT, terms={"constraints": {"brief": 0.3}})
+    (tmp_path / "suite.yaml").write_text("name: s\ntasks: [{recipe: recipe.yaml}]\nmethods: [bridge]\nseeds: [0]\nsamples: 4\n")
+    made = run("bench", tmp_path / "suite.yaml", "--dry-run", "--root", tmp_path / "runs", code=1)
+    assert "follows one preference" in made.stdout
 
 
 def test_the_command_that_fit_suggests_asks_a_prompt_of_the_recipe(fitted):

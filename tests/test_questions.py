@@ -102,7 +102,8 @@ BAD = [
     ({"questions": 0}, 400, "questions", "questions"),
     ({"enough": 2}, 400, "enough", "enough"),
     ({"seed": "x"}, 400, "seed", "seed"),
-    ({"max_tokens": 1, "prompts": ["abc"], "each": 2}, 201, None, None),
+    ({"max_tokens": 1, "prompts": ["abc"], "each": 2}, 400, None, "rewards differ"),
+    ({"max_tokens": 4, "prompts": ["abc"], "each": 2}, 201, None, None),
 ]
 BAD_ANSWERS = [
     ({"question": 1}, 400, "answer"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learner_cases import SMALL, TASK, killed, log_of, spec_of, weights
+from paretune.errors import RewardError
 from paretune.tasks.exact.task import ExactTask
 from paretune.training import batch
 from paretune.training.cost import read_cost
@@ -110,6 +111,22 @@ def test_a_policy_that_lost_a_guard_is_not_the_best_one(tmp_path):
     assert found[None] == max(looks[None], key=lambda look: look["utility"])["step"]
     assert found[0.02] == max(holding, key=lambda look: look["utility"])["step"]
     assert found[1e-9] < found[0.02] < found[None]
+
+
+@dataclass(frozen=True)
+class Silent(Watched):
+    """The guard can score nothing."""
+
+    def score_guards(self, prompts, completions):
+        return np.full((len(completions), 1), np.nan)
+
+
+def test_a_guard_that_cannot_score_stops_a_training_before_its_first_step(tmp_path):
+    """Whether such a policy lost the guard is unknown; it was kept as one that had lost nothing."""
+    learner, task = PolicyGradient(**LOOKED), Silent(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
+    with pytest.raises(RewardError, match="'first' scores at least 90%"):
+        learner.train(spec_of(learner), task, tmp_path / "made")
+    PolicyGradient(**LOOKED, max_unscored=1.0).train(spec_of(learner), task, tmp_path / "more")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -188,6 +188,8 @@ def _bench(
         summary = run_suite(given, folder, workers=workers, executor=executor, dry_run=dry_run, overrides=overrides)
     if dry_run:
         print_json(summary.to_json()) if as_json else tell(summary.text())
+        if summary.failed:
+            raise typer.Exit(1)
         return
     say(summary.text())
     _report(folder, summary.suite, None, as_json=as_json, run=summary.to_json())

@@ -30,7 +30,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.cli.places import find_family
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, nearest
 from paretune.files import check_new
 from paretune.hub import check_push
 from paretune.hub import push as to_hub
@@ -75,7 +75,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipe import load_recipe, unused
 
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
@@ -93,6 +93,8 @@ def fit(
     else:
         for reason, count in plan.task.prompt_source.left_out.items():
             say(f"prompts left out, {reason}: {count}")
+        for sentence in unused(plan):
+            say(sentence)
         say(_estimated(plan, samples, workers, rate=False).line())
         check_new(folder, "a family is saved into a new directory")
         who = None if executor == "local" else executor  # then --workers decides
@@ -207,9 +209,12 @@ def export(
         check_push(push)
     elif public:
         raise ConfigError("--public goes with --push", found="no --push", remedy="add --push OWNER/NAME, or leave --public out")
-    from paretune.serve.export import check_request
+    from paretune.serve.export import KINDS, check_request
     from paretune.serve.export import export as write
 
+    if kind not in KINDS:
+        known = (*KINDS, "gguf")
+        raise ConfigError(f"a kind of export is one of {', '.join(known)}", found=repr(kind), remedy=nearest(kind, known))
     check_request(out, kind, dtype, license_)
     from paretune.policy.family import Family
 
@@ -332,17 +337,20 @@ def _foretell(plan: Recipe, samples: int, workers: int, *, as_json: bool) -> Non
     rows = [{**vars(one), "wave": one.wave + 1, "state": "done" if one.done else "planned"} for one in found.trainings]
     show_table(Table("trainings", columns, rows), title=f"Trainings of {plan.method.registered_name}, in {plan.root}")
     rate, seconds = found.rate, [found.train_seconds or 0.0, found.measure_seconds or 0.0]
-    assert rate is not None
     tell(f"{found.line()}")
     for sentence in plan.task.terms.sentences(plan.task.objectives.names) if plan.task.terms else ():
         tell(f"terms:     {sentence}")
     by = f"{found.workers} workers" if found.workers > 1 else "one process"
-    tell(f"training:  about {clock(seconds[0])} in {by}")
-    tell(f"measuring: about {clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
-    tell(f"memory:    about {rate.memory / 2**20:,.0f} MiB per process")
+    if rate is None:
+        tell("time and memory are unknown: a base that several processes share is not tried out in one")
+    else:
+        tell(f"training:  about {clock(seconds[0])} in {by}")
+        tell(f"measuring: about {clock(seconds[1])} for {found.measured:,} responses" if samples else "measuring: left out")
+        tell(f"memory:    about {rate.memory / 2**20:,.0f} MiB per process")
     for name in found.judged:
         tell(f"requests:  up to {found.total('samples') + found.measured:,} of {name}, which asks a service")
-    tell(f"estimated from {rate.source}")
+    if rate is not None:
+        tell(f"estimated from {rate.source}")
 
 
 def _typed_prompt(plan: Recipe) -> str:

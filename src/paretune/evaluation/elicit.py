@@ -104,7 +104,8 @@ class Elicitation:
         prompt_N: which prompt each responds to.
         options: how many responses a question shows.
 
-    Raises ConfigError where no prompt has two scored responses that differ.
+    Raises ConfigError where no prompt has two scored responses that differ, or none in one of the objectives: its weight is then unknown
+    whatever is answered.
 
     Source: Bradley and Terry 1952; Davidson 1970; Chopin 2002 (resample and move). Differs: the question is chosen by the expected loss
     of the decision, as in the knowledge gradient, and not by information about w. Hides: rewards are taken to be what somebody sees, and
@@ -129,6 +130,12 @@ class Elicitation:
                 remedy="draw more responses to each prompt, at several preferences",
             )
         within_NM = np.concatenate(inside)
+        if len(alike := np.flatnonzero(np.ptp(within_NM, axis=0) <= 1e-9 * np.ptp(within_NM))):
+            raise ConfigError(
+                "answers tell the weights of objectives whose rewards differ between responses to one prompt",
+                found=f"equal rewards of objective {', '.join(str(k + 1) for k in alike)} of {within_NM.shape[1]}",
+                remedy="draw more responses to each prompt; where it is always so, the policy cannot change that objective",
+            )
         self._S = within_NM.T @ within_NM / len(within_NM)
         rng = generator(seed, "elicit", "prior")
         m = rewards_NM.shape[1]

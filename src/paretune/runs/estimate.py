@@ -140,8 +140,8 @@ def estimate(recipe: Recipe, *, preferences: int, samples: int, workers: int = 1
     return dataclasses.replace(made, rate=rate_of(recipe, store)) if rate else made
 
 
-def rate_of(recipe: Recipe, store: Store) -> Rate:
-    """Of like trainings in the run directory, or of a probe."""
+def rate_of(recipe: Recipe, store: Store) -> Rate | None:
+    """Of like trainings in the run directory, or of a probe; None where this one process cannot hold what several share."""
     copies = recipe.method.card.forwards_per_token != "1"
     times = recipe.task.objectives.count if copies else 1  # of a mixture: one forward for each expert
     wanted = _like(describe(recipe.learner), describe(recipe.task))
@@ -155,7 +155,7 @@ def rate_of(recipe: Recipe, store: Store) -> Rate:
         each, memory = sum(cost.seconds for cost in costs) / drawn, max(cost.memory_bytes for cost in costs)
         count = f"{len(costs)} like training{'s' if len(costs) > 1 else ''} in {store.root}"
         return Rate(each, each * times, memory, f"{count}; a measured response is taken to cost as much")
-    return _probe(recipe, times)
+    return None if getattr(recipe.learner, "shard", False) else _probe(recipe, times)
 
 
 def _like(learner: Mapping[str, Any], task: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -170,7 +170,7 @@ def _counts(spec: TrainSpec, task: Any) -> tuple[int | None, int | None]:
     if drawn is None:
         return None, None
     if learner.get("look_samples") and task.validation():
-        steps = drawn // learner["batch"]
+        steps = (drawn - learner.get("scored", 0)) // learner["batch"]
         drawn += learner["look_samples"] * (2 + (steps - 1) // learner["validate_every"])
     return drawn, drawn * task.max_new_tokens
 
@@ -185,7 +185,8 @@ def _probe(recipe: Recipe, times: int) -> Rate:
     free = tuple({"name": name, "use": "length"} for name in task.objectives.names)
     bare = dataclasses.replace(task.prompt_source, validation=0)
     plain = dataclasses.replace(task, objective_specs=free, guard_specs=(), terms=None, prompt_source=bare)
-    short = dataclasses.replace(learner, samples=2 * learner.batch, log_every=1)
+    alone = {"scored": 0, "unlabelled": 0} if hasattr(learner, "scored") else {}  # a reward model of two steps would know nothing
+    short = dataclasses.replace(learner, samples=2 * learner.batch, log_every=1, **alone)
     count = task.objectives.count
     spec = training(plain, short, np.full(count, 1 / count), recipe.seed)
     records: list[Mapping[str, Any]] = []

@@ -11,7 +11,7 @@ from paretune.errors import ParetuneError
 from paretune.evaluation.metrics import plain
 from paretune.policy.rollout import generate, token_ids
 from paretune.registry import LEARNERS, METHODS
-from paretune.runs.recipe import Recipe
+from paretune.runs.recipe import Recipe, unused
 
 __all__ = ["Preview", "preview"]
 
@@ -60,7 +60,7 @@ def preview(recipe: Recipe, *, prompts: int = 3, samples: int = 8) -> Preview:
         answers = [{"text": texts[n], "cut": bool(cut_N[n]), "scores": one} for n, one in zip(here, scored, strict=True)]
         shown.append({"seen": policy.tokenizer.decode(ids), "tokens": len(ids), "responses": answers})
     cut = float(cut_N.mean())
-    remarks = [*_asked(recipe, scores), *_remarks(found, cut, texts, task.max_new_tokens)]
+    remarks = [*_asked(recipe, scores), *unused(recipe), *_remarks(found, cut, texts, task.max_new_tokens)]
     return Preview(shown, found, cut, remarks, errors)
 
 

@@ -35,7 +35,7 @@ from paretune.tasks.prompts import PromptSource
 from paretune.tasks.recipe import RecipeTask, _name_of, _objective, _objectives
 from paretune.types import Preference, check_name
 
-__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "refuse_recipe", "refuse_suite", "task_entry"]
+__all__ = ["Recipe", "is_recipe", "is_suite", "load_recipe", "mistakes", "refuse_recipe", "refuse_suite", "task_entry", "unused"]
 
 TASK_KEYS = {
     **{name: name for name in ("model", "revision", "beta", "max_new_tokens", "dtype", "quantize", "trust_remote_code")},
@@ -137,6 +137,7 @@ def _checked(document: config.Document, path: Path, *, typed: Path | None = None
     with document.at("learner"):
         learner = LEARNERS.build(_named(given.get("learner"), "pg"))
     task.check()
+    _check_unlabelled(document, task, learner)
     with document.at("preferences"):
         preferences = _preferences(given.get("preferences"), task.objectives.names)
     root, name = Path(given["output"]), given.get("name")
@@ -162,6 +163,24 @@ def _check_places(document: config.Document) -> None:
     with document.at("output"):
         if not given.get("output", "").isprintable():
             raise ConfigError("output: is a folder's name, on one line", found=shown(given["output"]), remedy="for example output: runs")
+
+
+def _check_unlabelled(document: config.Document, task: RecipeTask, learner: Any) -> None:
+    """Prompts without rewards that a learner asks for are there."""
+    with document.at("learner"):
+        if getattr(learner, "unlabelled", 0) and not task.unlabelled(1):
+            found, remedy = (
+                f"learner.unlabelled={learner.unlabelled}, and none in prompts",
+                "name a file: prompts: {unlabelled: more.jsonl}",
+            )
+            raise ConfigError("learner.unlabelled asks for prompts without rewards", found=found, remedy=remedy)
+
+
+def unused(recipe: Recipe) -> list[str]:
+    """What a recipe gives and its learner does not take, in sentences."""
+    if recipe.task.unlabelled(1) and not getattr(recipe.learner, "unlabelled", 0):
+        return ["prompts.unlabelled is not used: nothing is trained on it without learner.unlabelled, which the learner pg has"]
+    return []
 
 
 def _specs(given: Mapping[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
@@ -317,8 +336,14 @@ class _Found:
         return None
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, ConfigError) and str(error) not in map(str, self.errors):
-            self.errors.append(error)
+        if isinstance(error, ConfigError):
+            for place, known in enumerate(self.errors):  # the same one may say where it is, or not
+                short, long = sorted((known, error), key=lambda one: len(one.found))
+                if (known.rule, known.remedy) == (error.rule, error.remedy) and long.found.startswith(short.found):
+                    self.errors[place] = long
+                    break
+            else:
+                self.errors.append(error)
         return isinstance(error, ConfigError)
 
 
@@ -370,12 +395,21 @@ def _look_at_values(document: config.Document, found: _Found) -> None:
             good.append((key, place, spec))
     for key, registry, default in (("method", METHODS, "experts"), ("learner", LEARNERS, "pg")):
         entry = _named(given.get(key), default)
-        settings = entry if isinstance(entry, dict) else {}
-        for name, value in settings.items():
-            with found, document.at(key):
-                registry.build({"name": settings["name"], name: value})
-        with found, document.at(key):
+        with contextlib.suppress(ConfigError):
             registry.build(entry)
+            continue
+        settings, wrong = entry if isinstance(entry, dict) else {}, False
+        for name, value in settings.items():
+            try:
+                registry.build({"name": settings["name"], name: value})
+            except ConfigError as error:
+                if error.place[:1] == (name,):  # else a rule of several fields, of which the others are the defaults here
+                    wrong = True
+                    with found, document.at(key):
+                        raise
+        if not wrong:
+            with found, document.at(key):
+                registry.build(entry)
     with found:
         terms, scorers = _terms(document), [(_name_of(spec), _objective(spec)) for _, _, spec in good]
         with document.at("terms"):
@@ -392,8 +426,7 @@ def _look_at_values(document: config.Document, found: _Found) -> None:
     columns: tuple[str, ...] | None = None
     if given["prompts"]:
         with found, document.at("prompts"):
-            source = checked("prompts", PromptSource, given["prompts"])
-            columns = source.columns
+            columns = _build_task(document, {**STAND_IN, "prompt_source": given["prompts"]}, parts=False).prompt_source.columns
     if columns is None:
         return
     for key, place, spec in good:

@@ -115,6 +115,7 @@ class PromptSource:
             bare = replace(self, map={name: place for name, place in self.map.items() if name in read})
             found |= bare._other("unlabelled", self.unlabelled, found)
             self.left_out.update(bare.left_out)
+        self._one_form([prompt for those in found.values() for prompt in those], ", ".join(found))
         return found
 
     def _other(self, name: str, place: str, known: Mapping[str, Sequence[Prompt]]) -> dict[str, tuple[Prompt, ...]]:
@@ -161,11 +162,14 @@ class PromptSource:
         name = Path(place).name if self.dataset is None else f"{place}, split {split}"
         prompts = tuple(itertools.islice(self._kept(rows), self.limit))
         self._some(prompts, name)
+        self._one_form(prompts, name)
+        return prompts
+
+    def _one_form(self, prompts: Sequence[Prompt], name: str) -> None:
         if len({p.messages is None for p in prompts}) > 1:
             raise ConfigError(
                 "the prompts are all texts or all lists of messages", found=f"both in {name}", remedy="write the texts as " + MESSAGES
             )
-        return prompts
 
     def _some(self, prompts: Sequence[Prompt], name: str) -> None:
         if not prompts:

@@ -162,6 +162,12 @@ class RecipeTask(Task):
         columns = self.prompt_source.columns
         assert self.objectives.count == len(self.scorers)
         assert self.guards is None or self.guards.count
+        if self.guards is not None and len({prompt.digest for prompt in self.validation()}) == 1:
+            raise ConfigError(
+                "guards are judged by how much they change over prompts for validation, two at least",
+                found=f"one prompt for validation, and the guards {', '.join(self.guards.names)}",
+                remedy="set more apart, for example validation: 32 in prompts; or leave the guards out",
+            )
         if self.terms is not None:
             self.terms.check(self.objectives, self.guards)
         for name, objective in (*self.scorers, *self.guarding):

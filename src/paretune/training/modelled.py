@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, RewardError
 from paretune.files import disk_errors, write_json
 from paretune.hub import text_config
 from paretune.objectives.base import refuse_unscored
@@ -114,7 +114,7 @@ class RewardModel:
     def fit(self, scored: Iterable[Scored], *, ridge: float) -> list[float | None]:
         """Fit to scored responses, prompt by prompt; returns the share of each objective's variance that is explained on other prompts.
 
-        None where it never varies, and nothing for a single prompt.
+        None where it never varies, and nothing for a single prompt. RewardError where all responses to each prompt score alike.
         """
         folds: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in range(FOLDS)]
         count, feature_F, reward_M = 0, np.zeros(FEATURES), np.zeros(0)
@@ -132,6 +132,12 @@ class RewardModel:
             return np.linalg.solve(gram_FF + ridge * np.trace(gram_FF) / FEATURES * np.eye(FEATURES), with_FM)
 
         folds = [fold for fold in folds if np.any(fold[2])]
+        if not folds:
+            raise RewardError(
+                "a reward model is fitted to responses to one prompt whose scores differ",
+                found=f"{count} groups of responses, each with equal scores" if count else "no prompt with two responses that are scored",
+                remedy="look at the rewards with `paretune preview`; where they are rare, raise learner.scored",
+            )
         self.weights_FM = solved(folds)
         self.level_M = reward_M / count - feature_F / count @ self.weights_FM
         if len(folds) < 2:

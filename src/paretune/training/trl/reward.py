@@ -32,11 +32,12 @@ from paretune.hub import check_pretrained, load_tokenizer, located, unloadable
 from paretune.objectives.base import score_given
 from paretune.objectives.terms import Terms
 from paretune.objectives.utilities import Landmarks
+from paretune.registry import checked
 from paretune.training.advantages import group_covariance, weighted_returns
 from paretune.training.combine import Combine
 from paretune.training.learner import watch_unscored
 from paretune.training.weightings.base import State, under_terms
-from paretune.types import Objectives, Preference, Prompt
+from paretune.types import Amount, Objectives, Preference, Prompt, Share
 
 __all__ = ["MultiObjectiveReward"]
 
@@ -86,6 +87,8 @@ class MultiObjectiveReward:
     ):
         if trainer not in TRL_BASELINE:
             raise ConfigError("a drop-in serves one of TRL's two online trainers", found=f"trainer={trainer!r}", remedy='"grpo" or "rloo"')
+        group, beta = checked("group", int, _plain(group)), checked("beta", Amount, _plain(beta))
+        max_unscored = checked("max_unscored", Share, _plain(max_unscored))
         if group < 2:
             raise ConfigError(
                 "group is at least 2: a response is compared with the others to its prompt",
@@ -402,10 +405,22 @@ def _scored_by(objectives: Any, scorer: Scorer | None, low: Any, high: Any, toke
             remedy="rename it: give the objectives as a mapping from names",
         )
     named = [(name, _function(name, given, tokenizer)) for (name, given), tokenizer in zip(named, each, strict=True)]
-    low = [getattr(f, "low", 0.0) for _, f in named] if low is None else low
-    high = [getattr(f, "high", 1.0) for _, f in named] if high is None else high
+    low = [getattr(f, "low", 0.0) for _, f in named] if low is None else checked("low", tuple[float, ...], _plain(low))
+    high = [getattr(f, "high", 1.0) for _, f in named] if high is None else checked("high", tuple[float, ...], _plain(high))
     known = Objectives(tuple(name for name, _ in named), tuple(map(float, low)), tuple(map(float, high)))
+    for name, least, most in zip(known.names, known.low, known.high, strict=True):
+        if not least < most:
+            raise ConfigError(
+                "the range of an objective is finite and low is below high",
+                found=f"{name}: low {least:g}, high {most:g}",
+                remedy="state the worst and the best score of each objective, in their order",
+            )
     return known, lambda given, step, first: score_given(named, given)
+
+
+def _plain(given: Any) -> Any:
+    """NumPy's numbers and arrays as Python's."""
+    return [_plain(item) for item in given] if isinstance(given, list | tuple) else getattr(given, "tolist", lambda: given)()
 
 
 def _function(name: str, given: Any, tokenizer: Any) -> Callable[..., Any]:
