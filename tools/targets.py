@@ -640,8 +640,8 @@ FIGURES = (
         "maximum over two processes; one step of 64 responses of 32 tokens, LoRA of rank 16, one run",
         "at most",
         0.65,
-        why="The base is 0.58 of a whole one; adapters of rank 16, their gradients and moments, and activations are 118 MiB in both. A smaller "
-        "step has 0.642.",
+        why="The base is 0.58 of a whole one; adapters of rank 16, their gradients and moments, and activations are 118 MiB in both. A "
+        "smaller step has 0.642.",
     ),
     Figure(
         "sharded_memory_small",
