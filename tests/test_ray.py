@@ -507,4 +507,6 @@ def test_commands_of_the_page_have_the_options_that_exist():
     for _, command, *words in ours:
         options = {word for word in words if word.startswith("--")}
         assert options <= COMMANDS[command], command
-    assert set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address", "--max-restarts", "--rank"} <= COMMANDS["bench"]
+    assert (
+        set(re.findall(r"`(--[\w-]+)", PAGE)) - {"--block", "--address", "--max-restarts", "--rank", "--num_processes"} <= COMMANDS["bench"]
+    )
