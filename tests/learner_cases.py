@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import pytest
 import torch
 
 from paretune.registry import describe
@@ -54,3 +55,20 @@ def killed(learner, spec, task, folder, step):
         learner.train(spec, task, folder, progress=die)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+class Stop(Exception):
+    """What ends a training from its `progress`."""
+
+
+def whole_and_cut(learner, spec, task, folder, *, at):
+    """Train in `folder`/whole, and in `folder`/cut, where it is stopped after the log's line of step `at`, and goes on."""
+
+    def stop(record):
+        if record["step"] == at:
+            raise Stop
+
+    learner.train(spec, task, folder / "whole")
+    with pytest.raises(Stop):
+        learner.train(spec, task, folder / "cut", progress=stop)
+    learner.train(spec, task, folder / "cut")

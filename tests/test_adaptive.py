@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from learner_cases import SMALL, TASK, log_of, spec_of, weights, whole_and_cut
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training.exact import ExactGradient
@@ -209,18 +209,7 @@ def test_an_objective_without_weight_stays_out(given):
 @pytest.mark.parametrize("learner", [PolicyGradient(**SMALL), ExactGradient(rank=2, alpha=4, steps=4, checkpoint_every=2, log_every=2)])
 def test_both_learners_follow_it_and_go_on_where_they_were_killed(tmp_path, learner, given):
     spec = spec_of(learner, weighting=given)
-
-    class Stop(Exception):
-        pass
-
-    def stop(record):
-        if record["step"] == 4:  # after the checkpoint at 2
-            raise Stop
-
-    learner.train(spec, TASK, tmp_path / "whole")
-    with pytest.raises(Stop):
-        learner.train(spec, TASK, tmp_path / "cut", progress=stop)
-    learner.train(spec, TASK, tmp_path / "cut")
+    whole_and_cut(learner, spec, TASK, tmp_path, at=4)  # after the checkpoint at 2
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     assert len(log_of(tmp_path / "cut")) == 2
     learner.train(spec_of(learner), TASK, tmp_path / "plain")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kill import LEARNER, TASK, without_clock
-from learner_cases import log_of, weights
+from learner_cases import Stop, log_of, weights
 from paretune.errors import ConfigError, ParetuneError, StoreError
 from paretune.policy.family import Family
 from paretune.registry import LEARNERS, TASKS, describe
@@ -187,10 +187,6 @@ def _rule():
 
 
 TASKS_KEPT = jobs.Tasks()
-
-
-class Stop(Exception):
-    pass
 
 
 def stopped(root, fields, *, at=5):

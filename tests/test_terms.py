@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from learner_cases import SMALL, TASK, log_of, spec_of, weights, whole_and_cut
 from paretune.errors import ConfigError, TaskError
 from paretune.evaluation.evaluate import evaluate
 from paretune.objectives.terms import Course, Terms, When, brief
@@ -94,18 +94,7 @@ def test_both_learners_follow_the_course_and_go_on_with_it_after_a_kill(tmp_path
     """Four steps: 0, 1/3, 2/3 and 1 of the way. A course that stands at the preference is the plain training, to the bit."""
     task, scheduled = TASK, task_under(schedule=LINEAR)
     spec = spec_of(learner, (0.0, 1.0), scheduled)
-
-    class Stop(Exception):
-        pass
-
-    def stop(record):
-        if record["step"] == 3:  # after the checkpoint at 2
-            raise Stop
-
-    learner.train(spec, scheduled, tmp_path / "whole")
-    with pytest.raises(Stop):
-        learner.train(spec, scheduled, tmp_path / "cut", progress=stop)
-    learner.train(spec, scheduled, tmp_path / "cut")
+    whole_and_cut(learner, spec, scheduled, tmp_path, at=3)  # after the checkpoint at 2
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     for folder in ("whole", "cut"):
         seen = [record["weights"]["objective_1"] for record in log_of(tmp_path / folder)]

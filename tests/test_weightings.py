@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from learner_cases import SMALL, TASK, log_of, spec_of, weights
+from learner_cases import SMALL, TASK, log_of, spec_of, weights, whole_and_cut
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training.advantages import group_covariance
@@ -66,19 +66,8 @@ def test_covariance_within_groups_is_numpys_where_all_is_scored():
 def test_killed_and_resumed_the_weighting_goes_on(tmp_path, learner):
     """A window longer than the first half of the training: without its state a resumed training would weigh differently."""
     spec = spec_of(learner, None, weighting={"name": "balanced", "window": 3})
-
-    class Stop(Exception):
-        pass
-
-    def stop(record):
-        if record["step"] == 4:  # after the checkpoint at 2
-            raise Stop
-
-    learner.train(spec, TASK, tmp_path / "whole")
+    whole_and_cut(learner, spec, TASK, tmp_path, at=4)  # after the checkpoint at 2
     learner.train(spec_of(learner, None), TASK, tmp_path / "plain")
-    with pytest.raises(Stop):
-        learner.train(spec, TASK, tmp_path / "cut", progress=stop)
-    learner.train(spec, TASK, tmp_path / "cut")
     assert len(log_of(tmp_path / "cut")) == len(log_of(tmp_path / "whole"))
     for name in ("adapter-0", "adapter-1"):
         assert weights(tmp_path / "cut" / name) == weights(tmp_path / "whole" / name) != weights(tmp_path / "plain" / name)

@@ -30,7 +30,7 @@ from paretune.cli.common import (
     tell,
 )
 from paretune.cli.places import find_family
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError
 from paretune.files import check_new
 from paretune.hub import check_push
 from paretune.hub import push as to_hub
@@ -212,10 +212,7 @@ def export(
     from paretune.serve.export import KINDS, check_request
     from paretune.serve.export import export as write
 
-    if kind not in KINDS:
-        known = (*KINDS, "gguf")
-        raise ConfigError(f"a kind of export is one of {', '.join(known)}", found=repr(kind), remedy=nearest(kind, known))
-    check_request(out, kind, dtype, license_)
+    check_request(out, kind, dtype, license_, kinds=(*KINDS, "gguf"))
     from paretune.policy.family import Family
 
     made = write(Family.load(family, trust=trust, model=model), out, preference, kind=kind, dtype=dtype, results=family, license=license_)

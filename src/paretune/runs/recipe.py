@@ -168,12 +168,8 @@ def _check_places(document: config.Document) -> None:
 def _check_unlabelled(document: config.Document, task: RecipeTask, learner: Any) -> None:
     """Prompts without rewards that a learner asks for are there."""
     with document.at("learner"):
-        if getattr(learner, "unlabelled", 0) and not task.unlabelled(1):
-            found, remedy = (
-                f"learner.unlabelled={learner.unlabelled}, and none in prompts",
-                "name a file: prompts: {unlabelled: more.jsonl}",
-            )
-            raise ConfigError("learner.unlabelled asks for prompts without rewards", found=found, remedy=remedy)
+        if hasattr(learner, "prompts_without"):
+            learner.prompts_without(task)
 
 
 def unused(recipe: Recipe) -> list[str]:

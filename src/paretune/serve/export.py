@@ -87,10 +87,10 @@ def export(
     return made
 
 
-def check_request(out: str | Path, kind: str, dtype: str | None, license: str | None = None) -> Path:
-    """The new folder. ConfigError for what is wrong with a request whatever the family is."""
+def check_request(out: str | Path, kind: str, dtype: str | None, license: str | None = None, *, kinds: Sequence[str] = KINDS) -> Path:
+    """The new folder. ConfigError for what is wrong with a request whatever the family is; `kinds` are those that the caller has."""
     out = Path(out)
-    for what, given, known in (("kind of export", kind, KINDS), ("dtype", dtype or DTYPES[0], DTYPES)):
+    for what, given, known in (("kind of export", kind, kinds), ("dtype", dtype or DTYPES[0], DTYPES)):
         if given not in known:
             raise ConfigError(f"a {what} is one of {', '.join(known)}", found=repr(given), remedy=nearest(given, known))
     if license is not None and not LICENSE.fullmatch(license):

@@ -165,17 +165,22 @@ class Unlabelled:
     unlabelled: Natural = field(default=0, metadata=GIVEN)  # prompts without rewards, at most, to train on beside the others; 0: none
     ridge: Positive = field(default=0.01, metadata=GIVEN)  # of the reward model, times its features' mean variance
 
+    def prompts_without(self, task: Task) -> list[Prompt]:
+        """As many of the task's prompts without rewards as are asked for; ConfigError where it has none."""
+        more = list(task.unlabelled(self.unlabelled))
+        if self.unlabelled and not more:
+            raise ConfigError(
+                "learner.unlabelled asks for prompts without rewards",
+                found=f"learner.unlabelled={self.unlabelled}, and none in task {task.registered_name}",
+                remedy="name a file of them in prompts: {unlabelled: more.jsonl}, or leave learner.unlabelled out",
+            )
+        return more
+
     def trained_on(self, policy: Policy, spec: TrainSpec, task: Task, work: Path) -> tuple[Task, dict[str, int]]:
         """The task with unlabelled prompts and the model's rewards, and what it cost to score responses for it; without, as it is."""
         if not self.unlabelled:
             return task, {}
-        more = list(task.unlabelled(self.unlabelled))
-        if not more:
-            raise ConfigError(
-                "learner.unlabelled asks for prompts without rewards",
-                found=f"none in task {task.registered_name}",
-                remedy="name a file of them in prompts: {unlabelled: more.jsonl}, or leave learner.unlabelled out",
-            )
+        more = self.prompts_without(task)
         model, path = RewardModel(policy, seed=spec.seed), work / FILE
         if not path.is_file():
             scored, cost = self._scored(model, policy, spec, task)
