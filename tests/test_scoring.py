@@ -179,7 +179,7 @@ def test_products_by_onednn_are_those_of_float64(monkeypatch, shape):
     weight, bias = (torch.from_numpy(rng.normal(size=size)).float() for size in ((260, 300), (260,)))
     x = torch.from_numpy(rng.normal(size=shape)).float().requires_grad_()
     dy = torch.from_numpy(rng.normal(size=(*shape[:-1], 260))).float()
-    monkeypatch.setattr(linear, "ON_X86", torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(linear, "ON_AVX512", torch.backends.mkldnn.is_available())
     for b in (None, bias):
         y = linear.frozen_linear(x, weight, b)
         truth = functional.linear(x.double(), weight.double(), None if b is None else b.double())
@@ -191,7 +191,7 @@ def test_products_by_onednn_are_those_of_float64(monkeypatch, shape):
 
 
 def test_what_is_trained_small_or_of_another_dtype_is_left_to_torch(monkeypatch):
-    monkeypatch.setattr(linear, "ON_X86", True)
+    monkeypatch.setattr(linear, "ON_AVX512", True)
     monkeypatch.setattr(linear, "_product", lambda *_: pytest.fail("by oneDNN"))
     x = torch.ones(2, 300)
     for weight in (torch.ones(260, 300, requires_grad=True), torch.ones(10, 300)):
@@ -199,11 +199,11 @@ def test_what_is_trained_small_or_of_another_dtype_is_left_to_torch(monkeypatch)
     assert linear.frozen_linear(x.bfloat16(), torch.ones(260, 300, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("x86", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_weight_is_not_copied_for_every_row(monkeypatch, x86, dtype):
+def test_a_frozen_weight_is_not_copied_for_every_row(monkeypatch, avx512, dtype):
     """The head at the last token of each prompt: torch makes a batched product of a slice, which copies the head once per row."""
-    monkeypatch.setattr(linear, "ON_X86", x86 and torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(linear, "ON_AVX512", avx512 and torch.backends.mkldnn.is_available())
     head, h_NTH = torch.ones(2000, 64, dtype=dtype), torch.ones(3, 5, 64, dtype=dtype)
     ran = []
 
@@ -226,7 +226,7 @@ def test_a_bank_gives_every_frozen_layer_this_product_and_takes_it_back(monkeypa
         truth = model(ids_NT).logits
     bank = LoraBank.attach(model, names=["a"], rank=2, seed=0, targets=["q_proj", "v_proj"])
     called, product = [], linear._product
-    monkeypatch.setattr(linear, "ON_X86", torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(linear, "ON_AVX512", torch.backends.mkldnn.is_available())
     monkeypatch.setattr(linear, "LARGE", 1)
     monkeypatch.setattr(linear, "_product", lambda x, w, b: called.append(w.shape) or product(x, w, b))
     with torch.no_grad(), bank.gates(None):

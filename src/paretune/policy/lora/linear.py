@@ -1,10 +1,10 @@
 """Linear layers of the frozen base: their products, and their weights where these are quantized.
 
-Products with weights of float32 are oneDNN's where the base runs on an x86 processor.
+Products with weights of float32 are oneDNN's where the base runs on a processor with AVX-512.
 
-torch multiplies float32 matrices by MKL there, and gives oneDNN the other dtypes. On a processor by AMD, MKL does not use AVX-512: with
-SmolLM2's shapes oneDNN takes .54 of its time at 700 rows, .71 at 16 and .83 at one (benchmarks/LOG.md). Small matrices stay
-with torch's default, where a call's overhead decides.
+torch multiplies float32 matrices by MKL on x86, and gives oneDNN the other dtypes. On a processor by AMD, MKL does not use AVX-512: with
+SmolLM2's shapes oneDNN takes .54 of its time at 700 rows, .71 at 16 and .83 at one. Without AVX-512 it takes 1.1 to 1.4 times as long
+as MKL (benchmarks/LOG.md). Small matrices stay with torch's default, where a call's overhead decides.
 
 A quantized layer (bitsandbytes, torchao) computes its own product, and its weight is dequantized where a merge needs it.
 """
@@ -22,7 +22,7 @@ from paretune.errors import ConfigError
 __all__ = ["base_weight", "frozen_linear", "is_quantized", "numbers", "rounds_inputs"]
 
 LARGE = 2**16  # numbers in a weight
-ON_X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+ON_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, Parameter)  # a subclass (torchao) says float32 and holds something else
         and not weight.requires_grad
         and x.numel() > 0
-        and ON_X86
+        and ON_AVX512
     )
 
 
