@@ -29,8 +29,11 @@ TASK = {"name": "exact-v2", "rho": -0.8, "length": 2}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "conditioned": {"methods": ["conditioned"], "learner": {"name": "exact"}},
     "conditioned, 60 steps": {"methods": ["conditioned"], "learner": {"name": "exact", "steps": 60}},
+    "conditioned, 20 steps": {"methods": ["conditioned"], "learner": {"name": "exact", "steps": 20}},
     "conditioned, rank 2": {"methods": ["conditioned"], "learner": {"name": "exact", "rank": 2}},
+    "conditioned, a fifth of the rate": {"methods": ["conditioned"], "learner": {"name": "exact", "lr": 4e-3}},
     "conditioned, unlabelled": {"methods": ["conditioned"], "learner": {"name": "exact", "unlabelled": 256}},
+    "conditioned, unlabelled, own scores": {"methods": ["conditioned"], "learner": {"name": "exact", "unlabelled": 256, "own_scores": True}},
 }
 BRIDGE = {"methods": ["bridge"], "learner": {"name": "exact"}}
 SAMPLED = {"methods": ["conditioned"], "learner": {"name": "pg", "samples": 200_000}}

@@ -136,6 +136,26 @@ def test_only_the_scored_samples_are_scored_and_all_are_counted(tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_prompts_with_rewards_may_keep_their_own(tmp_path):
+    """The truth on the first prompts of an exact task, and the model's scores on the others."""
+    guess = {}
+    for own in (False, True):
+        learner = ExactGradient(rank=8, unlabelled=10, own_scores=own)
+        policy = learner.start(spec_of(learner, (0.5, 0.5), TASK), TASK, {})
+        task, _ = learner.trained_on(policy, spec_of(learner, (0.5, 0.5), TASK), TASK, tmp_path / str(own))
+        guess[own] = task.rewards_PRM("train")
+    assert guess[True][:12] == pytest.approx(TASK.rewards_PRM("train"))
+    assert np.abs(guess[False][:12] - TASK.rewards_PRM("train")).max() > 0.01, "the model does not express the truth"
+    assert (guess[True][12:] == guess[False][12:]).all()
+
+
+@pytest.mark.parametrize("learner", [ExactGradient, PolicyGradient])
+def test_own_scores_without_unlabelled_prompts_say_so(learner):
+    with pytest.raises(ConfigError, match="own_scores"):
+        learner(own_scores=True)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_kill_costs_neither_scores_nor_bits(tmp_path):
     spec = spec_of(SAMPLED, task=TASK)
     SAMPLED.train(spec, TASK, tmp_path / "whole")
@@ -166,8 +186,27 @@ def test_a_recipe_names_a_file_of_unlabelled_prompts(tmp_path):
     assert all(0 <= value <= 1 for value in last["rewards"].values())
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_rewards_are_asked_about_prompts_that_keep_their_own_and_no_others(tmp_path, monkeypatch):
+    write_lines(tmp_path / "more.jsonl", [{"prompt": f"Customer: is box {i} here?\nAgent:"} for i in range(6)])
+    changes = {"prompts": {"path": "prompts.jsonl", "unlabelled": "more.jsonl", "test": 0.5}}
+    task, asked = load_recipe(write_recipe(tmp_path, tiny_model(), **changes)).task, []
+    score = task.score
+    monkeypatch.setattr(type(task), "score", lambda self, prompts, texts: asked.extend(p.text for p in prompts) or score(prompts, texts))
+    learner = replace(SAMPLED, unlabelled=6, own_scores=True)
+    assert learner.train(spec_of(learner, task=task), task, tmp_path / "made").samples == 128
+    assert 64 < len(asked) < 128, "responses to unlabelled prompts are drawn, too"
+    assert set(asked) <= {p.text for p in task.prompts("train")}
+
+
+def test_noise_on_scores_that_a_table_would_not_have_says_so(tmp_path):
+    learner, task = replace(SAMPLED, own_scores=True), replace(TASK, noise=0.5)
+    with pytest.raises(ConfigError, match="own_scores"):
+        learner.train(spec_of(learner, task=task), task, tmp_path / "made")
+
+
 def test_fields_that_came_later_move_no_key():
-    assert not {"scored", "unlabelled", "ridge"} & set(describe(PolicyGradient()))
+    assert not {"scored", "unlabelled", "ridge", "own_scores"} & set(describe(PolicyGradient()))
     assert {"scored": 64, "unlabelled": 10}.items() <= describe(SAMPLED).items()
 
 

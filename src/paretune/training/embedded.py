@@ -129,6 +129,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
                 self.scored >= self.batch if self.unlabelled else self.scored == 0
             ),
             "samples are scored ones and a batch": self.samples >= self.scored + self.batch,
+            "own_scores are of trainings with unlabelled prompts": bool(self.unlabelled) or not self.own_scores,
             "unlabelled prompts are trained on in one process": not (self.unlabelled and self.processes > 1),
             "a sharded base draws its responses itself: leave out rollouts or shard": self.rollouts is None or not self.shard,
             "rollouts are for losses that weigh responses, such as those of pg and distill": self.rollouts is None or self.weighs,
@@ -182,6 +183,12 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         return (self.samples - self.scored) // self.batch
 
     def _scored(self, model: RewardModel, policy: Policy, spec: TrainSpec, task: Task) -> tuple[Iterable[Scored], dict[str, int]]:
+        if self.own_scores and getattr(task, "noise", 0):
+            raise ConfigError(
+                "own_scores of an exact task are looked up, without the noise that a reward has here",
+                found=f"learner.own_scores with noise={task.noise}",  # type: ignore[attr-defined]
+                remedy="leave one of the two out",
+            )
         return sampled(self, model, policy, spec, task)
 
     def passes(self, made: Responses) -> list[slice]:

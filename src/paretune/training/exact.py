@@ -59,6 +59,10 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
                 found=f"steps={self.steps}, stop_window={self.stop_window}, validate_every={self.validate_every}, lr={self.lr}",
                 remedy="`paretune show exact` prints the defaults",
             )
+        if self.own_scores and not self.unlabelled:
+            raise ConfigError(
+                "own_scores are of trainings with unlabelled prompts", found="own_scores=True, unlabelled=0", remedy="leave own_scores out"
+            )
 
     def scaled(self, effort: float) -> ExactGradient:
         return dataclasses.replace(self, steps=max(1, round(self.steps * effort)))

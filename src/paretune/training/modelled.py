@@ -158,12 +158,13 @@ class RewardModel:
 class Unlabelled:
     """Settings of learners that go on at prompts without rewards, scored by a `RewardModel`.
 
-    All training prompts are then scored by the model, those that it was fitted to, too; prompts for validation keep their own scores. A
-    training's folder has the model and what it explains in reward_model.json.
+    All training prompts are then scored by the model, those that it was fitted to, too, unless they keep their `own_scores`; prompts for
+    validation always do. A training's folder has the model and what it explains in reward_model.json.
     """
 
     unlabelled: Natural = field(default=0, metadata=GIVEN)  # prompts without rewards, at most, to train on beside the others; 0: none
     ridge: Positive = field(default=0.01, metadata=GIVEN)  # of the reward model, times its features' mean variance
+    own_scores: bool = field(default=False, metadata=GIVEN)  # whether prompts with rewards are scored by these, at a call a response
 
     def prompts_without(self, task: Task) -> list[Prompt]:
         """As many of the task's prompts without rewards as are asked for; ConfigError where it has none."""
@@ -193,8 +194,8 @@ class Unlabelled:
         model.level_M, model.weights_FM = np.array(known["level_M"]), np.array(known["weights_FM"])
         cost = {"samples": known["scored"], "tokens": known["tokens"]}
         if isinstance(task, ExactTask):
-            return task.retrained(more, _tabulated(model)), cost
-        return _Modelled(task, more, model), cost
+            return task.retrained(more, _tabulated(model, task.rewards_PRM("train") if self.own_scores else None)), cost
+        return _Modelled(task, more, model, own=self.own_scores), cost
 
     def _scored(self, model: RewardModel, policy: Policy, spec: TrainSpec, task: Task) -> tuple[Iterable[Scored], dict[str, int]]:
         """The responses that the model is fitted to, and what drawing them cost: for learners that enumerate, all of exact tasks."""
@@ -222,18 +223,21 @@ def sampled(learner: Any, model: RewardModel, policy: Policy, spec: TrainSpec, t
     return found, {"scored": count, "tokens": tokens}
 
 
-def _tabulated(model: RewardModel) -> Callable[[ExactTask], np.ndarray]:
-    """(P, R, M) the model's rewards of all responses to the training prompts of an exact task."""
-    return lambda task: np.stack([model.rewards(model.tree_RF(task, p), task) for p in range(task.prompt_count)])
+def _tabulated(model: RewardModel, own_PRM: np.ndarray | None) -> Callable[[ExactTask], np.ndarray]:
+    """(P, R, M) the model's rewards of all responses to the training prompts of an exact task, of which the first may have their own."""
+    own_PRM = np.empty((0, 0, 0)) if own_PRM is None else own_PRM
+    return lambda task: np.stack(
+        [*own_PRM, *(model.rewards(model.tree_RF(task, p), task) for p in range(len(own_PRM), task.prompt_count))]
+    )
 
 
 class _Modelled(Task):
     """A task whose training prompts are more, and scored by a reward model; everything else is the task's own."""
 
-    def __init__(self, task: Task, more: Sequence[Prompt], model: RewardModel):
+    def __init__(self, task: Task, more: Sequence[Prompt], model: RewardModel, *, own: bool = False):
         self._task, self._model = task, model
         self._train = [*task.prompts("train"), *more]
-        self._known = {prompt.digest for prompt in self._train}
+        self._guess = {prompt.digest for prompt in (more if own else self._train)}
         for name in ("objectives", "beta", "max_new_tokens", "guards", "terms", "validation", "score_guards", "base", "prompt_form"):
             if hasattr(task, name):
                 setattr(self, name, getattr(task, name))
@@ -246,7 +250,7 @@ class _Modelled(Task):
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         rewards_NM = np.empty((len(completions), self.objectives.count))
-        modelled_N = np.array([prompt.digest in self._known for prompt in prompts], dtype=bool)
+        modelled_N = np.array([prompt.digest in self._guess for prompt in prompts], dtype=bool)
         for rows, score in ((np.flatnonzero(modelled_N), self._guessed), (np.flatnonzero(~modelled_N), self._task.score)):
             if len(rows):
                 rewards_NM[rows] = score([prompts[i] for i in rows.tolist()], [completions[i] for i in rows.tolist()])
