@@ -84,7 +84,8 @@ def main() -> None:
         if given.out is not None:
             write(figures, given.out, best=given.best, seeds=seeds, dials=dials, rows=rows)
 
-    told(bridge_worst=worst(cells("bridge", BRIDGE, 32), "train").min())
+    if not given.development:
+        told(bridge_worst=worst(cells("bridge", BRIDGE, 32), "train").min())
     at_32: dict[str, list[dict[str, Any]]] = {}
     for name, what in named.items():
         at_32[name] = cells(name, what, 32)
