@@ -33,7 +33,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "conditioned, rank 2": {"methods": ["conditioned"], "learner": {"name": "exact", "rank": 2}},
     "conditioned, a fifth of the rate": {"methods": ["conditioned"], "learner": {"name": "exact", "lr": 4e-3}},
     "conditioned, unlabelled": {"methods": ["conditioned"], "learner": {"name": "exact", "unlabelled": 256}},
-    "conditioned, unlabelled, own scores": {"methods": ["conditioned"], "learner": {"name": "exact", "unlabelled": 256, "own_scores": True}},
+    "conditioned, unlabelled, own scores": {
+        "methods": ["conditioned"],
+        "learner": {"name": "exact", "unlabelled": 256, "own_scores": True},
+    },
 }
 BRIDGE = {"methods": ["bridge"], "learner": {"name": "exact"}}
 SAMPLED = {"methods": ["conditioned"], "learner": {"name": "pg", "samples": 200_000}}

@@ -646,3 +646,10 @@ def test_the_trainer_that_asks_is_checked():
         reward(PROMPTS, TEXTS, log_metric=Asking(good, ("utility", "length")).log_metric)
     with pytest.raises(ConfigError, match="reward_weights="):
         reward(PROMPTS, TEXTS, log_metric=Asking(SimpleNamespace(**{**reward.settings(), "reward_weights": [0.5]})).log_metric)
+
+
+@pytest.mark.parametrize("part", ["scalarizer", "aggregation", "weighting"])
+@pytest.mark.parametrize("given", [None, 3, ["linear"]])
+def test_what_describes_no_part_says_which(part, given):
+    with pytest.raises(ConfigError, match=part):
+        MultiObjectiveReward([length, share], W, group=GROUP, **{part: given})

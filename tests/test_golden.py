@@ -1,6 +1,7 @@
 """Golden data: made from formulas, met by the library, and able to tell the known defects of other implementations."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def test_the_lists():
         (["check", "json:dumps"], "--rule"),
         (["check", "json:dumps", "--rule", "nothing"], "nothing"),
         (["gdpo", "file.py"], "check"),
+        (["check", "paretune.training.advantages", "--tolerance", "inf"], "tolerance"),
     ],
 )
 def test_mistakes_have_one_message(args, said):
@@ -147,6 +149,12 @@ def test_functions_are_found_by_their_names():
     assert set(functions_of("paretune.training.advantages")) == set(AGGREGATIONS) - {"gd2po_snr"}
     with pytest.raises(ConfigError, match="the rules it lists"):
         check_golden(own("gdpo"), "gdp")
+
+
+@pytest.mark.parametrize("tolerance", [math.inf, math.nan, -1e-9, None])
+def test_a_tolerance_is_a_number_that_can_be_exceeded(tolerance):
+    with pytest.raises(ConfigError, match="tolerance"):
+        check_golden(lambda *_: [], "gdpo", tolerance=tolerance)
 
 
 def test_no_shipped_comparison_contains_an_experimental_rule_and_its_card_says_why():

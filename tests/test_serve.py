@@ -247,6 +247,7 @@ BAD = [
     ({"logprobs": 50}, 400, "logprobs", "at most 20"),
     ({"stream": "yes"}, 400, "stream", "stream"),
     ({"stream_options": 3}, 400, "stream_options", "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": "no"}}, 400, "stream_options", "include_usage"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "supported"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias", "supported"),
     ({"echo": True}, 400, "echo", "supported"),

@@ -166,7 +166,9 @@ def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> A
     options = _number(body, "stream_options", dict[str, Any], {})
     weights = None if preference is None else dict(zip(preference.names, preference.weights, strict=True))
     echoed = {"preference": weights, "gates": _named(served, gates_PK[0]), "seed": seed}
-    tell_usage = bool(options.get("include_usage"))
+    with about("stream_options"):
+        told = options.get("include_usage")
+        tell_usage = told is not None and checked("stream_options.include_usage", StrictBool, told)
     return Asked(kind, body["model"], served, rows, sum(map(len, tokens)), stream, tell_usage, echoed)
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, nearest
+from paretune.registry import checked
 from paretune.training.advantages import advantages, aggregate_advantages
+from paretune.types import Amount
 
 __all__ = ["Difference", "check_golden", "check_known", "functions_of", "golden", "own"]
 
@@ -77,9 +79,10 @@ def check_golden(function: Callable[..., Any], rule: str, *, cases: Sequence[str
     """Where `function(rewards_NM, group, weights_M)` differs from a rule's advantages by more than `tolerance`; [] is what is wanted.
 
     `rewards_NM` is a float array with NaN for unscored, `group` the number of consecutive rows of one prompt. A function with a
-    parameter `eps` is given that of the data. An exception is a difference, too: a case that stops a trainer is a finding.
+    parameter `eps` is given that of the data. An exception is a difference, too: a case that stops a trainer is a finding. ConfigError where
+    `tolerance` is negative or not finite.
     """
-    data = golden()
+    data, tolerance = golden(), checked("tolerance", Amount, tolerance)
     check_known([rule], cases)
     more = {"eps": data["eps"]} if "eps" in inspect.signature(function).parameters else {}
     found = []

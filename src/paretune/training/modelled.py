@@ -226,9 +226,7 @@ def sampled(learner: Any, model: RewardModel, policy: Policy, spec: TrainSpec, t
 def _tabulated(model: RewardModel, own_PRM: np.ndarray | None) -> Callable[[ExactTask], np.ndarray]:
     """(P, R, M) the model's rewards of all responses to the training prompts of an exact task, of which the first may have their own."""
     own_PRM = np.empty((0, 0, 0)) if own_PRM is None else own_PRM
-    return lambda task: np.stack(
-        [*own_PRM, *(model.rewards(model.tree_RF(task, p), task) for p in range(len(own_PRM), task.prompt_count))]
-    )
+    return lambda task: np.stack([*own_PRM, *(model.rewards(model.tree_RF(task, p), task) for p in range(len(own_PRM), task.prompt_count))])
 
 
 class _Modelled(Task):

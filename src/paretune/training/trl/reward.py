@@ -98,7 +98,13 @@ class MultiObjectiveReward:
         self.__name__ = name  # what TRL prints beside the number
         self.trainer, self.group, self.seed = trainer, group, seed
         self.beta, self.landmarks, self.max_unscored = beta, landmarks, max_unscored
-        described = [{"name": given} if isinstance(given, str) else dict(given) for given in (scalarizer, aggregation, weighting)]
+        parts = {"scalarizer": scalarizer, "aggregation": aggregation, "weighting": weighting}
+        described = [
+            {"name": given}
+            if isinstance(given, str)
+            else checked(part, dict[str, Any], dict(given) if isinstance(given, Mapping) else given)
+            for part, given in parts.items()
+        ]
         self.objectives, scorer = _scored_by(objectives, scorer, low, high, reward_processing_classes)
         asked = Terms.of(terms, self.objectives.names)
         if asked is not None:
