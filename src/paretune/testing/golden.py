@@ -79,8 +79,8 @@ def check_golden(function: Callable[..., Any], rule: str, *, cases: Sequence[str
     """Where `function(rewards_NM, group, weights_M)` differs from a rule's advantages by more than `tolerance`; [] is what is wanted.
 
     `rewards_NM` is a float array with NaN for unscored, `group` the number of consecutive rows of one prompt. A function with a
-    parameter `eps` is given that of the data. An exception is a difference, too: a case that stops a trainer is a finding. ConfigError where
-    `tolerance` is negative or not finite.
+    parameter `eps` is given that of the data. An exception is a difference, too: a case that stops a trainer is a finding.
+    ConfigError where `tolerance` is negative or not finite.
     """
     data, tolerance = golden(), checked("tolerance", Amount, tolerance)
     check_known([rule], cases)
