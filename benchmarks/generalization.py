@@ -27,16 +27,22 @@ from common import emit, write
 
 TASK = {"name": "exact-v2", "rho": -0.8, "length": 2}
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "conditioned": {"methods": ["conditioned"], "learner": {"name": "exact"}},
-    "conditioned, 60 steps": {"methods": ["conditioned"], "learner": {"name": "exact", "steps": 60}},
-    "conditioned, 20 steps": {"methods": ["conditioned"], "learner": {"name": "exact", "steps": 20}},
-    "conditioned, rank 2": {"methods": ["conditioned"], "learner": {"name": "exact", "rank": 2}},
-    "conditioned, a fifth of the rate": {"methods": ["conditioned"], "learner": {"name": "exact", "lr": 4e-3}},
-    "conditioned, unlabelled": {"methods": ["conditioned"], "learner": {"name": "exact", "unlabelled": 256}},
-    "conditioned, unlabelled, own scores": {
-        "methods": ["conditioned"],
-        "learner": {"name": "exact", "unlabelled": 256, "own_scores": True},
-    },
+    name: {"methods": ["conditioned"], "learner": {"name": "exact", **settings}}
+    for name, settings in {
+        "conditioned": {},
+        "60 steps": {"steps": 60},
+        "20 steps": {"steps": 20},
+        "a fifth of the rate": {"lr": 4e-3},
+        "rank 4": {"rank": 4},
+        "rank 2": {"rank": 2},
+        "rank 1": {"rank": 1},
+        "rank 2, 60 steps": {"rank": 2, "steps": 60},
+        "unlabelled": {"unlabelled": 256},
+        "unlabelled, own scores": {"unlabelled": 256, "own_scores": True},
+        "unlabelled, rank 2": {"unlabelled": 256, "rank": 2},
+        "unlabelled, own scores, rank 2": {"unlabelled": 256, "own_scores": True, "rank": 2},
+        "unlabelled, own scores, rank 4": {"unlabelled": 256, "own_scores": True, "rank": 4},
+    }.items()
 }
 BRIDGE = {"methods": ["bridge"], "learner": {"name": "exact"}}
 SAMPLED = {"methods": ["conditioned"], "learner": {"name": "pg", "samples": 200_000}}
