@@ -32,16 +32,17 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "conditioned": {},
         "60 steps": {"steps": 60},
         "20 steps": {"steps": 20},
-        "a fifth of the rate": {"lr": 4e-3},
+        "rate / 5": {"lr": 4e-3},
+        "rate / 10": {"lr": 2e-3},
+        "rate / 20": {"lr": 1e-3},
+        "rate / 5, rank 4": {"lr": 4e-3, "rank": 4},
         "rank 4": {"rank": 4},
         "rank 2": {"rank": 2},
         "rank 1": {"rank": 1},
         "rank 2, 60 steps": {"rank": 2, "steps": 60},
         "unlabelled": {"unlabelled": 256},
         "unlabelled, own scores": {"unlabelled": 256, "own_scores": True},
-        "unlabelled, rank 2": {"unlabelled": 256, "rank": 2},
-        "unlabelled, own scores, rank 2": {"unlabelled": 256, "own_scores": True, "rank": 2},
-        "unlabelled, own scores, rank 4": {"unlabelled": 256, "own_scores": True, "rank": 4},
+        "unlabelled, own scores, rate / 5": {"unlabelled": 256, "own_scores": True, "lr": 4e-3},
     }.items()
 }
 BRIDGE = {"methods": ["bridge"], "learner": {"name": "exact"}}
