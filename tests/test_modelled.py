@@ -149,6 +149,17 @@ def test_prompts_with_rewards_may_keep_their_own(tmp_path):
     assert (guess[True][12:] == guess[False][12:]).all()
 
 
+def test_features_that_span_the_head_say_all_that_it_can(tmp_path):
+    """5 tokens and 33 numbers of a state and 1: 165 products say what 1,024 do, and 40 do not."""
+    known = {}
+    for count in (40, 165, 1024):
+        learner = ExactGradient(unlabelled=10, features=count, ridge=1e-9)
+        spec = spec_of(learner, (0.5, 0.5), TASK)
+        task, _ = learner.trained_on(learner.start(spec, TASK, {}), spec, TASK, tmp_path / str(count))
+        known[count] = task.rewards_PRM("train")[12:]
+    assert np.abs(known[165] - known[1024]).mean() < 0.05 * np.abs(known[40] - known[1024]).mean()
+
+
 @pytest.mark.parametrize("learner", [ExactGradient, PolicyGradient])
 def test_own_scores_without_unlabelled_prompts_say_so(learner):
     with pytest.raises(ConfigError, match="own_scores"):
@@ -206,7 +217,7 @@ def test_noise_on_scores_that_a_table_would_not_have_says_so(tmp_path):
 
 
 def test_fields_that_came_later_move_no_key():
-    assert not {"scored", "unlabelled", "ridge", "own_scores"} & set(describe(PolicyGradient()))
+    assert not {"scored", "unlabelled", "ridge", "features", "own_scores"} & set(describe(PolicyGradient()))
     assert {"scored": 64, "unlabelled": 10}.items() <= describe(SAMPLED).items()
 
 

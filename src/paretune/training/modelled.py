@@ -29,11 +29,10 @@ from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.batch import draw
 from paretune.training.spec import TrainSpec
-from paretune.types import Natural, Positive, Prompt
+from paretune.types import Count, Natural, Positive, Prompt
 
 __all__ = ["RewardModel", "Unlabelled"]
 
-FEATURES = 1024
 AT_ONCE = 2**23  # products of tokens: 64 MiB
 FOLDS = 4  # of prompts, by which is measured what a reward model knows of prompts that it was not fitted to
 FILE = "reward_model.json"
@@ -48,7 +47,7 @@ class RewardModel:
         reward(x, y) = level + sum over tokens t of  state(x, y_<t)' W [y_t]
 
     The state is what the reference's own head is given before token t, so that W is a head of the same shape for every objective. It is
-    fitted as weights of FEATURES random products of state and token, which span all such heads where these have fewer numbers.
+    fitted as weights of random products of state and token, `features` of them, which span all such heads where these have fewer numbers.
 
     Source: a linear head on the policy's base (Ziegler et al. 2019, 1909.08593), by random products (Kar and Karnick 2012, 1201.6530).
     Differs: closed form, and only what differs between responses to one prompt is fitted, which is all that a group's baseline leaves.
@@ -56,7 +55,7 @@ class RewardModel:
     the declared ranges.
     """
 
-    def __init__(self, policy: Policy, *, seed: int):
+    def __init__(self, policy: Policy, *, seed: int, features: int = 1024):
         if not policy.splits_head:
             raise ConfigError(
                 "a reward model reads the states that the reference's head is given",
@@ -64,11 +63,11 @@ class RewardModel:
                 remedy="leave the head out of learner.targets, or train without unlabelled prompts",
             )
         config, rng = text_config(policy.model.config), generator(seed, "reward features")
-        self._policy = policy
-        self._state_HF = torch.from_numpy(rng.normal(0, (config.hidden_size + 1) ** -0.5, (config.hidden_size + 1, FEATURES)))
-        pieces = [rng.choice([-1, 1], (min(4096, config.vocab_size - v), FEATURES)) for v in range(0, config.vocab_size, 4096)]
+        self._policy, self._count = policy, features
+        self._state_HF = torch.from_numpy(rng.normal(0, (config.hidden_size + 1) ** -0.5, (config.hidden_size + 1, features)))
+        pieces = [rng.choice([-1, 1], (min(4096, config.vocab_size - v), features)) for v in range(0, config.vocab_size, 4096)]
         self._token_VF = torch.from_numpy(np.concatenate([piece.astype(np.int8) for piece in pieces]))
-        self.weights_FM, self.level_M = np.zeros((FEATURES, 0)), np.zeros(0)
+        self.weights_FM, self.level_M = np.zeros((features, 0)), np.zeros(0)
 
     def tree_RF(self, task: ExactTask, row: int) -> np.ndarray:
         """(R, F) features of every response to one training prompt of an exact task."""
@@ -91,7 +90,7 @@ class RewardModel:
         tokens_NT = torch.tensor([[*row, *[policy.pad_id] * (length - len(row))] for row in said], device=policy.device)
         real_NT1 = torch.tensor([[[i < len(row)] for i in range(length)] for row in said])
         mask_NT = functional.pad(mask_NT, (0, length - 1), value=1)
-        ids_NT, found, step = torch.cat([ids_NT, tokens_NT[:, :-1]], 1), [], max(1, AT_ONCE // (length * FEATURES))
+        ids_NT, found, step = torch.cat([ids_NT, tokens_NT[:, :-1]], 1), [], max(1, AT_ONCE // (length * self._count))
         for rows in (slice(first, first + step) for first in range(0, len(said), step)):
             state_NTF = self._states(ids_NT[rows], mask_NT[rows], length)
             found.append((state_NTF * self._token_VF[tokens_NT[rows].cpu()] * real_NT1[rows]).sum(1))
@@ -117,7 +116,7 @@ class RewardModel:
         None where it never varies, and nothing for a single prompt. RewardError where all responses to each prompt score alike.
         """
         folds: list[list[Any]] = [[0.0, 0.0, 0.0] for _ in range(FOLDS)]
-        count, feature_F, reward_M = 0, np.zeros(FEATURES), np.zeros(0)
+        count, feature_F, reward_M = 0, np.zeros(self._count), np.zeros(0)
         for number, features_RF, rewards_RM, share_R in scored:
             mean_F, mean_M = share_R @ features_RF, share_R @ rewards_RM
             apart_RF, above_RM = features_RF - mean_F, rewards_RM - mean_M
@@ -129,7 +128,7 @@ class RewardModel:
 
         def solved(kept: list[list[Any]]) -> np.ndarray:
             gram_FF, with_FM = (sum(fold[i] for fold in kept) for i in (0, 1))
-            return np.linalg.solve(gram_FF + ridge * np.trace(gram_FF) / FEATURES * np.eye(FEATURES), with_FM)
+            return np.linalg.solve(gram_FF + ridge * np.trace(gram_FF) / self._count * np.eye(self._count), with_FM)
 
         folds = [fold for fold in folds if np.any(fold[2])]
         if not folds:
@@ -164,6 +163,7 @@ class Unlabelled:
 
     unlabelled: Natural = field(default=0, metadata=GIVEN)  # prompts without rewards, at most, to train on beside the others; 0: none
     ridge: Positive = field(default=0.01, metadata=GIVEN)  # of the reward model, times its features' mean variance
+    features: Count = field(default=1024, metadata=GIVEN)  # of the reward model; as many as a head has numbers say all that it can
     own_scores: bool = field(default=False, metadata=GIVEN)  # whether prompts with rewards are scored by these, at a call a response
 
     def prompts_without(self, task: Task) -> list[Prompt]:
@@ -182,7 +182,7 @@ class Unlabelled:
         if not self.unlabelled:
             return task, {}
         more = self.prompts_without(task)
-        model, path = RewardModel(policy, seed=spec.seed), work / FILE
+        model, path = RewardModel(policy, seed=spec.seed, features=self.features), work / FILE
         if not path.is_file():
             scored, cost = self._scored(model, policy, spec, task)
             explained = dict(zip(task.objectives.names, model.fit(scored, ridge=self.ridge), strict=False))
