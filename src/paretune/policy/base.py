@@ -257,7 +257,8 @@ class Policy(ABC):
         if copies > 1:
             ids_NT = ids_NT.repeat(copies, 1)
             positions = positions.repeat(copies, 1) if positions is not None and positions.shape[0] > 1 else positions
-            mask = mask.repeat(copies, *[1] * (mask.dim() - 1)) if mask is not None and mask.shape[0] > 1 else mask
+            if mask is not None and (mask.dim() == 2 or mask.shape[0] > 1):  # a 4-D mask of one row is for all rows
+                mask = mask.repeat(copies, *[1] * (mask.dim() - 1))
         return {
             "input_ids": ids_NT,
             "attention_mask": mask,
