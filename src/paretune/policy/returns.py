@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from paretune.policy.base import Policy
-from paretune.policy.rollout import Rollout, generate
+from paretune.policy.rollout import Rollout, generate, occurrences
 from paretune.policy.scoring import token_logp
 from paretune.progress import counted
 from paretune.seeds import seed_for
@@ -75,7 +75,7 @@ class Measured:
 
     rewards_WSM: np.ndarray  # NaN = unscored
     kl_WS: np.ndarray  # nats; sampled: log pi(y) - log pi_ref(y), unbiased for the KL, and possibly negative
-    prompt_S: np.ndarray  # which prompt of the split
+    prompt_S: np.ndarray  # which prompt of the split; of equal ones the first
     beta: float
     tokens: int = 0  # generated, or enumerated, for the distinct ones of these gates
     texts_WS: Sequence[Sequence[str]] = ()  # of sampled responses
@@ -222,20 +222,19 @@ class SampledReturns(Returns):
         return self._samples
 
     def at(self, gates_W: Gates) -> Measured:
-        prompts = self.task.prompts(self.split)
-        prompt_S = np.arange(self.samples) % self._used
-        rows, numbers = [prompts[int(p)] for p in prompt_S], [s // self._used for s in range(self.samples)]
+        prompts, place_S = self.task.prompts(self.split), np.arange(self.samples) % self._used
+        rows = [prompts[p] for p in place_S]
         names = [_name_of(gates) for gates in gates_W]
         for name, gates in counted("measuring preference", list(zip(names, gates_W, strict=True))):
             if name not in self._known:
                 gates_PK = _for_prompts(gates, len(prompts), self.policy)
-                gates_SK = None if gates_PK is None else gates_PK[prompt_S]
-                self._known[name] = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), numbers)
+                gates_SK = None if gates_PK is None else gates_PK[place_S]
+                self._known[name] = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), occurrences(rows))
         rewards, kl, texts, _ = zip(*(self._known[name] for name in names), strict=True)
         distinct = set(names)
         tokens = sum(self._known[name][3] for name in distinct)
         _charge(len(distinct), len(distinct) * self.samples, tokens)
-        return Measured(np.stack(rewards), np.stack(kl), prompt_S, self.task.beta, tokens, texts)
+        return Measured(np.stack(rewards), np.stack(kl), self._prompt_S, self.task.beta, tokens, texts)
 
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
         made = self.at(gates_K[None])
@@ -244,7 +243,14 @@ class SampledReturns(Returns):
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
         if _name_of(gates_K) not in self._known:
             self.at([None] if gates_K is None else gates_K[None])
-        return covariance_within(self._known[_name_of(gates_K)][0], np.arange(self.samples) % self._used)
+        return covariance_within(self._known[_name_of(gates_K)][0], self._prompt_S)
+
+    @property
+    def _prompt_S(self) -> np.ndarray:
+        """Which prompt each response is to; of equal prompts of the split, the first."""
+        first: dict[str, int] = {}
+        place_P = [first.setdefault(repr(prompt), place) for place, prompt in enumerate(self.task.prompts(self.split)[: self._used])]
+        return np.array(place_P)[np.arange(self.samples) % self._used]
 
     def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
         prompts = self.task.prompts(self.split)
