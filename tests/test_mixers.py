@@ -16,7 +16,7 @@ from paretune.policy.mixing.parameter import MergedMix, dare, ties, trim
 from paretune.policy.mixing.predictions import worst_weights
 from paretune.policy.rollout import decode
 from paretune.seeds import uniforms
-from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
+from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, opt, peft_logits, some_gates, some_ids, write_adapters
 
 LAYERS = 3
 MIDDLE = [{"name": "hidden-layer", "layer": layer} for layer in (1, 2)]
@@ -59,6 +59,15 @@ def rows_for(level, gates_NK):
 
 
 # Every level
+
+
+@pytest.mark.parametrize("level", ["parameter", MIDDLE[0], DIVERGENCE[2], {"name": "routed", "experts": 2}], ids=str)
+def test_layers_that_are_given_rows_and_tokens_as_one_axis(tmp_path, level):
+    experts = write_adapters(opt, tmp_path, [{}, {}])
+    ids_NT = some_ids(3)
+    got = run(policy(level, experts, opt), ids_NT, torch.eye(2)[[1, 0, 1]]).log_softmax(-1)
+    want = torch.stack([peft_logits(opt, experts[f"e{k}"], ids_NT)[n] for n, k in enumerate([1, 0, 1])]).log_softmax(-1)
+    assert gap(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("level", FAITHFUL, ids=name_of)

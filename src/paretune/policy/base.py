@@ -253,7 +253,7 @@ class Policy(ABC):
                 positions = torch.arange(past, past + ids_NT.shape[1], device=ids_NT.device).expand_as(ids_NT)
             else:
                 positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        self.bank.expect(*ids_NT.shape)
+        self.bank.expect(ids_NT.shape[1])
         if copies > 1:
             ids_NT = ids_NT.repeat(copies, 1)
             positions = positions.repeat(copies, 1) if positions is not None and positions.shape[0] > 1 else positions
