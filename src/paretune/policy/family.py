@@ -80,6 +80,12 @@ class Family:
         return html_table("A family of policies", (), self._facts().items())
 
     @property
+    def gate_names(self) -> tuple[str, ...]:
+        """What the gates belong to: the adapters, or the objectives where a preference is text."""
+        bank = self.policy.bank
+        return bank.names if bank.count == self.policy.K else self.objectives.names
+
+    @property
     def stepwise(self) -> bool:
         """Whether preferences that are near each other are the same policy, so that a slope means nothing."""
         return self.rule.stepwise or self.policy.stepwise
