@@ -110,6 +110,7 @@ def test_no_gates_are_the_reference_and_other_gates_need_another_cache(task, pol
 
 def test_what_moved_a_token_is_told_by_objective(task, policy, tmp_path):
     family = Family(policy, PromptedRule(objectives=2), task.objectives, task.base(), max_new_tokens=task.max_new_tokens)
+    assert "adapters 1: policy" in repr(family)
     (found,) = explain(family, task.prompts("train")[0], [0.4, 0.6])
     assert found.adapters == task.objectives.names, "the one adapter has no share of its own"
     row = token_table(found).rows[-1]

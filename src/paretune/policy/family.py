@@ -66,7 +66,7 @@ class Family:
         return {
             "method": str(self.meta.get("method", {}).get("name", "unknown")),
             "objectives": ", ".join(self.objectives.names),
-            "adapters": f"{self.policy.K}: {', '.join(self.policy.bank.names)}" if self.policy.K else "none",
+            "adapters": f"{self.policy.bank.count}: {', '.join(self.policy.bank.names)}" if self.policy.bank.count else "none",
             "mixing": self.policy.mixing,
             "reference model": str(base),
             **({"trained on": trained} if trained else {}),
