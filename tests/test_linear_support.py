@@ -216,6 +216,13 @@ def test_an_unknown_covariance_is_refused_in_words(task, monkeypatch):
         METHODS.build({"name": "ols"}).plan(blind, quick_learner(), {}, 0)
 
 
+def test_rewards_that_do_not_vary_are_refused_in_words(task, monkeypatch):
+    """As an objective that pays so rarely that no sample of the reference has it: an empty plan would end in a family of nothing."""
+    monkeypatch.setattr(linear_support, "_measured", lambda *_: Measured(np.zeros(2), np.zeros((2, 2)), Cost()))
+    with pytest.raises(TrainingError, match="rewards that hardly do"):
+        METHODS.build({"name": "ols"}).plan(task, quick_learner(), {}, 0)
+
+
 def test_unscored_samples_are_left_out_of_the_covariance():
     rewards_SM = np.array([[0.0, 1.0], [1.0, 0.0], [np.nan, 0.5], [0.2, 0.2], [0.4, 0.4]])
     got = covariance_within(rewards_SM, np.array([0, 0, 0, 1, 1]))

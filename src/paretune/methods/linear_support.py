@@ -99,6 +99,12 @@ class OptimisticSupport(Method):
             if w_M is None:
                 break
             specs.append(training(task, learner, w_M, seed))
+        if not specs:
+            raise TrainingError(
+                "optimistic support trains where rewards vary among the reference's responses to a prompt",
+                found="rewards that hardly do, so that no training seems to gain anything",
+                remedy="raise samples where an objective pays rarely, or take method linear, which measures nothing beforehand",
+            )
         return specs
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
