@@ -1,5 +1,6 @@
 """Evaluation against closed forms (table policies), and the sampled path against the exact one (real models)."""
 
+import dataclasses
 import json
 import math
 
@@ -249,6 +250,23 @@ def test_every_sampled_interval_is_over_prompts(task, noisy_bank):
             assert found["high"] - found["value"] == pytest.approx(half(value_S))
             assert found["value"] - found["low"] == pytest.approx(half(value_S))
     assert m["returns_error"][0] == pytest.approx([half(curve.returns_WSM[0, :, k]) for k in range(2)])
+
+
+class Repeated(ExactTask):
+    """Every prompt stands there three times."""
+
+    registered_name = "repeated"
+
+    def prompts(self, split):
+        return [*super().prompts(split)] * 3
+
+
+def test_prompts_that_come_again_get_responses_of_their_own_and_are_one_unit(task, noisy_bank):
+    again = Repeated(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    family = family_of(task, ParameterMix(*noisy_bank))
+    once, more = (evaluate(t, family, samples=24, exact=False, splits=["train"]).curves["train"] for t in (task, again))
+    assert np.array_equal(once.prompt_S, more.prompt_S)
+    assert np.array_equal(once.rewards_WSM, more.rewards_WSM)
 
 
 def test_few_samples_have_no_interval(task, noisy_bank):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from oracles import small_task
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.evaluation.evaluate import evaluate
 from paretune.methods import linear_support
 from paretune.methods.linear_support import Measured, corners, next_corner, next_planned, optimistic
@@ -201,10 +201,33 @@ def test_off_exact_tasks_it_measures_samples(task, trained):
         assert exact.covariance_MM[0, 1] < -0.01
 
 
+def test_as_many_prompts_as_samples_leave_two_responses_to_each_that_is_used(task):
+    """One response to each prompt says nothing of how rewards vary within a prompt, and nothing would be trained."""
+    blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    count = blind.prompt_count
+    assert (np.diagonal(linear_support._measured(blind, None, count, 0).covariance_MM) > 0).all()
+    assert len(METHODS.build({"name": "ols", "samples": count}).plan(blind, quick_learner(), {}, 0)) == 1
+
+
+def test_an_unknown_covariance_is_refused_in_words(task, monkeypatch):
+    blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    monkeypatch.setattr(linear_support, "_measured", lambda *_: Measured(np.zeros(2), np.full((2, 2), np.nan), Cost()))
+    with pytest.raises(TrainingError, match="no prompt with two responses that were scored in every objective"):
+        METHODS.build({"name": "ols"}).plan(blind, quick_learner(), {}, 0)
+
+
+def test_rewards_that_do_not_vary_are_refused_in_words(task, monkeypatch):
+    """As an objective that pays so rarely that no sample of the reference has it: an empty plan would end in a family of nothing."""
+    monkeypatch.setattr(linear_support, "_measured", lambda *_: Measured(np.zeros(2), np.zeros((2, 2)), Cost()))
+    with pytest.raises(TrainingError, match="rewards that hardly do"):
+        METHODS.build({"name": "ols"}).plan(task, quick_learner(), {}, 0)
+
+
 def test_unscored_samples_are_left_out_of_the_covariance():
     rewards_SM = np.array([[0.0, 1.0], [1.0, 0.0], [np.nan, 0.5], [0.2, 0.2], [0.4, 0.4]])
     got = covariance_within(rewards_SM, np.array([0, 0, 0, 1, 1]))
     np.testing.assert_allclose(got, (np.array([[0.5, -0.5], [-0.5, 0.5]]) + 0.02 * np.ones((2, 2))) / 2)
+    assert np.isnan(covariance_within(rewards_SM, np.arange(5))).all(), "one sample of each prompt"
 
 
 def test_what_a_user_can_get_wrong(task):

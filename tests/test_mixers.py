@@ -15,8 +15,8 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import MergedMix, dare, ties, trim
 from paretune.policy.mixing.predictions import worst_weights
 from paretune.policy.rollout import decode
-from paretune.seeds import uniforms
-from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, peft_logits, some_gates, some_ids, write_adapters
+from paretune.seeds import forked_torch, uniforms
+from tiny_models import TOKENIZER, dense_soup, gap, gemma2, gpt2, llama, opt, peft_logits, some_gates, some_ids, write_adapters
 
 LAYERS = 3
 MIDDLE = [{"name": "hidden-layer", "layer": layer} for layer in (1, 2)]
@@ -59,6 +59,15 @@ def rows_for(level, gates_NK):
 
 
 # Every level
+
+
+@pytest.mark.parametrize("level", ["parameter", MIDDLE[0], DIVERGENCE[2], {"name": "routed", "experts": 2}], ids=str)
+def test_layers_that_are_given_rows_and_tokens_as_one_axis(tmp_path, level):
+    experts = write_adapters(opt, tmp_path, [{}, {}])
+    ids_NT = some_ids(3)
+    got = run(policy(level, experts, opt), ids_NT, torch.eye(2)[[1, 0, 1]]).log_softmax(-1)
+    want = torch.stack([peft_logits(opt, experts[f"e{k}"], ids_NT)[n] for n, k in enumerate([1, 0, 1])]).log_softmax(-1)
+    assert gap(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("level", FAITHFUL, ids=name_of)
@@ -437,6 +446,16 @@ def test_a_merged_policy_is_the_model_with_pefts_merge_in_its_weights(paths, how
     got = run(mixing, ids_NT, gates_K.repeat(4, 1))
     assert gap(got, want) < 1e-3
     assert gap(got, run(policy("parameter", paths), ids_NT, gates_K.repeat(4, 1))) > 1e-2
+
+
+def test_a_merge_of_a_tied_head_leaves_the_embeddings_alone():
+    bank = LoraBank.attach(llama(tie_word_embeddings=True), names=["a", "b"], seed=0, rank=2, targets=["lm_head", "q_proj"])
+    with torch.no_grad(), forked_torch(1):
+        for parameter in bank.parameters():
+            parameter.normal_(0, 0.3)
+    ids_NT, gates_NK = some_ids(2), torch.tensor([[0.3, 0.7]]).repeat(2, 1)
+    dense = run(build_mixing({"name": "merged", "how": "dare", "density": 1.0}, bank, TOKENIZER), ids_NT, gates_NK)
+    assert gap(dense, run(build_mixing("parameter", bank, TOKENIZER), ids_NT, gates_NK)) < 1e-4
 
 
 def test_dropping_nothing_is_the_plain_soup(paths, tmp_path):

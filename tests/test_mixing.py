@@ -162,6 +162,14 @@ def test_padding_moves_no_position(tmp_path):
     assert gap(run(mixing, ids_NT[:, 5:], gates_NK, attention_mask=mask_NT, cache=cache)[1:], want[:, -1:]) < 1e-5
 
 
+@pytest.mark.parametrize("level", LEVEL_NAMES)
+def test_a_single_row_may_be_padded(paths, level):
+    mixing, ids_NT, gates_NK = policy(level, paths), some_ids(1, 6), some_gates(1, 3)
+    mask_NT = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    want = run(mixing, ids_NT[:, 2:], gates_NK)
+    assert gap(run(mixing, ids_NT, gates_NK, attention_mask=mask_NT)[:, 2:], want) < 1e-5
+
+
 @pytest.mark.parametrize("level", ["parameter", "logit", "hidden"])
 def test_rows_do_not_depend_on_the_batch(paths, level):
     mixing, ids_NT, gates_NK, order = policy(level, paths), some_ids(6), some_gates(6, 3), [4, 0, 5]

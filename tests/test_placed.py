@@ -9,6 +9,7 @@ from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
 from paretune.methods.placed import optimistic_regret
+from paretune.methods.search import simplex_lattice
 from paretune.policy.family import Family
 from paretune.policy.rules import Barycentric, Identity, barycentric_gates
 from paretune.registry import METHODS
@@ -28,6 +29,15 @@ def test_gates_are_the_place_of_a_preference_among_its_neighbors(count):
     assert (gates >= 0).all()
     assert ((gates > 1e-12).sum(1) <= count).all(), "no more than the corners of one cell"
     np.testing.assert_allclose(barycentric_gates(points, points), np.eye(len(points)), atol=1e-9)
+
+
+@pytest.mark.parametrize("points", [4, 6])
+def test_flat_cells_between_points_of_a_lattice_give_no_gates(points):
+    lattice = simplex_lattice(4, points)
+    w_WM = np.concatenate([generator(3, "placed").dirichlet(np.ones(4), 40), lattice])
+    gates = barycentric_gates(lattice, w_WM)
+    np.testing.assert_allclose(gates @ lattice, w_WM, atol=1e-9)
+    np.testing.assert_allclose(gates.sum(1), 1)
 
 
 def test_without_more_experts_it_is_plain_mixing():

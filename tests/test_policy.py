@@ -159,6 +159,18 @@ MESSAGES = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": 
 W = [0.7, 0.3]
 
 
+def test_a_text_is_one_stop_and_not_as_many_as_it_has_letters(home):
+    made = family(home)
+    ((whole,),) = made.sample(["ab"], [0.7, 0.3], max_new_tokens=12, temperature=0.0)
+    two = next(whole[i : i + 2] for i in range(1, len(whole) - 1) if {*whole[i : i + 2]} & {*whole[:i]})
+    cut = whole[: whole.index(two)]
+    for stop in (two, [two], ("?", two)):
+        assert made.sample(["ab"], [0.7, 0.3], max_new_tokens=12, temperature=0.0, stop=stop) == [[cut]]
+    for wrong in ("", ["x", ""], None, [3]):
+        with refused("stop is a text or several, none of them empty"):
+            made.sample(["ab"], [0.7, 0.3], stop=wrong)
+
+
 @pytest.fixture(scope="module")
 def chatty(home, tmp_path_factory):
     """A family that was trained on conversations under a system message, saved and loaded."""

@@ -8,6 +8,7 @@ import torch
 
 from oracles import small_task
 from paretune.errors import ConfigError
+from paretune.evaluation.explain import explain
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.prompted import PromptedMix, digit_ids
@@ -16,6 +17,7 @@ from paretune.policy.rollout import decode, encode
 from paretune.policy.rules import PromptedRule
 from paretune.policy.scoring import token_logp
 from paretune.registry import METHODS
+from paretune.report.page import token_table, write_explanation
 from paretune.seeds import forked_torch, generator
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 from paretune.training.policy_gradient import PolicyGradient
@@ -104,6 +106,16 @@ def test_no_gates_are_the_reference_and_other_gates_need_another_cache(task, pol
         policy.forward(ids_NT, gates_NK=W_NM, cache=cache)
         with pytest.raises(ConfigError, match="a cache belongs to the gates"):
             policy.forward(ids_NT[:, :1], gates_NK=W_NM.flip(0), cache=cache)
+
+
+def test_what_moved_a_token_is_told_by_objective(task, policy, tmp_path):
+    family = Family(policy, PromptedRule(objectives=2), task.objectives, task.base(), max_new_tokens=task.max_new_tokens)
+    assert "adapters 1: policy" in repr(family)
+    (found,) = explain(family, task.prompts("train")[0], [0.4, 0.6])
+    assert found.adapters == task.objectives.names, "the one adapter has no share of its own"
+    row = token_table(found).rows[-1]
+    assert row["expert_0"] + row["expert_1"] + row["remainder"] == pytest.approx(row["ratio"])
+    assert task.objectives.names[1] in write_explanation(tmp_path / "page.html", [found], None, family=family).read_text()
 
 
 def test_digits_are_decimal_where_they_are_tokens_and_letters_elsewhere(task, policy):

@@ -235,6 +235,9 @@ def test_prompts_become_tokens():
     assert token_ids(Words(), text) == [h, i]
     assert token_ids(Words(bos=True), text) == [1, h, i]
     assert token_ids(Words(bos=True, eos=True), text) == [1, h, i], "a closed prompt could not be answered"
+    ended = Prompt(text="hi\x02")
+    for settings, want in (({"bos": True}, [1, h, i, 2]), ({"eos": True}, [h, i, 2]), ({"bos": True, "eos": True}, [1, h, i, 2])):
+        assert token_ids(Words(**settings), ended) == want, "the EOS that the text itself ends with stays"
     assert token_ids(Words(), Prompt(text="")) == [1], "an empty prompt starts with BOS"
     assert token_ids(Words(bos=True, chat="..."), chat) == [ord(c) for c in "<u>hi<a>"], "a template brings its own special tokens"
     with pytest.raises(ConfigError, match="chat template"):

@@ -40,6 +40,14 @@ def gemma2(cap: float | None):
         return Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCAB, final_logit_softcapping=cap, eos_token_id=16, **sizes, **heads)).eval()
 
 
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with forked_torch(0):  # its feed-forward layers take (rows * tokens, I)
+        return OPTForCausalLM(OPTConfig(vocab_size=VOCAB, max_position_embeddings=64, eos_token_id=16, pad_token_id=16, **sizes)).eval()
+
+
 def write_adapters(make, folder: Path, settings: list[dict], seed: int = 0, scale: float = 0.3) -> dict[str, Path]:
     """Random adapters e0, e1, ... in directories that PEFT's own `save_pretrained` wrote."""
     from peft import LoraConfig, get_peft_model

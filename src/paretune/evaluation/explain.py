@@ -64,7 +64,7 @@ class Explanation:
     preference: dict[str, float]
     mixing: str
     how: str  # product | path | shapley
-    adapters: tuple[str, ...]
+    adapters: tuple[str, ...]  # the names of axis K: of the objectives, where the preference is text
     gates_K: np.ndarray
     tokens_T: tuple[str, ...]
     logp_T: np.ndarray
@@ -152,7 +152,7 @@ def explain(
                 response="".join(piece for piece in pieces if piece != END),
                 preference=dict(zip(names, map(float, chosen.weights), strict=True)),
                 mixing=family.policy.mixing,
-                adapters=family.policy.bank.names,
+                adapters=family.gate_names,
                 gates_K=gates_K.double().cpu().numpy(),
                 tokens_T=tuple(pieces),
                 **_split(family.policy, ids_1T, mask_1T, tokens_1T, gates_K),

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.evaluation.metrics import MIN_GAIN
 from paretune.methods.base import Card, Method, adapters_for, training
 from paretune.methods.search import simplex_lattice
@@ -99,6 +99,12 @@ class OptimisticSupport(Method):
             if w_M is None:
                 break
             specs.append(training(task, learner, w_M, seed))
+        if not specs:
+            raise TrainingError(
+                "optimistic support trains where rewards vary among the reference's responses to a prompt",
+                found="rewards that hardly do, so that no training seems to gain anything",
+                remedy="raise samples where an objective pays rarely, or take method linear, which measures nothing beforehand",
+            )
         return specs
 
     def policy(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Family:
@@ -120,10 +126,17 @@ class OptimisticSupport(Method):
         w_KM = np.array([spec.preference for spec in specs]).reshape(-1, m)
         if self.estimate == "bound":
             return next_corner(returns_KM, w_KM, eps=self.eps, judged_WM=task.judged())
+        reference = _measured(task, None, self.samples, seed)
+        if not np.isfinite([*reference.returns_M, *reference.covariance_MM.flat]).all():
+            raise TrainingError(
+                "trainings are planned by how the rewards of the reference's responses vary",
+                found="no prompt with two responses that were scored in every objective",
+                remedy="repair the objectives, or raise samples",
+            )
         return next_planned(
             returns_KM,
             w_KM,
-            reference=_measured(task, None, self.samples, seed),
+            reference=reference,
             beta=task.beta,
             asked_WM=task.judged() if self.asked == "judged" else _spread(m, 101),
             candidates_CM=_spread(m, 201)[_allowed(_spread(m, 201), task.judged())],
@@ -305,7 +318,7 @@ def _measure(task: Task, artifact: Artifact | None, samples: int, seed: int) -> 
     mixing, adapters = ("reference", {}) if artifact is None else ("parameter", {"policy": artifact.path})
     with metered() as meter:
         policy = build_policy(task, mixing, adapters)
-        returns = returns_of(task, policy, "train", samples=samples, seed=seed_for(seed, "optimistic support"))
+        returns = returns_of(task, policy, "train", samples=samples, seed=seed_for(seed, "optimistic support"), each=2)
         gates = None if artifact is None else np.ones(1)
         made = returns.at(np.array([gates]))
         covariance_MM = returns.covariance_MM(gates)

@@ -253,11 +253,12 @@ class Policy(ABC):
                 positions = torch.arange(past, past + ids_NT.shape[1], device=ids_NT.device).expand_as(ids_NT)
             else:
                 positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        self.bank.expect(*ids_NT.shape)
+        self.bank.expect(ids_NT.shape[1])
         if copies > 1:
             ids_NT = ids_NT.repeat(copies, 1)
             positions = positions.repeat(copies, 1) if positions is not None and positions.shape[0] > 1 else positions
-            mask = mask.repeat(copies, *[1] * (mask.dim() - 1)) if mask is not None and mask.shape[0] > 1 else mask
+            if mask is not None and (mask.dim() == 2 or mask.shape[0] > 1):  # a 4-D mask of one row is for all rows
+                mask = mask.repeat(copies, *[1] * (mask.dim() - 1))
         return {
             "input_ids": ids_NT,
             "attention_mask": mask,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune.errors import ConfigError, html_table
+from paretune.errors import ConfigError, html_table, shown
 from paretune.files import changed, check_new, disk_errors, hashes_of, new_folder, seal_problems, sealed
 from paretune.hub import is_local
 from paretune.policy.base import Policy, build_mixing
@@ -66,7 +66,7 @@ class Family:
         return {
             "method": str(self.meta.get("method", {}).get("name", "unknown")),
             "objectives": ", ".join(self.objectives.names),
-            "adapters": f"{self.policy.K}: {', '.join(self.policy.bank.names)}" if self.policy.K else "none",
+            "adapters": f"{self.policy.bank.count}: {', '.join(self.policy.bank.names)}" if self.policy.bank.count else "none",
             "mixing": self.policy.mixing,
             "reference model": str(base),
             **({"trained on": trained} if trained else {}),
@@ -78,6 +78,12 @@ class Family:
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         return html_table("A family of policies", (), self._facts().items())
+
+    @property
+    def gate_names(self) -> tuple[str, ...]:
+        """What the gates belong to: the adapters, or the objectives where a preference is text."""
+        bank = self.policy.bank
+        return bank.names if bank.count == self.policy.K else self.objectives.names
 
     @property
     def stepwise(self) -> bool:
@@ -128,18 +134,21 @@ class Family:
         temperature: float = 1.0,
         system: str | None = None,
         raw: bool = False,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Any,
     ) -> list[list[str]]:
         """`n` responses to each prompt at one preference, such as {"helpful": .7, "brief": .3}.
 
         Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
         draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn. A text ends
-        before the first of `stop` that is in it. `sampling` are other fields of `policy.sampling.Sampling`, such as top_p.
+        before `stop`, or the first of several that is in it. `sampling` are other fields of `policy.sampling.Sampling`, such as top_p.
         """
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
         temperature = checked("temperature", Amount, temperature)
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, Sequence) or not all(isinstance(one, str) and one for one in stops):
+            raise ConfigError("stop is a text or several, none of them empty", found=shown(stop), remedy='for example stop=["User:"]')
         if isinstance(preference, Preference):
             preference = dict(zip(preference.names, preference.weights, strict=True))
         asked = self.prompts(prompts, system=system, raw=raw)
@@ -149,7 +158,7 @@ class Family:
         read = asked if group == n else [prompt for prompt in asked for _ in range(n)]
         settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "sampling": Sampling.of(temperature=temperature, **sampling)}
         drawn = generate(self.policy, read, gates_NK=gates_NK, group=group, batch=SAMPLE_ROWS // group, **settings)
-        answers = [text[: stop_at(text, stop)] for rollout in drawn for text in rollout.texts]
+        answers = [text[: stop_at(text, stops)] for rollout in drawn for text in rollout.texts]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:

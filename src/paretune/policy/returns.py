@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from paretune.policy.base import Policy
-from paretune.policy.rollout import Rollout, generate
+from paretune.policy.rollout import Rollout, generate, occurrences
 from paretune.policy.scoring import token_logp
 from paretune.progress import counted
 from paretune.seeds import seed_for
@@ -75,7 +75,7 @@ class Measured:
 
     rewards_WSM: np.ndarray  # NaN = unscored
     kl_WS: np.ndarray  # nats; sampled: log pi(y) - log pi_ref(y), unbiased for the KL, and possibly negative
-    prompt_S: np.ndarray  # which prompt of the split
+    prompt_S: np.ndarray  # which prompt of the split; of equal ones the first
     beta: float
     tokens: int = 0  # generated, or enumerated, for the distinct ones of these gates
     texts_WS: Sequence[Sequence[str]] = ()  # of sampled responses
@@ -205,14 +205,16 @@ class ExactReturns(Returns):
 class SampledReturns(Returns):
     """Single responses: `samples` at each gate vector, spread evenly over the split's prompts in their order.
 
-    With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared.
+    With fewer samples than prompts only the first `samples` prompts are used: the same ones for everything that is compared. With `each`
+    there are so many responses to every prompt that is used, or more: a covariance within prompts needs two.
     """
 
     exact = False
 
-    def __init__(self, task: Task, policy: Policy, split: str, *, samples: int, seed: int):
+    def __init__(self, task: Task, policy: Policy, split: str, *, samples: int, seed: int, each: int = 1):
         super().__init__(task, policy, split)
         self._samples, self.seed = samples, seed
+        self._used = min(len(task.prompts(split)), max(1, samples // each))
         self._known: dict[bytes | None, tuple[np.ndarray, np.ndarray, list[str], int]] = {}
 
     @property
@@ -220,20 +222,19 @@ class SampledReturns(Returns):
         return self._samples
 
     def at(self, gates_W: Gates) -> Measured:
-        prompts = self.task.prompts(self.split)
-        prompt_S = np.arange(self.samples) % len(prompts)
-        rows, numbers = [prompts[int(p)] for p in prompt_S], [s // len(prompts) for s in range(self.samples)]
+        prompts, place_S = self.task.prompts(self.split), np.arange(self.samples) % self._used
+        rows = [prompts[p] for p in place_S]
         names = [_name_of(gates) for gates in gates_W]
         for name, gates in counted("measuring preference", list(zip(names, gates_W, strict=True))):
             if name not in self._known:
                 gates_PK = _for_prompts(gates, len(prompts), self.policy)
-                gates_SK = None if gates_PK is None else gates_PK[prompt_S]
-                self._known[name] = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), numbers)
+                gates_SK = None if gates_PK is None else gates_PK[place_S]
+                self._known[name] = self._responses(rows, gates_SK, seed_for(self.seed, "returns", self.split), occurrences(rows))
         rewards, kl, texts, _ = zip(*(self._known[name] for name in names), strict=True)
         distinct = set(names)
         tokens = sum(self._known[name][3] for name in distinct)
         _charge(len(distinct), len(distinct) * self.samples, tokens)
-        return Measured(np.stack(rewards), np.stack(kl), prompt_S, self.task.beta, tokens, texts)
+        return Measured(np.stack(rewards), np.stack(kl), self._prompt_S, self.task.beta, tokens, texts)
 
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
         made = self.at(gates_K[None])
@@ -242,7 +243,14 @@ class SampledReturns(Returns):
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
         if _name_of(gates_K) not in self._known:
             self.at([None] if gates_K is None else gates_K[None])
-        return covariance_within(self._known[_name_of(gates_K)][0], np.arange(self.samples) % len(self.task.prompts(self.split)))
+        return covariance_within(self._known[_name_of(gates_K)][0], self._prompt_S)
+
+    @property
+    def _prompt_S(self) -> np.ndarray:
+        """Which prompt each response is to; of equal prompts of the split, the first."""
+        first: dict[str, int] = {}
+        place_P = [first.setdefault(repr(prompt), place) for place, prompt in enumerate(self.task.prompts(self.split)[: self._used])]
+        return np.array(place_P)[np.arange(self.samples) % self._used]
 
     def once(self, prompt_N: np.ndarray, gates_NK: np.ndarray, step: int) -> np.ndarray:
         prompts = self.task.prompts(self.split)
@@ -285,22 +293,25 @@ class SampledReturns(Returns):
         return ((drawn.responses.logp_NT - reference_NT.double()) * mask_NT).sum(1).cpu().numpy()
 
 
-def returns_of(task: Task, policy: Policy, split: str, *, samples: int, seed: int, exact: bool | None = None) -> Returns:
-    """Exact returns where the task is exact (or `exact` says so), else `samples` responses at each gate vector, noise named by `seed`."""
+def returns_of(task: Task, policy: Policy, split: str, *, samples: int, seed: int, exact: bool | None = None, each: int = 1) -> Returns:
+    """Exact returns where the task is exact (or `exact` says so), else `samples` responses at each gate vector, noise named by `seed`.
+
+    `each` is for `SampledReturns`.
+    """
     if task.is_exact if exact is None else exact:
         return ExactReturns(task, policy, split)
-    return SampledReturns(task, policy, split, samples=samples, seed=seed)
+    return SampledReturns(task, policy, split, samples=samples, seed=seed, each=each)
 
 
 def covariance_within(rewards_SM: np.ndarray, prompt_S: np.ndarray) -> np.ndarray:
-    """(M, M) covariance within prompts, over the samples in which everything was scored."""
+    """(M, M) covariance within prompts, over the samples in which everything was scored; NaN where no prompt has two of them."""
     known_S = ~np.isnan(rewards_SM).any(1)
     total_MM, degrees = np.zeros((rewards_SM.shape[1],) * 2), 0
     for prompt in np.unique(prompt_S[known_S]):
         own_NM = rewards_SM[known_S & (prompt_S == prompt)]
         centered_NM = own_NM - own_NM.mean(0)
         total_MM, degrees = total_MM + centered_NM.T @ centered_NM, degrees + len(own_NM) - 1
-    return total_MM / max(degrees, 1)
+    return total_MM / degrees if degrees else np.full_like(total_MM, np.nan)
 
 
 def _name_of(gates: np.ndarray | None) -> bytes | None:

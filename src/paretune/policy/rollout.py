@@ -71,8 +71,10 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         ids = tokenizer(chat_text(tokenizer, prompt.messages), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt.text)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id and len(ids) > len(tokenizer(prompt.text, add_special_tokens=False)["input_ids"]):
-            ids = ids[:-1]  # a tokenizer that closes every text: an answer must follow
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            own = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+            if ids[-1 - len(own) : -1] == own:  # a tokenizer that closes every text, not a text that ends so itself: an answer must follow
+                ids = ids[:-1]
     if ids:
         return list(ids)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -421,10 +421,12 @@ def barycentric_gates(points_KM: np.ndarray, w_WM: np.ndarray) -> np.ndarray:
         return gates_WK
     from scipy.spatial import Delaunay
 
-    cells = Delaunay(points_KM[:, :-1])
+    cells = Delaunay(points_KM[:, :-1]).simplices
+    # Between points of a lattice some cells are flat: their equations have no solution, and they hold nothing that others do not.
+    cells = cells[np.linalg.matrix_rank(points_KM[cells], tol=1e-9) == points_KM.shape[1]]
     for row, w_M in enumerate(w_WM):
         best: tuple[float, np.ndarray, np.ndarray] | None = None
-        for corners in cells.simplices:
+        for corners in cells:
             share_M = np.linalg.lstsq(points_KM[corners].T, w_M, rcond=None)[0]
             inside = float(share_M.min())
             if best is None or inside > best[0]:  # the cell that holds it; on a face shared by two, the first

@@ -86,8 +86,7 @@ class Served:
     @property
     def gate_names(self) -> tuple[str, ...]:
         """What the gates belong to: the adapters, or the objectives where a preference is text."""
-        bank = self.family.policy.bank
-        return bank.names if bank.count == self.family.policy.K else self.family.objectives.names
+        return self.family.gate_names
 
     @property
     def context(self) -> int | None:

@@ -311,10 +311,10 @@ class LoraBank:
         finally:
             self._switch.turn(before)
 
-    def expect(self, rows: int, tokens: int) -> None:
-        """Say that the next forward has so many rows and tokens, for layers whose inputs come as (rows * tokens, I)."""
+    def expect(self, tokens: int) -> None:
+        """Say that each row of the next forward has so many tokens, for layers whose inputs come as (rows * tokens, I)."""
         if isinstance(self._switch.mode, Gated):
-            self._switch.mode.shape = (rows, tokens)
+            self._switch.mode.tokens = tokens
 
     @property
     def present_mode(self) -> Mode | None:

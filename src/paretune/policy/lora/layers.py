@@ -65,7 +65,7 @@ class Gated:
 
     def __init__(self, gates: Tensor):
         self.gates = gates
-        self.shape: tuple[int, int] | None = None  # (N, T) of the forward, where who runs it says so
+        self.tokens: int | None = None  # T of the forward, where who runs it says so
         self._by_rank: dict[Any, Tensor] = {}
         self._scaled: dict[FusedLayer, tuple[Tensor, Tensor]] = {}
 
@@ -77,8 +77,8 @@ class Gated:
 
     def hidden(self, layers: tuple[FusedLayer, ...], x: Tensor, a_IR: Tensor) -> Tensor:
         """A x under the gates, (rows * tokens, R); R goes over the adapters of all `layers`, whose input x is."""
-        if x.dim() == 2 and self.gates.dim() > 1 and self.shape is not None and len(x) == self.shape[0] * self.shape[1]:
-            x = x.unflatten(0, self.shape)  # some architectures give their linear layers (rows * tokens, I)
+        if x.dim() == 2 and self.gates.dim() > 1 and (tokens := self._tokens()) and len(x) == len(self.gates) * tokens:
+            x = x.unflatten(0, (-1, tokens))  # some architectures give their linear layers (rows * tokens, I)
         elif x.dim() == 4 and x.shape[1] == 1:  # latent attention gives one (rows, 1, tokens so far, I): its cache holds what it reads
             x = x[:, 0]
         if self.gates.dim() > 1 and (x.dim() != 3 or self.gates.shape[:-1] != x.shape[: self.gates.dim() - 1]):
@@ -96,6 +96,10 @@ class Gated:
         if ranks.dim() == 2 and len(ranks) < len(h):  # rows of several tokens
             return (h.view(*x.shape[:2], -1) * ranks[:, None]).view(h.shape)
         return h * (ranks.view(h.shape) if ranks.dim() == 3 else ranks)
+
+    def _tokens(self) -> int | None:
+        """T of the forward, where the gates or who runs it say so."""
+        return self.gates.shape[1] if self.gates.dim() == 3 else self.tokens
 
     def _scaled_a(self, layers: tuple[FusedLayer, ...], a_IR: Tensor) -> Tensor:
         """One gate vector for all rows: A times its gates, kept while A is the same, so that a token costs no product of h and gates."""

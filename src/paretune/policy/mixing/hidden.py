@@ -115,9 +115,8 @@ class HiddenLayerMix(HiddenMix):
             states = super().parts(input_ids_NT, attention_mask, position_ids, cache, gates_NK, last_only)
             kept = gates_NK[:, -int(last_only) :] if last_only and gates_NK.dim() == 3 else gates_NK
             return super().combine(states, kept)
-        inputs = self._inputs(self.copies, input_ids_NT, attention_mask, position_ids, cache)
         with self.bank.gates(gates_NK), self._mixing(gates_NK, len(input_ids_NT)):
-            return self._logits(inputs, last_only)
+            return self._logits(self._inputs(self.copies, input_ids_NT, attention_mask, position_ids, cache), last_only)
 
     def combine(self, parts: Tensor, gates_NK: Tensor | None) -> Tensor:
         return parts

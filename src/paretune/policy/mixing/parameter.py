@@ -183,7 +183,8 @@ class MergedMix(ParameterMix):
         inputs = {**self._inputs(1, input_ids_NT, attention_mask, position_ids, cache), "logits_to_keep": int(last_only)}
         weights = self.weights(gates_NK[0])
         with self.bank.mode(Dense(weights)) if self.bank.quantized else self.bank.gates(None):
-            return functional_call(self.model, {} if self.bank.quantized else weights, kwargs=inputs).logits
+            given = {} if self.bank.quantized else weights
+            return functional_call(self.model, given, kwargs=inputs, tie_weights=False).logits  # a tied head leaves the embeddings alone
 
     def weights(self, gates_K: Tensor) -> dict[str, Tensor]:
         """The merged weights under the names that the model's parameters have while the bank is attached; no gradient.
