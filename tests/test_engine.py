@@ -192,6 +192,22 @@ def test_a_stop_without_draining_ends_what_runs():
     assert [each.finish for each in rows] == ["cancelled"] * 3
 
 
+def test_a_call_that_nobody_waits_for_any_more_is_left_out_and_the_engine_goes_on():
+    family = family_of()
+    engine, row, begin, done = Engine({"family": family}), Heard(family, "ab", [0.5, 0.5], limit=5), threading.Event(), []
+    engine.start()
+    engine.call(lambda: begin.wait(20))
+    assert engine.call(lambda: done.append("never")).cancel()
+    begin.set()
+    engine.submit([row.row])
+    assert row.over.wait(20)
+    assert row.finish in ("stop", "length")
+    engine.stop()
+    assert not done
+    with pytest.raises(ParetuneError, match="engine that runs"):  # it would never be called
+        engine.call(lambda: None)
+
+
 def test_a_row_that_the_mixing_refuses_spoils_no_other():
     family = family_of({"name": "divergence", "divergence": "forward-kl"})
     good = [Heard(family, text, [0.5, 0.5], limit=5) for text in ("ab", "cd")]
