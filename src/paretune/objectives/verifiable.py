@@ -22,13 +22,14 @@ __all__ = ["Answer", "Limit", "ToolCall", "final_answer", "same_answer"]
 
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # with or without thousands separators
 FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?|([-+]?\d+)/(\d+)")
-STATED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
+STATED = re.compile(r"(?:final answer|answer)\s*(?:is\s*[:=]?|:|=)\s*(.+)", re.IGNORECASE)
 AFTER = re.compile(r"\s*(?:[.,;!?*$)](?!\d)|$|(?<=\s)[A-Za-z]{2})")  # what may follow a number that is the whole answer
-DRESSING = re.compile(r"\\(?:left|right|!|,|;|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
+DRESSING = re.compile(r"\\(?:left|right|[!,;()\[\]]|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
+DIGITS = 1000  # of a number that is read; a model that repeats itself writes longer ones than Python converts
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
-@OBJECTIVES.register("answer")
+@OBJECTIVES.register("answer", version=2)
 @dataclass(frozen=True, kw_only=True)
 class Answer(TextObjective):
     """1 where the final answer equals the one in `column`, else 0.
@@ -169,6 +170,8 @@ def _plain(text: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     plain = _plain(text)
+    if len(plain) > DIGITS:
+        return None
     fraction = FRACTION.fullmatch(plain)
     if fraction:
         sign, above, below, top, bottom = fraction.groups()
