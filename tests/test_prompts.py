@@ -11,7 +11,7 @@ import pytest
 from paretune.errors import ConfigError
 from paretune.registry import TASKS
 from paretune.tasks.prompts import PromptSource, chat_text, read_transcript
-from recipe_files import write_lines
+from recipe_files import tiny_model, write_lines
 
 HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."
 NESTED = [{"prompt": f"p{n}", "reward_model": {"ground_truth": f"a{n}", "style": "rule"}, "turns": [{"text": f"t{n}"}]} for n in range(5)]
@@ -281,6 +281,21 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     for path in (tmp_path / "p.jsonl", "a\0.jsonl"):
         assert "the prompt file can be read" in str(refused(path=str(path)))
+
+
+@pytest.mark.parametrize(("quoted", "fits"), [("{{ message['content'] | tojson }}", True), ("", False)])
+def test_what_a_tool_said_may_be_quoted_and_is_never_dropped(quoted, fits):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    says = "{% if message['role'] != 'tool' %}{{ message['content'] }}{% else %}" + quoted + "{% endif %}"
+    tokenizer.chat_template = "{% for message in messages %}" + says + "{% endfor %}"
+    messages = [{"role": "user", "content": "Weather?"}, {"role": "tool", "content": 'a "22" degrees'}]
+    if fits:
+        assert chat_text(tokenizer, messages) == 'Weather?"a \\"22\\" degrees"'
+        return
+    with pytest.raises(ConfigError, match="the template drops what tool said"):
+        chat_text(tokenizer, messages)
 
 
 def test_a_template_that_raises_is_one_error():

@@ -350,14 +350,22 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             found=f"{type(tokenizer).__name__} without one",
             remedy="give plain text prompts, or set tokenizer.chat_template",
         )
+
+    def told(given: Sequence[Mapping[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template([dict(message) for message in given], tokenize=False, add_generation_prompt=True))
+
     try:
-        text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
-        for message in messages:
+        text = told(messages)
+        for place, message in enumerate(messages):
             if message["role"] not in KNOWN_ROLES and message["role"] not in str(template):
                 raise ValueError(f"the template does not name the role {message['role']!r}")
             # What the assistant said may lose its thinking, and what a tool said may be quoted.
             if message["role"] in KNOWN_ROLES[:3] and message["content"].strip() not in text:
                 raise ValueError(f"the template drops what {message['role']} said: {short(message['content'].strip())!r}")
+            if message["role"] in KNOWN_ROLES[4:]:  # what is quoted is found by the difference that other words make
+                other = {**message, "content": f"{message['content']} and more"}
+                if told([*messages[:place], other, *messages[place + 1 :]]) == text:
+                    raise ValueError(f"the template drops what {message['role']} said: {short(message['content'].strip())!r}")
         return text
     except Exception as error:  # a template is a program: it raises what it likes
         roles = ", ".join(str(message.get("role")) for message in messages)
