@@ -325,11 +325,13 @@ class _Lane:
             entry[0].advance()
             self._seat(*entry)
         except Exception as error:
-            if len(groups) == 1:
-                self._fail(groups[0][0], error)
-            else:
-                for group in groups:
-                    self._read_now([group])
+            there = set(map(id, self.rows))  # a row in two places would draw two tokens at a time
+            for group, known in groups:
+                left = [row for row in group if id(row) not in there]
+                if len(groups) == 1:
+                    self._fail(left, error)
+                elif left:
+                    self._read_now([(left, known)])
 
     def _read_on(self) -> None:
         """One more piece of the prompt that is read in pieces for longest."""
