@@ -189,6 +189,15 @@ def test_a_text_that_the_server_refuses_is_one_failure():
         assert server.texts.count("long") == 1
 
 
+def test_why_a_server_refuses_is_told_without_the_key(monkeypatch):
+    """One that does not know a parameter refuses every text, and says which."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-123")
+    with JudgeServer(lambda *_: (400, "unsupported parameter:\n'max_tokens' sk-secret-123")) as server:
+        scores, said = ask(judge(server, key_env="JUDGE_KEY"), ["a", "b"])
+        assert scores == [None, None]
+        assert said[0].endswith("(HTTP 400: 2); the server said: unsupported parameter: 'max_tokens' ***")
+
+
 def test_equal_texts_are_asked_once_and_no_more_than_allowed_at_a_time():
     with JudgeServer(lambda *_: verdict(10), delay=0.02) as server:
         objective = judge(server, concurrency=3)
