@@ -277,6 +277,14 @@ def test_damaged_files_are_one_error(tmp_path, name, data, parts):
     assert all(part in told for part in parts), told
 
 
+def test_a_value_that_the_template_cannot_write_is_one_error_with_its_line(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"q": "a", "n": 3}, {"q": "b", "n": "4"}, {"q": "c", "n": 5}])
+    told = str(refused(path=str(path), template="{q}: {n:.1f}"))
+    assert all(part in told for part in ("every prompt fits the template", "ValueError: Unknown format code 'f'", "p.jsonl, line 2"))
+    kept = PromptSource(path=str(path), template="{q}: {n:.1f}", test=0.5, skip=True)
+    assert sorted(everything(kept)) == ["a: 3.0", "c: 5.0"]
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     for path in (tmp_path / "p.jsonl", "a\0.jsonl"):

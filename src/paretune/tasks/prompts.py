@@ -258,7 +258,16 @@ class PromptSource:
                 )
             if row[name] is None:
                 raise ConfigError("a prompt has some text", found=f"nothing in the column {name!r} of {where}", remedy="remove that line")
-        return row[self.column] if self.template is None else self.template.format_map(row)
+        if self.template is None:
+            return row[self.column]
+        try:
+            return self.template.format_map(row)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:  # {n:.1f} where n is a text, and its like
+            raise ConfigError(
+                "every prompt fits the template",
+                found=f"{type(error).__name__}: {error} in {where}",
+                remedy=f"correct that line, or template: {self.template!r}",
+            ) from None
 
 
 def as_prompt(where: str, value: Any, *, chat: bool, system: str | None = None, columns: Mapping[str, Any] | None = None) -> Prompt:
