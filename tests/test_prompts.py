@@ -285,6 +285,12 @@ def test_a_value_that_the_template_cannot_write_is_one_error_with_its_line(tmp_p
     assert sorted(everything(kept)) == ["a: 3.0", "c: 5.0"]
 
 
+def test_a_field_of_a_csv_file_may_be_as_long_as_the_file(tmp_path):
+    (tmp_path / "p.csv").write_text(f"prompt,answer\n{'x' * 200_000},1\nb,2\nc,3\n")
+    assert sorted(map(len, everything(PromptSource(path=str(tmp_path / "p.csv"), test=0.5)))) == [1, 1, 200_000]
+    assert sorted(everything(PromptSource(path=str(tmp_path / "p.csv"), test=0.5, longest=1000))) == ["b", "c"]
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     for path in (tmp_path / "p.jsonl", "a\0.jsonl"):

@@ -516,6 +516,7 @@ def _array_rows(name: str, text: str) -> Iterator[Row]:
 
 
 def _csv_rows(name: str, text: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of all readers: 131,072 characters are less than some prompts have
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     try:
