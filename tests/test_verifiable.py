@@ -85,6 +85,11 @@ def test_the_answer_is_right_wrong_or_unknown():
     assert build("answer", anywhere=True, low=-1)(["p", "p"], ["it is 5", "it is 6"], answer=["5", "5"]) == [1.0, -1.0]
 
 
+def test_any_answer_of_a_list_counts():
+    answers = [["6", "six"], ["5", None], [], [None, " "], ["6"]]
+    assert build("answer")(["p"] * 5, ["the answer is Six."] * 4 + ["The answer is: 6"], answer=answers) == [1.0, 0.0, None, None, 1.0]
+
+
 def call(name, **parameters):
     return json.dumps({"name": name, "parameters": parameters})
 

@@ -36,7 +36,7 @@ class Answer(TextObjective):
 
     The final answer is what stands in the last \\boxed{...}, in the last <answer> tag, after the last ####, after the last "answer is",
     or (with `anywhere`) the last number. Numbers and fractions are equal by value; everything else by its characters without spaces
-    and dressing. The column may hold the answer alone or a solution that ends in one of these forms.
+    and dressing. The column may hold the answer alone, a solution that ends in one of these forms, or a list of such, of which any counts.
 
     Source: exact match of final answers, as for GSM8K (2110.14168) and MATH (2103.03874).
     Differs: no computer algebra: x+1 and 1+x differ; a percent sign, a unit in \\text{} and thousands separators are ignored.
@@ -52,11 +52,12 @@ class Answer(TextObjective):
 
     def fraction(self, text: str, columns: dict[str, Any]) -> float | None:
         given = columns[self.column]
-        if given is None or not str(given).strip():
+        listed = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+        wanted = [str(one) for one in listed if one is not None and str(one).strip()]
+        if not wanted:
             return None
-        wanted = final_answer(str(given)) or str(given)
         found = final_answer(text, anywhere=self.anywhere)
-        return float(found is not None and same_answer(found, wanted))
+        return float(found is not None and any(same_answer(found, final_answer(one) or one) for one in wanted))
 
 
 @OBJECTIVES.register("tool-call")
