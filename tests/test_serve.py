@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from paretune.serve.app import Limits, default_preference, make_app
 from paretune.serve.engine import Engine
-from paretune.serve.protocol import Served
+from paretune.serve.protocol import Served, dumps
 from serving import NAMES, family_of, prompted, spoken_family
 
 A, B = NAMES
@@ -147,6 +147,13 @@ def test_a_stream_says_what_the_whole_answer_says(families, kind):
             assert [token for logp in logps for token in logp["tokens"]] == want["logprobs"]["tokens"]
             assert [offset for logp in logps for offset in logp["text_offset"]] == want["logprobs"]["text_offset"]
             assert len(want["logprobs"]["text_offset"]) == len(want["logprobs"]["tokens"])
+
+
+def test_an_event_is_one_line_for_every_reader_of_lines():
+    said = {"text": "one\u2028two\u2029three\x85four\nfive \u00e9"}
+    assert dumps(said).splitlines() == [dumps(said)]
+    assert json.loads(dumps(said)) == said
+    assert "\u00e9" in dumps(said)
 
 
 def test_bytes_of_tokens_add_up_to_the_text_where_a_character_is_spread_over_several():

@@ -546,6 +546,9 @@ def _told(asked: Asked, index: int, spoken: Sequence[Spoken]) -> dict[str, Any] 
     return {"content": content, "refusal": None}
 
 
+BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # where str.splitlines, by which clients read a stream, ends a line
+
+
 def dumps(value: Any) -> str:
     """Strict JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(BREAKS)
