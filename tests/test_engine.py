@@ -15,7 +15,7 @@ from paretune.policy.base import build_mixing
 from paretune.policy.contextual import Contextual, Features, GateBasis
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
-from paretune.policy.rollout import decode
+from paretune.policy.rollout import Decoding, decode
 from paretune.policy.rules import Identity
 from paretune.seeds import generator
 from paretune.serve.engine import Engine, QueueFull
@@ -192,6 +192,22 @@ def test_a_stop_without_draining_ends_what_runs():
     assert [each.finish for each in rows] == ["cancelled"] * 3
 
 
+def test_a_call_that_nobody_waits_for_any_more_is_left_out_and_the_engine_goes_on():
+    family = family_of()
+    engine, row, begin, done = Engine({"family": family}), Heard(family, "ab", [0.5, 0.5], limit=5), threading.Event(), []
+    engine.start()
+    engine.call(lambda: begin.wait(20))
+    assert engine.call(lambda: done.append("never")).cancel()
+    begin.set()
+    engine.submit([row.row])
+    assert row.over.wait(20)
+    assert row.finish in ("stop", "length")
+    engine.stop()
+    assert not done
+    with pytest.raises(ParetuneError, match="engine that runs"):  # it would never be called
+        engine.call(lambda: None)
+
+
 def test_a_row_that_the_mixing_refuses_spoils_no_other():
     family = family_of({"name": "divergence", "divergence": "forward-kl"})
     good = [Heard(family, text, [0.5, 0.5], limit=5) for text in ("ab", "cd")]
@@ -202,6 +218,34 @@ def test_a_row_that_the_mixing_refuses_spoils_no_other():
     assert bad.finish == "error"
     assert "none negative" in str(bad.pieces[-1].error)
     assert [each.text for each in good] == [each.offline(family) for each in good]
+
+
+def test_no_row_is_seated_twice_where_memory_ends_while_rows_join(monkeypatch):
+    """One of them has taken the place of a row that has ended when the room for the others is missing; each is then tried alone."""
+    family, take, refused = family_of(), Decoding.take, []
+
+    def no_room(self, *args, **settings):
+        if self.rows and not refused:
+            refused.append(self.rows)
+            raise torch.OutOfMemoryError("no room")
+        return take(self, *args, **settings)
+
+    monkeypatch.setattr(Decoding, "take", no_room)
+    engine = Engine({"family": family})
+    engine.lanes["family"].eos = frozenset()  # responses end at their limit: which places are free is known
+    engine.start()
+    going = [Heard(family, "ab", [0.5, 0.5], limit=300 if n else 1, seed=n) for n in range(12)]
+    engine.submit([each.row for each in going])
+    assert going[0].over.wait(20)
+    joining = [Heard(family, text, [0.3, 0.7], limit=6, seed=n) for n, text in enumerate(("cd", "cda", "cdb"))]
+    engine.submit([each.row for each in joining])
+    assert all(each.over.wait(20) for each in joining)
+    alone = [Heard(family, each.prompt.text, [0.3, 0.7], limit=6, seed=each.row.seed) for each in joining]
+    engine.submit([each.row for each in alone])
+    engine.cancel([each.row for each in going])
+    engine.stop()
+    assert refused == [12]
+    assert [each.row.said for each in joining] == [each.row.said for each in alone]
 
 
 def test_a_cache_of_another_kind_is_decoded_batch_by_batch(tmp_path):

@@ -1,7 +1,9 @@
 """The judge, against a server of this test's own on 127.0.0.1: what it sends, what it makes of every kind of answer, and what it keeps."""
 
+import datetime
 import gzip
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -187,6 +189,23 @@ def test_a_text_that_the_server_refuses_is_one_failure():
         assert scores == [None, 1.0]
         assert "HTTP 400: 1" in said[0]
         assert server.texts.count("long") == 1
+
+
+def test_a_column_that_json_cannot_spell_is_shown_as_a_text():
+    with JudgeServer(lambda *_: verdict(10)) as server:
+        columns = {"day": [datetime.date(2026, 1, 2)], "size": [math.nan], "facts": [{"b": 1, "a": [2]}]}
+        assert ask(judge(server, columns=list(columns)), ["x"], **columns) == ([1.0], [])
+        sent = server.bodies[0]["messages"][1]["content"]
+        assert all(part in sent for part in ("<day>\n2026-01-02\n", "<size>\nnan\n", '<facts>\n{"a":[2],"b":1}\n'))
+
+
+def test_why_a_server_refuses_is_told_without_the_key(monkeypatch):
+    """One that does not know a parameter refuses every text, and says which."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret-123")
+    with JudgeServer(lambda *_: (400, "unsupported parameter:\n'max_tokens' sk-secret-123")) as server:
+        scores, said = ask(judge(server, key_env="JUDGE_KEY"), ["a", "b"])
+        assert scores == [None, None]
+        assert said[0].endswith("(HTTP 400: 2); the server said: unsupported parameter: 'max_tokens' ***")
 
 
 def test_equal_texts_are_asked_once_and_no_more_than_allowed_at_a_time():

@@ -417,6 +417,13 @@ def test_fluency_is_the_perplexity_of_the_completion_alone(folders):
         build("fluency", folders["causal"], cap=1)
 
 
+def test_a_perplexity_that_is_no_number_is_no_score(folders, tmp_path):
+    copy = shutil.copytree(folders["causal"], tmp_path / "overflows")
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: tensor * math.nan if "ln_f" in name else tensor for name, tensor in weights.items()}, copy / "model.safetensors")
+    assert build("fluency", copy)(["hello"] * 2, [" sorry", ""]) == [None, 0.0]
+
+
 @pytest.mark.parametrize(
     ("use", "folder", "fields"),
     [

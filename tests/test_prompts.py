@@ -11,7 +11,7 @@ import pytest
 from paretune.errors import ConfigError
 from paretune.registry import TASKS
 from paretune.tasks.prompts import PromptSource, chat_text, read_transcript
-from recipe_files import write_lines
+from recipe_files import tiny_model, write_lines
 
 HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."
 NESTED = [{"prompt": f"p{n}", "reward_model": {"ground_truth": f"a{n}", "style": "rule"}, "turns": [{"text": f"t{n}"}]} for n in range(5)]
@@ -277,10 +277,39 @@ def test_damaged_files_are_one_error(tmp_path, name, data, parts):
     assert all(part in told for part in parts), told
 
 
+def test_a_value_that_the_template_cannot_write_is_one_error_with_its_line(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [{"q": "a", "n": 3}, {"q": "b", "n": "4"}, {"q": "c", "n": 5}])
+    told = str(refused(path=str(path), template="{q}: {n:.1f}"))
+    assert all(part in told for part in ("every prompt fits the template", "ValueError: Unknown format code 'f'", "p.jsonl, line 2"))
+    kept = PromptSource(path=str(path), template="{q}: {n:.1f}", test=0.5, skip=True)
+    assert sorted(everything(kept)) == ["a: 3.0", "c: 5.0"]
+
+
+def test_a_field_of_a_csv_file_may_be_as_long_as_the_file(tmp_path):
+    (tmp_path / "p.csv").write_text(f"prompt,answer\n{'x' * 200_000},1\nb,2\nc,3\n")
+    assert sorted(map(len, everything(PromptSource(path=str(tmp_path / "p.csv"), test=0.5)))) == [1, 1, 200_000]
+    assert sorted(everything(PromptSource(path=str(tmp_path / "p.csv"), test=0.5, longest=1000))) == ["b", "c"]
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "p.jsonl")
     for path in (tmp_path / "p.jsonl", "a\0.jsonl"):
         assert "the prompt file can be read" in str(refused(path=str(path)))
+
+
+@pytest.mark.parametrize(("quoted", "fits"), [("{{ message['content'] | tojson }}", True), ("", False)])
+def test_what_a_tool_said_may_be_quoted_and_is_never_dropped(quoted, fits):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    says = "{% if message['role'] != 'tool' %}{{ message['content'] }}{% else %}" + quoted + "{% endif %}"
+    tokenizer.chat_template = "{% for message in messages %}" + says + "{% endfor %}"
+    messages = [{"role": "user", "content": "Weather?"}, {"role": "tool", "content": 'a "22" degrees'}]
+    if fits:
+        assert chat_text(tokenizer, messages) == 'Weather?"a \\"22\\" degrees"'
+        return
+    with pytest.raises(ConfigError, match="the template drops what tool said"):
+        chat_text(tokenizer, messages)
 
 
 def test_a_template_that_raises_is_one_error():

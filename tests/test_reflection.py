@@ -167,6 +167,12 @@ def test_objectives_pass_the_conformance_suite(objective, columns):
     check_objective(objective, columns=columns)
 
 
+def test_a_single_feeling_may_stand_as_a_text():
+    """As in a CSV file; its letters are no feelings."""
+    texts = ["You are angry.", "You are sad.", "You are angry."]
+    assert Empathy()(["p"] * 3, texts, feelings=["angry", "angry", ""]) == [0.8, 0.0, None]
+
+
 def test_what_is_not_known_is_not_scored():
     assert Reflection()(["p"], ["text"], statement=[None]) == [None]
     assert Reflection()(["p"], ["text"], statement=["and so on"]) == [None], "no content to reflect"

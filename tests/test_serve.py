@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from paretune.serve.app import Limits, default_preference, make_app
 from paretune.serve.engine import Engine
-from paretune.serve.protocol import Served
-from serving import NAMES, family_of, prompted
+from paretune.serve.protocol import Served, dumps
+from serving import NAMES, family_of, prompted, spoken_family
 
 A, B = NAMES
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -142,7 +145,41 @@ def test_a_stream_says_what_the_whole_answer_says(families, kind):
             assert all(len(token["top_logprobs"]) == 2 for token in want["logprobs"]["content"])
         else:
             assert [token for logp in logps for token in logp["tokens"]] == want["logprobs"]["tokens"]
+            assert [offset for logp in logps for offset in logp["text_offset"]] == want["logprobs"]["text_offset"]
             assert len(want["logprobs"]["text_offset"]) == len(want["logprobs"]["tokens"])
+
+
+def test_an_event_is_one_line_for_every_reader_of_lines():
+    said = {"text": "one\u2028two\u2029three\x85four\nfive \u00e9"}
+    assert dumps(said).splitlines() == [dumps(said)]
+    assert json.loads(dumps(said)) == said
+    assert "\u00e9" in dumps(said)
+
+
+def test_bytes_of_tokens_add_up_to_the_text_where_a_character_is_spread_over_several():
+    family = spoken_family()
+    body = {**CHAT, "model": "spoken", "max_tokens": 60, "logprobs": True, "top_logprobs": 20}
+    (choice,) = Api({"spoken": family}).post("/v1/chat/completions", body)[0].json()["choices"]
+    told = choice["logprobs"]["content"]
+    assert any("\ufffd" in token["token"] for token in told)
+    said = [token for token in told if token["token"] != family.policy.tokenizer.eos_token]
+    assert bytes(byte for token in said for byte in token["bytes"]).decode("utf-8", "replace") == choice["message"]["content"]
+    text = {**TEXT, "model": "spoken", "max_tokens": 60, "logprobs": 20}
+    (choice,) = Api({"spoken": family}).post("/v1/completions", text)[0].json()["choices"]
+    told = choice["logprobs"]
+    pairs = zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True)
+    assert all(top[token] >= logp for token, logp, top in pairs if token in top)  # the most likely one of several with one text
+
+
+@pytest.mark.parametrize("piece", ["\u2581word", "<0xC3>"])
+def test_tokens_of_sentencepiece_keep_their_space_and_their_byte(piece):
+    vocabulary = {"<unk>": 0, "\u2581word": 1, "<0xC3>": 2}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]  # Llama 2's
+    made.decoder = decoders.Sequence(steps)
+    family = SimpleNamespace(policy=SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=made)))
+    text, said = Served("any", family, None).text_of(vocabulary[piece])
+    assert (text, said) == ((" word", b" word") if piece[1:] == "word" else ("\ufffd", b"\xc3"))
 
 
 def test_without_a_seed_answers_differ_and_tell_their_seed(families):

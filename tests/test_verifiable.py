@@ -29,6 +29,9 @@ def build(name, **fields):
         ("The answer is **5**.", "5"),
         ("Answer: $2x + 1$", "2x + 1"),
         ("Answer: 12", "12"),
+        ("The answer is: 12.", "12"),
+        ("The final answer is: $12$. I hope it is correct.", "12"),
+        (r"The answer is \(x + 1\).", r"\(x + 1\)"),
         ("There are 7 cats and 8 dogs", None),
         ("", None),
     ],
@@ -59,6 +62,11 @@ def test_the_last_number_only_where_it_was_asked_for():
         (r"\left( 1, 2 \right)", "(1,2)", True),
         ("x+1", "1+x", False),
         ("", "", False),
+        (r"\(5\)", "5", True),
+        (r"\[\frac{1}{2}\]", "0.5", True),
+        ("1" * 5000, "1", False),
+        ("1" * 5000, "1" * 5000, True),
+        ("1" * 5000 + "/3", "1", False),
         ("Monday", "monday.", True),
         ("72", "7", False),
     ],
@@ -75,6 +83,11 @@ def test_the_answer_is_right_wrong_or_unknown():
     assert objective(["p"] * 5, texts, solution=solutions) == [1.0, 0.0, 1.0, None, None]
     assert objective(["p"], ["I do not know"], solution=["5"]) == [0.0]
     assert build("answer", anywhere=True, low=-1)(["p", "p"], ["it is 5", "it is 6"], answer=["5", "5"]) == [1.0, -1.0]
+
+
+def test_any_answer_of_a_list_counts():
+    answers = [["6", "six"], ["5", None], [], [None, " "], ["6"]]
+    assert build("answer")(["p"] * 5, ["the answer is Six."] * 4 + ["The answer is: 6"], answer=answers) == [1.0, 0.0, None, None, 1.0]
 
 
 def call(name, **parameters):

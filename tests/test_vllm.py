@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.policy.rules import BridgeRule
+from paretune.serve.vllm import plugin
 from paretune.serve.vllm.families import DEFAULT, FAMILIES, GatedFamily, families_named, fill_gates, is_family
 from paretune.serve.vllm.launch import command, drawing
 from paretune.serve.vllm.plugin import check_version
@@ -44,6 +47,19 @@ def deltas(folder, columns=None):
             b_OR = tensors[key.replace("lora_A", "lora_B")]
             found[key.split(".lora_")[0].removeprefix("base_model.model.")] = b_OR * scale_R @ a_RI * config["lora_alpha"] / config["r"]
     return found
+
+
+def test_the_lora_of_a_preference_is_written_once_whoever_asks_at_once(made, tmp_path):
+    spelled = ["polite=.7,brief=.3", "polite=0.7,brief=0.3", "brief=.3,polite=.7", "polite=.70,brief=.30"]
+    together = threading.Barrier(len(spelled))
+
+    def ask(said):
+        together.wait(20)
+        return plugin._written(made[0], said, str(tmp_path))
+
+    with ThreadPoolExecutor(len(spelled)) as pool:
+        (folder,) = set(pool.map(ask, spelled))
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_gates_of_the_ranks_and_an_exact_lora_are_the_merged_change(made, tmp_path):

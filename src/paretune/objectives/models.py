@@ -510,7 +510,8 @@ class Fluency(ModelObjective):
             for place, row_TV, ids_T in zip(places, output.logits.float(), given["input_ids"], strict=True):
                 start, end = rows[place][1].index(1), len(rows[place][0])
                 logp = row_TV[start - 1 : end - 1].log_softmax(-1).gather(-1, ids_T[start:end, None]).mean()
-                fractions[place] = max(0.0, (self.cap - math.exp(min(-float(logp), 700.0))) / self.cap)
+                known = not math.isnan(float(logp))  # as where half precision overflows: no score is no low score
+                fractions[place] = max(0.0, (self.cap - math.exp(min(-float(logp), 700.0))) / self.cap) if known else None
         return [None if f is None else self.squashed(f) for f in fractions]
 
 

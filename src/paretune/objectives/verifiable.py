@@ -22,20 +22,21 @@ __all__ = ["Answer", "Limit", "ToolCall", "final_answer", "same_answer"]
 
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # with or without thousands separators
 FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?|([-+]?\d+)/(\d+)")
-STATED = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
+STATED = re.compile(r"(?:final answer|answer)\s*(?:is\s*[:=]?|:|=)\s*(.+)", re.IGNORECASE)
 AFTER = re.compile(r"\s*(?:[.,;!?*$)](?!\d)|$|(?<=\s)[A-Za-z]{2})")  # what may follow a number that is the whole answer
-DRESSING = re.compile(r"\\(?:left|right|!|,|;|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
+DRESSING = re.compile(r"\\(?:left|right|[!,;()\[\]]|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
+DIGITS = 1000  # of a number that is read; a model that repeats itself writes longer ones than Python converts
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
-@OBJECTIVES.register("answer")
+@OBJECTIVES.register("answer", version=2)
 @dataclass(frozen=True, kw_only=True)
 class Answer(TextObjective):
     """1 where the final answer equals the one in `column`, else 0.
 
     The final answer is what stands in the last \\boxed{...}, in the last <answer> tag, after the last ####, after the last "answer is",
     or (with `anywhere`) the last number. Numbers and fractions are equal by value; everything else by its characters without spaces
-    and dressing. The column may hold the answer alone or a solution that ends in one of these forms.
+    and dressing. The column may hold the answer alone, a solution that ends in one of these forms, or a list of such, of which any counts.
 
     Source: exact match of final answers, as for GSM8K (2110.14168) and MATH (2103.03874).
     Differs: no computer algebra: x+1 and 1+x differ; a percent sign, a unit in \\text{} and thousands separators are ignored.
@@ -51,11 +52,12 @@ class Answer(TextObjective):
 
     def fraction(self, text: str, columns: dict[str, Any]) -> float | None:
         given = columns[self.column]
-        if given is None or not str(given).strip():
+        listed = [given] if isinstance(given, str) or not isinstance(given, Sequence) else given
+        wanted = [str(one) for one in listed if one is not None and str(one).strip()]
+        if not wanted:
             return None
-        wanted = final_answer(str(given)) or str(given)
         found = final_answer(text, anywhere=self.anywhere)
-        return float(found is not None and same_answer(found, wanted))
+        return float(found is not None and any(same_answer(found, final_answer(one) or one) for one in wanted))
 
 
 @OBJECTIVES.register("tool-call")
@@ -169,6 +171,8 @@ def _plain(text: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     plain = _plain(text)
+    if len(plain) > DIGITS:
+        return None
     fraction = FRACTION.fullmatch(plain)
     if fraction:
         sign, above, below, top, bottom = fraction.groups()

@@ -110,7 +110,7 @@ class Engine:
         """Have all of these decoded, or raise QueueFull and none. Each row's sink is told, on whatever thread `post` chooses."""
         with self._lock:
             if not self.alive:
-                raise TrainingError("rows go to an engine that runs", found="one that has stopped", remedy="start the server again")
+                raise _stopped("rows go to an engine that runs")
             if self.waiting + len(rows) > self.queue:
                 full = QueueFull(
                     "a server has a bounded queue",
@@ -130,9 +130,12 @@ class Engine:
             self._lock.notify()
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function on the engine's thread between two tokens: what else uses the model must not run beside it."""
+        """Run a function on the engine's thread between two tokens: what else uses the model must not run beside it. A future that is
+        cancelled before its turn is left out."""
         future: Future[Any] = Future()
         with self._lock:
+            if not self.alive:
+                raise _stopped("a function runs on an engine that runs")
             self._calls.append((function, future))
             self._lock.notify()
         return future
@@ -174,6 +177,8 @@ class Engine:
             for row in everyone if self._dropping else ():
                 row.cancelled = True
         for function, future in calls:
+            if not future.set_running_or_notify_cancel():  # who asked has gone; a result for nobody would be an error of this thread
+                continue
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -320,11 +325,13 @@ class _Lane:
             entry[0].advance()
             self._seat(*entry)
         except Exception as error:
-            if len(groups) == 1:
-                self._fail(groups[0][0], error)
-            else:
-                for group in groups:
-                    self._read_now([group])
+            there = set(map(id, self.rows))  # a row in two places would draw two tokens at a time
+            for group, known in groups:
+                left = [row for row in group if id(row) not in there]
+                if len(groups) == 1:
+                    self._fail(left, error)
+                elif left:
+                    self._read_now([(left, known)])
 
     def _read_on(self) -> None:
         """One more piece of the prompt that is read in pieces for longest."""
@@ -440,6 +447,10 @@ class _Lane:
 
 def _broken(found: str) -> ParetuneError:
     return TrainingError("the model answers", found=found, remedy="ask again; if it comes again, look at the server's log")
+
+
+def _stopped(rule: str) -> ParetuneError:
+    return TrainingError(rule, found="one that has stopped", remedy="start the server again")
 
 
 def _hand_over(told: list[tuple[Row, Piece]]) -> None:

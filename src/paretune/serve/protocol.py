@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -64,6 +66,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # of parameters that are not supported:
     "modalities": (["text"],),
 }
 
+SPACE = "\u2581"  # as SentencePiece writes it
+SEEN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))  # bytes that byte-level tokenizers write as the letters they are
+BYTES = {chr(byte): byte for byte in SEEN}
+BYTES |= {chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in SEEN)}  # the others, in order
+
 
 class NotServed(ConfigError):
     """A model that this server does not have."""
@@ -94,10 +101,18 @@ class Served:
         limit, _ = positions_of(self.family.policy.model.config)
         return None if limit is None else limit - self.family.policy.extra_positions
 
-    def text_of(self, token: int) -> str:
-        """One token as text."""
+    def text_of(self, token: int) -> tuple[str, bytes]:
+        """One token as text, and the bytes that it stands for: a character may be spread over several tokens, whose texts are U+FFFD."""
+        tokenizer = self.family.policy.tokenizer
         with self.lock:
-            return self.family.policy.tokenizer.decode([token])
+            text, piece = tokenizer.decode([token]), str(tokenizer.convert_ids_to_tokens(token))
+        if piece.startswith(SPACE) and not text.startswith(" "):
+            text = f" {text}"  # SentencePiece drops it where a text begins, and a token alone is a text
+        if "\ufffd" not in text:
+            return text, text.encode("utf-8", "replace")
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return text, bytes.fromhex(found[1])
+        return text, bytes(BYTES[letter] for letter in piece) if all(letter in BYTES for letter in piece) else text.encode()
 
 
 @dataclass(eq=False)
@@ -112,6 +127,7 @@ class Asked:
     stream: bool
     usage: bool  # whether a stream ends with the usage
     echoed: dict[str, Any]
+    told: Counter[int] = field(default_factory=Counter)  # characters of the tokens that were told with log-probabilities, by choice
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -513,20 +529,25 @@ def _told(asked: Asked, index: int, spoken: Sequence[Spoken]) -> dict[str, Any] 
         return None
     text_of = asked.served.text_of
     if asked.kind == "text":
-        texts = [text_of(each.token) for each in spoken]
-        offsets = np.cumsum([0, *map(len, texts)])[:-1].tolist()
-        top = [{text_of(token): max(logp, LEAST) for token, logp in each.top} for each in spoken] if asked.rows[index].logprobs else None
+        texts = [text_of(each.token)[0] for each in spoken]
+        *offsets, asked.told[index] = (np.cumsum([0, *map(len, texts)]) + asked.told[index]).tolist()
+        # The least likely ones first: of several with one text (halves of characters) the most likely is kept.
+        tops = [{text_of(token)[0]: max(logp, LEAST) for token, logp in reversed(each.top)} for each in spoken]
+        top = [dict(reversed(each.items())) for each in tops] if asked.rows[index].logprobs else None
         logps = [max(each.logp, LEAST) for each in spoken]
         return {"tokens": texts, "token_logprobs": logps, "top_logprobs": top, "text_offset": offsets}
 
     def one(token: int, logp: float) -> dict[str, Any]:
-        text = text_of(token)
-        return {"token": text, "logprob": max(logp, LEAST), "bytes": list(text.encode("utf-8", "replace"))}
+        text, said = text_of(token)
+        return {"token": text, "logprob": max(logp, LEAST), "bytes": list(said)}
 
     content = [{**one(each.token, each.logp), "top_logprobs": [one(*other) for other in each.top]} for each in spoken]
     return {"content": content, "refusal": None}
 
 
+BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # where str.splitlines, by which clients read a stream, ends a line
+
+
 def dumps(value: Any) -> str:
     """Strict JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(BREAKS)

@@ -258,7 +258,16 @@ class PromptSource:
                 )
             if row[name] is None:
                 raise ConfigError("a prompt has some text", found=f"nothing in the column {name!r} of {where}", remedy="remove that line")
-        return row[self.column] if self.template is None else self.template.format_map(row)
+        if self.template is None:
+            return row[self.column]
+        try:
+            return self.template.format_map(row)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:  # {n:.1f} where n is a text, and its like
+            raise ConfigError(
+                "every prompt fits the template",
+                found=f"{type(error).__name__}: {error} in {where}",
+                remedy=f"correct that line, or template: {self.template!r}",
+            ) from None
 
 
 def as_prompt(where: str, value: Any, *, chat: bool, system: str | None = None, columns: Mapping[str, Any] | None = None) -> Prompt:
@@ -350,14 +359,22 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             found=f"{type(tokenizer).__name__} without one",
             remedy="give plain text prompts, or set tokenizer.chat_template",
         )
+
+    def told(given: Sequence[Mapping[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template([dict(message) for message in given], tokenize=False, add_generation_prompt=True))
+
     try:
-        text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=True))
-        for message in messages:
+        text = told(messages)
+        for place, message in enumerate(messages):
             if message["role"] not in KNOWN_ROLES and message["role"] not in str(template):
                 raise ValueError(f"the template does not name the role {message['role']!r}")
             # What the assistant said may lose its thinking, and what a tool said may be quoted.
             if message["role"] in KNOWN_ROLES[:3] and message["content"].strip() not in text:
                 raise ValueError(f"the template drops what {message['role']} said: {short(message['content'].strip())!r}")
+            if message["role"] in KNOWN_ROLES[4:]:  # what is quoted is found by the difference that other words make
+                other = {**message, "content": f"{message['content']} and more"}
+                if told([*messages[:place], other, *messages[place + 1 :]]) == text:
+                    raise ValueError(f"the template drops what {message['role']} said: {short(message['content'].strip())!r}")
         return text
     except Exception as error:  # a template is a program: it raises what it likes
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -499,6 +516,7 @@ def _array_rows(name: str, text: str) -> Iterator[Row]:
 
 
 def _csv_rows(name: str, text: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of all readers: 131,072 characters are less than some prompts have
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     try:

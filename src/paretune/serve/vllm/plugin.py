@@ -24,6 +24,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from paretune.training.rollouts import PUSHED, VERSIONS, unpack
 
 __all__ = ["VERSIONS", "check_version", "register"]
 
+_WRITING = threading.Lock()
 KEY = "paretune"  # of a request's extra arguments, on the way from the front end to the workers
 
 
@@ -271,8 +273,9 @@ def _written(path: Path, said: str | None, folder: str) -> Path:
     family = _family(str(path))
     gates_K = family.gates(said, {})
     made = Path(folder) / hashlib.sha256(f"{path}|{gates_K.tolist()}".encode()).hexdigest()[:16]
-    if not made.exists():
-        aside = Path(tempfile.mkdtemp(dir=folder))
-        family.write(aside, gates_K)
-        aside.replace(made)
+    with _WRITING:  # two spellings of one preference may come at once
+        if not made.exists():
+            aside = Path(tempfile.mkdtemp(dir=folder))
+            family.write(aside, gates_K)
+            aside.replace(made)
     return made

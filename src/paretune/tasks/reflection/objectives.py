@@ -168,14 +168,15 @@ class Reflection(TextObjective):
         return score * 0.5 ** sum(faults)
 
 
-@OBJECTIVES.register("empathy")
+@OBJECTIVES.register("empathy", version=2)
 @dataclass(frozen=True, kw_only=True)
 class Empathy(TextObjective):
     """Whether the completion names what the client feels: the share of right ones among the feelings that it ascribes to "you".
 
-    `column` lists the families of feelings that are right: the one that the client named, or those that the situation implies. Any word
-    of a family will do. A right feeling that is also called natural ("no wonder you are ...") is worth 1, without that `named`; without
-    any feeling, a formula of sympathy earns `formula`. Wrong ones count against it: one right and one wrong are half.
+    `column` is the family of feelings that is right, or lists several: the one that the client named, or those that the situation
+    implies. Any word of a family will do. A right feeling that is also called natural ("no wonder you are ...") is worth 1, without
+    that `named`; without any feeling, a formula of sympathy earns `formula`. Wrong ones count against it: one right and one wrong are
+    half.
 
     Source: empathy as naming the client's feeling (reflection of feeling); the reward "empathy" of EMORL (2505.02579), a classifier.
     Differs: a list of words, not a classifier; what a situation implies was written down with the task, not judged.
@@ -199,8 +200,9 @@ class Empathy(TextObjective):
         return (self.column,)
 
     def fraction(self, text: str, columns: dict[str, Any]) -> float | None:
-        right = columns[self.column]
-        if not right:
+        given = columns[self.column]
+        right = [given] if isinstance(given, str) else given
+        if not given:
             return None
         named = set(feelings_in(text))
         if not named:
