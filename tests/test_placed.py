@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from oracles import small_task
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.evaluation.evaluate import evaluate
 from paretune.methods.placed import optimistic_regret
 from paretune.methods.search import simplex_lattice
@@ -74,6 +76,23 @@ def test_an_expert_more_goes_to_the_middle_of_a_conflict_and_lifts_logit_mixing(
     assert found.cost.evaluations > 0, "choosing was paid for"
     family.save(tmp_path / "family")
     assert Family.load(tmp_path / "family").gates(task.judged()) == pytest.approx(family.gates(task.judged()))
+
+
+def test_what_is_unscored_is_unknown_only_where_it_has_a_share(tmp_path, monkeypatch):
+    values_K, gates_WK = np.array([0.5, np.nan, 0.7]), np.array([[0.5, 0, 0.5], [0.5, 0.5, 0]])
+    assert optimistic_regret(values_K, gates_WK, np.array([0.4, 0.4])) == pytest.approx([0.2, np.nan], nan_ok=True)
+    task, learner, method = small_task(rho=-0.8), quick_learner(steps=1), METHODS.build("placed")
+    done, means = train_plan(METHODS.build("experts"), task, learner, tmp_path, seed=0), []
+
+    def returns(*_, **__):
+        return SimpleNamespace(at=lambda gates_WK: SimpleNamespace(means_WM=np.tile(means[-1], (len(gates_WK), 1))))
+
+    monkeypatch.setattr("paretune.methods.placed.returns_of", returns)
+    means.append([0.5, np.nan])
+    with pytest.raises(TrainingError, match="no preference whose objectives were scored"):
+        method.plan(task, learner, done, 0)
+    means.append([0.5, 0.5])
+    assert len(method.plan(task, learner, done, 0)) == 3
 
 
 @pytest.mark.parametrize("count", [2, 3])

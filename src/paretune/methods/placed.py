@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.methods.base import SPLIT, Card, Method, adapters_for, training
 from paretune.methods.search import simplex_lattice
 from paretune.policy.base import Policy, build_policy
@@ -35,7 +35,7 @@ def optimistic_regret(values_K: np.ndarray, gates_WK: np.ndarray, utility_W: np.
     Source: the bound of optimistic linear support (Roijers 2016), on one cell. Differs: measured utilities stand for optimal ones.
     Hides: where trainings fall short of their optimum the bound may be below what is possible.
     """
-    return gates_WK @ values_K - utility_W
+    return np.where(gates_WK > 0, gates_WK * values_K, 0).sum(1) - utility_W  # NaN, unscored, only where it has a share
 
 
 @METHODS.register("placed")
@@ -97,6 +97,12 @@ class Placed(Method):
                 utility_W = _utility(task, policy, gates_WK, asked_WM, self.samples, seed)
                 k = len(points_KM)
                 gain_W = optimistic_regret(utility_W[:k], gates_WK[k:], utility_W[k:])
+                if np.isnan(gain_W).all():
+                    raise TrainingError(
+                        "another expert is placed where its utility would rise most",
+                        found="no preference whose objectives were scored",
+                        remedy="repair the objectives",
+                    )
                 specs[f"expert-{k}"] = training(task, learner, left_WM[int(np.nanargmax(gain_W))], seed)
         return specs, meter.cost
 
@@ -116,4 +122,4 @@ class Placed(Method):
 def _utility(task: Task, policy: Policy, gates_WK: np.ndarray, w_WM: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """(W,) J_w on training prompts: exact where the task is, else from samples with shared noise."""
     returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "placement"))
-    return (w_WM * returns.at(gates_WK).means_WM).sum(1)
+    return np.where(w_WM > 0, w_WM * returns.at(gates_WK).means_WM, 0).sum(1)  # what has no weight may be unscored

@@ -223,7 +223,7 @@ class SampledReturns(Returns):
 
     def at(self, gates_W: Gates) -> Measured:
         prompts, place_S = self.task.prompts(self.split), np.arange(self.samples) % self._used
-        rows = [prompts[p] for p in place_S]
+        rows = [prompts[p] for p in place_S.tolist()]
         names = [_name_of(gates) for gates in gates_W]
         for name, gates in counted("measuring preference", list(zip(names, gates_W, strict=True))):
             if name not in self._known:

@@ -183,10 +183,11 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         return (self.samples - self.scored) // self.batch
 
     def _scored(self, model: RewardModel, policy: Policy, spec: TrainSpec, task: Task) -> tuple[Iterable[Scored], dict[str, int]]:
-        if self.own_scores and getattr(task, "noise", 0):
+        noise: float = getattr(task, "noise", 0.0)
+        if self.own_scores and noise:
             raise ConfigError(
                 "own_scores of an exact task are looked up, without the noise that a reward has here",
-                found=f"learner.own_scores with noise={task.noise}",  # type: ignore[attr-defined]
+                found=f"learner.own_scores with noise={noise}",
                 remedy="leave one of the two out",
             )
         return sampled(self, model, policy, spec, task)
