@@ -480,8 +480,8 @@ FIGURES = (
         "mean over 10 task seeds of the worst preference",
         "at least",
         0.92,
-        why="The first candidate had 0.895 on the same seeds; this one was chosen on two development seeds, where it has 0.921 and 0.938 and "
-        "the optimum under its reward model 0.939 and 0.939: most of what is missing is the reward model's.",
+        why="The first candidate had 0.895 on the same seeds; this one was chosen on two development seeds, where it has 0.921 and 0.938 "
+        "and the optimum under its reward model 0.939 and 0.939: most of what is missing is the reward model's.",
     ),
     Figure(
         "v2_sampled_worst",
