@@ -11,7 +11,7 @@ which `--best` names it. Figures of parts that are not run stay as FILE has them
     32       v2_test_worst_32      the chosen candidate on test prompts: mean over seeds of the worst preference, 32 training prompts
              v2_gap_closed_32      the share of the gap between the lines blind and posterior that it closes, of the same means
              v2_default_test_worst_32   the default, `conditioned`, as a comparison
-    128      v2_test_worst_128     the same candidate with 128 training prompts
+    128      v2_test_worst_128     the chosen candidate with 128 training prompts; the committed parts 32 ("unlabelled") and 128 chose apart
 """
 
 from __future__ import annotations
