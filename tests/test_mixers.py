@@ -285,6 +285,17 @@ def test_js_solves_its_equation(paths):
     assert got == pytest.approx(want_V / want_V.sum(), rel=1e-4)
 
 
+@pytest.mark.parametrize("apart", [10.0, 40.0, 100.0, 400.0])
+def test_js_far_from_the_reference(paths, apart):
+    """Experts that agree are their mixture, also where exp(-apart) is no float32; the reference has a token that they have not."""
+    expert_V = torch.tensor([apart, 0.0, 1.0, -apart]).requires_grad_()
+    parts = torch.stack([*[expert_V] * 3, torch.tensor([0.0, apart, 0.0, 0.0])])[:, None, None]
+    got = policy(DIVERGENCE[2], paths).combine(parts, some_gates(1, 3)).log_softmax(-1)[0, 0]
+    assert got.detach().numpy() == pytest.approx(expert_V.detach().log_softmax(-1).numpy(), abs=1e-3, rel=1e-4)
+    (got[1] - got[2]).backward()
+    assert expert_V.grad.numpy() == pytest.approx([0.0, 1.0, -1.0, 0.0], abs=1e-3)
+
+
 @pytest.mark.parametrize("level", [*DIVERGENCE[:2], {"name": "robust", "radius": 0.4}], ids=name_of)
 def test_means_do_not_hear_the_scale_of_the_gates(paths, level):
     mixing, ids_NT, gates_NK = policy(level, paths), some_ids(), some_gates(4, 3)

@@ -160,6 +160,27 @@ def test_a_reference_without_calls_wants_none():
     assert build("tool-call")(["p"] * 3, [NEWS, reference, "hello"], answer=[reference] * 3) == [0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("column", "right"),
+    [
+        ({"name": "GetNews", "parameters": {"page": "1", "size": None}}, True),  # a struct with the keys of other rows
+        ([{"name": "GetNews", "arguments": {"page": "1"}}], True),
+        ([{"type": "function", "function": {"name": "GetNews", "arguments": {"page": "1"}}}], True),
+        ([{"name": "GetNews", "parameters": {"page": "2"}}], False),
+        ([], False),  # wants no call
+    ],
+)
+def test_a_column_may_hold_the_calls_themselves(column, right):
+    found = build("tool-call")(["p"] * 2, [NEWS, "hello"], answer=[column] * 2)
+    assert found == [1.0 if right else pytest.approx(2 / 3) if column else 0.0, 0.0 if column else 1.0]
+
+
+@pytest.mark.parametrize(("measure", "column"), [("correct", 3), ("correct", {"tool": "GetNews"}), ("correct", [NEWS]), ("format", [])])
+def test_a_column_that_holds_no_calls_is_refused(measure, column):
+    with pytest.raises(ConfigError, match="objective tool-call"):
+        build("tool-call", measure=measure)(["p"], [NEWS], answer=[column])
+
+
 def test_a_limit_is_a_step():
     texts = ["one two three", "one two three four"]
     assert build("limit", most=3, unit="words")(["p", "p"], texts) == [1.0, 0.0]

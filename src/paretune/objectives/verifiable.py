@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from paretune.errors import shown
 from paretune.objectives.text import TextObjective
 from paretune.registry import OBJECTIVES
 
@@ -67,7 +68,8 @@ class ToolCall(TextObjective):
 
     `measure` is "format" (1 where the completion has exactly the parts that the reference in `column` has, in this order, else 0) or
     "correct": of 1 point for the names of the tools, and for each wanted call 1 for the names of its parameters and 1 for each value,
-    the share that was earned. Names are compared as multisets, by intersection over union. Without a readable call it is 0.
+    the share that was earned. Names are compared as multisets, by intersection over union. Without a readable call it is 0. For "correct"
+    the column may also hold the calls themselves, as a mapping or a list of them: {name, parameters} or {function: {name, arguments}}.
 
     Source: the rewards of ToolRL (2504.13958), format in {0, 1} and correctness in [-3, 3]; set low and high so.
     Differs: wanted and found calls are matched as well as possible, not greedily in order; "arguments" is read as "parameters";
@@ -86,12 +88,25 @@ class ToolCall(TextObjective):
         if given is None:
             return None
         if self.measure == "format":
-            return float(_well_formed(text, call="<tool_call>" in str(given), response="<response>" in str(given)))
-        wanted = _calls(str(given))
+            if not isinstance(given, str):
+                remedy = 'name a column of texts, or measure: "correct"'
+                raise self.refuse('measure "format" compares with a text', found=shown(given), remedy=remedy)
+            return float(_well_formed(text, call="<tool_call>" in given, response="<response>" in given))
+        wanted = _calls(given) if isinstance(given, str) else self._listed(given)
         if not wanted:
             return float("<tool_call>" not in text)
         found = _calls(text)
         return 0.0 if found is None else _agreement(wanted, found)
+
+    def _listed(self, given: Any) -> list[tuple[str, dict[str, Any]]]:
+        """The calls of a column that holds no text."""
+        calls = [_call(one) for one in ([given] if isinstance(given, Mapping) or not isinstance(given, Sequence) else given)]
+        found = [call for call in calls if call is not None]
+        if len(found) < len(calls):
+            remedy = 'write {"name": "...", "parameters": {...}}, or a text with <tool_call>'
+            raise self.refuse(f"column {self.column!r} holds calls of tools", found=shown(given), remedy=remedy)
+        # Rows of structs have the keys of all rows: what a row has not is None there.
+        return [(name, {key: value for key, value in parameters.items() if value is not None}) for name, parameters in found]
 
 
 @OBJECTIVES.register("limit")
@@ -196,14 +211,22 @@ def _calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     found = []
     for line in lines:
         try:
-            call = json.loads(line)
+            call = _call(json.loads(line))
         except (ValueError, RecursionError):
             return None
-        given = call.get("parameters", call.get("arguments", {})) if isinstance(call, Mapping) else None
-        if not isinstance(given, dict) or not isinstance(call.get("name"), str):
+        if call is None:
             return None
-        found.append((call["name"], given))
+        found.append(call)
     return found or None
+
+
+def _call(given: Any) -> tuple[str, dict[str, Any]] | None:
+    """(name, parameters) of {name, parameters or arguments}, also under `function`; None for anything else."""
+    given = given.get("function", given) if isinstance(given, Mapping) else None
+    parameters = given.get("parameters", given.get("arguments", {})) if isinstance(given, Mapping) else None
+    if not isinstance(parameters, Mapping) or not isinstance(given.get("name"), str):
+        return None
+    return given["name"], dict(parameters)
 
 
 def _agreement(wanted: Sequence[tuple[str, dict[str, Any]]], found: Sequence[tuple[str, dict[str, Any]]]) -> float:

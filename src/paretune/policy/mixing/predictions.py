@@ -112,6 +112,7 @@ def weighted(parts: Tensor, gates: Tensor | None) -> Tensor:
 
 
 DIVERGENCES = ("forward-kl", "alpha", "js")
+NEAR = -15.0  # in nats; exp(NEAR) is what float32 leaves out beside 1
 
 
 @MIXINGS.register("divergence")
@@ -166,7 +167,8 @@ class DivergenceMix(LogitMix):
         if self.divergence == "js":
             ratio = logp[:-1] - logp[-1:]
             mixed = (gates * functional.logsigmoid(ratio)).sum(0)  # log s(pi), below 0
-            return logp[-1] + mixed - torch.log(-torch.expm1(mixed))
+            near = (gates.log() - ratio).logsumexp(0)  # log(1 - s(pi)) where s(pi) is almost 1 and would round to it
+            return logp[-1] + mixed - torch.where(near < NEAR, near, torch.log(-torch.expm1(mixed.clamp(max=-1e-30))))
         power = self.alpha if self.divergence == "alpha" else 1.0
         return (gates.log() - power * logp).logsumexp(0) / -power
 
