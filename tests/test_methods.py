@@ -236,6 +236,29 @@ def test_emorl_on_samples(task, learner, done):
     assert (cost.evaluations, cost.validation_samples) == (9, 72)
 
 
+def test_emorl_leaves_out_what_is_unscored(task, done, monkeypatch):
+    """A judge that fails at one response in sixteen costs that response; one that fails at one in eight costs the point."""
+    blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    policy = build_policy(task, "hidden", {f"expert-{k}": a.path for k, a in enumerate(done.values())})
+    gates, w, plain, every = np.array([0.5, 0.5]), np.array([0.9, 0.1]), NotExact.score, [64]
+
+    def score(self, prompts, texts):
+        rewards_NM = plain(self, prompts, texts)
+        rewards_NM[:: every[0], 0] = np.nan
+        return rewards_NM
+
+    def found():
+        return outer_score(blind, policy, kind="linear", samples=64, seed=5)(gates, w)
+
+    drawn = SampledReturns(blind, policy, "train", samples=64, seed=seed_for(5, "outer level")).at(gates[None])
+    monkeypatch.setattr(NotExact, "score", score)
+    every[0] = 16
+    known = np.arange(64) % 16 > 0
+    assert found() == pytest.approx((drawn.rewards_WSM[0][known] @ w).mean() - task.beta * drawn.kl_WS[0].mean())
+    every[0] = 8
+    assert np.isnan(found())
+
+
 def _renamed(task, learner, done):
     """The same artifacts under the keys of another task."""
     specs = METHODS.build("experts").plan(task, learner, {}, 0)

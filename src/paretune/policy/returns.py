@@ -32,6 +32,7 @@ from paretune.types import Cost
 __all__ = ["BATCH_ROWS", "ExactReturns", "Measured", "Meter", "Returns", "SampledReturns", "covariance_within", "metered", "returns_of"]
 
 BATCH_ROWS = 64
+KNOWN = 0.9  # the share of responses that have a value, at least
 Gates = np.ndarray | Sequence[None]
 """(W, K) gates, or (W, P, K) where every prompt has its own; None in place of a row is the reference."""
 Value = Callable[[np.ndarray], np.ndarray]
@@ -112,7 +113,10 @@ class Returns(ABC):
 
     @abstractmethod
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
-        """E[value(rewards) - price * (log pi - log pi_ref)] at gates (K,), mean over prompts; NaN where a response is unscored."""
+        """E[value(rewards) - price * (log pi - log pi_ref)] at gates (K,), mean over prompts; sampled: over the responses that have a value.
+
+        NaN where more than a tenth of the responses has none: then those that have may be of another kind.
+        """
 
     @abstractmethod
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
@@ -238,7 +242,9 @@ class SampledReturns(Returns):
 
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
         made = self.at(gates_K[None])
-        return float((value(made.rewards_WSM[0]) - price * made.kl_WS[0]).mean())
+        value_S = value(made.rewards_WSM[0])
+        known_S = ~np.isnan(value_S)
+        return float(value_S[known_S].mean() - price * made.kl_WS[0].mean()) if known_S.mean() >= KNOWN else float("nan")
 
     def covariance_MM(self, gates_K: np.ndarray | None) -> np.ndarray:
         if _name_of(gates_K) not in self._known:
