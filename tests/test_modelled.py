@@ -199,15 +199,25 @@ def test_a_recipe_names_a_file_of_unlabelled_prompts(tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_rewards_are_asked_about_prompts_that_keep_their_own_and_no_others(tmp_path, monkeypatch):
+    """After the 64 that the model is fitted to, they are what is learned from: other ones make another policy."""
     write_lines(tmp_path / "more.jsonl", [{"prompt": f"Customer: is box {i} here?\nAgent:"} for i in range(6)])
     changes = {"prompts": {"path": "prompts.jsonl", "unlabelled": "more.jsonl", "test": 0.5}}
-    task, asked = load_recipe(write_recipe(tmp_path, tiny_model(), **changes)).task, []
-    score = task.score
-    monkeypatch.setattr(type(task), "score", lambda self, prompts, texts: asked.extend(p.text for p in prompts) or score(prompts, texts))
-    learner = replace(SAMPLED, unlabelled=6, own_scores=True)
-    assert learner.train(spec_of(learner, task=task), task, tmp_path / "made").samples == 128
-    assert 64 < len(asked) < 128, "responses to unlabelled prompts are drawn, too"
-    assert set(asked) <= {p.text for p in task.prompts("train")}
+    task, asked, made = load_recipe(write_recipe(tmp_path, tiny_model(), **changes)).task, [], {}
+    score, learner = type(task).score, replace(SAMPLED, unlabelled=6, own_scores=True)
+    for sign in (1, -1):
+
+        def signed(self, prompts, texts, sign=sign):
+            fitted = len(asked) >= 64
+            asked.extend(p.text for p in prompts)
+            return score(self, prompts, texts) * (sign if fitted else 1)
+
+        monkeypatch.setattr(type(task), "score", signed)
+        assert learner.train(spec_of(learner, task=task), task, tmp_path / str(sign)).samples == 128
+        assert 64 < len(asked) < 128, "responses to unlabelled prompts are drawn, too"
+        assert set(asked) <= {p.text for p in task.prompts("train")}
+        made[sign] = weights(tmp_path / str(sign))
+        asked.clear()
+    assert made[1] != made[-1]
 
 
 def test_noise_on_scores_that_a_table_would_not_have_says_so(tmp_path):
