@@ -507,9 +507,9 @@ class _Search:
         state, value, message = "failed", None, ""
         try:
             state, value = self._stages(trial, values, seen)
-        except (TrainingError, ConfigError) as error:
-            if isinstance(error, ConfigError) and not place and own is not None:
-                raise  # the file's own settings
+        except ParetuneError as error:
+            if isinstance(error, StoreError) or (isinstance(error, ConfigError) and not place and own is not None):
+                raise  # the disk, or another process: no setting's fault; or a mistake in the file's own settings
             message = str(error)
         cost = self.scores.cost(seen)
         notes = {"values": values, "state": state, "value": value, "message": message, "stages": len(seen), "cost": cost.to_json()}
