@@ -382,6 +382,12 @@ def test_a_disk_that_fails_is_no_trial(tmp_path, monkeypatch):
         tune(plan_of(tmp_path), trials=2, root=tmp_path)
 
 
+def test_a_whole_number_among_choices_is_the_files_own_setting_too(tmp_path, fake):
+    plan = plan_of(tmp_path, methods=["bridge"], tune={"method.effort": [4, 2, 1]})  # 1.0 is the default
+    assert [dimension.parameter(value) for dimension in plan.space for value in (1.0, 4, True, 3)] == ["1", "4", None, None]
+    assert tune(plan, trials=1, root=tmp_path).trials[0].values == {"method.effort": 1}
+
+
 def test_a_mistake_in_the_files_own_settings_is_the_users_and_in_a_combination_a_failed_trial(tmp_path):
     learner = {"name": "pg", "samples": 16, "batch": 8, "group": 4, "rank": 2}
     with refused("batch is a multiple of group"):

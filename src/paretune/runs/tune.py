@@ -90,8 +90,9 @@ class Dimension:
     def parameter(self, value: Any) -> Any:
         """What Optuna knows a value as; None where it is not in here."""
         if self.choices:
-            label = json.dumps(list(value) if isinstance(value, tuple) else value)
-            return label if label in [json.dumps(choice) for choice in self.choices] else None
+            given = list(value) if isinstance(value, tuple) else value
+            same = (choice for choice in self.choices if choice == given and isinstance(choice, bool) == isinstance(given, bool))
+            return next(map(json.dumps, same), None)  # a file may write 1 for 1.0
         inside = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if inside else None
 
