@@ -62,6 +62,47 @@ def test_settings_go_from_agreement_to_conflict_and_name_only_what_varies(result
     assert results.settings[0].task_seeds == [100, 101]
 
 
+BOUND = {"constraints": [0.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        # Two of three have terms, so that these are the usual ones; the third has the correlation of another one.
+        ([{"terms": BOUND}, {"rho": -0.8, "terms": BOUND}, {}], ["rho = 0.8, no terms", "rho = 0.8, terms"]),
+        ([{"model": f"/models/{name}/checkpoints/epoch-10/merged-for-the-last-time"} for name in "ab"], ["merged-for-the-last-time ("] * 2),
+        ([{"content": {"prompts.jsonl": name}} for name in "ab"], ["exact-v1 ("] * 2),  # edited between two runs
+    ],
+)
+def test_no_two_settings_are_called_the_same(changes, labels):
+    cells = {}
+    for number, change in enumerate(changes):
+        data = record("linear", rho=0.8, task_seed=100)
+        data["task"] |= change
+        data["metrics"]["splits"]["train"]["attainment"]["worst"] = 0.1 * number
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    names = [setting.label for setting in found.settings]
+    assert len(set(names)) == len(changes)
+    assert all(part in name for part, name in zip(labels, names, strict=False)), names
+    rows = [row for row in leaderboard(found).rows if row["method"] == "linear"]
+    assert sorted(row["attainment_worst_train"] for row in rows) == pytest.approx([0.1 * number for number in range(len(changes))])
+    assert [len(found) for found in leaderboard(found).placed.values()] == [2] * len(changes)  # with the exact optimum
+
+
+def test_no_two_methods_or_learners_are_called_the_same():
+    changes = [("method", {}), ("method", {"version": 2}), ("learner", {"lr": 0.01}), ("learner", {"lr": 0.001})]
+    cells = {}
+    for number, (what, change) in enumerate(changes):
+        data = record("linear", rho=0.8, task_seed=100)
+        data[what] |= change
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert len(set(found.families)) == 4
+    learners = [label for label in found.families if "lr" in label]
+    assert [label.rpartition("(")[2] for label in sorted(learners)] == ["pg lr 0.001)", "pg lr 0.01)", "pg lr None)", "pg lr None)"]
+
+
 def test_methods_are_named_by_the_fields_in_which_they_differ(results):
     assert {"experts logit", "experts parameter", "expert objective 0", "linear", "reference"} <= set(results.families)
 
