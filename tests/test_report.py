@@ -34,7 +34,7 @@ from paretune.report.tables import (
     relation_table,
     short_count,
 )
-from paretune.report.terminal import print_leaderboard
+from paretune.report.terminal import console, print_leaderboard
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, check_view, measured, optimum, publish, record, run_directory
 
@@ -575,6 +575,19 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert "Gain against preference" in page
     assert 'id="glance"' not in page
     assert 'id="loss"' not in page
+
+
+def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(capsys):
+    cells = {}
+    for number, (seed, samples) in enumerate([(0, 64), (1, 64), (2, 64), (2, 256)]):
+        data = record("linear", rho=0.8, task_seed=100) | {"seed": seed}
+        del data["task"]["seed"]
+        data["evaluation"]["samples"] = samples
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert board(found, "exact-v1")["linear"]["cells"] == 3
+    print_leaderboard(found, console())
+    assert "exact-v1  (training prompts, 3 seeds)" in capsys.readouterr().out
 
 
 def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):

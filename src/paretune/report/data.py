@@ -129,6 +129,11 @@ class Setting:
         return sorted({cell.seed for cell in self.cells})
 
     @cached_property
+    def units(self) -> list[str]:
+        """What was drawn independently: task seeds, or those of the trainings where the task has none."""
+        return sorted({cell.unit for cell in self.cells})
+
+    @cached_property
     def labels(self) -> list[str]:
         """The methods measured here; of several settings, in each of them."""
         return [label for label in self._of if all(label in part.labels for part in self.parts)]

@@ -245,7 +245,7 @@ def _row(setting: Setting, label: str, on: str) -> dict[str, Any]:
     row |= costs(cells) | {"trainings": len(cells[0].record["trainings"])}
     paths = (("attainment", "undefined"), ("unscored", "count"))
     unknown = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
-    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len(cells)}
+    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len({cell.unit for cell in cells})}
     return row | {"unknown": sum(count or 0 for count in unknown)}
 
 

@@ -59,7 +59,7 @@ def print_leaderboard(results: Results, to: Console) -> None:
         columns.remove(max(columns, key=lambda column: SHOWN[column.key][1]))
     for setting in results.settings:
         rows = board.placed[setting.label, setting.headline]
-        note_ = f"{PROMPTS[setting.headline]}, {len(setting.task_seeds)} seed{'s' if len(setting.task_seeds) > 1 else ''}"
+        note_ = f"{PROMPTS[setting.headline]}, {len(setting.units)} seed{'s' if len(setting.units) > 1 else ''}"
         _print(results, to, setting.label, note_, rows, [(column, SHOWN[column.key][0]) for column in columns])
     _print_comparison(results, to)
     for sentence in findings(results):
