@@ -11,6 +11,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from paretune.cli.places import runs_table
 from paretune.errors import ConfigError, StoreError
 from paretune.registry import METHODS as METHODS_SHIPPED
 from paretune.report.data import assemble, load
@@ -35,6 +36,7 @@ from paretune.report.tables import (
     short_count,
 )
 from paretune.report.terminal import console, print_leaderboard
+from paretune.runs.jobs import failure
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, check_view, measured, optimum, publish, record, run_directory
 
@@ -600,6 +602,17 @@ def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):
     page = write_report(tmp_path).read_text()
     assert "no &lt;score&gt;" in page
     assert "pg at (1, 0)" in page
+
+
+def test_a_failure_without_a_message_is_listed(tmp_path, capsys):
+    store = Store(tmp_path)
+    store.fail(CELLS, "f" * 20, failure(AssertionError(), label="mine on exact-v1"))
+    print_leaderboard(load(tmp_path), console())
+    assert "failed mine on exact-v1: no message" in capsys.readouterr().out
+    assert [row["state"] for row in runs_table(tmp_path).rows] == []  # no run directory without its lock
+    with store.lock():
+        pass
+    assert [row["state"] for row in runs_table(tmp_path).rows] == ["failed: no message"]
 
 
 def test_only_failures_still_make_a_page(tmp_path):

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, first_line, nearest
 from paretune.policy.card import FAMILY_FILE, read_card
 from paretune.report.tables import Column, Table
 from paretune.runs.store import ARTIFACTS, CELLS, DONE, FAILED, WIP, Store
@@ -107,7 +107,7 @@ def _rows(root: Path) -> Iterator[dict[str, Any]]:
             if not done and not folder.name.startswith(WIP):
                 continue
             failure = failures.get(key)
-            state = "done" if done else "failed: " + str(failure["message"]).splitlines()[0] if failure else unfinished
+            state = "done" if done else "failed: " + first_line(str(failure["message"])) if failure else unfinished
             label = _known(root / "logs" / "jobs" / f"{job}-{key}.json").get("label") or key
             samples = _known(folder / "ledger.json").get("samples")
             yield {"what": label, "of": said, "date": _date(folder), "samples": samples, "state": state, "key": key}

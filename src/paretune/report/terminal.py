@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from paretune.errors import printable
+from paretune.errors import first_line, printable
 from paretune.report.comparison import baselines, board_tables, note
 from paretune.report.data import PROMPTS, Results
 from paretune.report.findings import findings
@@ -65,9 +65,8 @@ def print_leaderboard(results: Results, to: Console) -> None:
     for sentence in findings(results):
         to.print(Text(f"• {sentence}"))
     for failure in results.failures:
-        to.print(
-            Text.assemble(("failed ", "bold red"), printable(f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
-        )
+        said = f"{failure.get('label')}: {first_line(str(failure.get('message')))}"
+        to.print(Text.assemble(("failed ", "bold red"), printable(said)))
 
 
 def _print_comparison(results: Results, to: Console) -> None:
