@@ -494,6 +494,18 @@ def test_findings_say_whether_the_expected_order_appears(results, tmp_path):
     assert "by composition" in text
 
 
+def test_where_nothing_could_be_gained_no_order_is_expected():
+    cells = {}
+    for label, rho in product(("experts logit", "experts parameter"), (0.8, -0.8)):
+        data = record(label, rho=rho, task_seed=100)
+        for split in data["metrics"]["splits"].values() if rho < 0 else ():
+            split["attainment"] = {"mean": None, "worst": None, "per_preference": [None] * 11, "undefined": 11}
+        cells[label + str(rho)] = data
+    said = findings(assemble(cells, {key: {} for key in cells}))
+    assert [sentence for sentence in said if "expected order" in sentence and "at rho = 0.8" in sentence]
+    assert not [sentence for sentence in said if "expected order" in sentence and "\u22120.8" in sentence]
+
+
 def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
     data = record("linear", rho=0.0, task_seed=100)
     names = ["a", "b", "c"]
