@@ -753,6 +753,7 @@ def test_values_as_a_reader_sees_them(kind, value, shown):
 
 def test_counts_and_tints_keep_their_order():
     assert [short_count(v) for v in (0, 5, 999, 1000, 2.5e9)] == ["0", "5", "999", "1k", "2.5G"]
+    assert [short_count(v) for v in (999.6, 999_960, 999_400, -999_960)] == ["1k", "1M", "999k", "-1M"]
     assert tint(None) == "transparent"
     assert tint(0.5).startswith("rgba(0, 114, 178")
     assert tint(-0.5).startswith("rgba(213, 94, 0")

@@ -122,7 +122,8 @@ def signed(value: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """40000 -> 40.0k."""
+    """40000 -> 40k, 999960 -> 1M: three digits."""
+    value = float(f"{value:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
