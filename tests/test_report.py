@@ -369,6 +369,21 @@ def test_the_page_needs_no_network_and_no_mouse(root, tmp_path):
     assert set(json.loads(data[1])["views"]) == set(re.findall(r'class="plot" id="([^"]+)"', text))
 
 
+@pytest.mark.parametrize("step", [1e-12, 1e-8, 1e-4, 1.0, 1e9, 1e20])
+def test_returns_of_any_size_can_be_drawn(tmp_path, step):
+    data = record("linear", rho=0.8, task_seed=100)
+    for split in data["metrics"]["splits"].values():
+        split["returns"] = [[0.1 + step * n, -step * n] for n in range(11)]
+    del data["fronts"]
+    results = assemble({"a": data}, {"a": {}})
+    (figure,) = front_figures(results)
+    check_view(figure.views["train"])
+    picture = to_svg([("", figure.views["train"])], results.looks, alt="")
+    ticks = [float(text.replace("\u2212", "-")) for text in re.findall(r">(\u2212?[\d.]+(?:e[+\u2212]?\d+)?)</text>", picture)]
+    assert len(ticks) >= 4
+    write_page(results, tmp_path / "page")
+
+
 def test_points_below_the_range_are_arrows_and_say_where_they_lie(tmp_path):
     """Worst attainments of -2.3 and -1.2 are both drawn at the edge: neither the label nor the hover text may take them for equal."""
     for label, share in (("expert 0", -2.3), ("expert 1", -1.2), ("linear", 0.9)):
