@@ -148,10 +148,11 @@ def test_plans_are_foreseen_without_results_as_far_as_they_do_not_look():
     assert [expected(*item).size for wave in foreseen(effort, TASK, learner, {}, 0)[0] for item in wave.items()] == [10, 10, 30]
 
 
-def test_a_plan_that_fails_without_results_is_not_what_fails():
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_plan_that_fails_without_results_is_not_what_fails(error):
     class Looks(Method):
         def plan(self, task, learner, done, seed):
-            raise SystemError("no results")
+            raise error("no results")
 
         def policy(self, task, learner, done, seed): ...
 
