@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from paretune.cli.places import runs_table
-from paretune.errors import ConfigError, StoreError
+from paretune.errors import ConfigError, RewardError, StoreError
 from paretune.registry import METHODS as METHODS_SHIPPED
 from paretune.report.data import assemble, load
 from paretune.report.drawing import Series, place, to_svg
@@ -640,6 +640,17 @@ def test_a_failure_without_a_message_is_listed(tmp_path, capsys):
     with store.lock():
         pass
     assert [row["state"] for row in runs_table(tmp_path).rows] == ["failed: no message"]
+
+
+def test_a_failure_that_quotes_half_a_character_is_kept_and_shown(tmp_path):
+    for key, error in (("a", ValueError("from \ud83d")), ("b", RewardError("a score", found="of \ud83d\n", remedy="\u202e"))):
+        Store(tmp_path).fail(CELLS, key * 20, failure(error, label="mine"))
+    kept = Store(tmp_path).failures(CELLS)
+    assert kept["a" * 20]["message"] == "from \\ud83d"
+    assert kept["b" * 20]["found"] == "of \\ud83d\n"
+    page = write_report(tmp_path).read_text()
+    assert "\\ud83d" in page
+    assert "\u202e" not in page
 
 
 def test_only_failures_still_make_a_page(tmp_path):
