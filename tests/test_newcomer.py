@@ -167,6 +167,20 @@ def test_runs_are_listed_by_what_they_are(fitted):
     assert any(one["what"].startswith("pg at (1, 0)") for one in rows)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+@pytest.mark.parametrize("mode", [0o000, 0o400])
+def test_a_folder_that_may_not_be_read_is_passed_by(tmp_path, mode):
+    for name in ("closed", "open/runs/artifacts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "open/runs/.lock").touch()
+    (tmp_path / "closed").chmod(mode)
+    try:
+        (row,) = json.loads(run("ls", "runs", tmp_path, "--json").stdout)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert row["name"] == "open/runs"
+
+
 def test_a_failed_and_a_stopped_training_say_so(tmp_path):
     for name in ("artifacts/.wip-aa", "artifacts/.wip-bb", "logs/jobs"):
         (tmp_path / name).mkdir(parents=True)

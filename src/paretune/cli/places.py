@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -74,7 +75,12 @@ def _below(root: Path) -> Iterator[Path]:
     for _ in range(DEPTH + 1):
         yield from folders
         inside = (sub for folder in folders if not _is_run(folder) for sub in sorted(folder.iterdir()))
-        folders = [sub for sub in inside if sub.is_dir() and not sub.is_symlink() and not sub.name.startswith(".")]
+        folders = [sub for sub in inside if sub.is_dir() and not sub.is_symlink() and not sub.name.startswith(".") and _may_look(sub)]
+
+
+def _may_look(folder: Path) -> bool:
+    """Not into a folder of somebody else's."""
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def _is_run(folder: Path) -> bool:
