@@ -273,6 +273,14 @@ def test_init_writes_a_recipe_that_loads(tmp_path, row, prompts, objectives):
     assert mistakes(tmp_path / "recipe.yaml") == []
 
 
+@pytest.mark.parametrize(
+    ("answers", "use"), [([0, 1, 2.5], "answer"), ([True, True, True], "fluency"), ([None, 1, 2], "fluency"), (["", 1, 2], "fluency")]
+)
+def test_init_takes_numbers_for_answers_and_no_marks(tmp_path, answers, use):
+    given = init(tmp_path, [{"prompt": f"how many {n}?", "answer": answers[n % 3]} for n in range(12)])
+    assert [one["use"] for one in given["objectives"]] == ["length", use]
+
+
 def test_init_keeps_what_is_there_and_removes_what_it_cannot_use(tmp_path):
     (tmp_path / "recipe.yaml").write_text("mine")
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
