@@ -13,6 +13,7 @@ import pytest
 
 from paretune.cli.places import runs_table
 from paretune.errors import ConfigError, RewardError, StoreError
+from paretune.files import write_json
 from paretune.registry import METHODS as METHODS_SHIPPED
 from paretune.report.data import assemble, load
 from paretune.report.drawing import Series, place, to_svg
@@ -38,6 +39,7 @@ from paretune.report.tables import (
 from paretune.report.terminal import console, print_leaderboard
 from paretune.runs.jobs import failure
 from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.types import key_of
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, check_view, measured, optimum, publish, record, run_directory
 
 
@@ -666,6 +668,19 @@ def test_one_suite_of_several_can_be_chosen(tmp_path):
     assert [c.key for c in load(tmp_path, suite="second").cells] == [key]
     with pytest.raises(ConfigError, match="did you mean 'second'"):
         load(tmp_path, suite="secnd")
+
+
+def test_one_suite_lists_no_training_that_failed_in_another(tmp_path):
+    root = run_directory(tmp_path, rhos=(0.8,), seeds=(100,))
+    store, cell = Store(root), key_of("a cell of it")
+    known = json.loads((root / "suites" / "quick.json").read_text())["cells"]
+    write_json(root / "suites" / "quick.json", {"format": 1, "cells": known | {cell: "mine"}})
+    store.fail(ARTIFACTS, "a" * 20, failure(ValueError("mine"), label="mine"))
+    store.fail(ARTIFACTS, "b" * 20, failure(ValueError("another's"), label="another's"))
+    store.fail(CELLS, cell, failure(ValueError("its training failed"), label="mine") | {"training": "a" * 20})
+    listed = [failure["where"] for failure in load(root, suite="quick").failures]
+    assert listed == ["artifacts/.wip-" + "a" * 20, f"cells/.wip-{cell}"]
+    assert len(load(root).failures) == 3
 
 
 def test_a_root_without_results_says_what_to_run(tmp_path):

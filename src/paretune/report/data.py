@@ -271,7 +271,10 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
     broken = [(kind, key, record) for kind in (ARTIFACTS, CELLS) for key, record in store.failures(kind).items()]
-    broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
+    if suite is not None:  # its cells, and the trainings for which they failed
+        mine = [record for kind, key, record in broken if kind == CELLS and key in suites[suite]]
+        wanted = {(CELLS, key) for key in suites[suite]} | {(ARTIFACTS, record.get("training")) for record in mine}
+        broken = [(kind, key, record) for kind, key, record in broken if (kind, key) in wanted]
     if not folders and not broken:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
         remedy = f"run `paretune bench SUITE.yaml --root {root}`, or `paretune fit RECIPE.yaml`, first"
