@@ -79,7 +79,7 @@ def test_a_command_that_is_quick_or_speaks_itself_has_no_heartbeat():
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (60, "1m00s"), (7265, "2h01m")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (59.94, "59.9s"), (59.97, "1m00s"), (60, "1m00s"), (7265, "2h01m")])
 def test_durations(seconds, text):
     assert clock(seconds) == text
 
