@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.errors import StoreError
 from paretune.files import sealed
-from paretune.report.family import UNTRAINED, findings_of, load_fitted, measured_table, write_fitted
+from paretune.report.family import UNTRAINED, Fitted, findings_of, front_picture, load_fitted, measured_table, write_fitted
 from paretune.runs.measured import MEASURED, measured_at, read_measured, said_of
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.types import key_of
@@ -245,3 +245,22 @@ def test_where_a_result_is_measured():
     assert sorted(measured_at(Of(2, 3)).tolist()) == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
     assert measured_at(Of(2, ((0.2, 0.8),))).tolist() == [[0.2, 0.8]]
     assert said_of((0.2, 0.8), NAMES) == "polite 0.2, brief 0.8"
+
+
+@pytest.mark.parametrize(
+    ("w_WM", "drawn"),
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], True),
+        ([[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], False),  # along one edge: nothing lies between them
+        ([[1, 0, 0]], False),
+        ([[1, 0], [0, 1]], True),
+        ([[0.2, 0.2, 0.2, 0.4]], False),
+    ],
+)
+def test_where_a_preference_stands_is_drawn_where_the_measured_ones_span_the_simplex(tmp_path, w_WM, drawn):
+    count, m = len(w_WM), len(w_WM[0])
+    names = [f"objective_{k}" for k in range(m)]
+    returns = {"returns": w_WM, "returns_error": [[0.01] * m] * count, "reference": {"rewards": [0.1] * m}}
+    card = {"objectives": {"names": names}, "meta": {"method": {"name": "bridge"}}}
+    fitted = Fitted(tmp_path, card, {"preferences": w_WM, "measured": returns})
+    assert (front_picture(fitted, np.full(m, 1 / m)) is not None) == drawn
