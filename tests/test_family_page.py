@@ -134,6 +134,19 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     assert family["x"] == pytest.approx([0.45, 0.475, 0.5, 0.525, 0.55])
 
 
+@pytest.mark.parametrize("name", ["kl", "gain", "preference", "gain_low"])
+def test_an_objective_named_as_a_column_keeps_its_scores(tmp_path, name):
+    whole, named = (
+        measured_table(load_fitted(family_in(tmp_path / one, measured([0.2] * 5), names=(one, "brief")))) for one in ("polite", name)
+    )
+    titles = [column.title for column in named.shown]
+    assert titles == [name if title == "polite" else title for title in (column.title for column in whole.shown)]
+    for row, other in zip(named.rows, whole.rows, strict=True):
+        values, others = ([each.get(column.key) for column in table.shown] for each, table in ((row, named), (other, whole)))
+        assert isinstance(values[0], str)
+        assert values[1:] == others[1:]
+
+
 def test_what_the_log_has_more_is_drawn_where_it_has_it(tmp_path):
     more = {"entropy_estimate": 9.0, "kl_max": 0.4, "clipped": 0.25, "advantage_spread": 1.5, "logp_gap": 0.01}
     lines = [
