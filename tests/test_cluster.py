@@ -15,7 +15,7 @@ import pytest
 from bench_fixture import Bench, alive, all_gone, children, fakes_loaded, kill, results
 from paretune.errors import BusyError, RewardError, StoreError
 from paretune.runs.jobs import run_job, train_job
-from paretune.runs.local import Workers
+from paretune.runs.local import Workers, main
 from paretune.runs.plan import next_wave
 from paretune.runs.store import ARTIFACTS, CELLS
 from paretune.runs.suite import fit, load_suite, members_of, run_suite
@@ -174,6 +174,16 @@ def test_ctrl_c_stops_the_workers_and_keeps_the_checkpoints(bench):
     assert list(bench.root.glob("artifacts/.wip-*/checkpoint/state.json"))
     assert bench.run(**slow).count("new") == 1
     assert bench.twice() == []
+
+
+@pytest.mark.parametrize("name", ["foo.json", "train-0123.json", "logs/jobs/foo.json"])
+def test_a_file_that_is_no_job_is_refused_and_its_folder_left_alone(tmp_path, capsys, name):
+    path = tmp_path / "mine" / "deep" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert main([str(path)]) == 2
+    assert "a job is a file ROOT/logs/jobs/train-<key>.json" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(".lock"))
 
 
 def test_a_job_runs_by_hand(bench, tmp_path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.errors import StoreError
 from paretune.files import sealed
-from paretune.report.family import UNTRAINED, findings_of, load_fitted, measured_table, write_fitted
+from paretune.report.family import UNTRAINED, Fitted, findings_of, front_picture, load_fitted, measured_table, write_fitted
 from paretune.runs.measured import MEASURED, measured_at, read_measured, said_of
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.types import key_of
@@ -134,6 +134,19 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     assert family["x"] == pytest.approx([0.45, 0.475, 0.5, 0.525, 0.55])
 
 
+@pytest.mark.parametrize("name", ["kl", "gain", "preference", "gain_low"])
+def test_an_objective_named_as_a_column_keeps_its_scores(tmp_path, name):
+    whole, named = (
+        measured_table(load_fitted(family_in(tmp_path / one, measured([0.2] * 5), names=(one, "brief")))) for one in ("polite", name)
+    )
+    titles = [column.title for column in named.shown]
+    assert titles == [name if title == "polite" else title for title in (column.title for column in whole.shown)]
+    for row, other in zip(named.rows, whole.rows, strict=True):
+        values, others = ([each.get(column.key) for column in table.shown] for each, table in ((row, named), (other, whole)))
+        assert isinstance(values[0], str)
+        assert values[1:] == others[1:]
+
+
 def test_what_the_log_has_more_is_drawn_where_it_has_it(tmp_path):
     more = {"entropy_estimate": 9.0, "kl_max": 0.4, "clipped": 0.25, "advantage_spread": 1.5, "logp_gap": 0.01}
     lines = [
@@ -245,3 +258,22 @@ def test_where_a_result_is_measured():
     assert sorted(measured_at(Of(2, 3)).tolist()) == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
     assert measured_at(Of(2, ((0.2, 0.8),))).tolist() == [[0.2, 0.8]]
     assert said_of((0.2, 0.8), NAMES) == "polite 0.2, brief 0.8"
+
+
+@pytest.mark.parametrize(
+    ("w_WM", "drawn"),
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], True),
+        ([[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0]], False),  # along one edge: nothing lies between them
+        ([[1, 0, 0]], False),
+        ([[1, 0], [0, 1]], True),
+        ([[0.2, 0.2, 0.2, 0.4]], False),
+    ],
+)
+def test_where_a_preference_stands_is_drawn_where_the_measured_ones_span_the_simplex(tmp_path, w_WM, drawn):
+    count, m = len(w_WM), len(w_WM[0])
+    names = [f"objective_{k}" for k in range(m)]
+    returns = {"returns": w_WM, "returns_error": [[0.01] * m] * count, "reference": {"rewards": [0.1] * m}}
+    card = {"objectives": {"names": names}, "meta": {"method": {"name": "bridge"}}}
+    fitted = Fitted(tmp_path, card, {"preferences": w_WM, "measured": returns})
+    assert (front_picture(fitted, np.full(m, 1 / m)) is not None) == drawn

@@ -167,6 +167,20 @@ def test_runs_are_listed_by_what_they_are(fitted):
     assert any(one["what"].startswith("pg at (1, 0)") for one in rows)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+@pytest.mark.parametrize("mode", [0o000, 0o400])
+def test_a_folder_that_may_not_be_read_is_passed_by(tmp_path, mode):
+    for name in ("closed", "open/runs/artifacts"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "open/runs/.lock").touch()
+    (tmp_path / "closed").chmod(mode)
+    try:
+        (row,) = json.loads(run("ls", "runs", tmp_path, "--json").stdout)
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert row["name"] == "open/runs"
+
+
 def test_a_failed_and_a_stopped_training_say_so(tmp_path):
     for name in ("artifacts/.wip-aa", "artifacts/.wip-bb", "logs/jobs"):
         (tmp_path / name).mkdir(parents=True)
@@ -257,6 +271,14 @@ def test_init_writes_a_recipe_that_loads(tmp_path, row, prompts, objectives):
     assert ("chat" in given["prompts"]) == ("chat" in prompts)
     assert [one["use"] for one in given["objectives"]] == objectives
     assert mistakes(tmp_path / "recipe.yaml") == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "use"), [([0, 1, 2.5], "answer"), ([True, True, True], "fluency"), ([None, 1, 2], "fluency"), (["", 1, 2], "fluency")]
+)
+def test_init_takes_numbers_for_answers_and_no_marks(tmp_path, answers, use):
+    given = init(tmp_path, [{"prompt": f"how many {n}?", "answer": answers[n % 3]} for n in range(12)])
+    assert [one["use"] for one in given["objectives"]] == ["length", use]
 
 
 def test_init_keeps_what_is_there_and_removes_what_it_cannot_use(tmp_path):

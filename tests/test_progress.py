@@ -79,7 +79,7 @@ def test_a_command_that_is_quick_or_speaks_itself_has_no_heartbeat():
     assert stream.getvalue() == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (60, "1m00s"), (7265, "2h01m")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0s"), (59.94, "59.9s"), (59.97, "1m00s"), (60, "1m00s"), (7265, "2h01m")])
 def test_durations(seconds, text):
     assert clock(seconds) == text
 
@@ -148,10 +148,11 @@ def test_plans_are_foreseen_without_results_as_far_as_they_do_not_look():
     assert [expected(*item).size for wave in foreseen(effort, TASK, learner, {}, 0)[0] for item in wave.items()] == [10, 10, 30]
 
 
-def test_a_plan_that_fails_without_results_is_not_what_fails():
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_plan_that_fails_without_results_is_not_what_fails(error):
     class Looks(Method):
         def plan(self, task, learner, done, seed):
-            raise SystemError("no results")
+            raise error("no results")
 
         def policy(self, task, learner, done, seed): ...
 

@@ -11,7 +11,9 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from paretune.errors import ConfigError, StoreError
+from paretune.cli.places import runs_table
+from paretune.errors import ConfigError, RewardError, StoreError
+from paretune.files import write_json
 from paretune.registry import METHODS as METHODS_SHIPPED
 from paretune.report.data import assemble, load
 from paretune.report.drawing import Series, place, to_svg
@@ -34,8 +36,10 @@ from paretune.report.tables import (
     relation_table,
     short_count,
 )
-from paretune.report.terminal import print_leaderboard
+from paretune.report.terminal import console, print_leaderboard
+from paretune.runs.jobs import failure
 from paretune.runs.store import ARTIFACTS, CELLS, Store
+from paretune.types import key_of
 from report_cells import JUDGED_WM, METHODS, REFERENCE_M, check_view, measured, optimum, publish, record, run_directory
 
 
@@ -60,6 +64,47 @@ def board(results, setting):
 def test_settings_go_from_agreement_to_conflict_and_name_only_what_varies(results):
     assert [s.label for s in results.settings] == ["rho = 0.8", "rho = 0", "rho = \u22120.8"]
     assert results.settings[0].task_seeds == [100, 101]
+
+
+BOUND = {"constraints": [0.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        # Two of three have terms, so that these are the usual ones; the third has the correlation of another one.
+        ([{"terms": BOUND}, {"rho": -0.8, "terms": BOUND}, {}], ["rho = 0.8, no terms", "rho = 0.8, terms"]),
+        ([{"model": f"/models/{name}/checkpoints/epoch-10/merged-for-the-last-time"} for name in "ab"], ["merged-for-the-last-time ("] * 2),
+        ([{"content": {"prompts.jsonl": name}} for name in "ab"], ["exact-v1 ("] * 2),  # edited between two runs
+    ],
+)
+def test_no_two_settings_are_called_the_same(changes, labels):
+    cells = {}
+    for number, change in enumerate(changes):
+        data = record("linear", rho=0.8, task_seed=100)
+        data["task"] |= change
+        data["metrics"]["splits"]["train"]["attainment"]["worst"] = 0.1 * number
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    names = [setting.label for setting in found.settings]
+    assert len(set(names)) == len(changes)
+    assert all(part in name for part, name in zip(labels, names, strict=False)), names
+    rows = [row for row in leaderboard(found).rows if row["method"] == "linear"]
+    assert sorted(row["attainment_worst_train"] for row in rows) == pytest.approx([0.1 * number for number in range(len(changes))])
+    assert [len(found) for found in leaderboard(found).placed.values()] == [2] * len(changes)  # with the exact optimum
+
+
+def test_no_two_methods_or_learners_are_called_the_same():
+    changes = [("method", {}), ("method", {"version": 2}), ("learner", {"lr": 0.01}), ("learner", {"lr": 0.001})]
+    cells = {}
+    for number, (what, change) in enumerate(changes):
+        data = record("linear", rho=0.8, task_seed=100)
+        data[what] |= change
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert len(set(found.families)) == 4
+    learners = [label for label in found.families if "lr" in label]
+    assert [label.rpartition("(")[2] for label in sorted(learners)] == ["pg lr 0.001)", "pg lr 0.01)", "pg lr None)", "pg lr None)"]
 
 
 def test_methods_are_named_by_the_fields_in_which_they_differ(results):
@@ -326,6 +371,21 @@ def test_the_page_needs_no_network_and_no_mouse(root, tmp_path):
     assert set(json.loads(data[1])["views"]) == set(re.findall(r'class="plot" id="([^"]+)"', text))
 
 
+@pytest.mark.parametrize("step", [1e-12, 1e-8, 1e-4, 1.0, 1e9, 1e20])
+def test_returns_of_any_size_can_be_drawn(tmp_path, step):
+    data = record("linear", rho=0.8, task_seed=100)
+    for split in data["metrics"]["splits"].values():
+        split["returns"] = [[0.1 + step * n, -step * n] for n in range(11)]
+    del data["fronts"]
+    results = assemble({"a": data}, {"a": {}})
+    (figure,) = front_figures(results)
+    check_view(figure.views["train"])
+    picture = to_svg([("", figure.views["train"])], results.looks, alt="")
+    ticks = [float(text.replace("\u2212", "-")) for text in re.findall(r">(\u2212?[\d.]+(?:e[+\u2212]?\d+)?)</text>", picture)]
+    assert len(ticks) >= 4
+    write_page(results, tmp_path / "page")
+
+
 def test_points_below_the_range_are_arrows_and_say_where_they_lie(tmp_path):
     """Worst attainments of -2.3 and -1.2 are both drawn at the edge: neither the label nor the hover text may take them for equal."""
     for label, share in (("expert 0", -2.3), ("expert 1", -1.2), ("linear", 0.9)):
@@ -451,6 +511,18 @@ def test_findings_say_whether_the_expected_order_appears(results, tmp_path):
     assert "by composition" in text
 
 
+def test_where_nothing_could_be_gained_no_order_is_expected():
+    cells = {}
+    for label, rho in product(("experts logit", "experts parameter"), (0.8, -0.8)):
+        data = record(label, rho=rho, task_seed=100)
+        for split in data["metrics"]["splits"].values() if rho < 0 else ():
+            split["attainment"] = {"mean": None, "worst": None, "per_preference": [None] * 11, "undefined": 11}
+        cells[label + str(rho)] = data
+    said = findings(assemble(cells, {key: {} for key in cells}))
+    assert [sentence for sentence in said if "expected order" in sentence and "at rho = 0.8" in sentence]
+    assert not [sentence for sentence in said if "expected order" in sentence and "\u22120.8" in sentence]
+
+
 def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
     data = record("linear", rho=0.0, task_seed=100)
     names = ["a", "b", "c"]
@@ -536,6 +608,19 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert 'id="loss"' not in page
 
 
+def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(capsys):
+    cells = {}
+    for number, (seed, samples) in enumerate([(0, 64), (1, 64), (2, 64), (2, 256)]):
+        data = record("linear", rho=0.8, task_seed=100) | {"seed": seed}
+        del data["task"]["seed"]
+        data["evaluation"]["samples"] = samples
+        cells[str(number)] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert board(found, "exact-v1")["linear"]["cells"] == 3
+    print_leaderboard(found, console())
+    assert "exact-v1  (training prompts, 3 seeds)" in capsys.readouterr().out
+
+
 def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):
     data = record("linear", rho=0.0, task_seed=100)
     publish(tmp_path, data)
@@ -546,6 +631,28 @@ def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):
     page = write_report(tmp_path).read_text()
     assert "no &lt;score&gt;" in page
     assert "pg at (1, 0)" in page
+
+
+def test_a_failure_without_a_message_is_listed(tmp_path, capsys):
+    store = Store(tmp_path)
+    store.fail(CELLS, "f" * 20, failure(AssertionError(), label="mine on exact-v1"))
+    print_leaderboard(load(tmp_path), console())
+    assert "failed mine on exact-v1: no message" in capsys.readouterr().out
+    assert [row["state"] for row in runs_table(tmp_path).rows] == []  # no run directory without its lock
+    with store.lock():
+        pass
+    assert [row["state"] for row in runs_table(tmp_path).rows] == ["failed: no message"]
+
+
+def test_a_failure_that_quotes_half_a_character_is_kept_and_shown(tmp_path):
+    for key, error in (("a", ValueError("from \ud83d")), ("b", RewardError("a score", found="of \ud83d\n", remedy="\u202e"))):
+        Store(tmp_path).fail(CELLS, key * 20, failure(error, label="mine"))
+    kept = Store(tmp_path).failures(CELLS)
+    assert kept["a" * 20]["message"] == "from \\ud83d"
+    assert kept["b" * 20]["found"] == "of \\ud83d\n"
+    page = write_report(tmp_path).read_text()
+    assert "\\ud83d" in page
+    assert "\u202e" not in page
 
 
 def test_only_failures_still_make_a_page(tmp_path):
@@ -561,6 +668,19 @@ def test_one_suite_of_several_can_be_chosen(tmp_path):
     assert [c.key for c in load(tmp_path, suite="second").cells] == [key]
     with pytest.raises(ConfigError, match="did you mean 'second'"):
         load(tmp_path, suite="secnd")
+
+
+def test_one_suite_lists_no_training_that_failed_in_another(tmp_path):
+    root = run_directory(tmp_path, rhos=(0.8,), seeds=(100,))
+    store, cell = Store(root), key_of("a cell of it")
+    known = json.loads((root / "suites" / "quick.json").read_text())["cells"]
+    write_json(root / "suites" / "quick.json", {"format": 1, "cells": known | {cell: "mine"}})
+    store.fail(ARTIFACTS, "a" * 20, failure(ValueError("mine"), label="mine"))
+    store.fail(ARTIFACTS, "b" * 20, failure(ValueError("another's"), label="another's"))
+    store.fail(CELLS, cell, failure(ValueError("its training failed"), label="mine") | {"training": "a" * 20})
+    listed = [failure["where"] for failure in load(root, suite="quick").failures]
+    assert listed == ["artifacts/.wip-" + "a" * 20, f"cells/.wip-{cell}"]
+    assert len(load(root).failures) == 3
 
 
 def test_a_root_without_results_says_what_to_run(tmp_path):
@@ -674,6 +794,7 @@ def test_values_as_a_reader_sees_them(kind, value, shown):
 
 def test_counts_and_tints_keep_their_order():
     assert [short_count(v) for v in (0, 5, 999, 1000, 2.5e9)] == ["0", "5", "999", "1k", "2.5G"]
+    assert [short_count(v) for v in (999.6, 999_960, 999_400, -999_960)] == ["1k", "1M", "999k", "-1M"]
     assert tint(None) == "transparent"
     assert tint(0.5).startswith("rgba(0, 114, 178")
     assert tint(-0.5).startswith("rgba(213, 94, 0")

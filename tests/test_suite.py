@@ -233,6 +233,15 @@ def test_dry_run_says_what_would_run(bench):
     assert [row.key for row in run_suite(suite, bench.root, executor="in-process", progress=False).cells] == [row.key for row in plan.cells]
 
 
+def test_dry_run_says_why_a_cell_would_fail(bench):
+    plan = run_suite(suite_of(methods=[{"name": "fake-method", "breaks": "plan"}, "fake-method"]), bench.root, dry_run=True)
+    assert [row.status for row in plan.cells] == ["failed", "planned"]
+    lines = plan.text().splitlines()
+    (place,) = [n for n, line in enumerate(lines) if line.startswith("failed")]
+    assert lines[place].endswith(":")
+    assert lines[place + 1] == "  no plan"
+
+
 def test_lines_for_a_log(bench, capsys):
     run_suite(suite_of(), bench.root, executor="in-process")
     lines = capsys.readouterr().err.splitlines()

@@ -16,7 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from paretune.cli import app
-from paretune.errors import BusyError, ConfigError, ParetuneError, TrainingError
+from paretune.errors import BusyError, ConfigError, ParetuneError, RewardError, StoreError, TrainingError
 from paretune.evaluation import evaluate as evaluation
 from paretune.runs import tune as tuning
 from paretune.runs.recipe import load_recipe
@@ -350,6 +350,42 @@ def test_settings_outside_of_the_space_are_no_trial(tmp_path, fake):
 def test_where_no_trial_ends_well_there_is_no_best(tmp_path, fake):
     with pytest.raises(ParetuneError, match="a search ends with a trial that was trained and measured"):
         tune(plan_of(tmp_path, tune={"learner.lr": [0.03, 0.04]}), trials=2, root=tmp_path)
+
+
+def test_a_reward_that_fails_in_one_trial_is_a_failed_trial_and_in_all_ends_the_search(tmp_path, fake, monkeypatch):
+    paid = _Scores.of
+
+    def of(self, task, method, learner, seed):
+        if learner.rank in broken:
+            raise RewardError("an objective returns a score", found="infinity", remedy="return a number")
+        return paid(self, task, method, learner, seed)
+
+    monkeypatch.setattr(_Scores, "of", of)
+    broken, lines = {2}, []
+    found = tune(plan_of(tmp_path, tune={"learner.rank": [1, 2, 4]}), trials=5, root=tmp_path, say=lines.append)
+    assert [(trial.values["learner.rank"], trial.state) for trial in found.trials[:1]] == [(2, "failed")]  # the file's own rank
+    for trial, line in zip(found.trials, lines, strict=True):
+        assert (trial.state == "failed") == (trial.values["learner.rank"] == 2)
+        assert line.endswith("failed: an objective returns a score") == (trial.state == "failed")
+    assert found.best.values["learner.rank"] != 2
+    broken = {1, 2, 4}
+    with pytest.raises(ParetuneError, match="a search ends with a trial that was trained and measured"):
+        tune(plan_of(tmp_path, tune={"learner.rank": [1, 2, 4]}), trials=3, root=tmp_path / "all")
+
+
+def test_a_disk_that_fails_is_no_trial(tmp_path, monkeypatch):
+    def of(*_):
+        raise StoreError("the run directory has room on its disk", found="none", remedy="free some")
+
+    monkeypatch.setattr(_Scores, "of", of)
+    with pytest.raises(StoreError, match="room"):
+        tune(plan_of(tmp_path), trials=2, root=tmp_path)
+
+
+def test_a_whole_number_among_choices_is_the_files_own_setting_too(tmp_path, fake):
+    plan = plan_of(tmp_path, methods=["bridge"], tune={"method.effort": [4, 2, 1]})  # 1.0 is the default
+    assert [dimension.parameter(value) for dimension in plan.space for value in (1.0, 4, True, 3)] == ["1", "4", None, None]
+    assert tune(plan, trials=1, root=tmp_path).trials[0].values == {"method.effort": 1}
 
 
 def test_a_mistake_in_the_files_own_settings_is_the_users_and_in_a_combination_a_failed_trial(tmp_path):

@@ -31,6 +31,7 @@ __all__ = [
     "StoreError",
     "TaskError",
     "TrainingError",
+    "first_line",
     "html_table",
     "nearest",
     "own_code",
@@ -111,6 +112,11 @@ NAMED = re.compile(rf"({SECRET}\\?['\"]?\s{{0,9}}[=:]\s{{0,9}}\\?['\"]?)(?!\*)[^
 def printable(text: str) -> str:
     """The text with control characters, bidi marks and half surrogates as escapes: it can be printed, and moves nothing on a terminal."""
     return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def first_line(text: str) -> str:
+    """The first line of a message; a bare `assert` has none."""
+    return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
 def redacted(text: str) -> str:

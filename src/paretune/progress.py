@@ -140,7 +140,7 @@ def instead() -> Iterator[None]:
 
 def clock(seconds: float) -> str:
     """`4.2s`, `1m12s`, `2h01m`."""
-    if seconds < 60:
+    if seconds < 59.95:  # what rounds to 60.0s is 1m00s
         return f"{seconds:.1f}s"
     minutes = round(seconds) // 60
     return f"{minutes}m{round(seconds) % 60:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

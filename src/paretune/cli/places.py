@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError, nearest
+from paretune.errors import ConfigError, first_line, nearest
 from paretune.policy.card import FAMILY_FILE, read_card
 from paretune.report.tables import Column, Table
 from paretune.runs.store import ARTIFACTS, CELLS, DONE, FAILED, WIP, Store
@@ -74,7 +75,12 @@ def _below(root: Path) -> Iterator[Path]:
     for _ in range(DEPTH + 1):
         yield from folders
         inside = (sub for folder in folders if not _is_run(folder) for sub in sorted(folder.iterdir()))
-        folders = [sub for sub in inside if sub.is_dir() and not sub.is_symlink() and not sub.name.startswith(".")]
+        folders = [sub for sub in inside if sub.is_dir() and not sub.is_symlink() and not sub.name.startswith(".") and _may_look(sub)]
+
+
+def _may_look(folder: Path) -> bool:
+    """Not into a folder of somebody else's."""
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def _is_run(folder: Path) -> bool:
@@ -107,7 +113,7 @@ def _rows(root: Path) -> Iterator[dict[str, Any]]:
             if not done and not folder.name.startswith(WIP):
                 continue
             failure = failures.get(key)
-            state = "done" if done else "failed: " + str(failure["message"]).splitlines()[0] if failure else unfinished
+            state = "done" if done else "failed: " + first_line(str(failure["message"])) if failure else unfinished
             label = _known(root / "logs" / "jobs" / f"{job}-{key}.json").get("label") or key
             samples = _known(folder / "ledger.json").get("samples")
             yield {"what": label, "of": said, "date": _date(folder), "samples": samples, "state": state, "key": key}

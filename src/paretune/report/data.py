@@ -20,7 +20,7 @@ from paretune.errors import ConfigError, StoreError, nearest
 from paretune.objectives.terms import brief
 from paretune.report.looks import Look, looks
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
-from paretune.types import canonical_json, check_name
+from paretune.types import canonical_json, check_name, key_of
 
 __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
 
@@ -127,6 +127,11 @@ class Setting:
     @cached_property
     def task_seeds(self) -> list[Any]:
         return sorted({cell.seed for cell in self.cells})
+
+    @cached_property
+    def units(self) -> list[str]:
+        """What was drawn independently: task seeds, or those of the trainings where the task has none."""
+        return sorted({cell.unit for cell in self.cells})
 
     @cached_property
     def labels(self) -> list[str]:
@@ -244,22 +249,13 @@ class Results:
         for cell in self.cells:
             dials = {k: v for k, v in cell.task.items() if k != "seed"}
             groups.setdefault(canonical_json(dials), []).append(cell)
-        tasks = [group[0].task for group in groups.values()]
+        tasks = [{k: v for k, v in group[0].task.items() if k != "seed"} for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
-        many = len({t["name"] for t in tasks}) > 1
-        counts = {k: Counter(canonical_json(t.get(k)) for t in tasks) for k in varying if k != "rho"}
-        # What more than half of the settings have goes without saying.
-        usual = {k: value for k, count in counts.items() for value, n in count.most_common(1) if 2 * n > len(tasks)}
         found = []
-        for group in groups.values():
-            task = group[0].task
-            shown = [k for k in varying if k in task and canonical_json(task[k]) != usual.get(k)] or [k for k in varying[:1] if k in task]
-            said = {k: brief(task[k]) if k == "terms" else _short(task[k]) for k in shown}
-            parts = ([str(task["name"])] if many or not shown else []) + [f"{k} = {text}" for k, text in said.items()]
+        for label, task, group in zip(_settings(tasks, varying), tasks, groups.values(), strict=True):
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
-            dials = {k: v for k, v in task.items() if k not in NOT_DIALS}
-            found.append(Setting(_line(", ".join(parts)), str(task["name"]), dials, order))
-        return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying]))
+            found.append(Setting(label, str(task["name"]), {k: v for k, v in task.items() if k not in NOT_DIALS}, order))
+        return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying], s.label))
 
 
 def load(root: str | Path, *, suite: str | None = None) -> Results:
@@ -275,7 +271,10 @@ def load(root: str | Path, *, suite: str | None = None) -> Results:
         raise ConfigError("a suite that ran here is known by its name", found=repr(suite), remedy=nearest(suite, suites))
     folders = {key: store.root / CELLS / key for key in store.published(CELLS) if suite is None or key in suites[suite]}
     broken = [(kind, key, record) for kind in (ARTIFACTS, CELLS) for key, record in store.failures(kind).items()]
-    broken = [found for found in broken if suite is None or found[0] != CELLS or found[1] in suites[suite]]
+    if suite is not None:  # its cells, and the trainings for which they failed
+        mine = [record for kind, key, record in broken if kind == CELLS and key in suites[suite]]
+        wanted = {(CELLS, key) for key in suites[suite]} | {(ARTIFACTS, record.get("training")) for record in mine}
+        broken = [(kind, key, record) for kind, key, record in broken if (kind, key) in wanted]
     if not folders and not broken:
         found = f"none in {store.root / CELLS}" + (f" of suite {suite!r}" if suite else "")
         remedy = f"run `paretune bench SUITE.yaml --root {root}`, or `paretune fit RECIPE.yaml`, first"
@@ -311,24 +310,55 @@ def assemble(records: Records, envs: Records, *, failures: Sequence[Mapping[str,
     return Results([Cell(key, label, records[key], envs[key]) for key, label in zip(records, labels, strict=True)], failures, name)
 
 
+def _settings(tasks: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> list[str]:
+    """A label for each of the tasks: the fields that vary, without what more than half of them have; no two are called the same."""
+    many = len({task["name"] for task in tasks}) > 1
+    counts = {k: Counter(canonical_json(task.get(k)) for task in tasks) for k in varying if k != "rho"}
+    usual = {k: value for k, count in counts.items() for value, n in count.most_common(1) if 2 * n > len(tasks)}
+
+    def label(task: Mapping[str, Any], keys: Sequence[str]) -> str:
+        said = {k: None if k not in task else brief(task[k]) if k == "terms" else _short(task[k]) for k in keys}
+        parts = [f"no {k}" if text is None else f"{k} = {text}" for k, text in said.items()]
+        return _line(", ".join([*([str(task["name"])] if many or not said else []), *parts]))
+
+    labels = []
+    for task in tasks:
+        shown = [k for k in varying if k in task and canonical_json(task[k]) != usual.get(k)]
+        labels.append(label(task, shown or [k for k in varying[:1] if k in task]))
+    alike = Counter(labels)  # a usual value is left out, and so is a field that a task has not
+    labels = [label(task, varying) if alike[said] > 1 else said for said, task in zip(labels, tasks, strict=True)]
+    return _apart(labels, [canonical_json(task) for task in tasks])
+
+
 def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A method's name, with the fields in which the methods of that name differ here; and the learner, where there are several."""
-    methods = [record["method"] for record in records]
-    learners = {canonical_json(record.get("learner")) for record in records if record["trainings"]}
-    named: dict[str, dict[str, Mapping[str, Any]]] = {}  # name -> the distinct methods of that name
-    for method in methods:
-        named.setdefault(method["name"], {}).setdefault(canonical_json(method), method)
-    differing = {
-        name: [k for k in _keys(same.values()) if k not in NOT_DIALS and len({canonical_json(m.get(k)) for m in same.values()}) > 1]
-        for name, same in named.items()
-    }
+    methods = _names([record["method"] for record in records])
+    learners = _names([record["learner"] for record in records if record["trainings"]])
     labels = []
-    for record, method in zip(records, methods, strict=True):
-        varying = differing[method["name"]]
-        parts = [str(method[k]) if isinstance(method.get(k), str) else f"{k} {_short(method.get(k))}" for k in varying]
-        learner = f" ({record['learner']['name']})" if len(learners) > 1 and record["trainings"] else ""
-        labels.append(_line(" ".join([str(method["name"]), *parts]) + learner))
+    for record in records:
+        learner = f" ({learners[canonical_json(record['learner'])]})" if len(learners) > 1 and record["trainings"] else ""
+        labels.append(methods[canonical_json(record["method"])] + learner)
     return labels
+
+
+def _names(things: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Canonical JSON -> the name, with the fields in which the things of that name differ; no two are called the same."""
+    named: dict[str, dict[str, Mapping[str, Any]]] = {}  # name -> the distinct things of that name
+    for thing in things:
+        named.setdefault(thing["name"], {}).setdefault(canonical_json(thing), thing)
+    found: dict[str, str] = {}
+    for name, same in named.items():
+        varying = [k for k in _keys(same.values()) if k not in NOT_DIALS and len({canonical_json(m.get(k)) for m in same.values()}) > 1]
+        for whole, thing in same.items():
+            parts = [str(thing[k]) if isinstance(thing.get(k), str) else f"{k} {_short(thing.get(k))}" for k in varying]
+            found[whole] = _line(" ".join([str(name), *parts]))
+    return dict(zip(found, _apart(list(found.values()), list(found)), strict=True))
+
+
+def _apart(labels: Sequence[str], things: Sequence[str]) -> list[str]:
+    """The labels; those that several things have, with the first digits of each thing's hash."""
+    many = Counter(labels)
+    return [f"{label} ({key_of(thing)[:6]})" if many[label] > 1 else label for label, thing in zip(labels, things, strict=True)]
 
 
 def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -197,6 +197,7 @@ def _scale(axis: Mapping[str, Any], start: float, end: float) -> dict[str, Any]:
     if log:
         values = [digit * 10.0**decade for decade in range(floor(low), ceil(high) + 1) for digit in (1, 2, 5)]
         return {"at": at, "ticks": [(at(v), short_count(v)) for v in values if low <= log10(v) <= high]}
-    step = next(s * 10.0**e for e in range(-6, 7) for s in (1, 2, 5) if (high - low) / (s * 10.0**e) <= 6)
+    least = floor(log10((high - low) / 6))
+    step = next(s * 10.0**e for e in (least, least + 1) for s in (1, 2, 5) if (high - low) / (s * 10.0**e) <= 6)
     values = [k * step for k in range(ceil(low / step), floor(high / step) + 1)]
     return {"at": at, "ticks": [(at(v), minus(f"{v:g}")) for v in values]}

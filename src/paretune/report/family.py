@@ -178,15 +178,18 @@ def _guards_lost(fitted: Fitted) -> Iterator[str]:
 
 def measured_table(fitted: Fitted) -> Table:
     """One row for the untrained model and one per preference: mean scores, guards, KL, and the gain in utility with its interval."""
-    shown = [*(Column(name, name) for name in fitted.names), *(Column(name, f"{name} (guard)") for name in fitted.guards)]
+    own = ("preference", "kl", "gain", "gain_low", "gain_high")
+    keys = {name: f"score of {name}" if name in own else name for name in (*fitted.names, *fitted.guards)}
+    shown = [*(Column(keys[name], name) for name in fitted.names), *(Column(keys[name], f"{name} (guard)") for name in fitted.guards)]
     gain = (Column("gain", "gain", "change"), Column("gain_low", "95 % low", "change"), Column("gain_high", "high", "change"))
     columns = (Column("preference", "preference", "text"), *shown, Column("kl", "KL"), *gain)
-    start = dict(zip(fitted.names, fitted.start["rewards"], strict=True))
-    start |= {name: guard["reference"] for name, guard in fitted.guards.items()}
+    scored = [keys[name] for name in fitted.names]
+    start = dict(zip(scored, fitted.start["rewards"], strict=True))
+    start |= {keys[name]: guard["reference"] for name, guard in fitted.guards.items()}
     rows: list[dict[str, Any]] = [{"preference": UNTRAINED, **start, "kl": 0.0}]
     for w, w_M in enumerate(fitted.w_WM):
-        row = {"preference": said_of(w_M, fitted.names), **dict(zip(fitted.names, fitted.measured["rewards"][w], strict=True))}
-        row |= {name: guard["per_preference"][w] for name, guard in fitted.guards.items()}
+        row = {"preference": said_of(w_M, fitted.names), **dict(zip(scored, fitted.measured["rewards"][w], strict=True))}
+        row |= {keys[name]: guard["per_preference"][w] for name, guard in fitted.guards.items()}
         found = fitted.measured["gain"]["per_preference"][w]
         row |= {"kl": fitted.measured["kl"]["per_preference"][w], "gain": found["value"]}
         rows.append(row | {f"gain_{end}": found[end] for end in ("low", "high")})
@@ -255,7 +258,7 @@ def front_picture(fitted: Fitted, w_M: np.ndarray) -> str | None:
     if len(fitted.names) == 2:
         order = np.argsort(known_WM[:, 0])
         here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k]) for k in (0, 1)])
-    elif len(fitted.names) == 3 and len(known_WM) >= 3:
+    elif len(fitted.names) == 3 and len(known_WM) and np.linalg.matrix_rank(known_WM[:, :2] - known_WM[0, :2]) == 2:  # no line
         here_M = LinearNDInterpolator(known_WM[:, :2], returns_WM)(w_M[None, :2])[0]
     else:
         return None

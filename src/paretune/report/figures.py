@@ -29,6 +29,7 @@ __all__ = [
     *("padded", "profile_figures", "weights"),
 ]
 
+EVEN = 1e-5  # a smaller spread is none: numbers are drawn to six digits
 LEADERS = 3  # methods that are named in every picture, beside one baseline
 
 
@@ -57,7 +58,7 @@ def padded(*several: Iterable[float] | np.ndarray) -> tuple[float, float]:
     values = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in several])
     values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    pad = 0.09 * ((high - low) or 1.0)
+    pad = 0.09 * (high - low if high - low > EVEN else 1.0)
     return low - pad, high + pad
 
 

@@ -143,11 +143,12 @@ def _levels(results: Results) -> str:
 def _order(results: Results, board: list[dict[str, Any]]) -> str:
     """Is the soup far below logit mixing where objectives conflict most? If not, say why."""
     soup, logit = _label(results, "parameter"), _label(results, "logit")
-    settings = [s for s in results.settings if s.exact and soup in s.labels and logit in s.labels]
+    known = {(row["setting"], row["method"]): row["worst"] for row in board}
+    settings = [s for s in results.settings if {(s.label, soup), (s.label, logit)} <= set(known)]
     if not settings:
         return ""
     setting = settings[-1]
-    worst = {row["method"]: row["worst"] for row in board if row["setting"] == setting.label}
+    worst = {method: known[setting.label, method] for method in (soup, logit)}
     far = worst[logit] - worst[soup] >= FAR
     return (
         f"The expected order {'appears' if far else 'does not appear'} at {setting.label}: on {PROMPTS[setting.headline]} the soup of "

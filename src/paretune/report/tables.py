@@ -122,7 +122,8 @@ def signed(value: float) -> str:
 
 
 def short_count(value: float) -> str:
-    """40000 -> 40.0k."""
+    """40000 -> 40k, 999960 -> 1M: three digits."""
+    value = float(f"{value:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -245,7 +246,7 @@ def _row(setting: Setting, label: str, on: str) -> dict[str, Any]:
     row |= costs(cells) | {"trainings": len(cells[0].record["trainings"])}
     paths = (("attainment", "undefined"), ("unscored", "count"))
     unknown = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
-    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len(cells)}
+    row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len({cell.unit for cell in cells})}
     return row | {"unknown": sum(count or 0 for count in unknown)}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from paretune.errors import printable
+from paretune.errors import first_line, printable
 from paretune.report.comparison import baselines, board_tables, note
 from paretune.report.data import PROMPTS, Results
 from paretune.report.findings import findings
@@ -59,15 +59,14 @@ def print_leaderboard(results: Results, to: Console) -> None:
         columns.remove(max(columns, key=lambda column: SHOWN[column.key][1]))
     for setting in results.settings:
         rows = board.placed[setting.label, setting.headline]
-        note_ = f"{PROMPTS[setting.headline]}, {len(setting.task_seeds)} seed{'s' if len(setting.task_seeds) > 1 else ''}"
+        note_ = f"{PROMPTS[setting.headline]}, {len(setting.units)} seed{'s' if len(setting.units) > 1 else ''}"
         _print(results, to, setting.label, note_, rows, [(column, SHOWN[column.key][0]) for column in columns])
     _print_comparison(results, to)
     for sentence in findings(results):
         to.print(Text(f"• {sentence}"))
     for failure in results.failures:
-        to.print(
-            Text.assemble(("failed ", "bold red"), printable(f"{failure.get('label')}: {str(failure.get('message')).splitlines()[0]}"))
-        )
+        said = f"{failure.get('label')}: {first_line(str(failure.get('message')))}"
+        to.print(Text.assemble(("failed ", "bold red"), printable(said)))
 
 
 def _print_comparison(results: Results, to: Console) -> None:

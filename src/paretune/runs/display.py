@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, ClassVar
 
-from paretune.errors import printable
+from paretune.errors import first_line, printable
 from paretune.progress import EVERY, clock, instead, spoken
 from paretune.runs.forecast import Chain, Forecast
 from paretune.runs.jobs import CELL, TRAIN, Job, Outcome
@@ -73,13 +73,13 @@ class Display:
         if outcome.error is None:
             self.note(f"{done} {outcome.job.label} in {clock(outcome.seconds)}")
         else:
-            self.note(f"{failed} {outcome.job.label} failed: {_first_line(outcome.error['message'])}")
+            self.note(f"{failed} {outcome.job.label} failed: {first_line(outcome.error['message'])}")
 
     def given_up(self, label: str, message: str, *, member: str = "") -> None:
         """A cell failed without a job of its own: its plan, or one of its trainings did."""
         self.cells_done += 1
         self.forecast.given_up(member)
-        self.note(f"cell {label} failed: {_first_line(message)}")
+        self.note(f"cell {label} failed: {first_line(message)}")
 
     def note(self, text: str) -> None:
         """One line for a person."""
@@ -196,10 +196,6 @@ def display(*, show: bool, cells: int, side_by_side: int = 1) -> Display:
     if not show:
         return Display(cells=cells, side_by_side=side_by_side)
     return (Bars if sys.stderr.isatty() else Lines)(cells=cells, side_by_side=side_by_side)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no message"
 
 
 def progress_text(record: Mapping[str, Any]) -> str:

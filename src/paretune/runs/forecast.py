@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paretune.errors import refuse_exit
 from paretune.training.cost import PHASES
 from paretune.training.spec import Artifact, TrainSpec
 
@@ -152,7 +153,8 @@ def foreseen(method: Any, task: Any, learner: Any, done: Mapping[str, Artifact],
     known, waves = dict(done), list[dict[str, TrainSpec]]()
     while len(waves) < WAVES:
         try:
-            specs = method.plan(task, learner, dict(known), seed)
+            with refuse_exit():
+                specs = method.plan(task, learner, dict(known), seed)
         except Exception:  # whatever a plan does with results that are not there; what is wrong with it, its real turn says
             return waves, True
         wave = {spec.key: spec for spec in specs if spec.key not in known}

@@ -29,7 +29,7 @@ import numpy as np
 
 import paretune
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, redacted, refuse_exit
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, printable, redacted, refuse_exit
 from paretune.files import disk_errors, is_disk_full, no_room, note, read_json, write_json
 from paretune.objectives.terms import brief
 from paretune.progress import State, heard
@@ -219,7 +219,8 @@ def failure(error: BaseException, *, label: str = "") -> dict[str, Any]:
     """The content of FAILED.json."""
     parts = {"rule": error.rule, "found": error.found, "remedy": error.remedy} if isinstance(error, ParetuneError) else {}
     text = redacted("".join(traceback.format_exception(error)))
-    return {"label": label, "error": type(error).__name__, "message": redacted(str(error)), **parts, "traceback": text}
+    record = {"label": label, "error": type(error).__name__, "message": redacted(str(error)) or "no message", **parts, "traceback": text}
+    return {name: printable(said) for name, said in record.items()}  # half a surrogate pair cannot be written
 
 
 def as_error(record: Mapping[str, Any], where: str) -> ParetuneError:

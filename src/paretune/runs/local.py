@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ParetuneError
+from paretune.errors import ConfigError, ParetuneError
 from paretune.files import disk_errors, is_disk_full, no_room
 from paretune.runs.display import Display
 from paretune.runs.jobs import KIND, Job, Outcome, Tasks, attempt, failure, label_in, run_job
@@ -162,6 +162,9 @@ def _by_hand(path: Path) -> int:
     """One job file, as a worker would do it, with the run directory to itself."""
     kind, _, key = path.stem.partition("-")
     try:
+        if kind not in KIND or path.resolve().parts[-3:-1] != ("logs", "jobs"):
+            remedy = "`paretune fit` and `bench` leave one there for each training and cell"
+            raise ConfigError("a job is a file ROOT/logs/jobs/train-<key>.json, or cell-<key>.json", found=str(path), remedy=remedy)
         store = Store(path.resolve().parents[2])
         with store.lock():
             try:

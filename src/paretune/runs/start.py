@@ -54,7 +54,7 @@ def propose(model: str, prompts: Path, out: Path) -> Proposal:
     source |= split | ({"test": _from(folder, Path(split["test"]))} if isinstance(split["test"], str) else {})
     lengths, limit, longest = _lengths(read, tokenizer, model)
     source |= {} if longest is None else {"longest": longest}
-    names = [name for name in ANSWERS if all(str(row.get(name) or "").strip() for row in rows)]
+    names = [name for name in ANSWERS if all(_is_answer(row.get(name)) for row in rows)]
     answers = [name for name in names if max(len(str(row[name])) for row in rows) <= BRIEF]
     said = {"messages": "conversations", "text": "texts", "transcript": "transcripts"}[form]
     remarks = [f"{len(rows)} prompts, {said} in the column {column!r}, {_range(lengths)} tokens long"]
@@ -90,6 +90,11 @@ def _form(values: Sequence[Any]) -> str | None:
         return "transcript"
     except ConfigError:
         return "text"
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether a program can compare it: 0 is an answer, true is a mark."""
+    return value is not None and not isinstance(value, bool) and bool(str(value).strip())
 
 
 def _splits(rows: Sequence[Mapping[str, Any]], column: str, prompts: Path) -> dict[str, Any]:

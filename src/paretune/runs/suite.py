@@ -50,7 +50,7 @@ from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, descr
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
 from paretune.runs.estimate import Foreseen, foresee
-from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, label_of, said_of, training_label
+from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, failure, label_of, said_of, training_label
 from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
 from paretune.runs.pool import Executor, InProcess, cpus
@@ -259,7 +259,10 @@ class Summary:
         """For people: what is planned, or what happened."""
         planned = [row for row in (*self.trainings, *self.cells) if row.status == "planned"]
         if planned:
-            lines = [f"{row.status:8} {kind} {row.key} {row.label}" for kind, row in self._rows()]
+            lines = [
+                f"{row.status:8} {kind} {row.key} {row.label}" + (f":\n{textwrap.indent(row.message, '  ')}" if row.message else "")
+                for kind, row in self._rows()
+            ]
             cost = self.foreseen or {}
             known = f"\n{cost['samples']:,} samples and at most {cost['tokens']:,} tokens to train with" if cost.get("samples") else ""
             known += f", {cost['measured']:,} responses to measure with" if known and cost["measured"] else ""
@@ -419,7 +422,7 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
             if isinstance(member.task, Task) and not member.task.is_exact:
                 measured += suite.samples * (len(member.task.judged()) + 1) * len(suite.splits)
         except Exception as error:
-            cells.append(Row(member.key, member.label, "failed", str(error)))
+            cells.append(Row(member.key, member.label, "failed", failure(error)["message"]))
     total = {field: sum(getattr(one, field) or 0 for one in ahead.values()) for field in ("samples", "tokens")}
     foreseen = {**total, "measured": measured, "whole": whole}
     return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began, foreseen)

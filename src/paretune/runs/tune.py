@@ -90,8 +90,9 @@ class Dimension:
     def parameter(self, value: Any) -> Any:
         """What Optuna knows a value as; None where it is not in here."""
         if self.choices:
-            label = json.dumps(list(value) if isinstance(value, tuple) else value)
-            return label if label in [json.dumps(choice) for choice in self.choices] else None
+            given = list(value) if isinstance(value, tuple) else value
+            same = (choice for choice in self.choices if choice == given and isinstance(choice, bool) == isinstance(given, bool))
+            return next(map(json.dumps, same), None)  # a file may write 1 for 1.0
         inside = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return value if inside else None
 
@@ -507,9 +508,9 @@ class _Search:
         state, value, message = "failed", None, ""
         try:
             state, value = self._stages(trial, values, seen)
-        except (TrainingError, ConfigError) as error:
-            if isinstance(error, ConfigError) and not place and own is not None:
-                raise  # the file's own settings
+        except ParetuneError as error:
+            if isinstance(error, StoreError) or (isinstance(error, ConfigError) and not place and own is not None):
+                raise  # the disk, or another process: no setting's fault; or a mistake in the file's own settings
             message = str(error)
         cost = self.scores.cost(seen)
         notes = {"values": values, "state": state, "value": value, "message": message, "stages": len(seen), "cost": cost.to_json()}
