@@ -524,6 +524,24 @@ def test_trl_trains_by_the_same_weights_as_the_embedded_learner(tmp_path):
     np.testing.assert_allclose(seen, [1, 2 / 3, 1 / 3, 0], atol=1e-12)
 
 
+def test_a_return_of_0_is_said():
+    """0 is a return like another one; a weight of 0 is left out."""
+    names = ("a", "b")
+    said = [
+        Terms.of(given, names).sentences(names)
+        for given in (
+            {"constraints": {"a": 0.0}},
+            {"targets": {"a": 0.0, "b": 0.5}},
+            {"schedule": {"start": {"a": 1}}},
+        )
+    ]
+    assert said == [
+        ["returns are to be at least a 0"],
+        ["returns are to come near to a 0, b 0.5"],
+        ["weights by step (linear): a 1 at 0%, then the preference at 100% of the training"],
+    ]
+
+
 def test_labels_tell_terms_apart():
     terms = describe(task_under(schedule={**LINEAR, "until": 0.5}, when=GATE, constraints=[None, 0.4]))["terms"]
     assert brief(terms) == "linear from (1, 0) until 0.5, objective_2 where objective_1 is at least 0.5, constraints (-, 0.4)"
