@@ -203,10 +203,13 @@ def under_terms(weighting: Mapping[str, Any], terms: Mapping[str, Any]) -> Mappi
     if (utility := Terms(targets=terms.get("targets"), constraints=terms.get("constraints")).utility()) is not None:
         rule = {"name": "climb" if utility["name"] == "tchebycheff" else "multipliers", "utility": describe(UTILITIES.build(utility))}
         described = describe(WEIGHTINGS.build(rule))
-        if inner["name"] not in (Fixed.registered_name, described["name"]):
+        wanted = {**described, **inner}
+        wanted["utility"] = describe(UTILITIES.build(wanted["utility"]))
+        own = inner["name"] == described["name"] and describe(WEIGHTINGS.build(wanted)) != described
+        if own or inner["name"] not in (Fixed.registered_name, described["name"]):
             raise ConfigError(
                 "targets and constraints of terms: are the weighting of a training, which has one",
-                found=f"a method whose trainings have the weighting {inner['name']}",
+                found=f"a method whose trainings have the weighting {inner['name']}" + (" with settings of its own" if own else ""),
                 remedy="use a method that leaves it to the terms, such as linear or experts; or leave targets and constraints out",
             )
         inner = described
