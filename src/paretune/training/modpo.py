@@ -105,7 +105,7 @@ class Pairs(Batch):
     known: Tensor  # 1 where both responses were scored, else 0
 
 
-@LEARNERS.register("modpo", version=4)
+@LEARNERS.register("modpo", version=5)
 @dataclass(frozen=True, kw_only=True)
 class Modpo(EmbeddedLearner):
     """MODPO on pairs that are built from the task: `samples` responses of the reference, `group` to a prompt, all pairs of a group.
