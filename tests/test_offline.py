@@ -166,6 +166,22 @@ def test_pairs_without_a_score_are_left_out():
     assert np.abs(flat(policy) - before).max() > 1e-5
 
 
+def test_an_objective_without_weight_need_not_be_scored():
+    """As everywhere else; its pairs were left out, all of them where it is never scored."""
+    learner, _, batch = pairs_of((0.6, 0.4, 0.0), task := dataclasses.replace(TINY, objective_count=3))
+    made = batch.responses
+    holes_NM = made.rewards_NM.copy()
+    holes_NM[:, 2] = np.nan
+    spec = spec_of(learner, (0.6, 0.4, 0.0), task)
+    settings = {"group": learner.group, "labeled": learner.labeled, "labels": learner.labels}
+    whole = compared(made, spec, 0, **settings)
+    for one, two in zip(whole, compared(dataclasses.replace(made, rewards_NM=holes_NM), spec, 0, **settings), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert whole[3].all()
+    holes_NM[0, 1] = np.nan
+    assert not compared(dataclasses.replace(made, rewards_NM=holes_NM), spec, 0, **settings)[3].all()
+
+
 def test_an_update_is_bounded_however_far_the_policy_has_come(tmp_path, monkeypatch):
     """Its responses are the reference's: how far the policy says otherwise is what it has learned, and no rounding that widens the bound."""
     seen, bound = [], EmbeddedLearner._bound
