@@ -225,7 +225,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         made = draw(policy, task, apart, step=run.step, first=0, by=self.draws(spec), **shape)
         charge(run, made)
         run.evaluations += 1
-        return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
+        return self.combine(spec).mean_score(made.rewards_NM, made.w_NM, task.objectives)
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         with ranks().gathering():

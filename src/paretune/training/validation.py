@@ -57,7 +57,7 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     run.evaluations += 1
     rewards_NM, w_NM, kl_N, cut_N, guards_NG = (np.concatenate(column) for column in zip(*parts, strict=True))
     refuse_unscored(task.objectives.names, np.isnan(rewards_NM).sum(0), len(kl_N), limit=learner.max_unscored)
-    reward = float(np.nanmean(learner.combine(spec).scores(rewards_NM, w_NM, task.objectives)))
+    reward = learner.combine(spec).mean_score(rewards_NM, w_NM, task.objectives)
     found: dict[str, Any] = {"step": run.step, "utility": reward - task.beta * float(kl_N.mean()), "kl": float(kl_N.mean())}
     found |= {"cut": float(cut_N.mean()), "rewards": named_means(task.objectives, rewards_NM)}
     if task.guards is not None:  # what is not scored is no guard: the change of a policy that it cannot score is unknown
