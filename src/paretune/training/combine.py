@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, RewardError, nearest
-from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
+from paretune.objectives.utilities import Landmarks, check_scalarizer, is_number, scalarize
 from paretune.training.advantages import (
     AGGREGATIONS,
     BASELINES,
@@ -142,8 +142,8 @@ class Combine:
             )
         for name, known in (("baseline", BASELINES), ("normalize", NORMALIZED_OVER)):
             value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"{name} is known by its name", found=repr(value), remedy=nearest(value, known))
+            if str(value) not in known:
+                raise ConfigError(f"{name} is known by its name", found=repr(value), remedy=nearest(str(value), known))
 
     def _check_aggregation(self) -> None:
         given = dict(self.aggregation)
@@ -155,7 +155,8 @@ class Combine:
             if setting not in known:
                 shown = ", ".join(sorted(known)) or "none"
                 raise ConfigError(f"aggregation {name} has the fields that it declares", found=repr(setting), remedy=f"its fields: {shown}")
-        if given.get("form", "hard") not in ("hard", "snr") or not 0 <= float(given.get("tau", 0.2)) <= 1:
+        tau = given.get("tau", 0.2)
+        if given.get("form", "hard") not in ("hard", "snr") or not (is_number(tau) and 0 <= tau <= 1):
             raise ConfigError(
                 'aggregation gd2po: form is "hard" or "snr", tau lies between 0 and 1',
                 found=", ".join(f"{setting}={value!r}" for setting, value in given.items()),
