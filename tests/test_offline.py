@@ -183,7 +183,7 @@ def test_an_objective_without_weight_need_not_be_scored():
 
 
 def test_an_update_is_bounded_however_far_the_policy_has_come(tmp_path, monkeypatch):
-    """Its responses are the reference's: how far the policy says otherwise is what it has learned, and no rounding that widens the bound."""
+    """Its responses are the reference's: how far the policy says otherwise is what it has learned, and no rounding that widens it."""
     seen, bound = [], EmbeddedLearner._bound
     monkeypatch.setattr(EmbeddedLearner, "_bound", lambda self, run: seen.append((bound(self, run), run.kl)) or seen[-1][0])
     learner = Modpo(**{**SMALL, "samples": 160}, lr=3e-2, schedule="constant", labels="hard")

@@ -113,6 +113,27 @@ def test_a_policy_that_lost_a_guard_is_not_the_best_one(tmp_path):
     assert found[1e-9] < found[0.02] < found[None]
 
 
+def test_a_look_measures_the_utility_that_the_training_climbs(tmp_path):
+    """Not w . J, also where the method and not the task's terms asked for it: of two policies the one that keeps a constraint is kept."""
+    kept = {"name": "multipliers", "utility": {"name": "constrained", "thresholds": [0.6, None]}}
+    worst = {"name": "multipliers", "utility": {"name": "max-min", "base": [0.1, 0.2]}}
+    learner = PolicyGradient(**{**WILD, "samples": 96}, patience=None)
+    for name, weighting in (
+        ("kept", kept),
+        ("worst", worst),
+        ("moved", {"name": "schedule", "course": {"start": [1, 0]}, "weighting": kept}),
+    ):
+        learner.train(spec_of(learner, weighting=weighting), WATCHED, tmp_path / name)
+        for look in looks_of(tmp_path / name):
+            gains = [look["rewards"][f"objective_{k}"] - TASK.beta * look["kl"] for k in (1, 2)]
+            if name == "worst":
+                assert look["utility"] == pytest.approx(min((gains[0] - 0.1) / 0.6, (gains[1] - 0.2) / 1.4))
+            else:
+                assert look["violation"] == pytest.approx(max(0.6 - gains[0], 0.0))
+    looks, best = looks_of(tmp_path / "kept"), log_of(tmp_path / "kept")[-1]["kept"]["step"]
+    assert next(look for look in looks if look["step"] == best)["violation"] == min(look["violation"] for look in looks)
+
+
 @dataclass(frozen=True)
 class ByTurns(Watched):
     """Each objective scores every second response, as where prompts of two kinds have rewards of their own: none has both."""

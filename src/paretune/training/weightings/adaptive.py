@@ -345,6 +345,7 @@ class _OfReturns(Weighting):
 
     utility: Mapping[str, Any]
     decay: Fraction = 0.9
+    of_returns: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -389,7 +390,7 @@ class _OfReturns(Weighting):
         return {"utility": float(self.seeks.value(J_M, w_M, marks)), **({} if short is None else {"violation": float(short)})}
 
 
-@WEIGHTINGS.register("climb")
+@WEIGHTINGS.register("climb", version=2)
 @dataclass(frozen=True)
 class Climb(_OfReturns):
     """The gradient of a smooth utility at the present returns: `tchebycheff`, `log-sum`.
@@ -411,7 +412,7 @@ class Climb(_OfReturns):
         return _rows(self.seeks.gradient(J_M, context.w_NM[0], marks), context), state
 
 
-@WEIGHTINGS.register("multipliers")
+@WEIGHTINGS.register("multipliers", version=2)
 @dataclass(frozen=True)
 class Multipliers(_OfReturns):
     """Multipliers that grow while what they stand for falls short: `max-min` (shares of a simplex) and `constrained` (prices >= 0).

@@ -56,6 +56,7 @@ class Weighting(ABC):
     version: ClassVar[int]
     takes_sampled_preferences: ClassVar[bool] = False  # True where rows may differ in their preference
     needs_gramian: ClassVar[bool] = False  # True: weights are the same for all rows, and the step is the sum of the objectives' gradients
+    of_returns: ClassVar[bool] = False  # True: its weights climb a utility of returns other than w . J, which `measures` says
 
     def check(self) -> None:  # noqa: B027
         """ConfigError where this installation cannot run it; asked before anything runs."""
@@ -164,6 +165,10 @@ class Scheduled(Weighting):
     @property
     def needs_gramian(self) -> bool:  # type: ignore[override]
         return self._rule.needs_gramian
+
+    @property
+    def of_returns(self) -> bool:  # type: ignore[override]
+        return self._rule.of_returns
 
     def check(self) -> None:
         self._rule.check()
