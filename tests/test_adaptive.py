@@ -157,6 +157,20 @@ def test_a_contextual_bandit_keeps_the_ridge_statistics_of_its_pays():
     np.testing.assert_allclose(state["arms"][arm]["sum"], 0.2 * x)
 
 
+def test_a_contextual_bandit_is_not_paid_for_what_is_unscored():
+    """An unscored objective counted as its low: the arm was punished, and on the next visit another one was paid as much."""
+    rule = Contextual()
+    _, state = rule.weights(rule.start(2), seen([[0.5, 0.5]] * 2, returns=[[0.2, 0.4], [0.4, 0.6]], prompts=[A, A]))
+    arm = state["waiting"][A.digest][0]
+    _, state = rule.weights(state, seen([[0.5, 0.5]] * 2, step=1, returns=[[0.2, np.nan], [0.4, 0.9]], prompts=[A, A]))
+    assert np.linalg.norm(state["arms"][arm]["sum"]) == pytest.approx(2**0.5 * 0.2), "(.3 + .9) / 2 - .4"
+    paid, waits = json.dumps(state["arms"], allow_nan=False), [[np.nan, 0.5], [np.nan, 0.7]]
+    _, state = rule.weights(state, seen([[0.5, 0.5]] * 2, step=2, returns=waits, prompts=[A, A]))
+    _, state = rule.weights(json.loads(json.dumps(state, allow_nan=False)), seen([[0.5, 0.5]], step=3, returns=[[0.9, 0.9]], prompts=[A]))
+    assert json.dumps(state["arms"]) == paid, "what an unknown value is compared with is unknown"
+    assert state["waiting"][A.digest][1] == pytest.approx(0.9)
+
+
 @pytest.mark.parametrize("rule", ["linucb", "thompson"])
 def test_a_contextual_bandit_finds_the_better_arm_of_each_prompt(rule):
     """Stressing the first objective pays 0.1 on one prompt, stressing the second on the other; all else pays nothing."""

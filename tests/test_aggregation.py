@@ -145,6 +145,20 @@ def test_one_objective_leaves_the_z_score(name):
     np.testing.assert_allclose(ours(name, returns, np.ones(1)), z / scale, rtol=1e-3)
 
 
+@pytest.mark.parametrize("given", [*({"name": name} for name in AGGREGATIONS), *({"at": at} for at in ("reward", "advantage"))], ids=str)
+def test_a_score_without_weight_is_none(given):
+    """The second objective has no weight, and is all that one response has: as if there were no second one."""
+    returns, w = drawn(), np.tile([1.0, 0.0], (12, 1))
+    returns[[2, 7], 0] = NAN
+    for settings in [{}] if "name" in given else [{"normalize": name} for name in ("none", "group", "batch", "batch_returns")]:
+        two, one = (
+            aggregate_advantages(given, x, y, group=4) if "name" in given else advantages(x, y, group=4, **given, **settings)
+            for x, y in ((returns, w), (returns[:, :1], w[:, :1]))
+        )
+        np.testing.assert_allclose(two, one, atol=1e-12)
+        assert (two[[2, 7]] == 0).all()
+
+
 @pytest.mark.parametrize("given", ALL, ids=lambda given: "-".join(map(str, given.values())))
 def test_constant_rewards_and_missing_scores(given):
     constant = drawn()

@@ -356,6 +356,12 @@ def test_the_utility_that_is_logged_is_what_the_training_climbs(fields, measured
         ({"beta": -0.1}, "beta is as declared"),
         ({"group": "four"}, "group is as declared"),
         ({"max_unscored": 2}, "max_unscored is as declared"),
+        ({"scalarizer": {"name": "log_product", "floor": "low"}}, r"(?s)0 < floor < ceiling.*floor='low'"),
+        ({"scalarizer": {"name": "log_product", "ceiling": None}}, r"(?s)0 < floor < ceiling.*ceiling=None"),
+        ({"aggregation": {"name": "gd2po", "tau": "half"}}, r"(?s)tau lies between 0 and 1.*tau='half'"),
+        ({"aggregation": {"name": "gd2po", "tau": None}}, r"(?s)tau lies between 0 and 1.*tau=None"),
+        ({"normalize": None}, r"(?s)normalize is known by its name.*None"),
+        ({"normalize": ["none"]}, r"(?s)normalize is known by its name.*\['none'\]"),
     ],
 )
 def test_numbers_of_a_drop_in_that_are_none_are_refused(given, message):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, TrainingError
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.returns import ExactReturns
@@ -182,6 +182,14 @@ def test_preferences_that_vary_train_one_adapter_per_objective(tmp_path):
     learner = replace(LEARNER, steps=12)
     learner.train(spec_of(learner, preference=None), TASK, tmp_path)
     assert sorted(p.parent.name for p in tmp_path.glob("*/adapter_model.safetensors")) == ["adapter-0", "adapter-1"]
+
+
+def test_numbers_that_are_none_end_a_training(tmp_path):
+    """They went to the log and to the published adapter, without a word."""
+    learner = ExactGradient(rank=2, steps=6, lr=1e30, log_every=1)
+    with pytest.raises(TrainingError, match=r"(?s)are finite.*J_w nan.*lower lr"):
+        learner.train(spec_of(learner), TASK, tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_refuses_what_it_cannot_enumerate(tmp_path):

@@ -19,6 +19,7 @@ from paretune.seeds import forked_torch
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import check_method, quick_learner, quick_task
 from paretune.training.batch import draw
+from paretune.training.embedded import EmbeddedLearner
 from paretune.training.modpo import Modpo, compared, modpo_loss
 from paretune.training.policy_gradient import PolicyGradient
 
@@ -163,6 +164,33 @@ def test_pairs_without_a_score_are_left_out():
     learner.gradient(policy, batch, beta=TINY.beta)
     assert np.isfinite(flat(policy)).all()
     assert np.abs(flat(policy) - before).max() > 1e-5
+
+
+def test_an_objective_without_weight_need_not_be_scored():
+    """As everywhere else; its pairs were left out, all of them where it is never scored."""
+    learner, _, batch = pairs_of((0.6, 0.4, 0.0), task := dataclasses.replace(TINY, objective_count=3))
+    made = batch.responses
+    holes_NM = made.rewards_NM.copy()
+    holes_NM[:, 2] = np.nan
+    spec = spec_of(learner, (0.6, 0.4, 0.0), task)
+    settings = {"group": learner.group, "labeled": learner.labeled, "labels": learner.labels}
+    whole = compared(made, spec, 0, **settings)
+    for one, two in zip(whole, compared(dataclasses.replace(made, rewards_NM=holes_NM), spec, 0, **settings), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert whole[3].all()
+    holes_NM[0, 1] = np.nan
+    assert not compared(dataclasses.replace(made, rewards_NM=holes_NM), spec, 0, **settings)[3].all()
+
+
+def test_an_update_is_bounded_however_far_the_policy_has_come(tmp_path, monkeypatch):
+    """Its responses are the reference's: how far the policy says otherwise is what it has learned, and no rounding that widens it."""
+    seen, bound = [], EmbeddedLearner._bound
+    monkeypatch.setattr(EmbeddedLearner, "_bound", lambda self, run: seen.append((bound(self, run), run.kl)) or seen[-1][0])
+    learner = Modpo(**{**SMALL, "samples": 160}, lr=3e-2, schedule="constant", labels="hard")
+    learner.train(spec_of(learner, (1.0, 0.0)), TINY, tmp_path)
+    assert max(kl for _, kl in seen) > 0.05, "it moved"
+    for allowed, kl in seen:
+        assert allowed == pytest.approx(max(0.02, 0.1 * kl))
 
 
 def test_it_learns_what_the_policy_itself_never_said(tmp_path):

@@ -456,6 +456,29 @@ def test_what_does_not_go_together():
         rule.start(3)
 
 
+def test_settings_of_a_methods_own_weighting_are_not_replaced_by_terms():
+    """Terms have the same two weightings as some methods: what such a method says otherwise was lost without a word."""
+    kept, near = task_under(constraints=[None, 0.4]), task_under(targets=[0.7, 0.6])
+    for task, method in (
+        (kept, {"name": "lagrangian", "thresholds": [None, 0.3]}),
+        (kept, {"name": "lagrangian", "thresholds": [None, 0.4], "rate": 0.3}),
+        (kept, {"name": "max-min"}),
+        (near, {"name": "tchebycheff", "ideal": [0.7, 0.6], "mu": 0.1}),
+        (near, {"name": "log-sum"}),
+    ):
+        with pytest.raises(ConfigError, match="with settings of its own"):
+            METHODS.build(method).plan(task, ExactGradient(**EXACT), {}, 0)
+    same = METHODS.build({"name": "lagrangian", "thresholds": [None, 0.4]}).plan(kept, ExactGradient(**EXACT), {}, 0)
+    assert {spec.weighting["utility"]["thresholds"][1] for spec in same} == {0.4}
+    scored = {"loud": loud, "brief": short}
+    wanted = {"weighting": {"name": "multipliers", "utility": {"name": "constrained", "thresholds": [0.5, None]}}, "group": 2}
+    terms = {"constraints": {"loud": 0.5}}
+    assert MultiObjectiveReward(scored, (0.5, 0.5), terms=terms, **wanted).combine.weighting["rate"] == 1.0
+    wanted["weighting"]["rate"] = 0.2
+    with pytest.raises(ConfigError, match="multipliers with settings of its own"):
+        MultiObjectiveReward(scored, (0.5, 0.5), terms=terms, **wanted)
+
+
 # The drop-in
 
 
@@ -522,6 +545,24 @@ def test_trl_trains_by_the_same_weights_as_the_embedded_learner(tmp_path):
     learner.train(spec_of(learner, (0.0, 1.0), task), task, tmp_path)
     seen = [record["weights"]["objective_1"] for record in log_of(tmp_path)]
     np.testing.assert_allclose(seen, [1, 2 / 3, 1 / 3, 0], atol=1e-12)
+
+
+def test_a_return_of_0_is_said():
+    """0 is a return like another one; a weight of 0 is left out."""
+    names = ("a", "b")
+    said = [
+        Terms.of(given, names).sentences(names)
+        for given in (
+            {"constraints": {"a": 0.0}},
+            {"targets": {"a": 0.0, "b": 0.5}},
+            {"schedule": {"start": {"a": 1}}},
+        )
+    ]
+    assert said == [
+        ["returns are to be at least a 0"],
+        ["returns are to come near to a 0, b 0.5"],
+        ["weights by step (linear): a 1 at 0%, then the preference at 100% of the training"],
+    ]
 
 
 def test_labels_tell_terms_apart():

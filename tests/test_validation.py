@@ -113,6 +113,51 @@ def test_a_policy_that_lost_a_guard_is_not_the_best_one(tmp_path):
     assert found[1e-9] < found[0.02] < found[None]
 
 
+def test_a_look_measures_the_utility_that_the_training_climbs(tmp_path):
+    """Not w . J, also where the method and not the task's terms asked for it: of two policies the one that keeps a constraint is kept."""
+    kept = {"name": "multipliers", "utility": {"name": "constrained", "thresholds": [0.6, None]}}
+    worst = {"name": "multipliers", "utility": {"name": "max-min", "base": [0.1, 0.2]}}
+    learner = PolicyGradient(**{**WILD, "samples": 96}, patience=None)
+    for name, weighting in (
+        ("kept", kept),
+        ("worst", worst),
+        ("moved", {"name": "schedule", "course": {"start": [1, 0]}, "weighting": kept}),
+    ):
+        learner.train(spec_of(learner, weighting=weighting), WATCHED, tmp_path / name)
+        for look in looks_of(tmp_path / name):
+            gains = [look["rewards"][f"objective_{k}"] - TASK.beta * look["kl"] for k in (1, 2)]
+            if name == "worst":
+                assert look["utility"] == pytest.approx(min((gains[0] - 0.1) / 0.6, (gains[1] - 0.2) / 1.4))
+            else:
+                assert look["violation"] == pytest.approx(max(0.6 - gains[0], 0.0))
+    looks, best = looks_of(tmp_path / "kept"), log_of(tmp_path / "kept")[-1]["kept"]["step"]
+    assert next(look for look in looks if look["step"] == best)["violation"] == min(look["violation"] for look in looks)
+
+
+@dataclass(frozen=True)
+class ByTurns(Watched):
+    """Each objective scores every second response, as where prompts of two kinds have rewards of their own: none has both."""
+
+    def observe(self, prompts, completions, *, streams):
+        rewards_NM = super().observe(prompts, completions, streams=streams)
+        return np.where((np.arange(len(rewards_NM))[:, None] + np.arange(2)) % 2 == 0, rewards_NM, np.nan)
+
+
+def test_where_no_response_has_all_scores_a_look_is_worth_w_times_their_means(tmp_path):
+    """It was worth NaN: the first policy stayed the best one, and the next checkpoint could not be written."""
+    task = ByTurns(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
+    learner = PolicyGradient(**LOOKED, max_unscored=0.5, stop_cv=1e-6, guard_drop=None)
+    learner.train(spec_of(learner), task, tmp_path / "linear")
+    for look in looks_of(tmp_path / "linear"):
+        worth = 0.3 * look["rewards"]["objective_1"] + 0.7 * look["rewards"]["objective_2"] - TASK.beta * look["kl"]
+        assert look["utility"] == pytest.approx(worth)
+    assert np.isfinite([record["validation"] for record in log_of(tmp_path / "linear")[1:]]).all()
+    with pytest.raises(RewardError, match="none of 64 by all of them at once"):
+        learner.train(spec_of(learner, scalarizer={"name": "log_product"}), task, tmp_path / "product")
+    with pytest.raises(RewardError, match="none of 3 by one of them"):
+        learner.combine(spec_of(learner)).mean_score(np.array([[0.1, np.nan]] * 3), np.full((3, 2), 0.5), task.objectives)
+
+
 @dataclass(frozen=True)
 class Silent(Watched):
     """The guard can score nothing."""

@@ -214,15 +214,18 @@ class Terms:
         """What is asked, for people."""
 
         def weights(row: Any) -> str:
-            return ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True) if value not in (None, 0))
+            return returns([value or None for value in row])
+
+        def returns(row: Any) -> str:  # 0 is one of them
+            return ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True) if value is not None)
 
         said = []
         if (course := self.schedule) is not None:
             rows = " then ".join(f"{weights(row)} at {share:.0%}" for share, row in course.rows or ((0.0, course.start),))
             said.append(f"weights by step ({course.kind}): {rows}, then the preference at {course.until:.0%} of the training")
         said += [f"{name} counts where {when}" for name, when in (self.when or {}).items()]
-        said += [f"returns are to come near to {weights(self.targets)}"] if self.targets else []
-        return said + ([f"returns are to be at least {weights(self.constraints)}"] if self.constraints else [])
+        said += [f"returns are to come near to {returns(self.targets)}"] if self.targets else []
+        return said + ([f"returns are to be at least {returns(self.constraints)}"] if self.constraints else [])
 
 
 Declared = Annotated[Terms, _keys_of(Terms, "terms")]

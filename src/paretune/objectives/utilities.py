@@ -36,6 +36,7 @@ __all__ = [
     "UTILITIES",
     "Utility",
     "check_scalarizer",
+    "is_number",
     "linear",
     "log_product",
     "scalarize",
@@ -74,6 +75,11 @@ def log_product(
 SCALARIZERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
 
 
+def is_number(given: Any) -> bool:
+    """Whether it is a real number, as settings given by name may not be."""
+    return isinstance(given, int | float | np.integer | np.floating) and not isinstance(given, bool)
+
+
 def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:
     """Raise ConfigError unless `scalarize` can use it."""
     name = str(scalarizer.get("name", ""))
@@ -84,10 +90,10 @@ def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:
         if field not in ("name", *fields):
             known = ", ".join(fields) or "none"
             raise ConfigError(f"scalarizer {name} has the fields that it declares", found=repr(field), remedy=f"its fields: {known}")
-    low, high = float(scalarizer.get("floor", 1e-4)), float(scalarizer.get("ceiling", 0.9999))
-    if not 0 < low < high <= 1:
+    low, high = scalarizer.get("floor", 1e-4), scalarizer.get("ceiling", 0.9999)
+    if not (is_number(low) and is_number(high) and 0 < low < high <= 1):
         raise ConfigError(
-            "0 < floor < ceiling <= 1", found=f"floor={low:g}, ceiling={high:g}", remedy="leave them out for the published 1e-4 and 0.9999"
+            "0 < floor < ceiling <= 1", found=f"floor={low!r}, ceiling={high!r}", remedy="leave them out for the published 1e-4 and 0.9999"
         )
 
 

@@ -1,7 +1,8 @@
 """Returns to advantages: what each response is compared with, and how the differences are scaled.
 
 Rows stand group by group: N = P * G, a group being the G responses to one prompt under one preference. NaN means "unscored": such
-an entry is left out of every mean and spread, and adds nothing to its row's advantage.
+an entry is left out of every mean and spread, and adds nothing to its row's advantage. A row of which only objectives without weight
+are scored is unscored.
 
 First a baseline and a normalization (`advantages`), the learner's own way:
 
@@ -127,7 +128,7 @@ def advantages(
     each_PGM, over, whole = BASELINES[baseline](returns_PGM), NORMALIZED_OVER[normalize], normalize == "batch_returns"
     if at == "advantage" and over is not None:
         each_PGM = each_PGM / (spread(returns_PGM if whole else each_PGM, over) + eps)
-    known = ~np.isnan(each_PGM)
+    known = ~np.isnan(each_PGM) & (w_PGM != 0)
     summed_PG = (np.where(known, each_PGM, 0.0) * w_PGM).sum(-1)
     summed_PG[~known.any(-1)] = np.nan
     if at == "advantage" and over is not None:
@@ -139,13 +140,14 @@ def advantages(
 
 
 def weighted_returns(returns_PGM: np.ndarray, w_PGM: np.ndarray) -> np.ndarray:
-    """(P, G) weighted sums, an unscored objective at the mean of its group, or else of the batch; NaN where all of a row is unscored."""
+    """(P, G) weighted sums, an unscored objective at the mean of its group, or else of the batch; NaN where all that counts is unscored."""
     filled_PGM, scored = returns_PGM, ~np.isnan(returns_PGM)
     for axis in (GROUP, BATCH):
         mean = np.where(scored, returns_PGM, 0.0).sum(axis, keepdims=True) / np.maximum(scored.sum(axis, keepdims=True), 1)
         mean = np.where(scored.any(axis, keepdims=True), mean, np.nan)
         filled_PGM = np.where(np.isnan(filled_PGM), mean, filled_PGM)
-    return np.where(scored.any(-1), np.where(np.isnan(filled_PGM), 0.0, w_PGM * filled_PGM).sum(-1), np.nan)
+    counts = (scored & (w_PGM != 0)).any(-1)
+    return np.where(counts, np.where(np.isnan(filled_PGM), 0.0, w_PGM * filled_PGM).sum(-1), np.nan)
 
 
 class Groups:
@@ -179,8 +181,8 @@ class Groups:
         return (self.returns_PGM - mean) / (spread + EPS)
 
     def weighted(self, each_PGM: np.ndarray) -> np.ndarray:
-        """(P, G) weighted sums of what is known; NaN where nothing is."""
-        known = ~np.isnan(each_PGM)
+        """(P, G) weighted sums of what is known; NaN where nothing is that has a weight."""
+        known = ~np.isnan(each_PGM) & (self.w_PGM != 0)
         summed = (np.where(known, each_PGM, 0.0) * self.w_PGM).sum(-1)
         return np.where(known.any(-1), summed, np.nan)
 
@@ -231,7 +233,7 @@ def gd2po(groups: Groups, *, form: str = "hard", tau: float = 0.2) -> np.ndarray
     Hides: where objectives conflict most responses are dropped, so it learns from the few that are good or bad for all.
     """
     a_PGM = groups.w_PGM * groups.z_PGM()
-    known = ~np.isnan(a_PGM)
+    known = ~np.isnan(a_PGM) & (groups.w_PGM != 0)
     plain = np.where(known, a_PGM, 0.0)
     drop = (plain > 1e-8).any(-1) & (plain < -1e-8).any(-1)
     if form == "snr":

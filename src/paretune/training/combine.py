@@ -23,9 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from paretune.errors import ConfigError, nearest
-from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
-from paretune.training.advantages import AGGREGATIONS, BASELINES, CENTERED, NORMALIZED_OVER, advantages, aggregate_advantages
+from paretune.errors import ConfigError, RewardError, nearest
+from paretune.objectives.utilities import Landmarks, check_scalarizer, is_number, scalarize
+from paretune.training.advantages import (
+    AGGREGATIONS,
+    BASELINES,
+    CENTERED,
+    NORMALIZED_OVER,
+    advantages,
+    aggregate_advantages,
+    weighted_returns,
+)
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
 from paretune.types import Objectives, canonical_json
@@ -134,8 +142,8 @@ class Combine:
             )
         for name, known in (("baseline", BASELINES), ("normalize", NORMALIZED_OVER)):
             value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"{name} is known by its name", found=repr(value), remedy=nearest(value, known))
+            if str(value) not in known:
+                raise ConfigError(f"{name} is known by its name", found=repr(value), remedy=nearest(str(value), known))
 
     def _check_aggregation(self) -> None:
         given = dict(self.aggregation)
@@ -147,7 +155,8 @@ class Combine:
             if setting not in known:
                 shown = ", ".join(sorted(known)) or "none"
                 raise ConfigError(f"aggregation {name} has the fields that it declares", found=repr(setting), remedy=f"its fields: {shown}")
-        if given.get("form", "hard") not in ("hard", "snr") or not 0 <= float(given.get("tau", 0.2)) <= 1:
+        tau = given.get("tau", 0.2)
+        if given.get("form", "hard") not in ("hard", "snr") or not (is_number(tau) and 0 <= tau <= 1):
             raise ConfigError(
                 'aggregation gd2po: form is "hard" or "snr", tau lies between 0 and 1',
                 found=", ".join(f"{setting}={value!r}" for setting, value in given.items()),
@@ -196,6 +205,20 @@ class Combine:
         """(N,) the scalarizer's number for each response; NaN where it cannot be said."""
         low_M, high_M = np.array(objectives.low), np.array(objectives.high)
         return scalarize(rewards_NM, w_NM, self.scalarizer, low_M=low_M, high_M=high_M)
+
+    def mean_score(self, rewards_NM: np.ndarray, w_NM: np.ndarray, objectives: Objectives) -> float:
+        """The mean of `scores`. Under "linear" an unscored objective counts as its mean over the batch, so that this is w times the means.
+
+        RewardError where nothing can be said of it, because no response has a score that counts.
+        """
+        values_NX, weights_NX = self.compared(rewards_NM, w_NM, objectives)
+        if not (~np.isnan(values_NX)).any(0)[(weights_NX > 0).any(0)].all():
+            raise RewardError(
+                "the mean score of a policy is over responses of which some are scored, by each objective that has a weight",
+                found=f"none of {len(rewards_NM)} by one of them" if self.linear else f"none of {len(rewards_NM)} by all of them at once",
+                remedy="choose prompts that all objectives can score, or look at more responses (learner.look_samples, validation_samples)",
+            )
+        return float(np.nanmean(weighted_returns(values_NX[None], weights_NX[None])))
 
     def measures(
         self, state: State | None, rewards_NM: np.ndarray, w_M: np.ndarray, objectives: Objectives, landmarks: Landmarks | None = None

@@ -94,7 +94,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
     Where the task sets prompts for validation apart, the policy is looked at there every `validate_every` steps; see `validation.look`.
     """
 
-    on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own
+    on_policy: ClassVar[bool] = True  # whether the responses of a batch are the policy's own; else they are the reference's
     in_processes: ClassVar[str] = "torch"
     weighs: ClassVar[bool] = False  # whether its loss multiplies by `Responses.weight_N`, where responses have weights
 
@@ -225,7 +225,7 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         made = draw(policy, task, apart, step=run.step, first=0, by=self.draws(spec), **shape)
         charge(run, made)
         run.evaluations += 1
-        return float(np.nanmean(self.combine(spec).scores(made.rewards_NM, made.w_NM, task.objectives)))
+        return self.combine(spec).mean_score(made.rewards_NM, made.w_NM, task.objectives)
 
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: Task, spec: TrainSpec, run: Run) -> dict[str, Any]:
         with ranks().gathering():
@@ -329,16 +329,17 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         count = min(len(made.tokens_NT), max(self.group, LOOK_ROWS - LOOK_ROWS % self.group), self.passes(made)[0].stop)
         rows = slice(0, count)
 
-        def logp_N(*, first: bool = False) -> Tensor:
+        def logp_N(*, first: bool = False, reference: bool = False) -> Tensor:
             with torch.inference_mode():
-                logp_NT = self.logp(policy, made, rows, gates_NK=made.gates_NK[rows])
+                logp_NT = self.logp(policy, made, rows, gates_NK=None if reference else made.gates_NK[rows])
             if first:
                 batch.scored(rows, logp_NT)
             return (logp_NT * made.mask_NT[rows]).sum(1).double()
 
         old_N, before = logp_N(first=fresh), [weight.detach().clone() for weight in weights]
         if fresh:
-            gap_N = old_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()
+            said_N = old_N if self.on_policy else logp_N(reference=True)  # by whom they were drawn
+            gap_N = said_N - (made.logp_NT[rows] * made.mask_NT[rows]).sum(1).double()
             run.rounding = ranks().shared(float((gap_N**2).mean()) / 2)
             bound = self._bound(run)
         yield

@@ -25,7 +25,7 @@ from paretune.training.batch import preferences
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.gradients import autograd_jacobian
-from paretune.training.learner import Learner, Run, StoppingRule, annealed, gates_of, run_loop
+from paretune.training.learner import Learner, Run, StoppingRule, annealed, gates_of, not_finite, run_loop
 from paretune.training.modelled import Unlabelled
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
@@ -88,6 +88,8 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
     def advance(self, policy: ParameterMix, optimizer: torch.optim.Optimizer, task: ExactTask, spec: TrainSpec, run: Run) -> dict[str, Any]:
         told: dict[str, Any] = {}
         value, rewards_M, kl, run.weighting = self.update(policy, optimizer, task, spec, run.step, run.weighting, told=told)
+        if not (math.isfinite(value) and math.isfinite(told["gradient_norm"])):
+            raise not_finite(f"J_w {value:g}, gradient norm {told['gradient_norm']:g}", run.step, self.lr)
         read, size = task.inputs("train").input_ids_PT.numel(), sum(p.numel() for p in policy.model.parameters())
         run.step, run.updates, run.tokens, run.flops = run.step + 1, run.updates + 1, run.tokens + read, run.flops + 6.0 * size * read
         self.watch(policy, task, spec, run)

@@ -73,8 +73,8 @@ def compared(
     first, second = np.triu_indices(group, 1)
     rewards_PGM = made.rewards_NM.reshape(len(w_PM), group, -1)
     apart = rewards_PGM[:, first] - rewards_PGM[:, second]
-    known = ~np.isnan(apart).any(-1)
-    apart = np.where(known[..., None], apart, 0.0)
+    known = ~(np.isnan(apart) & (w_PM > 0)[:, None]).any(-1)  # what has no weight need not be scored
+    apart = np.where(known[..., None], np.nan_to_num(apart, nan=0.0), 0.0)
     is_largest_PM = w_PM > w_PM.max(1, keepdims=True) - 1e-9
     k_P = np.where(is_largest_PM, (apart**2).sum(1), -1.0).argmax(1)  # at a tie not the first: objectives have no order
     if labeled is not None:
@@ -105,7 +105,7 @@ class Pairs(Batch):
     known: Tensor  # 1 where both responses were scored, else 0
 
 
-@LEARNERS.register("modpo", version=4)
+@LEARNERS.register("modpo", version=5)
 @dataclass(frozen=True, kw_only=True)
 class Modpo(EmbeddedLearner):
     """MODPO on pairs that are built from the task: `samples` responses of the reference, `group` to a prompt, all pairs of a group.

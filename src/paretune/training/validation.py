@@ -12,6 +12,7 @@ from paretune.objectives.base import refuse_unscored
 from paretune.policy.base import Policy
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
+from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import Responses, cut_off, draw, in_shares
 from paretune.training.learner import Run
 from paretune.training.spec import TrainSpec
@@ -28,7 +29,8 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     Kept in `run`: utility, which is the mean combined reward less what the KL costs; rewards, guards and the share of answers that were
     cut; what the guards lost against the untrained model, with its standard error; the weights, where they are the best so far. That is
     the highest utility where no guard lost more than `guard_drop`, at 95 % confidence; where none holds, the least loss. A constraint
-    of the task's terms comes next: the least `violation`, before utility. Nothing is done where the task has no such prompts.
+    comes next: the least `violation`, before utility. A training that climbs a utility of returns is worth that utility, whether the
+    task's terms or the method asked for it. Nothing is done where the task has no such prompts.
     """
     known = task.validation()
     if not known:
@@ -57,7 +59,7 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     run.evaluations += 1
     rewards_NM, w_NM, kl_N, cut_N, guards_NG = (np.concatenate(column) for column in zip(*parts, strict=True))
     refuse_unscored(task.objectives.names, np.isnan(rewards_NM).sum(0), len(kl_N), limit=learner.max_unscored)
-    reward = float(np.nanmean(learner.combine(spec).scores(rewards_NM, w_NM, task.objectives)))
+    reward = learner.combine(spec).mean_score(rewards_NM, w_NM, task.objectives)
     found: dict[str, Any] = {"step": run.step, "utility": reward - task.beta * float(kl_N.mean()), "kl": float(kl_N.mean())}
     found |= {"cut": float(cut_N.mean()), "rewards": named_means(task.objectives, rewards_NM)}
     if task.guards is not None:  # what is not scored is no guard: the change of a policy that it cannot score is unknown
@@ -65,8 +67,9 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
         found |= guarded(task.guards, guards_NG, run.first_guards, prompt_N)
     combine = learner.combine(spec)
     found |= {} if combine.weighting_rule.arrived(run.step, learner.steps) else {"moving": True}
-    if spec.preference is not None and task.terms is not None and task.terms.utility() is not None:  # what is to be kept, or come near to
-        found |= combine.measures(run.weighting, rewards_NM - task.beta * kl_N[:, None], w_NM[0], task.objectives)
+    if spec.preference is not None and combine.weighting_rule.of_returns:  # what is to be kept, or come near to
+        marks = landmarks(task) if task.is_exact else None
+        found |= combine.measures(run.weighting, rewards_NM - task.beta * kl_N[:, None], w_NM[0], task.objectives, marks)
     run.looks.append(found)
 
     def worth(seen: dict[str, Any]) -> tuple[float, float, float]:

@@ -278,18 +278,18 @@ class Contextual(Weighting):
         arms = [{"gram": np.array(arm["gram"]), "sum": np.array(arm["sum"])} for arm in state["arms"]]
         waiting = dict(state["waiting"])
         unit_NM = (context.returns_NM - context.low_M) / (context.high_M - context.low_M)
-        value_N = np.where(context.w_NM > 0, context.w_NM * np.nan_to_num(unit_NM), 0.0).sum(1)
         rows: dict[str, list[int]] = {}
         for n, prompt in enumerate(context.prompts):
             rows.setdefault(prompt.digest, []).append(n)
         features = {digest: prompt_features(context.prompts[places[0]], self.width) for digest, places in rows.items()}
-        for digest, places in rows.items():  # first learn from all, then choose
-            if digest in waiting:
-                arm, before = waiting[digest]
+        values = {digest: _worth(unit_NM[places], context.w_NM[places]) for digest, places in rows.items()}
+        for digest in rows:  # first learn from all, then choose
+            arm, before = waiting.pop(digest, (0, None))
+            if before is not None and values[digest] is not None:
                 x_D = features[digest]
                 arms[arm] = {
                     "gram": arms[arm]["gram"] + np.outer(x_D, x_D),
-                    "sum": arms[arm]["sum"] + x_D * (value_N[places].mean() - before),
+                    "sum": arms[arm]["sum"] + x_D * (values[digest] - before),
                 }
         weights_NM = context.w_NM.copy()
         for digest, places in rows.items():
@@ -297,7 +297,7 @@ class Contextual(Weighting):
             if arm < context.w_NM.shape[1]:
                 weights_NM[places, arm] *= 1 + self.stress
                 weights_NM[places] /= weights_NM[places].sum(1, keepdims=True)
-            waiting[digest] = [arm, float(value_N[places].mean())]
+            waiting[digest] = [arm, values[digest]]
         plain = [{"gram": arm["gram"].tolist(), "sum": arm["sum"].tolist()} for arm in arms]
         return weights_NM, {"arms": plain, "waiting": waiting}
 
@@ -312,6 +312,14 @@ class Contextual(Weighting):
                 scores.append(x_D @ rng.multivariate_normal(theta_D, self.alpha**2 * covariance_DD, method="cholesky"))
         best = np.flatnonzero(np.array(scores) >= max(scores) - 1e-12)
         return int(rng.choice(best))  # ties at the start: an arm by chance
+
+
+def _worth(unit_NM: np.ndarray, w_NM: np.ndarray) -> float | None:
+    """What a prompt's responses are worth at its preference: w times the means of what is scored; None where an objective is not at all."""
+    scored_NM, w_M = ~np.isnan(unit_NM), w_NM.mean(0)
+    if not scored_NM.any(0)[w_M > 0].all():
+        return None
+    return float(w_M @ _means(unit_NM))
 
 
 def ridge(gram_DD: np.ndarray, sum_D: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -337,6 +345,7 @@ class _OfReturns(Weighting):
 
     utility: Mapping[str, Any]
     decay: Fraction = 0.9
+    of_returns: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -381,7 +390,7 @@ class _OfReturns(Weighting):
         return {"utility": float(self.seeks.value(J_M, w_M, marks)), **({} if short is None else {"violation": float(short)})}
 
 
-@WEIGHTINGS.register("climb")
+@WEIGHTINGS.register("climb", version=2)
 @dataclass(frozen=True)
 class Climb(_OfReturns):
     """The gradient of a smooth utility at the present returns: `tchebycheff`, `log-sum`.
@@ -403,7 +412,7 @@ class Climb(_OfReturns):
         return _rows(self.seeks.gradient(J_M, context.w_NM[0], marks), context), state
 
 
-@WEIGHTINGS.register("multipliers")
+@WEIGHTINGS.register("multipliers", version=2)
 @dataclass(frozen=True)
 class Multipliers(_OfReturns):
     """Multipliers that grow while what they stand for falls short: `max-min` (shares of a simplex) and `constrained` (prices >= 0).

@@ -56,6 +56,7 @@ class Weighting(ABC):
     version: ClassVar[int]
     takes_sampled_preferences: ClassVar[bool] = False  # True where rows may differ in their preference
     needs_gramian: ClassVar[bool] = False  # True: weights are the same for all rows, and the step is the sum of the objectives' gradients
+    of_returns: ClassVar[bool] = False  # True: its weights climb a utility of returns other than w . J, which `measures` says
 
     def check(self) -> None:  # noqa: B027
         """ConfigError where this installation cannot run it; asked before anything runs."""
@@ -165,6 +166,10 @@ class Scheduled(Weighting):
     def needs_gramian(self) -> bool:  # type: ignore[override]
         return self._rule.needs_gramian
 
+    @property
+    def of_returns(self) -> bool:  # type: ignore[override]
+        return self._rule.of_returns
+
     def check(self) -> None:
         self._rule.check()
 
@@ -203,10 +208,13 @@ def under_terms(weighting: Mapping[str, Any], terms: Mapping[str, Any]) -> Mappi
     if (utility := Terms(targets=terms.get("targets"), constraints=terms.get("constraints")).utility()) is not None:
         rule = {"name": "climb" if utility["name"] == "tchebycheff" else "multipliers", "utility": describe(UTILITIES.build(utility))}
         described = describe(WEIGHTINGS.build(rule))
-        if inner["name"] not in (Fixed.registered_name, described["name"]):
+        wanted = {**described, **inner}
+        wanted["utility"] = describe(UTILITIES.build(wanted["utility"]))
+        own = inner["name"] == described["name"] and describe(WEIGHTINGS.build(wanted)) != described
+        if own or inner["name"] not in (Fixed.registered_name, described["name"]):
             raise ConfigError(
                 "targets and constraints of terms: are the weighting of a training, which has one",
-                found=f"a method whose trainings have the weighting {inner['name']}",
+                found=f"a method whose trainings have the weighting {inner['name']}" + (" with settings of its own" if own else ""),
                 remedy="use a method that leaves it to the terms, such as linear or experts; or leave targets and constraints out",
             )
         inner = described
