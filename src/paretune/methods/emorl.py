@@ -38,7 +38,7 @@ def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: in
     """What the search maximizes on the training prompts: exact where the task is exact, else `samples` responses with shared noise.
 
     "linear" is J_w, KL included. "product" is E[sum_k w_k log r_k], each reward scaled to its declared range and clipped to
-    [1e-4, 1 - 1e-4], per response and without KL, as in the experts' score of the source. What is unscored is left out; see `Returns.expected`.
+    [1e-4, 1 - 1e-4], per response and without KL, as in the experts' score of the source. What is unscored is left out.
     """
     assert kind in ("linear", "product"), kind
     low_M, high_M = np.asarray(task.objectives.low), np.asarray(task.objectives.high)

@@ -113,9 +113,9 @@ class Returns(ABC):
 
     @abstractmethod
     def expected(self, gates_K: np.ndarray, value: Value, price: float) -> float:
-        """E[value(rewards) - price * (log pi - log pi_ref)] at gates (K,), mean over prompts; sampled: over the responses that have a value.
+        """E[value(rewards) - price * (log pi - log pi_ref)] at gates (K,), mean over prompts; sampled: over what has a value.
 
-        NaN where more than a tenth of the responses has none: then those that have may be of another kind.
+        NaN where more than a tenth of the responses has none: then those that have one may be of another kind.
         """
 
     @abstractmethod
