@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from learner_cases import SMALL, TASK, moved, spec_of
 from oracles import small_task
 from paretune.errors import ConfigError
 from paretune.evaluation.evaluate import evaluate
@@ -51,6 +52,25 @@ def test_the_student_becomes_the_mixture_at_one_forward(tmp_path, more):
         for name, one in (("student", student), ("mixture", mixture), ("soup", soup))
     }
     assert np.abs(found["student"] - found["mixture"]).max() < 0.15 * np.abs(found["soup"] - found["mixture"]).max() + 0.02
+
+
+def test_at_another_temperature_the_tempered_student_learns_the_tempered_mixture():
+    """As everywhere the policy that is trained is the tempered one, which sampled; by one forward per row, without padding or groups."""
+    learner = Distillation(**SMALL, temperature=2.0)
+    policy, spec = moved(learner, preference=None), spec_of(learner, None)
+    batch = learner.collect(policy, TASK, spec, 0)
+    made, expected = batch.responses, 0.0
+    with torch.no_grad():
+        for n in range(16):
+            prompt = made.prompt_ids_PT[n // 4][made.prompt_mask_PT[n // 4].bool()]
+            tokens = made.tokens_NT[n][made.mask_NT[n]]
+            rows = torch.cat([prompt, tokens])[None, :-1].expand(3, -1)
+            gates = torch.cat([made.gates_NK[n : n + 1], torch.eye(2)])
+            student, *teachers = policy.forward(rows, gates_NK=gates)[:, -len(tokens) :].div(2.0).log_softmax(-1)
+            mixture = sum(w * teacher for w, teacher in zip(made.w_NM[n], teachers, strict=True)).log_softmax(-1)
+            expected += (student.exp() * (student - mixture)).sum().item() / 16
+    assert expected > 1e-3
+    assert learner.loss(policy, batch, slice(0, 16), beta=TASK.beta).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_takes_over_the_shape_and_budget_of_another_learner():

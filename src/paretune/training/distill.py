@@ -47,7 +47,7 @@ class DistillBatch(Batch):
     teachers_NK: Tensor
 
 
-@LEARNERS.register("distill", version=3)
+@LEARNERS.register("distill", version=4)
 @dataclass(frozen=True, kw_only=True)
 class Distillation(EmbeddedLearner):
     """On-policy distillation of `spec.frozen_adapters`, mixed by the rule `teacher`, into the adapters that are trained.
@@ -96,7 +96,8 @@ class Distillation(EmbeddedLearner):
                 part_NTV = _response_logits(policy, made, self.group, alone_NK, rows).float() * batch.teachers_NK[rows, k, None, None]
                 teacher_NTV = teacher_NTV + part_NTV
         assert isinstance(teacher_NTV, Tensor), "there are teachers"
-        kl_RT = mixture_kl(student_NTV, teacher_NTV) * made.mask_NT[rows]
+        t = self.temperature  # of the student that samples, and of its teachers
+        kl_RT = mixture_kl(student_NTV / t, teacher_NTV / t) * made.mask_NT[rows]
         kl_RT = kl_RT if made.weight_N is None else kl_RT * made.weight_N[rows, None].float()
         return kl_RT.sum() / len(batch.kl_N)
 
