@@ -349,6 +349,14 @@ def test_kl_that_rises_for_nothing(changes, rose):
     assert KL_ROSE not in said(records(5, **{name: values[1:] for name, values in changes.items()})), "not before six records"
 
 
+def test_kl_that_rises_where_an_objective_without_weight_is_never_scored():
+    found = records(6, kl=[1, 1, 1, 3, 3, 3])
+    for record in found:
+        record["rewards"]["brief"] = record["spread"]["brief"] = None
+    assert KL_ROSE in said(found, preference=(1.0, 0.0))
+    assert KL_ROSE not in said(found), "what counts is unknown"
+
+
 def test_a_guard_that_falls_while_utility_rises():
     first, scores = [], np.linspace(0.4, 0.8, 32)[:, None]
     asked = [str(n) for n in range(32)]

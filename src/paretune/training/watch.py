@@ -149,6 +149,7 @@ def _kl_rose(records: Records, names: Sequence[str], weights_M: np.ndarray, beta
     """Over the last six records: the KL rose by NATS, and what it costs more than the reward gained, which is not above its noise."""
     if len(records) < 6:
         return {}
+    names, weights_M = [name for name, weight in zip(names, weights_M, strict=True) if weight], weights_M[weights_M != 0]
     count, (kl, reward, noise) = len(records), ([], [], 0.0)
     for start, stop in ((count - 6, count - 3), (count - 3, count)):
         half = records[start:stop]
