@@ -135,6 +135,7 @@ def test_the_format_is_that_of_the_reference(reference, text, score):
         ("no call", 0),
         (answer("{broken"), 0),
         (answer('["GetNews"]'), 0),
+        (answer(json.dumps({"function": {"name": "GetNews", "parameters": {"page": "1"}}})), 0),  # a column may say it so, a completion not
         (answer('{"name": 3, "parameters": {}}'), 0),
         (answer('{"name": "GetNews", "parameters": "page"}'), 0),
     ],

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, first_line
 from paretune.progress import during
 
 __all__ = [
@@ -344,7 +344,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of Paretune")
     except Exception as error:  # of the network, the server, or the rights of a token
-        found = f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        found = f"{name}: {type(error).__name__}: {first_line(str(error))}"
         remedy = f"the export itself is whole, in {folder}; check the token's rights, then `hf upload {name} {folder}`"
         raise ConfigError("the hub takes the upload", found=found, remedy=remedy) from error
     return str(address)

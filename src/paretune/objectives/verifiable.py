@@ -100,7 +100,8 @@ class ToolCall(TextObjective):
 
     def _listed(self, given: Any) -> list[tuple[str, dict[str, Any]]]:
         """The calls of a column that holds no text."""
-        calls = [_call(one) for one in ([given] if isinstance(given, Mapping) or not isinstance(given, Sequence) else given)]
+        listed = [given] if isinstance(given, Mapping) or not isinstance(given, Sequence) else given
+        calls = [_call(one.get("function", one) if isinstance(one, Mapping) else one) for one in listed]
         found = [call for call in calls if call is not None]
         if len(found) < len(calls):
             remedy = 'write {"name": "...", "parameters": {...}}, or a text with <tool_call>'
@@ -221,8 +222,7 @@ def _calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
 
 
 def _call(given: Any) -> tuple[str, dict[str, Any]] | None:
-    """(name, parameters) of {name, parameters or arguments}, also under `function`; None for anything else."""
-    given = given.get("function", given) if isinstance(given, Mapping) else None
+    """(name, parameters) of {name, parameters or arguments}; None for anything else."""
     parameters = given.get("parameters", given.get("arguments", {})) if isinstance(given, Mapping) else None
     if not isinstance(parameters, Mapping) or not isinstance(given.get("name"), str):
         return None

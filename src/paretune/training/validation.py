@@ -59,13 +59,13 @@ def look(learner: Any, policy: Policy, task: Task, spec: TrainSpec, run: Run) ->
     run.evaluations += 1
     rewards_NM, w_NM, kl_N, cut_N, guards_NG = (np.concatenate(column) for column in zip(*parts, strict=True))
     refuse_unscored(task.objectives.names, np.isnan(rewards_NM).sum(0), len(kl_N), limit=learner.max_unscored)
-    reward = learner.combine(spec).mean_score(rewards_NM, w_NM, task.objectives)
+    combine = learner.combine(spec)
+    reward = combine.mean_score(rewards_NM, w_NM, task.objectives)
     found: dict[str, Any] = {"step": run.step, "utility": reward - task.beta * float(kl_N.mean()), "kl": float(kl_N.mean())}
     found |= {"cut": float(cut_N.mean()), "rewards": named_means(task.objectives, rewards_NM)}
     if task.guards is not None:  # what is not scored is no guard: the change of a policy that it cannot score is unknown
         refuse_unscored(task.guards.names, np.isnan(guards_NG).sum(0), len(kl_N), limit=learner.max_unscored)
         found |= guarded(task.guards, guards_NG, run.first_guards, prompt_N)
-    combine = learner.combine(spec)
     found |= {} if combine.weighting_rule.arrived(run.step, learner.steps) else {"moving": True}
     if spec.preference is not None and combine.weighting_rule.of_returns:  # what is to be kept, or come near to
         marks = landmarks(task) if task.is_exact else None
