@@ -296,6 +296,17 @@ def test_js_far_from_the_reference(paths, apart):
     assert expert_V.grad.numpy() == pytest.approx([0.0, 1.0, -1.0, 0.0], abs=1e-3)
 
 
+@pytest.mark.parametrize("apart", [16.0, 40.0, 100.0])
+def test_js_of_experts_that_are_unequally_far_from_the_reference(paths, apart):
+    """In float64 the formula holds as it is written."""
+    experts, gates = [torch.tensor([x, 0.0, 1.0]) for x in (-6.0, 1.0, 3.0)], some_gates(1, 3)
+    parts = torch.stack([*experts, torch.tensor([-apart, 0.0, 0.0])])[:, None, None]
+    logp, w = parts.double().log_softmax(-1), gates.double().t()[:, :, None, None]
+    log_s = (w * torch.nn.functional.logsigmoid(logp[:-1] - logp[-1:])).sum(0)
+    want = (logp[-1] + log_s - torch.log(-torch.expm1(log_s))).log_softmax(-1)
+    assert gap(policy(DIVERGENCE[2], paths).combine(parts, gates).log_softmax(-1).double(), want) < 1e-3
+
+
 @pytest.mark.parametrize("level", [*DIVERGENCE[:2], {"name": "robust", "radius": 0.4}], ids=name_of)
 def test_means_do_not_hear_the_scale_of_the_gates(paths, level):
     mixing, ids_NT, gates_NK = policy(level, paths), some_ids(), some_gates(4, 3)
