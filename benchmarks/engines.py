@@ -33,7 +33,7 @@ from paretune.runs.jobs import Tasks, run_job, train_job
 from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.cost import read_cost
-from paretune.training.exact import enumerated
+from paretune.training.learners.exact import enumerated
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.reward import MultiObjectiveReward
 

@@ -287,7 +287,7 @@ def timed(split: Split) -> type:
     """The `pg` learner with its parts measured."""
     import torch
 
-    from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.learners.policy_gradient import PolicyGradient
 
     class Timed(PolicyGradient):
         def collect(self, *args: Any, **kwargs: Any) -> Any:

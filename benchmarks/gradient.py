@@ -16,9 +16,9 @@ from typing import Any
 from common import emit, paired_medians
 from paretune.registry import describe
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.gradients import AGGREGATORS
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
+from paretune.training.weightings.gramian import AGGREGATORS
 
 
 def stepper(task: ExactTask, learner: PolicyGradient, weighting: dict[str, Any]) -> Callable[[], None]:

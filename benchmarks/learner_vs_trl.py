@@ -29,7 +29,7 @@ from common import emit, grpo_trainer
 from paretune.registry import describe
 from paretune.seeds import forked_torch
 from paretune.tasks.base import Task
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.types import Objectives, Prompt
 

@@ -112,7 +112,7 @@ def ours(checkpointing: bool, folder: Path) -> int:
     from decode import fresh
     from paretune.registry import describe
     from paretune.tasks.base import Task
-    from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.learners.policy_gradient import PolicyGradient
     from paretune.training.spec import TrainSpec
     from paretune.types import Objectives, Prompt
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from common import emit
 from paretune.registry import describe
 from paretune.runs.suite import fit
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.processes import joined, launched
 from paretune.training.spec import TrainSpec
 

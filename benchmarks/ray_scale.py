@@ -29,10 +29,10 @@ from typing import Any
 
 from common import emit
 from paretune.registry import TASKS, describe
-from paretune.runs import ray as ray_cluster
 from paretune.runs.display import Display
+from paretune.runs.executors import ray as ray_cluster
+from paretune.runs.executors.ray import Ray, RayWorkers
 from paretune.runs.plan import Member, Schedule
-from paretune.runs.ray import Ray, RayWorkers
 from paretune.runs.store import Store
 from paretune.seeds import generator
 from paretune.training.spec import Artifact, TrainSpec

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from common import emit
 from paretune.registry import describe
+from paretune.runs.executors.ray import Ray, RayWorkers
 from paretune.runs.jobs import train_job
-from paretune.runs.ray import Ray, RayWorkers
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.exact import ExactGradient
+from paretune.training.learners.exact import ExactGradient
 from paretune.training.spec import TrainSpec
 
 

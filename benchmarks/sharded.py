@@ -71,7 +71,7 @@ def train(folder: Path, sharded: bool, size: str, work: Path) -> dict[str, int]:
     from paretune.registry import describe
     from paretune.tasks.base import Task
     from paretune.tasks.pretrained import load_pretrained
-    from paretune.training.policy_gradient import PolicyGradient
+    from paretune.training.learners.policy_gradient import PolicyGradient
     from paretune.training.processes import joined, launched
     from paretune.training.spec import TrainSpec
     from paretune.types import Objectives, Prompt

@@ -43,7 +43,7 @@ from paretune.registry import describe
 from paretune.seeds import forked_torch, generator
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import load_pretrained
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.types import Objectives, Prompt
 

@@ -34,7 +34,7 @@ import numpy as np
 from common import emit
 from paretune.evaluation.evaluate import compare, evaluate
 from paretune.policy.family import Family
-from paretune.runs.recipe import Recipe, load_recipe
+from paretune.runs.recipes.recipe import Recipe, load_recipe
 from paretune.runs.suite import fit
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "smollm2"

@@ -24,7 +24,7 @@ from common import emit
 from paretune.evaluation.evaluate import evaluate
 from paretune.registry import TASKS
 from paretune.runs.suite import fit
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from smollm_family import OBJECTIVES, example
 
 RATES = (1 / 25, 1 / 5, 1 / 2, 1, 2)

@@ -34,7 +34,7 @@ from paretune.registry import describe
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import load_pretrained
 from paretune.training.batch import draw
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.rollouts import OwnServer
 from paretune.training.spec import TrainSpec
 from paretune.types import Objectives, Prompt

@@ -76,7 +76,7 @@ class Ground:
 
 def ground(folder: Path) -> Ground:
     """Made once, before any worker is forked."""
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     recipe = load_recipe(write_recipe(folder / "ground", tiny_model()))
     METHODS.build("uniform")
@@ -773,7 +773,7 @@ def _config(key: str, value: Any, folder: Path, where: Ground) -> Any:
 
 
 def _loaded(folder: Path, model: Path) -> Any:
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     return load_recipe(write_recipe(folder, model)).task.load()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from paretune.errors import ParetuneError
 from paretune.registry import load_plugin
-from paretune.runs.ray import Ray
+from paretune.runs.executors.ray import Ray
 from paretune.runs.suite import run_suite
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from paretune.seeds import generator
 from paretune.training import advantages as aggregation
 from paretune.training.advantages import AGGREGATIONS, advantages, aggregate_advantages
 from paretune.training.combine import Combine
-from paretune.training.exact import ExactGradient, aggregated, enumerated
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, aggregated, enumerated
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 NAN = np.nan
 ALL = [*({"name": name} for name in AGGREGATIONS), {"name": "gd2po", "form": "snr", "tau": 0.6}]

@@ -15,9 +15,9 @@ from paretune.policy.returns import ExactReturns
 from paretune.registry import TASKS, describe
 from paretune.tasks.preferences import judged_preferences
 from paretune.training.batch import preferences
-from paretune.training.exact import ExactGradient
-from paretune.training.learner import annealed
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.base import annealed
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import Artifact
 
 

@@ -12,7 +12,7 @@ from paretune.cli import app
 from paretune.errors import ConfigError, RewardError, nearest
 from paretune.objectives.functions import load_function
 from paretune.registry import describe
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.training.spec import TrainSpec
 from paretune.types import Objectives, Preference
 from recipe_files import tiny_model, write_recipe

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from paretune.errors import ConfigError
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from recipe_files import tiny_model, write_lines, write_recipe
 
 

@@ -6,7 +6,7 @@ import torch
 
 from learner_cases import SMALL, TASK, moved, spec_of
 from paretune.training.batch import draw, prompt_order
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 
 def test_prompts_come_round_in_a_seeded_order():

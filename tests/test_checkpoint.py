@@ -6,7 +6,7 @@ from learner_cases import SMALL, TASK, killed, log_of, spec_of, weights
 from paretune.errors import TrainingError
 from paretune.runs.display import progress_text
 from paretune.training.cost import TIMED, read_cost
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ import pytest
 
 from bench_fixture import Bench, alive, all_gone, children, fakes_loaded, kill, results
 from paretune.errors import BusyError, RewardError, StoreError
+from paretune.runs.executors.local import Workers, main
 from paretune.runs.jobs import run_job, train_job
-from paretune.runs.local import Workers, main
 from paretune.runs.plan import next_wave
 from paretune.runs.store import ARTIFACTS, CELLS
 from paretune.runs.suite import fit, load_suite, members_of, run_suite
@@ -190,7 +190,7 @@ def test_a_job_runs_by_hand(bench, tmp_path):
     (member,) = members_of(*load_suite(ONE))
     specs = next_wave(member)
     jobs = [train_job(bench.store, spec) for spec in specs.values()]
-    command = [sys.executable, "-m", "paretune.runs.local", str(jobs[0].path)]
+    command = [sys.executable, "-m", "paretune.runs.executors.local", str(jobs[0].path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert bench.store.published(ARTIFACTS) == [jobs[0].key]

@@ -26,9 +26,9 @@ from paretune.policy.self_test import check_model
 from paretune.registry import METHODS
 from paretune.tasks.base import first_device
 from paretune.testing.methods import quick_learner, train_plan
-from paretune.training.exact import ExactGradient
-from paretune.training.modpo import Modpo
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.modpo import Modpo
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 SAMPLED = {**SMALL, "samples": 32, "device": "cuda"}
 EXACT = {"rank": 2, "alpha": 4, "steps": 2, "device": "cuda"}

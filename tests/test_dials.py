@@ -22,8 +22,8 @@ from paretune.tasks.exact.rewards import (
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing import check_task
 from paretune.training.batch import draw
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.types import Prompt
 

@@ -14,8 +14,8 @@ from paretune.policy.rules import StudentRule
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.seeds import forked_torch
 from paretune.testing.methods import quick_learner, train_plan
-from paretune.training.distill import Distillation, mixture_kl
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.distill import Distillation, mixture_kl
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 
 def test_the_weighted_sum_over_teachers_is_the_kl_to_their_mixture_and_a_constant():

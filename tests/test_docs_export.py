@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from paretune.cli import app
 from paretune.policy.base import MIXINGS
 from paretune.registry import METHODS
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.serve.model_card import VLLM_RANKS
 from recipe_files import tiny_model, write_recipe
 

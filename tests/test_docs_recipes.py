@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from judge_server import JudgeServer, verdict
 from paretune.cli import app
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from recipe_files import tiny_model, write_lines
 from tiny_rewards import bert, causal, gpt2_reward
 

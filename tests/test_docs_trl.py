@@ -9,8 +9,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from paretune.registry import LEARNERS, METHODS
-from paretune.runs import launch
 from paretune.runs.config import load
+from paretune.runs.executors import launch
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.testing.methods import quick_task
 from paretune.training.trl import learner as engine

@@ -18,10 +18,10 @@ from paretune.errors import ConfigError, RewardError
 from paretune.registry import LEARNERS, METHODS
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner
-from paretune.training.batch import draw_step
 from paretune.training.cost import TIMED, read_cost
-from paretune.training.modpo import Modpo, modpo_loss
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.base import draw_step
+from paretune.training.learners.modpo import Modpo, modpo_loss
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.trl.dpo import TrlModpo, _collate
 from paretune.training.trl.learner import Trl
 from processes import alone

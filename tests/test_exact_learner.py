@@ -15,9 +15,9 @@ from paretune.policy.returns import ExactReturns
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.exact import ExactGradient, enumerated_returns
-from paretune.training.learner import Run
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, enumerated_returns
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop.run import Run
 from paretune.training.spec import TrainSpec
 
 TASK = ExactTask(rho=-0.8, seed=3, alphabet=3, length=3, prompt_count=2, width=32)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from paretune.cli import app
 from paretune.objectives import verifiable
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from recipe_files import tiny_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "reasoning"

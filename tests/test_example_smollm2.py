@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from gguf_files import tiny, write_gguf
 from paretune.cli import app
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from tiny_rewards import bert
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "smollm2"

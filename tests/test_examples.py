@@ -10,7 +10,7 @@ from paretune import Family, fit
 from paretune.cli import app
 from paretune.objectives.functions import load_function
 from paretune.registry import OBJECTIVES
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from recipe_files import EXAMPLE, example_module
 
 SHORT = ["learner.samples=1280", "learner.batch=32", "learner.lr=4e-3", "learner.rank=8", "max_new_tokens=24"]

@@ -24,7 +24,7 @@ from paretune.registry import GATE_RULES, METHODS
 from paretune.report.page import sensitivity_table, token_table, visible, write_explanation
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_learner, train_plan
-from paretune.training.exact import enumerated_returns
+from paretune.training.learners.exact import enumerated_returns
 from paretune.types import Objectives
 from tiny_models import dense_soup, llama, peft_logits, some_ids, write_adapters
 

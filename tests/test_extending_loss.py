@@ -16,8 +16,8 @@ from paretune.registry import LEARNERS, PLUGIN, describe, load_plugin
 from paretune.testing.losses import check_loss
 from paretune.testing.methods import quick_task
 from paretune.testing.objectives import ConformanceError
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import Artifact
 
 EXAMPLE = '''\
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from paretune.registry import LEARNERS
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 
 @LEARNERS.register("awr")

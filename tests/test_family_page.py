@@ -13,7 +13,7 @@ from paretune.cli import app
 from paretune.errors import StoreError
 from paretune.files import sealed
 from paretune.report.family import UNTRAINED, Fitted, findings_of, front_picture, load_fitted, measured_table, write_fitted
-from paretune.runs.measured import MEASURED, measured_at, read_measured, said_of
+from paretune.runs.recipes.measured import MEASURED, measured_at, read_measured, said_of
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.types import key_of
 from report_cells import check_view

@@ -17,7 +17,7 @@ from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.hub import content_of, is_local
 from paretune.registry import OBJECTIVES
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.serve.export import export
 from paretune.tasks.pretrained import context_length, load_pretrained
 from recipe_files import write_recipe

@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 
 from paretune.policy.mixing.parameter import ParameterMix, ReferencePolicy
 from paretune.policy.mixing.predictions import LogitMix
-from paretune.training.embedded import EmbeddedLearner
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.embedded import EmbeddedLearner
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sampling", "reference", "forward", "backward", "optimizer", "bound")

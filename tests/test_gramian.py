@@ -8,8 +8,8 @@ import torch
 
 from paretune.errors import ConfigError
 from paretune.seeds import forked_torch, generator
-from paretune.training import gradients as gramian
-from paretune.training.gradients import AGGREGATORS, aggregate, check_aggregator
+from paretune.training.weightings import gramian
+from paretune.training.weightings.gramian import AGGREGATORS, aggregate, check_aggregator
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 EQUAL = np.full(3, 1 / 3)

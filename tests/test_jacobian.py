@@ -10,9 +10,10 @@ from learner_cases import SMALL, TASK, flat, moved, spec_of
 from paretune.errors import ConfigError, TrainingError
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.exact import ExactGradient, enumerated_returns
-from paretune.training.gradients import aggregate, autograd_jacobian, response_jacobian
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, enumerated_returns
+from paretune.training.learners.jacobian import autograd_jacobian, response_jacobian
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.weightings.gramian import aggregate
 from test_learner import Letters
 
 THREE = ExactTask(alphabet=3, length=3, prompt_count=3, width=16, layers=2, objective_count=3, rho=0.0)

@@ -11,14 +11,14 @@ import torch
 
 from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, TASKS, describe, load_plugin
+from paretune.runs.executors.local import Workers
 from paretune.runs.jobs import train_job
-from paretune.runs.local import Workers
 from paretune.runs.store import Store
 from paretune.tasks import base
 from paretune.tasks.base import keep_reference, reference
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 
 TASK = ExactTask(rho=-0.8, seed=3, alphabet=3, length=3, prompt_count=2, width=32)

@@ -19,9 +19,10 @@ from paretune.seeds import forked_torch, generator
 from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.cost import read_cost
-from paretune.training.exact import enumerated_returns
-from paretune.training.learner import Run, converged
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.base import converged
+from paretune.training.learners.exact import enumerated_returns
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop.run import Run
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Objectives, Prompt
 
@@ -130,7 +131,7 @@ def test_out_of_memory_says_which_knob(found, monkeypatch):
     def fail(*_, **__):
         raise found
 
-    monkeypatch.setattr("paretune.training.embedded.draw_step", fail)
+    monkeypatch.setattr("paretune.training.learners.embedded.draw_step", fail)
     with pytest.raises(TrainingError, match=r"micro_tokens.*checkpointing"):
         learner.collect(policy, TASK, spec, 0)
 

@@ -16,11 +16,11 @@ from paretune.files import write_json
 from paretune.policy.scoring import token_logp
 from paretune.runs.jobs import Tasks, run_job, train_job
 from paretune.runs.store import Store
-from paretune.training.batch import draw_step
-from paretune.training.exact import ExactGradient
-from paretune.training.loss import clipped_share, policy_loss
-from paretune.training.modpo import Modpo
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.base import draw_step
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.loss import clipped_share, policy_loss
+from paretune.training.learners.modpo import Modpo
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 RUNNER = CliRunner()
 

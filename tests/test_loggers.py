@@ -16,9 +16,9 @@ from paretune.runs.config import load
 from paretune.runs.jobs import Tasks, run_job, train_job
 from paretune.runs.store import Store
 from paretune.runs.suite import fit
-from paretune.training.embedded import EmbeddedLearner
-from paretune.training.loggers import LOGGERS, Logger, Reporter, figures_of, named_loggers
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.embedded import EmbeddedLearner
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop.loggers import LOGGERS, Logger, Reporter, figures_of, named_loggers
 
 LEARNER = PolicyGradient(**SMALL, log_samples=2, log_samples_every=2)
 

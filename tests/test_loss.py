@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paretune.seeds import forked_torch
-from paretune.training.loss import kl_terms, policy_loss
+from paretune.training.learners.loss import kl_terms, policy_loss
 
 with forked_torch(3):
     THETA = torch.randn(7, dtype=torch.float64)

@@ -13,11 +13,11 @@ from paretune.policy.lora.bank import LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.returns import ExactReturns
 from paretune.registry import describe
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.tasks.exact.task import RepresentableTask
-from paretune.training.exact import ExactGradient
-from paretune.training.modelled import FILE, RewardModel
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.modelled import FILE, RewardModel
+from paretune.training.learners.policy_gradient import PolicyGradient
 from recipe_files import tiny_model, write_lines, write_recipe
 
 TASK = RepresentableTask(alphabet=4, length=2, width=32, layers=1, rho=-0.5, seed=1, prompt_count=12, test_count=12, shared=2, ceiling=0.0)

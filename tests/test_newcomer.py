@@ -19,7 +19,7 @@ from paretune.cli import app
 from paretune.cli.catalog import KINDS
 from paretune.cli.recipes import recipe_schema
 from paretune.registry import LEARNERS, METHODS, OBJECTIVES, describe
-from paretune.runs.recipe import load_recipe, mistakes
+from paretune.runs.recipes.recipe import load_recipe, mistakes
 from paretune.runs.suite import load_suite, members_of, run_suite
 from recipe_files import tiny_model, write_lines, write_recipe
 

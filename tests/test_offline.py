@@ -19,9 +19,9 @@ from paretune.seeds import forked_torch
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import check_method, quick_learner, quick_task
 from paretune.training.batch import draw
-from paretune.training.embedded import EmbeddedLearner
-from paretune.training.modpo import Modpo, compared, modpo_loss
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.embedded import EmbeddedLearner
+from paretune.training.learners.modpo import Modpo, compared, modpo_loss
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 TINY = ExactTask(alphabet=3, length=2, prompt_count=2, width=16, layers=1)
 SMALL = {"rank": 2, "alpha": 4, "samples": 64, "batch": 16, "group": 4}

@@ -10,8 +10,8 @@ from paretune.errors import ConfigError
 from paretune.evaluation.relations import _across, _cosines, _jackknife, _spec, probe
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.exact import ExactGradient, enumerated_returns
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, enumerated_returns
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 TINY = {"alphabet": 5, "length": 3, "prompt_count": 4, "width": 32, "layers": 1}
 LEARNER = PolicyGradient(rank=8, batch=128, samples=128)

@@ -20,13 +20,15 @@ from learner_cases import SMALL, TASK, W, flat, log_of, moved, spec_of
 from paretune.errors import ConfigError, RewardError
 from paretune.objectives.base import refuse_unscored
 from paretune.registry import LEARNERS, METHODS, describe
-from paretune.runs import jobs, launch
+from paretune.runs import jobs
+from paretune.runs.executors import launch
 from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
-from paretune.training import checkpoint, processes
+from paretune.training import processes
 from paretune.training.cost import TIMED, read_cost
-from paretune.training.modpo import Modpo
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.modpo import Modpo
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop import checkpoint
 from paretune.training.processes import joined, launched, ranks
 from paretune.training.spec import Artifact
 from paretune.types import Objectives
@@ -312,7 +314,7 @@ def test_launched_processes_publish_once(tmp_path):
 LEFT = """
 import os, sys
 from pathlib import Path
-from paretune.runs import launch
+from paretune.runs.executors import launch
 launch.launch(Path(sys.argv[1]))
 names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
 print("left:", [name for name in names if "gloo" in name])

@@ -15,8 +15,8 @@ from paretune.progress import Heartbeat, State, clock, counted, during, heard, i
 from paretune.registry import METHODS
 from paretune.runs.forecast import Chain, Expected, Forecast, expected, foreseen
 from paretune.runs.suite import fit
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from recipe_files import tiny_model, write_recipe
 
 
@@ -175,7 +175,7 @@ def test_what_is_left_of_a_bridge_is_known_while_its_experts_train(tmp_path, cap
 
 def test_nothing_of_other_libraries_is_seen_in_a_notebook(tmp_path, capfd):
     """No bar and no warning while a model is loaded, adapted, trained and saved."""
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     recipe = load_recipe(write_recipe(tmp_path, tiny_model(), learner={"name": "pg", "samples": 8, "batch": 8, "group": 4, "rank": 2}))
     capfd.readouterr()  # of making the model

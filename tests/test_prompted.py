@@ -20,7 +20,7 @@ from paretune.registry import METHODS
 from paretune.report.page import token_table, write_explanation
 from paretune.seeds import forked_torch, generator
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 
 W_NM = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.4, 0.6], [0.0, 1.0]])
 

@@ -24,7 +24,7 @@ from paretune.policy.lora.decoder import stacked_share
 from paretune.policy.lora.linear import base_weight, is_quantized, numbers
 from paretune.policy.self_test import check_model
 from paretune.registry import METHODS, describe
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.runs.suite import fit
 from paretune.tasks import pretrained
 from paretune.tasks.pretrained import keep_layout, load_pretrained

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from bench_fixture import Bench, all_gone, children, fakes_loaded, kill, results
 from paretune.cli import app
 from paretune.errors import ConfigError, StoreError, TrainingError
-from paretune.runs import ray as ray_cluster
 from paretune.runs.display import Display
+from paretune.runs.executors import ray as ray_cluster
+from paretune.runs.executors.ray import Ray, RayWorkers, Remote
 from paretune.runs.jobs import CELL, Job, train_job
 from paretune.runs.plan import next_wave
-from paretune.runs.ray import Ray, RayWorkers, Remote
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import fit, load_suite, members_of, run_suite
 from test_cli import COMMANDS
@@ -313,7 +313,7 @@ def test_a_machine_that_cannot_do_the_jobs_says_why(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "logs" / "ray.json").write_text("t")
     said = Remote().begin({**hello, "plugins": [str(tmp_path / "plugin.py")]})
     assert said["rule"] == "every machine sees the plugins"
-    monkeypatch.setitem(sys.modules, "paretune.runs.ray", None)
+    monkeypatch.setitem(sys.modules, "paretune.runs.executors.ray", None)
     said = ray_cluster._worker()().begin(hello)
     assert said["rule"] == "Paretune is installed on every machine of the cluster"
 
@@ -333,7 +333,7 @@ def test_a_job_that_a_lost_machine_still_works_on_is_left_alone(bench, monkeypat
 @pytest.mark.parametrize(("address", "why"), [("nonsense", "neither local, auto"), ("ray://host", "neither"), ("127.0.0.1:1", "refused")])
 def test_a_cluster_that_does_not_answer_is_refused(address, why, quiet, tmp_path):
     """In a process of its own: this one may be connected."""
-    code = "import sys; from paretune.runs.ray import _init; from paretune.errors import ParetuneError\n"
+    code = "import sys; from paretune.runs.executors.ray import _init; from paretune.errors import ParetuneError\n"
     code += "try: _init(sys.argv[1])\nexcept ParetuneError as error: print(error); sys.exit(error.exit_code)"
     env = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=120, env=env)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from paretune.registry import describe
+from paretune.runs.executors.pool import InProcess
+from paretune.runs.executors.ray import Ray, RayWorkers, _shared
 from paretune.runs.jobs import train_job
-from paretune.runs.pool import InProcess
-from paretune.runs.ray import Ray, RayWorkers, _shared
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.tasks.exact.task import ExactTask
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 
 ray = pytest.importorskip("ray")

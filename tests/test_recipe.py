@@ -14,7 +14,7 @@ from paretune.cli import app
 from paretune.errors import ConfigError
 from paretune.policy.family import Family
 from paretune.registry import METHODS, TASKS, describe
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.tasks.pretrained import content_of, load_pretrained, load_tokenizer
 from paretune.tasks.prompts import PromptSource
 from paretune.training.spec import TrainSpec

@@ -20,12 +20,12 @@ from paretune.policy.scoring import token_logp
 from paretune.registry import LEARNERS, describe, unkeyed
 from paretune.tasks.exact.task import ExactTask
 from paretune.training import processes, rollouts
-from paretune.training.batch import draw_step
 from paretune.training.cost import TIMED
-from paretune.training.distill import Distillation
-from paretune.training.exact import enumerated_returns
-from paretune.training.modpo import Modpo
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.base import draw_step
+from paretune.training.learners.distill import Distillation
+from paretune.training.learners.exact import enumerated_returns
+from paretune.training.learners.modpo import Modpo
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.rollouts import importance_weights, unpack, write_policy
 from vllm_server import VllmServer
 

@@ -23,14 +23,14 @@ from paretune.policy.rollout import decode
 from paretune.policy.scoring import token_logp
 from paretune.policy.self_test import paths
 from paretune.registry import describe
+from paretune.runs.executors.launch import launch
 from paretune.runs.jobs import train_job
-from paretune.runs.launch import launch
 from paretune.runs.store import Store
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.pretrained import load_pretrained, loaded_in_shares
-from paretune.training import embedded
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners import embedded
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.processes import joined, launched
 from paretune.training.spec import TrainSpec
 from processes import together

@@ -7,8 +7,8 @@ from paretune.errors import ConfigError
 from paretune.methods.sweep import Gradient
 from paretune.registry import METHODS
 from paretune.testing.methods import check_method, quick_learner, quick_task
-from paretune.training.gradients import AGGREGATORS
 from paretune.training.weightings.adaptive import GradientLevel
+from paretune.training.weightings.gramian import AGGREGATORS
 
 TINY = {"alphabet": 3, "length": 2, "prompt_count": 2, "width": 16}
 TASKS = {2: quick_task(**TINY), 3: quick_task(**TINY, objective_count=3, rho=-0.2)}

@@ -17,19 +17,19 @@ from paretune.evaluation.evaluate import evaluate
 from paretune.objectives.terms import Course, Terms, When, brief
 from paretune.objectives.utilities import Constrained, Landmarks
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
-from paretune.runs.preview import preview
-from paretune.runs.recipe import load_recipe, mistakes
+from paretune.runs.recipes.preview import preview
+from paretune.runs.recipes.recipe import load_recipe, mistakes
 from paretune.runs.suite import fit, load_suite, members_of
 from paretune.seeds import generator
 from paretune.tasks.exact.task import ExactTask
 from paretune.testing.tasks import check_task
 from paretune.training.combine import Combine
-from paretune.training.exact import ExactGradient
-from paretune.training.learner import Run
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop.run import Run
+from paretune.training.loop.watch import warnings_of
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.reward import MultiObjectiveReward
-from paretune.training.watch import warnings_of
 from paretune.training.weightings.base import WEIGHTINGS, StepContext
 from paretune.types import Objectives, key_of
 from recipe_files import tiny_model, write_recipe

@@ -17,7 +17,7 @@ from paretune.tasks.exact.task import ExactTask
 from paretune.testing import ConformanceError, check_method, check_objective, check_task, quick_task
 from paretune.testing import methods as testing
 from paretune.training.cost import Cost
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,15 @@ from paretune.errors import ConfigError, RewardError, TrainingError
 from paretune.policy.base import build_mixing
 from paretune.policy.lora.bank import LoraBank
 from paretune.registry import LEARNERS, METHODS, describe
-from paretune.runs import launch
+from paretune.runs.executors import launch
 from paretune.runs.jobs import train_job
 from paretune.runs.store import Store
 from paretune.tasks.exact.task import ExactTask
 from paretune.training.advantages import advantages
 from paretune.training.batch import prompt_order
 from paretune.training.cost import TIMED, read_cost
-from paretune.training.exact import ExactGradient, enumerated
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, enumerated
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.training.trl import learner as engine
 from paretune.training.trl.learner import Trl

@@ -25,7 +25,7 @@ from paretune.registry import METHODS, TASKS, describe
 from paretune.report.tables import Column, Table
 from paretune.runs.display import Lines
 from paretune.runs.jobs import failure
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.tasks.pretrained import load_pretrained, load_tokenizer
 from paretune.tasks.prompts import chat_text
 from paretune.types import Objectives

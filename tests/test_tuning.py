@@ -19,7 +19,7 @@ from paretune.cli import app
 from paretune.errors import BusyError, ConfigError, ParetuneError, RewardError, StoreError, TrainingError
 from paretune.evaluation import evaluate as evaluation
 from paretune.runs import tune as tuning
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import load_suite
 from paretune.runs.tune import _Score, _Scores, read_plan, tune, validation_preferences

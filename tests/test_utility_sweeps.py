@@ -14,7 +14,7 @@ from paretune.registry import METHODS
 from paretune.tasks.exact.optimum import landmarks
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
 from paretune.training.combine import Combine
-from paretune.training.exact import ExactGradient
+from paretune.training.learners.exact import ExactGradient
 from paretune.types import Objectives
 
 CLIMBING = ("tchebycheff", "log-sum", "max-min", "lagrangian", "product")

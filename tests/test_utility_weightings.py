@@ -15,8 +15,8 @@ from paretune.objectives.utilities import Constrained, LogSum, MaxMin, Tchebyche
 from paretune.registry import describe
 from paretune.tasks.exact.optimum import landmarks, optimum
 from paretune.training.combine import Combine
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.weightings.adaptive import Climb, Multipliers
 from paretune.training.weightings.base import StepContext
 

@@ -12,9 +12,9 @@ from paretune.errors import RewardError
 from paretune.tasks.exact.task import ExactTask
 from paretune.training import batch
 from paretune.training.cost import read_cost
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
+from paretune.training.loop.watch import KL_ROSE, guard_slack, guarded, named_means, warnings_of
 from paretune.training.spec import Artifact
-from paretune.training.watch import KL_ROSE, guard_slack, guarded, named_means, warnings_of
 from paretune.types import Objectives
 
 LOOKED = {**SMALL, "samples": 160, "validate_every": 2, "look_samples": 64, "schedule": "constant", "log_every": 1}
@@ -389,7 +389,7 @@ def test_means_and_changes_leave_out_what_was_not_scored():
 
 def test_the_learning_rate_is_halved_where_kl_rises_for_nothing(tmp_path, monkeypatch):
     """Once every three records; the sentence is said once."""
-    from paretune.training import embedded
+    from paretune.training.learners import embedded
 
     monkeypatch.setattr(embedded, "warnings_of", lambda *_, **__: {KL_ROSE: "rises"})
     learner = PolicyGradient(**LOOKED)

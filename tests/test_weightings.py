@@ -11,8 +11,8 @@ from learner_cases import SMALL, TASK, log_of, spec_of, weights, whole_and_cut
 from paretune.errors import ConfigError
 from paretune.seeds import generator
 from paretune.training.advantages import group_covariance
-from paretune.training.exact import ExactGradient
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.weightings.base import Balanced, Fixed, StepContext
 
 

@@ -53,13 +53,16 @@ DRAWN = ("bridge", "linear", "experts parameter", "experts logit", "emorl-shared
 
 
 def house() -> str:
-    """The rooms with their size and what they import, as a table."""
+    """The rooms with their size and what they import, as a table; under each the rooms inside it."""
     arrows = _arrows()
-    lines = ["| room | what it holds | files | imports |", "|---|---|---:|---|"]
+    lines = ["| room | what it holds | files | imports, of other rooms |", "|---|---|---:|---|"]
     for room in _ordered():
         files = len(list((SOURCE / room).rglob("*.py")))
         others = ", ".join(f"`{other}`" for other in _ordered() if other in arrows[room])
         lines.append(f"| `{room}` | {_about(room)} | {files} | {others} |")
+        for inner in sorted(path.parent for path in (SOURCE / room).glob("*/__init__.py")):
+            name = inner.relative_to(SOURCE).as_posix()
+            lines.append(f"| `{name}` | {_about(name)} | {len(list(inner.glob('*.py')))} | |")
     beside = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__") and path.stem != "launch")
     return "\n".join(lines) + f"\n\nBeside the rooms stand {', '.join(f'`{name}`' for name in beside)}, which any room may import.\n"
 

@@ -7,7 +7,7 @@ import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: its stack traces of closed connections hide what process 0 says
 
-from paretune.runs.launch import main
+from paretune.runs.executors.launch import main
 
 __all__ = ["main"]
 

@@ -214,7 +214,7 @@ def _changed(given: Any, built: Any) -> tuple[Any, ...] | None:
 
 TASKS = Registry("task", "paretune.tasks", "paretune.tasks.exact", "paretune.tasks.reflection")
 OBJECTIVES = Registry("objective", "paretune.objectives", "paretune.tasks.reflection")
-LEARNERS = Registry("learner", "paretune.training", "paretune.training.trl")
+LEARNERS = Registry("learner", "paretune.training.learners", "paretune.training.trl")
 GATE_RULES = Registry("gate rule", "paretune.policy")
 METHODS = Registry("method", "paretune.methods")
 

@@ -26,7 +26,7 @@ from paretune.seeds import generator
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import load_pretrained
 from paretune.training import rollouts
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.types import Objectives, Prompt
 from vllm_families import saved

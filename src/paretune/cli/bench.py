@@ -151,7 +151,7 @@ def compare(
 ) -> None:
     """Run several methods on a recipe's model, prompts and objectives, then write the report."""
     from paretune.runs.config import load, parse
-    from paretune.runs.recipe import refuse_suite
+    from paretune.runs.recipes.recipe import refuse_suite
 
     plug(plugin)
     refuse_suite(load(recipe).data, recipe)  # here, before anything large is imported
@@ -176,7 +176,7 @@ def _bench(
 ) -> None:
     from paretune.cli.catalog import suite_path
     from paretune.runs.config import load
-    from paretune.runs.recipe import refuse_recipe
+    from paretune.runs.recipes.recipe import refuse_recipe
 
     given = suite_path(suite) if isinstance(suite, str) else suite
     if isinstance(given, Path):

@@ -23,7 +23,7 @@ from paretune.registry import not_plain
 
 if TYPE_CHECKING:
     from paretune.report.tables import Table
-    from paretune.runs.ray import Ray
+    from paretune.runs.executors.ray import Ray
 
 __all__ = [
     *("DryRun", "Json", "OnDevice", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
@@ -148,7 +148,7 @@ def on_ray(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
-    from paretune.runs.ray import Ray
+    from paretune.runs.executors.ray import Ray
 
     if executor == "ray":
         env = tuple(given.pop("pass_env", ()))

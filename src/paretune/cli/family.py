@@ -42,7 +42,7 @@ from paretune.types import Preference as Weights
 if TYPE_CHECKING:
     from paretune.policy.family import Family
     from paretune.runs.estimate import Estimate
-    from paretune.runs.recipe import Recipe
+    from paretune.runs.recipes.recipe import Recipe
     from paretune.tasks.base import Task
 
 __all__ = ["Base", "FamilyName", "PromptFile", "Raw", "System", "explain", "export", "fit", "requests_of", "sample", "task_that_scores"]
@@ -75,12 +75,12 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit one method to your model, prompts and objectives; the result is a policy family on disk."""
-    from paretune.runs.recipe import load_recipe, unused
+    from paretune.runs.recipes.recipe import load_recipe, unused
 
     plug(plugin)
     plan = load_recipe(recipe, overrides or [])
     from paretune.policy.family import Family
-    from paretune.runs.measured import measure, measured_at
+    from paretune.runs.recipes.measured import measure, measured_at
     from paretune.runs.suite import fit as fit_family
 
     folder, key = _family_folder(plan)
@@ -314,7 +314,7 @@ def _family_folder(plan: Recipe) -> tuple[Path, str]:
 
 def _estimated(plan: Recipe, samples: int, workers: int, *, rate: bool) -> Estimate:
     from paretune.runs.estimate import estimate
-    from paretune.runs.measured import measured_at
+    from paretune.runs.recipes.measured import measured_at
 
     return estimate(plan, preferences=len(measured_at(plan)), samples=samples, workers=workers, rate=rate)
 
@@ -375,7 +375,7 @@ def _even_weights(names: Sequence[str]) -> str:
 def task_that_scores(family: Family, recipe: Path | None, trust: bool) -> Task | None:
     """The task that can score responses: named in the family, or of the recipe."""
     from paretune.policy.family import task_of
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     if recipe is None:
         return task_of(family.base, trust=trust)

@@ -64,7 +64,7 @@ class _Training:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        from paretune.training.loggers import read_log
+        from paretune.training.loop.loggers import read_log
 
         return read_log(self.folder)
 
@@ -196,7 +196,7 @@ def _plot(records: Sequence[Mapping[str, Any]]) -> None:
 
     from paretune.errors import printable
     from paretune.report.terminal import console
-    from paretune.training.loggers import figures_of
+    from paretune.training.loop.loggers import figures_of
 
     lines = [{**figures_of(record), **_looked(record)} for record in records]
     names = [name for name in dict.fromkeys(name for line in lines for name in line) if name not in ("seconds", "samples", "tokens")]
@@ -217,7 +217,7 @@ def _plot(records: Sequence[Mapping[str, Any]]) -> None:
 
 def _looked(record: Mapping[str, Any]) -> dict[str, float]:
     """The newest look at validation prompts of a record."""
-    from paretune.training.loggers import figures_of
+    from paretune.training.loop.loggers import figures_of
 
     looks = record.get("looks") or [{}]
     return figures_of({"look": {name: value for name, value in looks[-1].items() if name != "step"}})

@@ -90,7 +90,7 @@ def normalize(
 ) -> None:
     """Measure what `normalize:` of a reward model needs: the mean and deviation of its scores, on training prompts."""
     from paretune.objectives.models import RewardModel, measure
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     plug(plugin)
     task = load_recipe(recipe, overrides or []).task
@@ -119,12 +119,12 @@ def _target(target: str, overrides: list[str]) -> tuple[Task, Any]:
     """The task, and a recipe's learner where it is the embedded one."""
     from paretune.registry import TASKS
     from paretune.runs.config import Document
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     name, *more = target.split() or [""]
     if Path(target).suffix.lower() in (".yaml", ".yml") or Path(target).is_file():
         recipe = load_recipe(target, overrides)
-        from paretune.training.policy_gradient import PolicyGradient
+        from paretune.training.learners.policy_gradient import PolicyGradient
 
         return recipe.task, recipe.learner if isinstance(recipe.learner, PolicyGradient) else None
     if name == "recipe":

@@ -16,7 +16,7 @@ from paretune.errors import ConfigError
 from paretune.files import disk_errors, write_text
 
 if TYPE_CHECKING:
-    from paretune.runs.preview import Preview
+    from paretune.runs.recipes.preview import Preview
 
 __all__ = ["init", "preview", "schema"]
 
@@ -32,8 +32,8 @@ def init(
     check_writable(out, "--out")
     if out.exists():
         raise ConfigError("a recipe that is there is not replaced", found=f"{out} exists", remedy="give another --out, or remove it")
-    from paretune.runs.recipe import load_recipe
-    from paretune.runs.start import propose
+    from paretune.runs.recipes.recipe import load_recipe
+    from paretune.runs.recipes.start import propose
 
     with contextlib.redirect_stdout(sys.stderr):
         proposed = propose(model, prompts, out)
@@ -67,7 +67,7 @@ def preview(
 
     plug(plugin)
     load(recipe, overrides or [], short={"prompts": "path"})  # refused here, before anything large is imported
-    from paretune.runs.recipe import load_recipe, mistakes
+    from paretune.runs.recipes.recipe import load_recipe, mistakes
 
     if wrong := mistakes(recipe, overrides or []):
         for error in wrong[:-1]:
@@ -75,7 +75,7 @@ def preview(
         if len(wrong) > 1:
             say(f"{len(wrong)} mistakes in {recipe}, the last of them:")
         raise wrong[-1]
-    from paretune.runs.preview import preview as look
+    from paretune.runs.recipes.preview import preview as look
 
     with contextlib.redirect_stdout(sys.stderr):
         found = look(load_recipe(recipe, overrides or []), prompts=prompts, samples=n)
@@ -128,7 +128,7 @@ def schema(
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a recipe, from the classes that read it; what is said of a field is the comment beside it."""
     from paretune.registry import LEARNERS, METHODS, OBJECTIVES
-    from paretune.runs.recipe import FOLDER_NAME, NEEDED, TASK_KEYS
+    from paretune.runs.recipes.recipe import FOLDER_NAME, NEEDED, TASK_KEYS
     from paretune.tasks.prompts import PromptSource
     from paretune.tasks.recipe import RecipeTask
 

@@ -125,7 +125,7 @@ def _tasks(recipes: Sequence[Path], families: Sequence[Path]) -> list[Task]:
     """The tasks of the recipes; ConfigError for one that has the objectives of none of the families."""
     if not recipes:
         return []
-    from paretune.runs.recipe import load_recipe
+    from paretune.runs.recipes.recipe import load_recipe
 
     served = {tuple(read_card(path)["objectives"]["names"]) for path in families}
     tasks: list[Task] = []

@@ -57,9 +57,9 @@ from paretune.registry import describe
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.rewards import correlations_P, spreads
-from paretune.training.exact import ExactGradient, enumerated_returns
-from paretune.training.loss import policy_loss
-from paretune.training.policy_gradient import PolicyGradient
+from paretune.training.learners.exact import ExactGradient, enumerated_returns
+from paretune.training.learners.loss import policy_loss
+from paretune.training.learners.policy_gradient import PolicyGradient
 from paretune.training.spec import TrainSpec
 from paretune.types import Estimate
 

@@ -19,7 +19,7 @@ from paretune.policy.family import Family
 from paretune.policy.rules import GateRule
 from paretune.registry import describe
 from paretune.tasks.base import Task
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import Balanced, Fixed
 

@@ -20,7 +20,7 @@ from paretune.registry import METHODS
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import sample_preferences
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact
 
 __all__ = ["ContextualBandit", "Learned", "Ridge", "StaticGates", "learn_gates"]

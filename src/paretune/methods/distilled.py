@@ -13,8 +13,8 @@ from paretune.policy.family import Family
 from paretune.policy.rules import Barycentric, BridgeRule, StudentRule
 from paretune.registry import METHODS, describe
 from paretune.tasks.base import Task
-from paretune.training.distill import Distillation
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
+from paretune.training.learners.distill import Distillation
 from paretune.training.spec import Artifact, TrainSpec
 
 __all__ = ["Distilled"]

@@ -22,7 +22,7 @@ from paretune.policy.rules import Searched
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Amount, Cost, Count
 

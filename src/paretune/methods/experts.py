@@ -12,7 +12,7 @@ from paretune.policy.family import Family
 from paretune.policy.rules import Identity
 from paretune.registry import METHODS
 from paretune.tasks.base import Task
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact
 
 __all__ = ["Experts", "HiddenLayer", "MixedExperts", "ModDivergence", "Rmod"]

@@ -12,7 +12,7 @@ from paretune.policy.family import Family
 from paretune.policy.rules import ExtendedRule
 from paretune.registry import METHODS
 from paretune.tasks.base import Task
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Amount
 

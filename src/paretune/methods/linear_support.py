@@ -23,7 +23,7 @@ from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
 from paretune.training.cost import then
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Cost, canonical_json
 

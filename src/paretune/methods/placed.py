@@ -19,7 +19,7 @@ from paretune.registry import METHODS
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Cost
 

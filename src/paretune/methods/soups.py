@@ -15,7 +15,7 @@ from paretune.policy.family import Family
 from paretune.policy.rules import Backbones, rows_of
 from paretune.registry import METHODS
 from paretune.tasks.base import Task
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Amount, Share
 

@@ -23,8 +23,8 @@ from paretune.registry import METHODS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import KEEP_OUT
 from paretune.training.advantages import EXPERIMENTAL
-from paretune.training.learner import Learner
-from paretune.training.modpo import Modpo
+from paretune.training.learners.base import Learner
+from paretune.training.learners.modpo import Modpo
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.trl.dpo import TrlModpo
 from paretune.training.weightings.base import WEIGHTINGS

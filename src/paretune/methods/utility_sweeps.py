@@ -16,7 +16,7 @@ from paretune.objectives import utilities
 from paretune.registry import METHODS, describe
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import refuse_unreachable
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS
 from paretune.types import Amount, Fraction

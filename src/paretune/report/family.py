@@ -24,7 +24,7 @@ from paretune.report.figures import Figure, Plot, padded
 from paretune.report.looks import Look, looks, looks_by_place
 from paretune.report.page import render
 from paretune.report.tables import Column, Table, minus, short_count, signed
-from paretune.runs.measured import read_measured, said_of
+from paretune.runs.recipes.measured import read_measured, said_of
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.cost import LOG
 from paretune.types import Estimate

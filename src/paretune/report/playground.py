@@ -34,7 +34,7 @@ from paretune.report.drawing import template
 from paretune.report.family import Fitted, front_picture
 from paretune.report.looks import COLORS, looks_by_place
 from paretune.report.page import colored
-from paretune.runs.measured import read_measured, said_of
+from paretune.runs.recipes.measured import read_measured, said_of
 from paretune.serve.protocol import Asked, Served, ask, inquire
 from paretune.serve.rows import Piece, Row
 from paretune.types import Preference, spelled

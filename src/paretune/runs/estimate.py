@@ -23,7 +23,7 @@ from paretune.methods.base import training
 from paretune.registry import describe
 from paretune.runs.jobs import training_label
 from paretune.runs.plan import Member, next_wave
-from paretune.runs.recipe import Recipe
+from paretune.runs.recipes.recipe import Recipe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.cost import read_cost
 from paretune.training.spec import Artifact, TrainSpec

@@ -3,8 +3,8 @@
     ROOT/logs/jobs/train-<key>.json   {"kind": "train", "label", "plugins", "spec": a TrainSpec, "unkeyed": fields of the learner}
     ROOT/logs/jobs/cell-<key>.json    {"kind": "cell", "label", "plugins", "spec": {method, task, learner, seed, evaluation}, "waves"}
 
-A worker, this process, and `python -m paretune.runs.local FILE` by hand do the same and publish the same. A job that was done before does
-nothing.
+A worker, this process, and `python -m paretune.runs.executors.local FILE` by hand do the same and publish the same. A job that was done
+before does nothing.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from paretune.progress import State, heard
 from paretune.registry import LEARNERS, METHODS, TASKS, describe, load_plugin, loaded_plugins, unkeyed
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, DONE, WIP, Store
 from paretune.training.cost import as_if_alone, keep_finished, read_cost, write_cost
-from paretune.training.loggers import Reporter
+from paretune.training.loop.loggers import Reporter
+from paretune.training.loop.watch import read_warnings
 from paretune.training.spec import Artifact, TrainSpec
-from paretune.training.watch import read_warnings
 from paretune.types import Cost, canonical_json, key_of
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 
 from paretune.errors import ConfigError, refuse_exit
 from paretune.runs.display import Display
+from paretune.runs.executors.pool import Executor
 from paretune.runs.forecast import Chain, Expected, expected, foreseen
 from paretune.runs.jobs import TRAIN, Job, Outcome, failure, train_job
-from paretune.runs.pool import Executor
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.spec import Artifact, TrainSpec
 

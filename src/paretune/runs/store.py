@@ -261,7 +261,7 @@ class Store:
                 raise BusyError(
                     "the workers of an earlier run are gone before the next one starts",
                     found=f"one still works on {self.root}",
-                    remedy="end it (ps shows it as paretune.runs.local, or under Ray as ray::Worker), or give another --root",
+                    remedy="end it (ps shows it as paretune.runs.executors.local, or under Ray as ray::Worker), or give another --root",
                 )
             time.sleep(0.05)
 

@@ -50,12 +50,12 @@ from paretune.registry import LEARNERS, METHODS, TASKS, Registry, checked, descr
 from paretune.runs.config import Document, load
 from paretune.runs.display import Display, display
 from paretune.runs.estimate import Foreseen, foresee
+from paretune.runs.executors.local import Workers
+from paretune.runs.executors.pool import Executor, InProcess, cpus
+from paretune.runs.executors.ray import PATIENCE, Ray, RayWorkers
 from paretune.runs.jobs import Job, Tasks, as_error, cell_job, evaluation_settings, failure, label_of, said_of, training_label
-from paretune.runs.local import Workers
 from paretune.runs.plan import Member, Schedule, next_wave
-from paretune.runs.pool import Executor, InProcess, cpus
-from paretune.runs.ray import PATIENCE, Ray, RayWorkers
-from paretune.runs.recipe import _named, load_recipe, refuse_recipe, task_entry
+from paretune.runs.recipes.recipe import _named, load_recipe, refuse_recipe, task_entry
 from paretune.runs.store import ARTIFACTS, CELLS, FAILED, WIP, Store
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import refuse_unreachable
@@ -64,7 +64,7 @@ from paretune.types import Natural, key_of
 
 if TYPE_CHECKING:  # these load torch
     from paretune.policy.family import Family
-    from paretune.training.learner import Learner
+    from paretune.training.learners.base import Learner
 
 __all__ = ["Row", "Suite", "Summary", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
 

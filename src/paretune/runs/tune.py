@@ -37,7 +37,7 @@ from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.runs import config
 from paretune.runs.config import Document
-from paretune.runs.recipe import load_recipe
+from paretune.runs.recipes.recipe import load_recipe
 from paretune.runs.store import ARTIFACTS, Store
 from paretune.runs.suite import expand, fit, load_suite, members_of
 from paretune.seeds import generator, seed_for

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paretune.hub import is_gguf, is_local
-from paretune.runs.measured import read_measured
+from paretune.runs.recipes.measured import read_measured
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:

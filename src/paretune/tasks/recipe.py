@@ -1,4 +1,4 @@
-"""The task of a recipe: your own model, prompts and objectives. `runs.recipe` reads the file."""
+"""The task of a recipe: your own model, prompts and objectives. `runs.recipes.recipe` reads the file."""
 
 from __future__ import annotations
 

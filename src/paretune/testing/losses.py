@@ -26,8 +26,8 @@ from paretune.tasks.exact.task import ExactTask
 from paretune.testing.methods import quick_task
 from paretune.testing.objectives import attempt, check_registered, require
 from paretune.training.cost import TIMED
-from paretune.training.embedded import Batch, EmbeddedLearner
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
+from paretune.training.learners.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import Artifact, TrainSpec
 
 __all__ = ["check_loss"]

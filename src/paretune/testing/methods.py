@@ -29,7 +29,7 @@ from paretune.registry import LEARNERS, METHODS, describe
 from paretune.tasks.base import Task
 from paretune.testing.mixings import check_gates, check_samples, exact_logp, quick_task, some_preferences
 from paretune.testing.objectives import ConformanceError, attempt, check_registered, require
-from paretune.training.learner import Learner
+from paretune.training.learners.base import Learner
 from paretune.training.spec import Artifact, TrainSpec
 from paretune.types import Preference, canonical_json
 

@@ -21,12 +21,11 @@ from paretune.policy.rollout import Rollout, encode, generate, occurrences
 from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import onto_faces, spread_preferences
-from paretune.training.learner import SampledLearner, gates_of
 from paretune.training.processes import ranks
-from paretune.training.spec import TrainSpec
+from paretune.training.spec import TrainSpec, gates_of
 from paretune.types import Prompt
 
-__all__ = ["Draws", "Responses", "cut_off", "draw", "draw_step", "in_shares", "preferences", "prompt_order"]
+__all__ = ["Draws", "Responses", "cut_off", "draw", "in_shares", "preferences", "prompt_order"]
 
 MERGE_LIMIT = 2**28  # bytes of weights
 
@@ -156,15 +155,6 @@ def cut_off(policy: Policy, made: Responses, limit: int) -> np.ndarray:
         return np.zeros(len(made.tokens_NT), dtype=bool)
     ended_N = torch.isin(made.tokens_NT[:, -1], torch.tensor(policy.eos_ids, dtype=torch.long, device=made.tokens_NT.device))
     return (made.mask_NT[:, -1].bool() & ~ended_N).cpu().numpy()
-
-
-def draw_step(
-    learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False, by: Draws | None = None
-) -> Responses:
-    """The responses of one step of a learner: its batch, its groups, the next prompts."""
-    group, count = learner.group, learner.batch // learner.group
-    shape: dict[str, Any] = {"step": step, "first": step * count, "prompts": count, "group": group, "temperature": learner.temperature}
-    return draw(policy, task, spec, reference=reference, by=by, **shape)
 
 
 @contextlib.contextmanager

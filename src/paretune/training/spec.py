@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from paretune.errors import ConfigError
+from paretune.registry import GATE_RULES
 from paretune.training.weightings.base import under_terms
 from paretune.types import canonical_json, key_of
 
-__all__ = ["FOLDER", "Artifact", "TrainSpec"]
+__all__ = ["FOLDER", "Artifact", "TrainSpec", "gates_of"]
 
 FOLDER = "checkpoint"  # beside a training's files while it runs
 
@@ -89,3 +93,18 @@ class Artifact:
         """The folders of the adapters that it trained, in the order of axis K: `path` itself, or adapter-0, adapter-1, ... in it."""
         several = [folder for folder in self.path.glob("adapter-*") if folder.is_dir()]
         return sorted(several, key=lambda folder: int(folder.name.removeprefix("adapter-"))) or [self.path]
+
+
+def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
+    """(N, K) float64 gates of the `count` adapters for rows with the preferences `w_NM`; ConfigError for a rule of other adapters."""
+    if spec.rule is None:
+        gates_NK = np.ones((len(w_NM), 1)) if spec.preference is not None else np.asarray(w_NM, dtype=np.float64)
+    else:
+        gates_NK = GATE_RULES.build(spec.rule).gates(w_NM)
+    if gates_NK.shape[1] != count:
+        raise ConfigError(
+            "the rule of a training gives one gate per adapter",
+            found=f"{gates_NK.shape[1]} gates for {count} adapters (frozen, started from, fresh)",
+            remedy="give one parent or fresh adapter per gate, or name another rule",
+        )
+    return gates_NK

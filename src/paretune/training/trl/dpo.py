@@ -22,10 +22,12 @@ from paretune.errors import ConfigError
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw_step
+from paretune.training.batch import Responses
 from paretune.training.combine import Combine
-from paretune.training.learner import memory_explained, watch_unscored
-from paretune.training.modpo import LACKS, Labels, check_labeled, compared
+from paretune.training.learners.base import draw_step
+from paretune.training.learners.modpo import LACKS, Labels, check_labeled, compared
+from paretune.training.loop.record import watch_unscored
+from paretune.training.loop.run import memory_explained
 from paretune.training.spec import TrainSpec
 from paretune.training.trl.learner import SMALLER, TrlLearner
 from paretune.types import Natural

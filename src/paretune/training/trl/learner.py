@@ -41,7 +41,10 @@ from paretune.seeds import forked_torch, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import prompt_order
-from paretune.training.checkpoint import (
+from paretune.training.cost import Cost, read_cost
+from paretune.training.learners.base import SampledLearner, check_cast
+from paretune.training.learners.policy_gradient import PolicySettings
+from paretune.training.loop.checkpoint import (
     TrainLog,
     discard,
     is_finished,
@@ -52,13 +55,12 @@ from paretune.training.checkpoint import (
     seal_damage,
     unpacked,
 )
-from paretune.training.cost import Cost, read_cost
-from paretune.training.learner import CHECKPOINT_SECONDS, SampledLearner, check_cast, log_record, memory_explained, not_finite
-from paretune.training.loggers import reporting
-from paretune.training.policy_gradient import PolicySettings
+from paretune.training.loop.loggers import reporting
+from paretune.training.loop.record import log_record
+from paretune.training.loop.run import CHECKPOINT_SECONDS, memory_explained, not_finite
+from paretune.training.loop.watch import KL_ROSE, unsaid, warnings_of
 from paretune.training.spec import FOLDER, TrainSpec
 from paretune.training.trl.reward import STATE, MultiObjectiveReward
-from paretune.training.watch import KL_ROSE, unsaid, warnings_of
 
 __all__ = ["Trl", "TrlLearner", "newest", "recorder"]
 

@@ -35,7 +35,7 @@ from paretune.objectives.utilities import Landmarks
 from paretune.registry import checked
 from paretune.training.advantages import group_covariance, weighted_returns
 from paretune.training.combine import Combine
-from paretune.training.learner import watch_unscored
+from paretune.training.loop.record import watch_unscored
 from paretune.training.weightings.base import State, under_terms
 from paretune.types import Amount, Objectives, Preference, Prompt, Share
 

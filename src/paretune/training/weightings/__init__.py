@@ -1,1 +1,1 @@
-"""Weightings: how the weights of a training step follow from the preference and from what the training has context."""
+"""Weightings: how the weights of a training step follow from the preference and from what the training has seen."""

@@ -27,8 +27,8 @@ import numpy as np
 from paretune.errors import ConfigError
 from paretune.objectives.utilities import UTILITIES, Constrained, Landmarks, MaxMin, Utility
 from paretune.seeds import generator, seed_for
-from paretune.training.gradients import aggregate, check_aggregator
 from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
+from paretune.training.weightings.gramian import aggregate, check_aggregator
 from paretune.types import Amount, Count, Fraction, Positive, Prompt
 
 __all__ = [
@@ -66,7 +66,7 @@ def _means(returns_NM: np.ndarray) -> np.ndarray:
 class GradientLevel(Weighting):
     """The step is an aggregator's combination of the objectives' gradients, computed from their Gramian.
 
-    Source: MGDA, PCGrad, CAGrad, Nash-MTL, IMTL-G, UPGrad, Aligned-MTL; `training.gradients` has the papers and how a preference enters.
+    Source: MGDA, PCGrad, CAGrad, Nash-MTL, IMTL-G, UPGrad, Aligned-MTL; `weightings.gramian` has the papers and how a preference enters.
     Differs: the direction is the aggregator's, but the weights are divided by the sum of their absolute values, so that a step has the
         length of a weighted mean of gradients and a learning rate means the same for all.
     Hides: they stop wherever gradients oppose each other, and Adam or Muon with momentum blur weights that change from step to step.

@@ -23,10 +23,11 @@ from paretune.tasks.exact.optimum import landmarks
 from paretune.training.advantages import group_covariance
 from paretune.training.batch import Responses
 from paretune.training.combine import Combine
-from paretune.training.embedded import SMALLER, Batch, EmbeddedLearner
-from paretune.training.gradients import Jacobian, response_jacobian
-from paretune.training.learner import annealed, memory_explained, not_finite
-from paretune.training.loss import clipped_share, kl_terms, policy_loss
+from paretune.training.learners.base import annealed
+from paretune.training.learners.embedded import SMALLER, Batch, EmbeddedLearner
+from paretune.training.learners.jacobian import Jacobian, response_jacobian
+from paretune.training.learners.loss import clipped_share, kl_terms, policy_loss
+from paretune.training.loop.run import memory_explained, not_finite
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 from paretune.types import Positive

@@ -19,7 +19,7 @@ from paretune.registry import GATE_RULES, LEARNERS
 from paretune.tasks.base import Task
 from paretune.training.batch import Responses
 from paretune.training.combine import Combine
-from paretune.training.embedded import Batch, EmbeddedLearner
+from paretune.training.learners.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 

@@ -14,9 +14,9 @@ from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.exact.optimum import landmarks
 from paretune.training.batch import Responses, cut_off, draw, in_shares
-from paretune.training.learner import Run
+from paretune.training.loop.run import Run
+from paretune.training.loop.watch import as_record, guard_slack, guarded, named_means
 from paretune.training.spec import TrainSpec
-from paretune.training.watch import as_record, guard_slack, guarded, named_means
 
 __all__ = ["charge", "look", "respond"]
 

@@ -31,26 +31,18 @@ from paretune.registry import GATE_RULES, GIVEN, UNKEYED
 from paretune.seeds import seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.pretrained import loaded_in_shares
-from paretune.training.batch import Draws, Responses, cut_off, draw, draw_step
+from paretune.training.batch import Draws, Responses, cut_off, draw
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
-from paretune.training.learner import (
-    Run,
-    SampledLearner,
-    StoppingRule,
-    check_cast,
-    log_record,
-    memory_explained,
-    not_finite,
-    run_loop,
-    watch_unscored,
-)
-from paretune.training.modelled import RewardModel, Scored, Unlabelled, sampled
+from paretune.training.learners.base import SampledLearner, StoppingRule, check_cast, draw_step
+from paretune.training.learners.modelled import RewardModel, Scored, Unlabelled, sampled
+from paretune.training.loop.record import log_record, watch_unscored
+from paretune.training.loop.run import Run, memory_explained, not_finite, run_loop
+from paretune.training.loop.validation import charge, look, respond
+from paretune.training.loop.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
 from paretune.training.processes import GradientSum, ranks
 from paretune.training.rollouts import VllmServer, check_mixing, server_at, weighed
 from paretune.training.spec import TrainSpec
-from paretune.training.validation import charge, look, respond
-from paretune.training.watch import ACT_EVERY, KL_ROSE, guard_slack, unsaid, warnings_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Name, Natural, Positive
 

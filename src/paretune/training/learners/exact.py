@@ -24,10 +24,11 @@ from paretune.tasks.exact.task import ExactTask
 from paretune.training.batch import preferences
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
-from paretune.training.gradients import autograd_jacobian
-from paretune.training.learner import Learner, Run, StoppingRule, annealed, gates_of, not_finite, run_loop
-from paretune.training.modelled import Unlabelled
-from paretune.training.spec import TrainSpec
+from paretune.training.learners.base import Learner, StoppingRule, annealed
+from paretune.training.learners.jacobian import autograd_jacobian
+from paretune.training.learners.modelled import Unlabelled
+from paretune.training.loop.run import Run, not_finite, run_loop
+from paretune.training.spec import TrainSpec, gates_of
 from paretune.training.weightings.base import State
 from paretune.types import Count, Fraction, Positive
 

@@ -21,10 +21,10 @@ from typing import Any, NoReturn
 
 from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError
 from paretune.registry import LEARNERS
+from paretune.runs.executors.local import die_with
 from paretune.runs.jobs import Tasks, failure, label_in, read_job, run_job, train_along, waits
-from paretune.runs.local import die_with
 from paretune.runs.store import ARTIFACTS, Store
-from paretune.training.checkpoint import is_finished
+from paretune.training.loop.checkpoint import is_finished
 from paretune.training.processes import ENDS_WITHIN, RESUMES, TOGETHER, WITH, joined, last_word, launched, without_defaults
 from paretune.training.spec import TrainSpec
 

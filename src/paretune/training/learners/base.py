@@ -1,17 +1,14 @@
 """Base classes of learners: `Learner` for all, `SampledLearner` with the settings of those that learn from sampled responses.
 
-The loops are elsewhere: `embedded` (one process, no other library), `exact` (enumeration), `trl` (TRL's trainers).
+Their loop is `loop.run`; TRL's trainers, in the room `trl`, have one of their own. What a step does is in `embedded` and `exact`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -20,52 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.errors import ConfigError, TrainingError
+from paretune.errors import ConfigError
 from paretune.files import disk_errors
-from paretune.objectives.base import refuse_unscored
-from paretune.policy.base import build_mixing
+from paretune.policy.base import Policy, build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
 from paretune.policy.mixing.parameter import ParameterMix
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, GIVEN, UNKEYED
 from paretune.tasks.base import Task, first_device, reference
-from paretune.training.checkpoint import (
-    Progress,
-    TrainLog,
-    is_finished,
-    load_checkpoint,
-    mark_finished,
-    packed,
-    save_checkpoint,
-    unpacked,
-)
+from paretune.training.batch import Draws, Responses, draw
 from paretune.training.combine import Combine
-from paretune.training.cost import PHASES, Cost, read_cost
-from paretune.training.loggers import Loggers, reporting
-from paretune.training.processes import ranks
-from paretune.training.spec import Artifact, TrainSpec
-from paretune.training.watch import named_means
-from paretune.training.weightings.base import State
-from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Objectives, Positive
+from paretune.training.cost import Cost
+from paretune.training.loop.checkpoint import Progress, mark_finished
+from paretune.training.loop.loggers import Loggers
+from paretune.training.loop.run import Run
+from paretune.training.spec import Artifact, TrainSpec, gates_of
+from paretune.types import Amount, Count, Device, Fraction, Name, Natural, Positive
 
-__all__ = [
-    "Learner",
-    "Run",
-    "SampledLearner",
-    "StoppingRule",
-    "annealed",
-    "check_cast",
-    "converged",
-    "gates_of",
-    "log_record",
-    "memory_explained",
-    "not_finite",
-    "run_loop",
-    "watch_unscored",
-]
-
-WATCHED = 256  # completions over which `max_unscored` is judged, at least
-CHECKPOINT_SECONDS = 300.0  # long steps: a checkpoint at least this often, whatever `checkpoint_every`
+__all__ = ["Learner", "SampledLearner", "StoppingRule", "annealed", "check_cast", "converged", "draw_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +234,15 @@ class SampledLearner(Learner):
         return shape * min(1.0, (step + 1) / max(self.warmup, 1))
 
 
+def draw_step(
+    learner: SampledLearner, policy: Policy, task: Task, spec: TrainSpec, step: int, *, reference: bool = False, by: Draws | None = None
+) -> Responses:
+    """The responses of one step of a learner: its batch, its groups, the next prompts."""
+    group, count = learner.group, learner.batch // learner.group
+    shape: dict[str, Any] = {"step": step, "first": step * count, "prompts": count, "group": group, "temperature": learner.temperature}
+    return draw(policy, task, spec, reference=reference, by=by, **shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoppingRule(ABC):
     """EMORL's stopping rule, for learners that sample and for those that enumerate: they differ in how they `validate`.
@@ -292,220 +270,6 @@ class StoppingRule(ABC):
         w_2M, ends_2M = np.tile(spec.preference or (1 / m,) * m, (2, 1)), np.array([task.objectives.low, task.objectives.high])
         low, high = Combine.of(spec).scores(ends_2M, w_2M, task.objectives)
         run.converged = converged((np.array(run.validations) - low) / (high - low), self.stop_window, self.stop_cv)
-
-
-@dataclass
-class Run:
-    """What a checkpoint must know beside tensors."""
-
-    key: str
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    updates: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    evaluations: int = 0
-    validation_samples: int = 0
-    log: dict[str, Any] = field(default_factory=dict)  # how much was written; see `TrainLog.mark`
-    window: list[dict[str, Any]] = field(default_factory=list)  # what steps returned since the last line of the log
-    validations: list[float] = field(default_factory=list)
-    converged: bool = False  # by a `StoppingRule`
-    looks: list[dict[str, Any]] = field(default_factory=list)  # at validation prompts; see `training.validation`
-    first_guards: list[list[float | None]] = field(default_factory=list)  # of the responses of the first look
-    best: int | None = None  # the place of the best look
-    kept: list[Tensor] | None = None  # the weights that it looked at
-    weighting: State | None = None
-    unscored: list[list[int]] = field(default_factory=list)  # see `watch_unscored`
-    lr_share: float = 1.0  # of the schedule's learning rate, as `step_kl` allows it
-    kl: float = 0.0  # from the reference, nats per response, over the last batches
-    rounding: float = 0.0  # the same of nothing but rounding, between sampling and scoring
-    step_kl: float | None = None  # of the last update that was looked at, before it was shortened
-    lr_cap: float = 1.0  # of the learning rate, halved where KL rises and the reward does not
-    lr_cut: int | None = None  # the step of the last halving
-    responses: list[dict[str, Any]] = field(default_factory=list)  # to fixed prompts, since the last line; see `validation.respond`
-
-
-def run_loop(learner: Any, spec: TrainSpec, task: Task, work: Path, parents: Any = None, progress: Progress | None = None) -> Cost:
-    """A training with log and checkpoints; the learner says what a step is.
-
-    Its methods: `advance(policy, optimizer, task, spec, run)` takes a step, charges it to the run and returns what the log needs of it;
-    `record(task, spec, run, window, records)` makes a line of the log from what steps returned since the last of `records`;
-    `finished(run)`; `new_optimizer(weights)`; `trained_on(policy, spec, task, work)`, the task that it sees. Where it leaves weights in
-    `run.kept`, these are the result.
-    """
-    here = ranks()
-    if here.shared(here.first and is_finished(work)):  # by a process that was killed before it could publish
-        return read_cost(work) if here.first else Cost()
-    learner.accept(spec)
-    with here.gathering() if getattr(learner, "shard", False) else here.in_turn():  # what is sharded is loaded by all at once
-        policy = learner.start(spec, task, parents or {})
-    began = time.monotonic()  # a worker may have loaded the model for an earlier training: loading is charged to none
-    weights = policy.parameters()
-    optimizer = learner.new_optimizer(weights)
-    task, spent = learner.trained_on(policy, spec, task, work)
-    run = _resumed(work, spec.key, weights, optimizer, spent)
-    saved = time.monotonic()
-    with contextlib.ExitStack() as opened:
-        if here.first:
-            told = opened.enter_context(reporting(learner, spec, work, progress))
-            log = opened.enter_context(TrainLog(work, mark=run.log, began=began - run.seconds, tokens=run.tokens, progress=told))
-        while not learner.finished(run):
-            run.window.append(learner.advance(policy, optimizer, task, spec, run))
-            last = learner.finished(run)
-            if not here.first:
-                _follow(run)
-                continue
-            if last or run.step % learner.log_every == 0:
-                log.write(learner.record(task, spec, run, run.window, log.records), steps=learner.steps)
-                run.window = []
-            if last or run.step % learner.checkpoint_every == 0 or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                run.seconds, run.log, saved = log.seconds, log.mark(), time.monotonic()
-                state = {**vars(run), "window": packed(run.window)}
-                save_checkpoint(work, run.step, weights, optimizer, state, kept=state.pop("kept"))
-            _follow(run)
-    if run.kept is not None:
-        with torch.no_grad():
-            for weight, kept in zip(weights, run.kept, strict=True):
-                weight.copy_(kept)
-    counted = {name: getattr(run, name) for name in ("samples", "tokens", "flops", "seconds", "evaluations", "validation_samples")}
-    cost = Cost(steps=run.updates, **counted)
-    return learner.finish(spec, policy, work, cost) if here.first else cost
-
-
-def _resumed(work: Path, key: str, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer, spent: Mapping[str, int]) -> Run:
-    """The run and the tensors of the newest checkpoint, or of the start; process 0 looks first, because it removes what is damaged.
-
-    `spent` is what was paid before the first step.
-    """
-    here = ranks()
-    state = load_checkpoint(work, key, weights, optimizer) if here.first else None
-    step = here.shared(None if state is None else state["step"])
-    if not here.first and step is not None:
-        state = load_checkpoint(work, key, weights, optimizer, removes=False)
-    here.agree("checkpoint", {"step": None if state is None else state["step"]})
-    here.share(weights)
-    run = Run(**(state or {"key": key, **spent}))
-    run.window = unpacked(run.window)
-    return run
-
-
-def _follow(run: Run) -> None:
-    """After a step: all that process 0 remembers holds in every process, so that none can decide otherwise."""
-    if (here := ranks()).size > 1:
-        own = ("kept", "window", "log", "seconds", "responses")  # equal weights, and what only the one that writes needs
-        vars(run).update(here.shared({name: value for name, value in vars(run).items() if name not in own} if here.first else {}))
-        run.window, run.responses = (run.window, run.responses) if here.first else ([], [])
-
-
-def log_record(
-    objectives: Objectives,
-    window: Sequence[Mapping[str, Any]],
-    *,
-    step: int,
-    samples: int,
-    tokens: int,
-    lr: float,
-    group: int | None = None,
-) -> dict[str, Any]:
-    """One line of the log: means over the steps since the last line. A step is its rewards_NM and any numbers by name, None for none.
-
-    Of a number whose name ends in `_max` it is the maximum. `seconds_of`, the seconds of each phase of a step, becomes its speed.
-    `outside` is there only where rewards left their declared ranges: see `Objectives.outside`. With `group`, the rows of which lie
-    together: `spread`, the standard deviation over responses, and `equal`, the share of groups in which all scores are the same.
-    """
-    names = objectives.names
-    rewards_NM = np.concatenate([row["rewards_NM"] for row in window])
-    record: dict[str, Any] = {"step": step, "samples": samples, "tokens": tokens}
-    record["rewards"] = named_means(objectives, rewards_NM)
-    record["unscored"] = dict(zip(names, np.isnan(rewards_NM).sum(0).tolist(), strict=True))
-    if group is not None:
-        record["spread"] = {name: float(value) for name, value in zip(names, _spread(rewards_NM), strict=True)}
-        record["equal"] = {name: float(value) for name, value in zip(names, _equal(rewards_NM, group), strict=True)}
-    record |= {"outside": outside} if (outside := objectives.outside(rewards_NM)) else {}
-    for name in dict.fromkeys(name for row in window for name in row if name not in ("rewards_NM", "seconds_of")):
-        values = [row[name] for row in window if row.get(name) is not None]
-        if name.startswith("weights/"):
-            record.setdefault("weights", {})[name.removeprefix("weights/")] = float(np.mean(values))
-            continue
-        record |= {name: float((np.max if name.endswith("_max") else np.mean)(values))} if values else {}
-    return record | _speeds(window) | {"lr": lr}
-
-
-def _speeds(window: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Generated tokens per second of each phase of a step alone; nothing where a loop does not say."""
-    seconds: Counter[str] = Counter()
-    for row in window:
-        seconds.update(row.get("seconds_of", {}))
-    tokens = sum(row["length"] * len(row["rewards_NM"]) for row in window if "seconds_of" in row)
-    return {PHASES: {name: round(tokens / max(spent, 1e-9), 1) for name, spent in seconds.items()}} if seconds else {}
-
-
-def _spread(rewards_NM: np.ndarray) -> np.ndarray:
-    """(M,) the standard deviation of what was scored; 0 where nothing was."""
-    known_NM = np.isfinite(rewards_NM)
-    mean_M = np.where(known_NM, rewards_NM, 0.0).sum(0) / np.maximum(known_NM.sum(0), 1)
-    return np.sqrt(np.where(known_NM, (rewards_NM - mean_M) ** 2, 0.0).sum(0) / np.maximum(known_NM.sum(0), 1))
-
-
-def _equal(rewards_NM: np.ndarray, group: int) -> np.ndarray:
-    """(M,) the share of groups in which no two scores differ."""
-    rewards_PGM = rewards_NM.reshape(-1, group, rewards_NM.shape[1])
-    lowest_PM = np.where(np.isnan(rewards_PGM), np.inf, rewards_PGM).min(1)
-    highest_PM = np.where(np.isnan(rewards_PGM), -np.inf, rewards_PGM).max(1)
-    return (highest_PM <= lowest_PM).mean(0)
-
-
-def watch_unscored(
-    recent: list[list[int]], rewards_NM: np.ndarray, names: Sequence[str], *, limit: float, last: bool = False
-) -> list[list[int]]:
-    """The recent batches with this one: completions, then unscored ones per objective. RewardError where these are too many.
-
-    Judged as soon as `WATCHED` completions are seen, and at the `last` batch.
-    """
-    n = len(rewards_NM)
-    recent = [*recent, [n, *np.isnan(rewards_NM).sum(0).tolist()]][-max(1, math.ceil(WATCHED / max(n, 1))) :]
-    seen, *unscored_M = np.sum(recent, axis=0).tolist()
-    if seen >= WATCHED or last:
-        refuse_unscored(names, unscored_M, seen, limit=limit)
-    return recent
-
-
-def not_finite(found: str, step: int, lr: float) -> TrainingError:
-    """The error of a training whose numbers are none."""
-    return TrainingError(
-        "loss and gradient of a training are finite",
-        found=f"{found}, at step {step}",
-        remedy=f"lower lr (now {lr:g}), or train in float32; the last checkpoint is kept",
-    )
-
-
-@contextlib.contextmanager
-def memory_explained(remedy: str) -> Iterator[None]:
-    """Running out of memory, on a GPU or a CPU, as a TrainingError with the remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
-            raise
-        raise TrainingError(
-            "a training step fits into memory", found=str(error).split("\n")[0] or type(error).__name__, remedy=remedy
-        ) from error
-
-
-def gates_of(spec: TrainSpec, w_NM: np.ndarray, count: int) -> np.ndarray:
-    """(N, K) float64 gates of the `count` adapters for rows with the preferences `w_NM`; ConfigError for a rule of other adapters."""
-    if spec.rule is None:
-        gates_NK = np.ones((len(w_NM), 1)) if spec.preference is not None else np.asarray(w_NM, dtype=np.float64)
-    else:
-        gates_NK = GATE_RULES.build(spec.rule).gates(w_NM)
-    if gates_NK.shape[1] != count:
-        raise ConfigError(
-            "the rule of a training gives one gate per adapter",
-            found=f"{gates_NK.shape[1]} gates for {count} adapters (frozen, started from, fresh)",
-            remedy="give one parent or fresh adapter per gate, or name another rule",
-        )
-    return gates_NK
 
 
 def annealed(first: float, done: float) -> float:

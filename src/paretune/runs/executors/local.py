@@ -1,10 +1,10 @@
 """Worker processes of this machine. Each computes with one thread and pulls the next job when it is free.
 
-A worker is `python -m paretune.runs.local --worker ROOT PID`: it reads paths of job files on its standard input and answers with one
-JSON line per event; everything else that it prints goes to ROOT/logs. It is killed by the system when the process PID ends, however that
-ends, and holds the store's worker lock as long as it lives.
+A worker is `python -m paretune.runs.executors.local --worker ROOT PID`: it reads paths of job files on its standard input and answers with
+one JSON line per event; everything else that it prints goes to ROOT/logs. It is killed by the system when the process PID ends, however
+that ends, and holds the store's worker lock as long as it lives.
 
-`python -m paretune.runs.local ROOT/logs/jobs/train-<key>.json` does one job by hand.
+`python -m paretune.runs.executors.local ROOT/logs/jobs/train-<key>.json` does one job by hand.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 from paretune.errors import ConfigError, ParetuneError
 from paretune.files import disk_errors, is_disk_full, no_room
 from paretune.runs.display import Display
+from paretune.runs.executors.pool import ONE_THREAD, Pool, Worker
 from paretune.runs.jobs import KIND, Job, Outcome, Tasks, attempt, failure, label_in, run_job
-from paretune.runs.pool import ONE_THREAD, Pool, Worker
 from paretune.runs.store import Store
 from paretune.tasks.base import keep_reference
 
@@ -62,7 +62,15 @@ class Workers(Pool[_Process]):
     def _start(self, log: Path) -> _Process:
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, **ONE_THREAD, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-P", "-m", "paretune.runs.local", "--worker", str(self._store.root.resolve()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "paretune.runs.executors.local",
+            "--worker",
+            str(self._store.root.resolve()),
+            str(os.getpid()),
+        ]
         with disk_errors(self._store.root), open(log, "ab") as output:
             # A session of its own: Ctrl-C at the terminal reaches this process only, which then stops the workers.
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": output}
@@ -185,7 +193,7 @@ def main(arguments: list[str]) -> int:
         return _work(Path(arguments[1]), int(arguments[2]))
     if len(arguments) == 1 and Path(arguments[0]).is_file():
         return _by_hand(Path(arguments[0]))
-    print("usage: python -m paretune.runs.local ROOT/logs/jobs/JOB.json", file=sys.stderr)
+    print("usage: python -m paretune.runs.executors.local ROOT/logs/jobs/JOB.json", file=sys.stderr)
     return 2
 
 

@@ -14,7 +14,7 @@ from paretune.files import disk_errors, is_sealed, read_json, sealed, write_json
 
 if TYPE_CHECKING:  # they load torch
     from paretune.policy.family import Family
-    from paretune.runs.recipe import Recipe
+    from paretune.runs.recipes.recipe import Recipe
 
 __all__ = ["MEASURED", "measure", "measured_at", "read_measured", "said_of"]
 

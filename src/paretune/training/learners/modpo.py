@@ -21,9 +21,10 @@ from paretune.policy.base import Policy
 from paretune.registry import LEARNERS
 from paretune.seeds import generator
 from paretune.tasks.base import Task
-from paretune.training.batch import Responses, draw_step
+from paretune.training.batch import Responses
 from paretune.training.combine import Combine
-from paretune.training.embedded import Batch, EmbeddedLearner
+from paretune.training.learners.base import draw_step
+from paretune.training.learners.embedded import Batch, EmbeddedLearner
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import State
 from paretune.types import Natural

@@ -11,12 +11,12 @@ from paretune.errors import ParetuneError
 from paretune.evaluation.metrics import plain
 from paretune.policy.rollout import generate, token_ids
 from paretune.registry import LEARNERS, METHODS
-from paretune.runs.recipe import Recipe, unused
+from paretune.runs.recipes.recipe import Recipe, unused
 
 __all__ = ["Preview", "preview"]
 
 CUT = 0.5  # of the responses: from here on a limit is worth a sentence
-ALIKE = 0.9  # of the groups: an objective that is equal in so many teaches nothing; as in `training.watch`
+ALIKE = 0.9  # of the groups: an objective that is equal in so many teaches nothing; as in `training.loop.watch`
 
 
 @dataclass(frozen=True)

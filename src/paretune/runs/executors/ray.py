@@ -34,8 +34,8 @@ from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingErro
 from paretune.files import disk_errors, write_json
 from paretune.registry import LEARNERS, loaded_plugins
 from paretune.runs.display import Display
+from paretune.runs.executors.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.jobs import TRAIN, Job, Outcome, Tasks, as_error, attempt, failure, read_job, train_along, waits
-from paretune.runs.pool import ATTEMPTS, ONE_THREAD, Pool, Worker, cpus
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.tasks.base import keep_reference
 
@@ -449,7 +449,7 @@ def _worker() -> type:
     class Worker:
         def begin(self, hello, *others):
             try:
-                from paretune.runs.ray import Remote
+                from paretune.runs.executors.ray import Remote
             except ImportError as error:
                 return {
                     "error": "ConfigError",

@@ -1,0 +1,1 @@
+"""Learners that need torch, transformers and PEFT only: from sampled responses, by enumeration, from pairs, and from teachers."""
