@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -130,6 +131,10 @@ def test_a_weight_that_is_not_what_the_layer_computes_with_is_not_merged():
         base_weight(layer)
     assert "Int8, whose weight gives outputs" in error.value.found
     assert "--as adapter" in error.value.remedy
+    layer.dequantize = Mock(side_effect=RuntimeError())  # an error without a message
+    with pytest.raises(ConfigError) as error:
+        base_weight(layer)
+    assert error.value.found == "a quantized Int8, RuntimeError: RuntimeError"
     with pytest.raises(ConfigError, match="in floating point"):  # a layer that has no weight to show
         base_weight(SimpleNamespace(qweight=torch.zeros(3, dtype=torch.int32), in_features=32))
 

@@ -114,9 +114,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def first_line(text: str) -> str:
-    """The first line of a message; a bare `assert` has none."""
-    return text.strip().splitlines()[0] if text.strip() else "no message"
+def first_line(said: str | BaseException) -> str:
+    """The first line of a message, or of an error's; an error without one, such as a bare `assert`, is named by its type."""
+    text = str(said).strip()
+    none = "no message" if isinstance(said, str) else type(said).__name__
+    return text.splitlines()[0] if text else none
 
 
 def redacted(text: str) -> str:

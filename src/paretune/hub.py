@@ -326,7 +326,7 @@ def check_push(name: str) -> None:
         validate_repo_id(name)
         wrong = "" if "/" in name else "no owner"
     except HFValidationError as error:
-        wrong = str(error).split("\n")[0]
+        wrong = first_line(error)
     if wrong:
         raise ConfigError("a model on the hub is OWNER/NAME", found=f"{name!r}: {wrong}", remedy="for example --push my-name/polite-70")
     if constants.HF_HUB_OFFLINE:
@@ -344,7 +344,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of Paretune")
     except Exception as error:  # of the network, the server, or the rights of a token
-        found = f"{name}: {type(error).__name__}: {first_line(str(error))}"
+        found = f"{name}: {type(error).__name__}: {first_line(error)}"
         remedy = f"the export itself is whole, in {folder}; check the token's rights, then `hf upload {name} {folder}`"
         raise ConfigError("the hub takes the upload", found=found, remedy=remedy) from error
     return str(address)

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import numpy as np
 from pydantic import Field
@@ -29,7 +29,7 @@ from paretune.errors import IN_URL, KEY, SECRET, ConfigError, nearest, shown
 
 __all__ = [
     *("Amount", "Cost", "Count", "Curve", "Device", "Estimate", "Fraction", "Front", "Name", "Natural", "Objectives", "Positive"),
-    *("Preference", "Prompt", "Share", "canonical_json", "check_name", "key_of", "last_words", "refuse_secrets", "spelled"),
+    *("Preference", "Prompt", "Share", "canonical_json", "check_name", "is_number", "key_of", "last_words", "refuse_secrets", "spelled"),
 ]
 
 # Bounds of fields of registered classes, which `Registry.build` checks; all floats are finite.
@@ -46,6 +46,11 @@ Name = Annotated[str, Field(min_length=1, max_length=1000)]
 def canonical_json(value: Any) -> str:
     """One spelling of a JSON value: sorted keys, no spaces, shortest floats; NaN and infinities are refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def is_number(given: Any) -> TypeGuard[float]:
+    """Whether it is a real number, as settings given by name may not be; a truth value is none."""
+    return isinstance(given, int | float | np.integer | np.floating) and not isinstance(given, bool)
 
 
 def key_of(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
 from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
@@ -183,7 +183,7 @@ def device_of(asked: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        found = f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        found = f"{name}: {first_line(error)}"
         raise ConfigError("a model runs on a device that is here", found=found, remedy="--device auto takes what there is") from error
     return name
 

@@ -30,7 +30,7 @@ from paretune.errors import KEY, ConfigError, RewardError, printable, redacted
 from paretune.objectives.base import Objective, text_of
 from paretune.registry import OBJECTIVES
 from paretune.seeds import uniforms
-from paretune.types import IN_REQUEST, canonical_json, key_of, refuse_secrets
+from paretune.types import IN_REQUEST, canonical_json, is_number, key_of, refuse_secrets
 
 __all__ = ["Judge", "Usage", "read_usage"]
 
@@ -288,7 +288,7 @@ class Judge(Objective):
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return
         score = verdict.get("score") if isinstance(verdict, dict) else None
-        if not isinstance(score, int | float) or isinstance(score, bool):
+        if not is_number(score):
             reply.failure = NONSENSE[1]
         elif not self.scale[0] <= score <= self.scale[1]:
             reply.failure = NONSENSE[2]

@@ -28,7 +28,7 @@ from paretune.errors import nearest
 from paretune.objectives.base import text_of
 from paretune.objectives.functions import names_in
 from paretune.registry import OBJECTIVES
-from paretune.types import Prompt, key_of
+from paretune.types import Prompt, is_number, key_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -540,7 +540,7 @@ def _check_normalize(objective: RewardModel) -> None:
     example = '`paretune normalize` measures it; or {mean: 0.3, std: 1.2, from: "where the numbers come from"}'
     if set(given) != {"mean", "std", "from"}:
         raise objective.refuse(rule, found=f"the keys {', '.join(map(str, given)) or 'none'}", remedy=example)
-    numbers = all(isinstance(given[k], int | float) and not isinstance(given[k], bool) and math.isfinite(given[k]) for k in ("mean", "std"))
+    numbers = all(is_number(given[k]) and math.isfinite(given[k]) for k in ("mean", "std"))
     if not numbers or given["std"] <= 0 or not isinstance(given["from"], str) or not given["from"].strip():
         raise objective.refuse(f"{rule}: two finite numbers, std above 0, and words", found=repr(given), remedy=example)
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from paretune.errors import ConfigError, nearest
 from paretune.registry import Registry
+from paretune.types import is_number
 
 __all__ = [
     "Constrained",
@@ -36,7 +37,6 @@ __all__ = [
     "UTILITIES",
     "Utility",
     "check_scalarizer",
-    "is_number",
     "linear",
     "log_product",
     "scalarize",
@@ -73,11 +73,6 @@ def log_product(
 
 
 SCALARIZERS: Mapping[str, Callable[..., np.ndarray]] = {"linear": linear, "log_product": log_product}
-
-
-def is_number(given: Any) -> bool:
-    """Whether it is a real number, as settings given by name may not be."""
-    return isinstance(given, int | float | np.integer | np.floating) and not isinstance(given, bool)
 
 
 def check_scalarizer(scalarizer: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ConfigError, nearest, shown
+from paretune.types import is_number
 
 __all__ = ["Sampling", "Said", "draw", "shaped", "stop_at"]
 
@@ -41,7 +42,7 @@ class Sampling:
         )
         for name, rule, holds in rules:
             value = getattr(self, name)
-            good = isinstance(value, int | float) and not isinstance(value, bool) and (value == value and holds(value))
+            good = is_number(value) and (value == value and holds(value))
             if not good:
                 raise ConfigError(f"{name} is {rule}", found=shown(value), remedy=f"correct {name}, or leave it out")
 

@@ -20,7 +20,7 @@ from paretune.errors import ConfigError, StoreError, nearest
 from paretune.objectives.terms import brief
 from paretune.report.looks import Look, looks
 from paretune.runs.store import ARTIFACTS, CELL_FORMAT, CELLS, WIP, Store
-from paretune.types import canonical_json, check_name, key_of
+from paretune.types import canonical_json, check_name, is_number, key_of
 
 __all__ = ["NOT_DIALS", "PROMPTS", "SPLITS", "Cell", "Results", "Setting", "assemble", "load"]
 
@@ -367,8 +367,7 @@ def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _order(key: str, value: Any) -> tuple[int, float, str]:
     """Numbers by size, but correlations from agreement to conflict."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, -float(value) if key == "rho" else float(value), "") if number else (1, 0.0, str(value))
+    return (0, -float(value) if key == "rho" else float(value), "") if is_number(value) else (1, 0.0, str(value))
 
 
 def _line(text: str) -> str:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, nearest
+from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, first_line, nearest
 from paretune.files import disk_errors, is_sealed, note, read_json, remove, sealed, write_json
 from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
@@ -44,7 +44,7 @@ from paretune.seeds import generator, seed_for
 from paretune.tasks.base import Task
 from paretune.tasks.preferences import JUDGED_SEEDS, spread_preferences
 from paretune.training.cost import Cost, read_cost, then
-from paretune.types import canonical_json, key_of
+from paretune.types import canonical_json, is_number, key_of
 
 __all__ = ["METRICS", "Dimension", "Plan", "Trial", "Tuning", "read_plan", "space_of", "tune", "validation_preferences"]
 
@@ -93,7 +93,7 @@ class Dimension:
             given = list(value) if isinstance(value, tuple) else value
             same = (choice for choice in self.choices if choice == given and isinstance(choice, bool) == isinstance(given, bool))
             return next(map(json.dumps, same), None)  # a file may write 1 for 1.0
-        inside = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        inside = is_number(value) and self.low <= value <= self.high
         return value if inside else None
 
 
@@ -215,7 +215,7 @@ def _dimension(path: str, values: Any, entries: Mapping[str, Mapping[str, Any]])
 def _range(path: str, values: list[Any], entries: Mapping[str, Mapping[str, Any]]) -> Dimension:
     part, _, name = path.partition(".")
     ends, log = values[:-1], values[-1] == "log"
-    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in ends)
+    numbers = all(is_number(end) and math.isfinite(end) for end in ends)
     if len(ends) != 2 or not numbers or not ends[0] < ends[1] or (log and ends[0] <= 0):
         above = ", above 0" if log else ""
         raise ConfigError(
@@ -274,7 +274,7 @@ class Tuning:
             why = next((trial.message for trial in self.trials if trial.message), "all were given up")
             raise ParetuneError(
                 "a search ends with a trial that was trained and measured",
-                found=f"none of {len(self.trials)}: {why.splitlines()[0]}",
+                found=f"none of {len(self.trials)}: {first_line(why)}",
                 remedy="run `paretune fit` with these settings to see why, or ask for more trials",
             )
         return max(done, key=lambda trial: trial.value or 0.0)  # the first of equals
@@ -428,7 +428,7 @@ def tune(
 def _shown(trial: Trial, metric: str) -> str:
     value = "" if trial.value is None else f", {metric} {trial.value:.4g}"
     settings = " ".join(f"{path}={value}" for path, value in trial.values.items())
-    return f"{settings} {trial.state}{value}" + (f": {trial.message.splitlines()[0]}" if trial.message else "")
+    return f"{settings} {trial.state}{value}" + (f": {first_line(trial.message)}" if trial.message else "")
 
 
 def _key(plan: Plan, metric: str, seed: int, prune: bool) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from paretune.errors import ConfigError, RewardError, nearest
-from paretune.objectives.utilities import Landmarks, check_scalarizer, is_number, scalarize
+from paretune.objectives.utilities import Landmarks, check_scalarizer, scalarize
 from paretune.training.advantages import (
     AGGREGATIONS,
     BASELINES,
@@ -36,7 +36,7 @@ from paretune.training.advantages import (
 )
 from paretune.training.spec import TrainSpec
 from paretune.training.weightings.base import WEIGHTINGS, State, StepContext, Weighting
-from paretune.types import Objectives, canonical_json
+from paretune.types import Objectives, canonical_json, is_number
 
 __all__ = ["Combine"]
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from paretune import errors
-from paretune.errors import ConfigError, ParetuneError, TrainingError
+from paretune.errors import ConfigError, ParetuneError, TrainingError, first_line
 from paretune.files import disk_errors
 
 __all__ = [
@@ -372,7 +372,7 @@ def launched() -> tuple[Any, int, int]:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             "a launcher gives each process its rank, their number, and where process 0 is reached",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="start them by torchrun or accelerate launch, or let learner.processes start them",
         ) from error
     return store, rank, size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, first_line
 
 __all__ = ["base_weight", "frozen_linear", "is_quantized", "numbers", "rounds_inputs"]
 
@@ -93,7 +93,7 @@ def base_weight(layer: Any) -> Tensor:
             off = float((functional.linear(x_BI, weight, layer.bias) - want_BO).norm() / want_BO.norm())
             wrong = "" if off < 0.05 else f"whose weight gives outputs that are {off:.0%} off the layer's"
         except (AttributeError, TypeError, RuntimeError) as error:
-            wrong = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            wrong = f"{type(error).__name__}: {first_line(error)}"
     if wrong:
         raise ConfigError(
             "a merge needs the base's weights in floating point",

@@ -1,1 +1,1 @@
-"""Executors: where jobs run, in this process, in worker processes of this machine, on a Ray cluster, or one training in several processes."""
+"""Executors: this process, worker processes of this machine, a Ray cluster; or one training in several processes."""

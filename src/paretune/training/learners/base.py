@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, first_line
 from paretune.files import disk_errors
 from paretune.policy.base import Policy, build_mixing
 from paretune.policy.lora.bank import SCALE, LoraBank
@@ -150,7 +150,7 @@ def placed(model: Any, device: str, dtype: str | None) -> Any:
             raise
         raise ConfigError(
             "a training runs on a device that is here",
-            found=f"device {device!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            found=f"device {device!r}: {first_line(error)}",
             remedy='device "auto" takes the first GPU, or the CPU',
         ) from error
 

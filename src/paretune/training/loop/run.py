@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paretune.errors import TrainingError
+from paretune.errors import TrainingError, first_line
 from paretune.tasks.base import Task
 from paretune.training.cost import Cost, read_cost
 from paretune.training.loop.checkpoint import (
@@ -155,6 +155,4 @@ def memory_explained(remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
             raise
-        raise TrainingError(
-            "a training step fits into memory", found=str(error).split("\n")[0] or type(error).__name__, remedy=remedy
-        ) from error
+        raise TrainingError("a training step fits into memory", found=first_line(error), remedy=remedy) from error
