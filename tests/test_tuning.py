@@ -352,7 +352,7 @@ def test_where_no_trial_ends_well_there_is_no_best(tmp_path, fake):
         tune(plan_of(tmp_path, tune={"learner.lr": [0.03, 0.04]}), trials=2, root=tmp_path)
 
 
-def test_a_reward_that_fails_in_one_trial_is_a_failed_trial_and_in_all_ends_the_search(tmp_path, fake, monkeypatch):
+def test_a_reward_that_fails_in_one_trial_is_a_failed_trial(tmp_path, fake, monkeypatch):
     paid = _Scores.of
 
     def of(self, task, method, learner, seed):
@@ -362,15 +362,54 @@ def test_a_reward_that_fails_in_one_trial_is_a_failed_trial_and_in_all_ends_the_
 
     monkeypatch.setattr(_Scores, "of", of)
     broken, lines = {2}, []
-    found = tune(plan_of(tmp_path, tune={"learner.rank": [1, 2, 4]}), trials=5, root=tmp_path, say=lines.append)
+    plan = plan_of(tmp_path, tune={"learner.rank": [1, 2, 4]})
+    found = tune(plan, trials=5, root=tmp_path, say=lines.append)
     assert [(trial.values["learner.rank"], trial.state) for trial in found.trials[:1]] == [(2, "failed")]  # the file's own rank
     for trial, line in zip(found.trials, lines, strict=True):
         assert (trial.state == "failed") == (trial.values["learner.rank"] == 2)
         assert line.endswith("failed: an objective returns a score") == (trial.state == "failed")
     assert found.best.values["learner.rank"] != 2
-    broken = {1, 2, 4}
-    with pytest.raises(ParetuneError, match="a search ends with a trial that was trained and measured"):
-        tune(plan_of(tmp_path, tune={"learner.rank": [1, 2, 4]}), trials=3, root=tmp_path / "all")
+    asked = len(fake)
+    assert told(tune(plan, trials=5, root=tmp_path)) == told(found)  # a failed trial stands as it is
+    assert len(fake) == asked
+
+
+def test_rewards_that_fail_in_a_row_end_the_search_and_are_tried_again(tmp_path, fake, monkeypatch):
+    """As where a judge is down for an hour: nothing of it stands, and the trials are those of a search without it."""
+    paid, calls = _Scores.of, []
+
+    def of(self, *given):
+        calls.append(given)
+        if down[0] <= len(calls) <= down[1]:
+            raise RewardError("a judge answers", found="connection refused", remedy="start it")
+        return paid(self, *given)
+
+    plan = plan_of(tmp_path, tune={"learner.lr": [1e-5, 1e-2, "log"]})
+    whole = tune(plan, trials=8, root=tmp_path / "whole", prune=False)
+    monkeypatch.setattr(_Scores, "of", of)
+    down = (4, 99)
+    with pytest.raises(RewardError, match="no fault of the settings") as error:
+        tune(plan, trials=8, root=tmp_path, prune=False)
+    assert "3 settings in a row, the last: a judge answers" in error.value.found
+    assert len(calls) == 6
+    down = (7, 8)  # two more, which do not end it; then the judge is there, and they stand
+    found = tune(plan, trials=8, root=tmp_path, prune=False)
+    assert told(found)[:3] == told(whole)[:3]
+    assert [trial.state for trial in found.trials] == [*["done"] * 3, *["failed"] * 2, *["done"] * 3]
+    down = (0, 0)
+    again = tune(plan, trials=8, root=tmp_path / "again", prune=False)
+    assert told(again) == told(whole)
+
+
+def test_a_search_that_stopped_without_rewards_is_that_of_one_which_never_did(tmp_path, fake, monkeypatch):
+    paid = _Scores.of
+    plan = plan_of(tmp_path, tune={"learner.lr": [1e-5, 1e-2, "log"]})
+    whole = tune(plan, trials=6, root=tmp_path / "whole", prune=False)
+    monkeypatch.setattr(_Scores, "of", lambda *_: (_ for _ in ()).throw(RewardError("a judge answers", found="none", remedy="start it")))
+    with pytest.raises(RewardError):
+        tune(plan, trials=6, root=tmp_path, prune=False)
+    monkeypatch.setattr(_Scores, "of", paid)
+    assert told(tune(plan, trials=6, root=tmp_path, prune=False)) == told(whole)
 
 
 def test_a_disk_that_fails_is_no_trial(tmp_path, monkeypatch):

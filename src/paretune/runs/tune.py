@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from paretune.errors import ConfigError, ParetuneError, StoreError, TrainingError, first_line, nearest
+from paretune.errors import ConfigError, ParetuneError, RewardError, StoreError, TrainingError, first_line, nearest
 from paretune.files import disk_errors, is_sealed, note, read_json, remove, sealed, write_json
 from paretune.methods.search import load_optuna, quiet
 from paretune.registry import LEARNERS, METHODS, describe
@@ -54,6 +54,7 @@ FIRST_RUNG = 0.25  # of the budget, where there is one cell only
 EARLIER = 4  # trials that have been at a place before one is given up there
 RANDOM = 6  # trials before Optuna's model of what was good is asked
 PREFERENCES = 8  # for two objectives; twice as many for more
+OUTAGE = 3  # settings in a row whose rewards failed, after which a search stops: a judge may be down
 ROUNDED = 3  # significant digits of what is drawn from a range
 JOURNAL, MARK = "optuna.log", "journal.json"  # the trials; how much of that is whole
 SCORE = 1  # raise when measuring the same family would give other scores
@@ -396,7 +397,7 @@ def tune(
     The metric of a trial is its mean over cells: of the worst, or the mean, over validation preferences of the attainment (of the gain,
     where the optimum is not known), or of the hypervolume. The first trial is the file's own settings. The same seed gives the same
     trials. `say` gets a line per trial, and with it trainings show how far they are. Raises BusyError where another process works on the
-    same search.
+    same search, and RewardError where rewards failed at `OUTAGE` settings one after the other: run again, it begins with the first of them.
 
     Source: Optuna (Akiba et al. 2019), its TPE sampler, and its median rule for giving up.
     Differs: a trial's numbers depend on the seed, its place and the trials before it, not on how often a run was interrupted. The median
@@ -415,9 +416,17 @@ def tune(
         search = _Search(plan, _study(optuna, folder), scores, metric=metric, seed=seed, prune=prune)
         while len(search.finished) < trials:
             trial = search.run()
-            _mark(folder)
             if say is not None:
                 say(f"trial {trial.number} of {trials}: {_shown(trial, metric)}")
+            if len(search.unrewarded) == OUTAGE:
+                raise RewardError(
+                    "rewards that fail at one setting after the other are no fault of the settings",
+                    found=f"{OUTAGE} settings in a row, the last: {first_line(trial.message)}",
+                    remedy="mend the rewards and run the search again: it goes on with the first of these trials",
+                )
+            if not search.unrewarded:
+                _mark(folder)
+        _mark(folder)
         found = search.result(folder)
         with disk_errors(folder):
             write_json(folder / "ledger.json", found.cost.to_json())
@@ -487,6 +496,7 @@ class _Search:
         self.plan, self.study, self.scores, self.metric = plan, study, scores, metric
         self._optuna, self._seed, self._prune = load_optuna(), seed, prune
         self._states = self._optuna.trial.TrialState
+        self.unrewarded: set[str] = set()  # the settings of the latest trials, in a row, in which rewards failed
         rung = [(FIRST_RUNG, *plan.cells[0])] if prune and len(plan.cells) == 1 and _scales(plan.learner) else []
         self.stages = [*rung, *((1.0, task, cell_seed) for task, cell_seed in plan.cells)]
 
@@ -505,13 +515,15 @@ class _Search:
             dimension.path: dimension.suggest(trial, digits=ROUNDED if place or own is None else None) for dimension in self.plan.space
         }
         seen: list[_Score] = []
-        state, value, message = "failed", None, ""
+        state, value, message, rewards = "failed", None, "", False
         try:
             state, value = self._stages(trial, values, seen)
         except ParetuneError as error:
             if isinstance(error, StoreError) or (isinstance(error, ConfigError) and not place and own is not None):
                 raise  # the disk, or another process: no setting's fault; or a mistake in the file's own settings
             message = str(error)
+            rewards = isinstance(error, RewardError)
+        self.unrewarded = self.unrewarded | {canonical_json(values)} if rewards else set()
         cost = self.scores.cost(seen)
         notes = {"values": values, "state": state, "value": value, "message": message, "stages": len(seen), "cost": cost.to_json()}
         trial.set_user_attr("trial", notes | {"scores": [asdict(score) for score in seen]})
