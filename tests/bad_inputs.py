@@ -929,7 +929,7 @@ def code() -> Iterator[Case]:
         "signature": "class F:\n    __signature__ = 3\n    def __call__(self, **k): return []\nf = F()",
         "getattr": "def __getattr__(name): raise SystemExit(0)",
     }.items():
-        yield Case("reward files", label, functools.partial(_reward_file, text + "\n"), label in ("signature", "no arguments"))
+        yield Case("reward files", label, functools.partial(_reward_file, text + "\n"), label in ("signature", "no arguments", "async"))
     for label, name in {
         "NUL": "a\0.py",
         "long": LONG + ".py",

@@ -183,7 +183,6 @@ def test_objectives_that_are_wrong(tiny, tmp_path, objectives, rule, found, reme
         ("rewards.py:f", "raise SystemExit(0)\n", "rewards.py can be imported", "SystemExit", "python rewards.py"),
         ("rewards.py:f", "f = 3\n", "rewards.py:f is a function", "a int", "name a function"),
         ("rewards.py:f", "class f: pass\n", "rewards.py:f is a function", "the class f", "an instance of the class"),
-        ("rewards.py:f", "async def f(**k): return []\n", "objective 'f' is an ordinary function", "async", "asyncio.run"),
         (
             "rewards.py:f",
             "def f(completions, solution): ...\n",

@@ -284,6 +284,28 @@ def test_conversations_reach_functions_as_messages(tiny, tmp_path):
     assert load_tokenizer(str(tiny)).chat_template
 
 
+def test_async_functions_score_as_ordinary_ones_and_wait_for_each_other(tiny, tmp_path):
+    """`first` ends only where `second` has begun: one after the other would never end, and is given up."""
+    plain = write_recipe(tmp_path / "plain", tiny)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "rewards.py").write_text(
+        "import asyncio\n\nbegun = asyncio.Event()\n\n\n"
+        "async def first(completions, **k):\n"
+        "    await asyncio.wait_for(begun.wait(), 20)\n"
+        "    return [sum(c.isupper() for c in text) / max(len(text), 1) for text in completions]\n\n\n"
+        "async def second(completions, answer):\n"
+        "    begun.set()\n"
+        "    return [float(a in c) for c, a in zip(completions, answer)]\n"
+    )
+    both = [{"name": name, "use": f"rewards.py:{name}", "low": 0, "high": 1} for name in ("first", "second")]
+    task = load_recipe(write_recipe(tmp_path / "own", tiny, objectives=both)).task
+    prompts, texts = task.prompts("train")[:3], ["Ab", "", "where is PARCEL 7"]
+    wanted_N = load_recipe(plain).task.score(prompts, texts)[:, 0]
+    assert wanted_N.tolist() == [0.5, 0.0, 6 / 17]
+    assert task.score(prompts, texts)[:, 0].tolist() == wanted_N.tolist()
+    assert task.score(prompts, [prompt.columns["answer"] for prompt in prompts])[:, 1].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_family_learns_from_its_recipe_how_it_is_asked(own, tmp_path):
     """chat: true, a column of messages and system: are remembered; a system message that only some conversations have is not."""
     tokenizer = load_tokenizer(str(own))

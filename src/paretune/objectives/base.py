@@ -171,13 +171,6 @@ def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray
 
 def check_callable(name: str, function: Score, columns: Sequence[str] | None) -> None:
     """Raise ConfigError if `function` cannot be called with prompts that have these `columns` (None: not known yet)."""
-    target = getattr(function, "function", function)  # inside a FunctionObjective
-    if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__):
-        raise ConfigError(
-            f"objective {name!r} is an ordinary function",
-            found="an async function",
-            remedy="wrap it: def score(**given): return asyncio.run(your_function(**given))",
-        )
     if columns is None:
         return
     missing = [needed for needed in _required(function) if needed not in ("prompts", "completions", "completion_ids", *columns, *LOGGERS)]
