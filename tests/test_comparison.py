@@ -1,4 +1,4 @@
-"""The comparison over task seeds: every number again from the raw cells, no interval without ten seeds, nothing where nothing compares."""
+"""The comparison over seeds: every number again from the raw cells, no interval without ten seeds, nothing where nothing compares."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_setting_that_has_just_begun_does_not_empty_the_others():
         "rho = \u22120.8",
         "2 of 3 settings",
     ]
-    assert "on the same 12 task seeds (2 of 3 settings, training prompts)" in " ".join(findings(results))
+    assert "on the same 12 seeds (2 of 3 settings, training prompts)" in " ".join(findings(results))
 
 
 def test_a_method_measured_in_few_settings_is_listed_after_the_others():
@@ -241,13 +241,13 @@ def test_below_ten_seeds_there_is_no_interval_and_the_page_says_why(tmp_path, co
         assert table.rows
         for row in table.rows:
             assert all(value is None for key, value in row.items() if key.endswith(("_low", "_high")))
-    assert f"Over {count} task seeds. No intervals: they need at least 10 task seeds." in note(results)
+    assert f"Over {count} seeds. No intervals: they need at least 10 seeds." in note(results)
     page = write_page(results, tmp_path).read_text()
-    assert "No intervals: they need at least 10 task seeds." in page
+    assert "No intervals: they need at least 10 seeds." in page
     assert "the interval holds 0" not in page
     assert "with 95 % bands" not in page
     assert all(flag is None for heat in difference_heats(results) for line in heat.sure for flag in line)
-    assert not any("surely" in sentence or "same task seeds" in sentence for sentence in findings(results))
+    assert not any("surely" in sentence or "same seeds" in sentence for sentence in findings(results))
 
 
 def test_one_seed_compares_nothing(tmp_path):
@@ -401,7 +401,7 @@ def test_the_page_shows_the_comparison_and_its_numbers(results, tmp_path):
     low, high = (f"{row[f'worst_iqm_{end}']:.2f}" for end in ("low", "high"))
     assert f"{row['worst_iqm']:.2f} <small>[{low}, {high}]</small>" in page
     for words in (
-        "Over 12 task seeds",
+        "Over 12 seeds",
         "By relationship",
         "Who beats whom",
         "Performance profiles",
@@ -422,7 +422,7 @@ def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys, width):
     assert max(map(len, out.splitlines())) <= width
     row = row_of(comparison_table(results), setting=ALL, method="linear", prompts="train")
     assert f"{row['worst_iqm']:.2f} [{row['worst_iqm_low']:.2f}, {row['worst_iqm_high']:.2f}]" in out
-    assert "all settings, over task seeds" in out
+    assert "all settings, over seeds" in out
     assert ("against linear" in out) == (width > 60)
 
 
@@ -431,7 +431,7 @@ def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys, width):
 
 def test_findings_say_who_beats_the_sweep(results):
     said = " ".join(findings(results))
-    assert "No method has a surely higher worst attainment than linear on the same 12 task seeds (all settings, training prompts)" in said
+    assert "No method has a surely higher worst attainment than linear on the same 12 seeds (all settings, training prompts)" in said
     assert "matters most at rho = \u22120.8" in said
 
     def change(data):
@@ -449,7 +449,7 @@ def test_findings_say_who_beats_the_sweep(results):
 
 def test_no_sentence_about_a_sweep_that_was_not_run():
     results = suite(labels=("uniform", "experts logit"))
-    assert not any("surely" in sentence or "task seeds" in sentence for sentence in findings(results))
+    assert not any("surely" in sentence or "seeds" in sentence for sentence in findings(results))
 
 
 # Labels

@@ -259,11 +259,11 @@ def note(results: Results) -> str:
         return ""
     if not enough:
         return (
-            f"Over {seeds} task seeds. No intervals: they need at least 10 task seeds. With fewer, a bootstrap interval is narrower "
+            f"Over {seeds} seeds. No intervals: they need at least 10 seeds. With fewer, a bootstrap interval is narrower "
             "than the truth (of 3 seeds, its lower end is the lowest of them), so these differences may be chance."
         )
     return (
-        f"Over {seeds} task seeds. In brackets: 95 % intervals by a bootstrap over task seeds; they say what would change on other "
+        f"Over {seeds} seeds. In brackets: 95 % intervals by a bootstrap over seeds; they say what would change on other "
         "tasks of the same kind, not on other kinds. A seed is drawn with all of its settings."
         + (" From so few seeds the interval of a mean holds the truth about 9 times in 10." if seeds < 20 else "")
     )
@@ -276,7 +276,7 @@ def on_headline(table: Table, of: Sequence[Setting]) -> list[dict[str, Any]]:
 
 
 def relationship_tables(results: Results) -> dict[str, Table]:
-    """Quality ("worst", "mean") -> methods down, exact settings across: the IQM over task seeds, best first; the headline's prompts."""
+    """Quality ("worst", "mean") -> methods down, exact settings across: the IQM over seeds, best first; the headline's prompts."""
     found = {}
     across = sorted((group for group in groups(results) if group.exact), key=lambda group: bool(group.parts))
     overall = across[-1].label if across and across[-1].parts else ""
@@ -296,12 +296,12 @@ def relationship_tables(results: Results) -> dict[str, Table]:
     return found
 
 
-IQM_HELP = "interquartile mean over task seeds of the {} over preferences"
+IQM_HELP = "interquartile mean over seeds of the {} over preferences"
 OWN = "by its own utility"
 BOARD = (
     *keyed("method", "category"),
     Column("worst", "IQM", "share", IQM_HELP.format("lowest value"), "worst {quality}", shade=1),
-    Column("lowest", "lowest", "share", "the lowest of all task seeds", "worst {quality}", shade=1),
+    Column("lowest", "lowest", "share", "the lowest of all seeds", "worst {quality}", shade=1),
     Column("mean", "IQM", "share", IQM_HELP.format("mean"), "mean {quality}", shade=1),
     Column("own_name", "utility", "text", "the utility that the method optimizes", OWN),
     Column("own_worst", "worst", "share", "IQM of the worst attainment of that utility", OWN, shade=1),
@@ -313,7 +313,7 @@ BOARD_COSTS = (
     Column("samples_path", "critical path", "count", PATH_HELP, "cost"),
     Column("tokens_total", "tokens", "count", "tokens generated or enumerated for one family, in total", "cost"),
     Column("tokens_path", "critical path", "count", PATH_HELP, "cost"),
-    Column("seeds", "seeds", "count", "task seeds"),
+    Column("seeds", "seeds", "count", "seeds"),
 )
 
 
@@ -326,7 +326,7 @@ def _board(results: Results, group: Setting) -> Table:
     against = {(row["method"], row["against"]): row for row in on_headline(pair_table(results), [group])}
     columns = [replace(column, group=column.group.format(quality=group.quality)) for column in BOARD]
     for name in baselines(group):
-        said = ("mean difference of worst values, same task seeds", "how often it is ahead on the same task seed")
+        said = ("mean difference of worst values, same seeds", "how often it is ahead on the same seed")
         columns.append(Column(f"ahead {name}", "difference", "change", said[0], f"against {name}", shade=2))
         columns.append(Column(f"wins {name}", "P(better)", "share", said[1], f"against {name}"))
     lines = []

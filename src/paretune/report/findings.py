@@ -99,7 +99,7 @@ def _sweep(results: Results) -> list[str]:
         return []
     best = max(told, key=lambda label: told[label]["difference_worst"])
     better = [label for label, row in told.items() if row["difference_worst_low"] > 0]
-    on = f"than {linear} on the same {told[best]['seeds']} task seeds ({group.label}, {PROMPTS[group.headline]})"
+    on = f"than {linear} on the same {told[best]['seeds']} seeds ({group.label}, {PROMPTS[group.headline]})"
     ends = [signed(told[best][f"difference_worst{end}"]) for end in ("", "_low", "_high")]
     text = f"{best}: {ends[0]} [{ends[1]}, {ends[2]}]."
     said = f"No method has a surely higher worst attainment {on}; nearest is {text}"

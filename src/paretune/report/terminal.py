@@ -85,7 +85,7 @@ def _print_comparison(results: Results, to: Console) -> None:
         room = to.width - max(len(row["method"]) for row in table.rows) - 4
         count = max(k for k in range(len(widths) + 1) if k < 2 or sum(widths[:k]) <= room)
         seeds = f"{PROMPTS[group.headline]}, {max(row['seeds'] for row in table.rows)} seeds"
-        _print(results, to, f"{group.label}, over task seeds", seeds, table.rows, columns[:count])
+        _print(results, to, f"{group.label}, over seeds", seeds, table.rows, columns[:count])
     if note(results):
         to.print(Text(note(results)))
         to.print()
