@@ -182,7 +182,7 @@ class Decoding:
     ) -> None:
         """As `take`, with the rows in the places of others, which are dropped. What others hold is not copied."""
         assert reading.logits_PV is not None, "a reading that is done"
-        self._advance()
+        self.advance()
         _refuse_other_caches(self.policy, reading.cache)
         assert self._gates_NK is not None, "a reading has gates"
         device = self.policy.device
@@ -241,7 +241,7 @@ class Decoding:
         heat_N1 = torch.tensor([[float(each.temperature)] for each in samplings], dtype=torch.float64, device=self.place)
         count_N = torch.zeros(n, dtype=torch.long, device=self.place)
         if self.rows:
-            self._advance()
+            self.advance()
             self._check_beside(cache, gates_NK)
             mask_NT = self._joint_mask(mask_NT, n, self._cache.get_seq_length(), cache.get_seq_length())
             cache = joint_cache(self._cache, cache, self.rows, n)
@@ -279,7 +279,7 @@ class Decoding:
 
     def logits(self) -> Tensor:
         """(N, V) float64 logits of the next tokens, before any row's sampling."""
-        self._advance()
+        self.advance()
         logits_NV = self._logits_NV.to(self.place, torch.float64)
         if self.suppress_eos:
             logits_NV[:, self.policy.eos_ids] = -torch.inf
@@ -308,8 +308,8 @@ class Decoding:
         self._samplings, self._said = ([rows[n] for n in kept_N.tolist()] for rows in (self._samplings, self._said))
         self._settle()
 
-    def _advance(self) -> None:
-        """Give the model the tokens that were drawn last, for the logits of the next ones."""
+    def advance(self) -> None:
+        """Give the model the tokens that were drawn last, for the logits of the next ones. Where it fails, these rows are lost."""
         if self._pending_N1 is None:
             return
         ids_N1, self._pending_N1 = self._pending_N1.to(self.policy.device), None
