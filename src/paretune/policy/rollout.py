@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, shown
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
@@ -78,6 +78,12 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if ids:
         return list(ids)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ConfigError(
+            "a prompt has a token at least",
+            found=f"none in {shown(prompt.raw)}, and {type(tokenizer).__name__} has neither BOS nor EOS to stand for it",
+            remedy="give the prompt some text, or set tokenizer.bos_token",
+        )
     return [int(start)]  # an empty prompt: a model needs something to look at
 
 
