@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paretune.errors import ParetuneError
-from paretune.policy.base import build_mixing
+from paretune.policy.base import Policy, build_mixing
 from paretune.policy.contextual import Contextual, Features, GateBasis
 from paretune.policy.family import Family
 from paretune.policy.lora.bank import LoraBank
@@ -303,3 +303,76 @@ def test_text_is_told_as_soon_as_it_is_sure(tokens, stop, told):
         found.append(text.end(tokens))
     assert found == told
     assert text.whole == "".join(told)
+
+
+def test_a_long_prompt_that_finds_no_memory_is_one_error_and_the_engine_goes_on(monkeypatch):
+    family = family_of()
+    long, short = (Heard(family, text, [0.5, 0.5], limit=4) for text in ("ab" * 30, "ab"))
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    engine = Engine({"family": family}, chunk=8)
+    engine.start()
+    with monkeypatch.context() as patch:
+        patch.setattr("paretune.serve.engine.Reading", no_room)
+        engine.submit([long.row])
+        assert long.over.wait(20)
+    engine.submit([short.row])
+    assert short.over.wait(20)
+    assert "no room" in str(long.pieces[-1].error)
+    assert short.text == short.offline(family)
+    assert engine.alive
+    engine.stop()
+
+
+def test_rows_whose_forward_fails_while_others_join_end_in_an_error_and_draw_no_token_from_old_logits(monkeypatch):
+    """The forward that the tokens of the batch need is run when rows join, where it fails at its last step, after all keys were cached."""
+    family, forward, failed = family_of(), Policy.forward, []
+    joins = threading.Event()
+
+    def fails(self, input_ids_NT, **settings):
+        logits = forward(self, input_ids_NT, **settings)
+        if joins.is_set() and not failed and len(input_ids_NT) == 2 and input_ids_NT.shape[1] == 1:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no room")
+        return logits
+
+    engine = Engine({"family": family})
+    engine.lanes["family"].eos = frozenset()
+    going = [Heard(family, "ab", [0.5, 0.5], limit=300, seed=n) for n in range(2)]
+    joining = [Heard(family, text, [0.3, 0.7], limit=6, seed=n) for n, text in enumerate(("cd", "cda"))]
+    monkeypatch.setattr(Policy, "forward", fails)
+    admit = engine.lanes["family"]._admit
+    monkeypatch.setattr(engine.lanes["family"], "_admit", lambda: (joins.set() if engine.lanes["family"].rows else None, admit()))
+    engine.start()
+    engine.submit([each.row for each in going])
+    while engine.drawn < 8:
+        time.sleep(0.001)
+    engine.submit([each.row for each in joining])
+    assert all(each.over.wait(20) for each in (*going, *joining))
+    alone = [Heard(family, each.prompt.text, [0.3, 0.7], limit=6, seed=each.row.seed) for each in joining]
+    engine.submit([each.row for each in alone])
+    engine.stop()
+    assert failed
+    assert [each.finish for each in going] == ["error"] * 2
+    assert [each.row.said for each in joining] == [each.row.said for each in alone]
+
+
+def test_an_engine_whose_thread_ends_leaves_nobody_waiting(monkeypatch):
+    family = family_of()
+    engine, row = Engine({"family": family}), Heard(family, "ab", [0.5, 0.5], limit=4)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    found = []
+
+    def broken():
+        found.append(engine.call(lambda: "never"))
+        raise RuntimeError("a fault of the engine's own")
+
+    monkeypatch.setattr(engine.lanes["family"], "turn", broken)
+    engine.start()
+    engine.submit([row.row])
+    assert row.over.wait(20)
+    assert row.finish == "error"
+    with pytest.raises(ParetuneError, match="the model answers"):
+        found[0].result(timeout=20)

@@ -293,7 +293,7 @@ def test_what_is_loaded_with_the_weights_comes_along(homes, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
     family = family_of(homes["tied"])
-    family.policy.model.generation_config.eos_token_id = [16, 3]
+    family.policy.eos_ids = (16, 3)
     export(family, tmp_path / "x", (0.5, 0.5))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc"
@@ -377,8 +377,9 @@ def test_the_card_samples_the_policy_itself(homes, tmp_path, monkeypatch, kind, 
 def test_a_merged_export_has_neutral_settings_because_engines_apply_the_file_unasked(homes, tmp_path):
     from transformers import GenerationConfig
 
-    family = family_of(homes["tied"])
-    family.policy.model.generation_config = GenerationConfig(**SKEWED, eos_token_id=[16, 3], pad_token_id=16)
+    base = shutil.copytree(homes["tied"].base, tmp_path / "base")
+    GenerationConfig(**SKEWED, eos_token_id=[16, 3], pad_token_id=16).save_pretrained(base)
+    family = family_of(SimpleNamespace(base=base, adapters=homes["tied"].adapters))
     export(family, tmp_path / "x", (0.5, 0.5))
     written = json.loads((tmp_path / "x" / "generation_config.json").read_text())
     del written["transformers_version"]
@@ -391,6 +392,36 @@ def test_a_merged_export_has_neutral_settings_because_engines_apply_the_file_una
     assert family.policy.model.generation_config.top_p == 0.5, "the family's model stays as it is"
     facts = json.loads((tmp_path / "x" / "paretune.json").read_text())
     assert (facts["sampling"], facts["chat"], facts["system"]) == (neutral, False, None)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_an_export_ends_its_responses_where_the_family_does(homes, tmp_path, monkeypatch, kind):
+    """At the tokenizer's EOS (16), too, where the base model's own settings know another one only; and no later."""
+    from transformers import GenerationConfig
+
+    base = shutil.copytree(homes["llama"].base, tmp_path / "base")
+    GenerationConfig(eos_token_id=3, pad_token_id=16).save_pretrained(base)
+    family = family_of(SimpleNamespace(base=base, adapters=homes["llama"].adapters))
+    assert family.policy.eos_ids == (3, 16)
+    export(family, tmp_path / "mine", THREE[0], kind=kind)
+    monkeypatch.chdir(tmp_path)
+    card = python_of((tmp_path / "mine" / "README.md").read_text()).replace("your prompt", TEXT)
+    for last in family.policy.eos_ids:
+        found, drawn = {}, iter([5, 4, last])
+        monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn, **__: torch.tensor([[next(drawn)]]))
+        exec(card, found)
+        assert found["answer"][0, found["input_ids"].shape[1] :].tolist() == [5, 4, last]
+    assert json.loads((tmp_path / "mine" / "paretune.json").read_text())["eos_ids"] == [3, 16]
+
+
+def test_a_base_that_says_no_more_than_it_must_is_on_the_card(homes, tmp_path):
+    """As a family that is made by hand may have it: without a revision, or with fields that are null."""
+    family = family_of(homes["llama"])
+    for n, base in enumerate(({}, {"quantize": None}, {"quantize": "4bit"})):
+        family.base = {"model": str(homes["llama"].base), **base}
+        export(family, tmp_path / f"{n}", THREE[0], kind="adapter")
+        card = (tmp_path / f"{n}" / "README.md").read_text()
+        assert ("load_base" in card) is (n == 2)
 
 
 def test_a_base_model_of_the_hub_is_named(homes, tmp_path):

@@ -242,6 +242,10 @@ def test_prompts_become_tokens():
     assert token_ids(Words(bos=True, chat="..."), chat) == [ord(c) for c in "<u>hi<a>"], "a template brings its own special tokens"
     with pytest.raises(ConfigError, match="chat template"):
         token_ids(Words(), chat)
+    without = Words()
+    without.bos_token_id = without.eos_token_id = None
+    with pytest.raises(ConfigError, match=r"(?s)a token at least.*none in ''.*set tokenizer\.bos_token"):
+        token_ids(without, Prompt(text=""))
 
 
 def test_uniforms_that_are_reused_give_the_same_text(policy):

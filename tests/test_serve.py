@@ -91,6 +91,14 @@ def test_answers_are_those_of_sample_in_both_apis(families):
     assert said.json()["object"] == "chat.completion"
 
 
+def test_a_prompt_that_stands_twice_in_a_list_gets_other_responses_as_from_sample(families):
+    asked = ["abc", "b", "abc"]
+    (made,) = Api(families).post("/v1/completions", {**TEXT, "prompt": asked, "n": 2})
+    want = families["fam"].sample(asked, {A: 0.5, B: 0.5}, n=2, seed=5, max_new_tokens=8, raw=True)
+    assert texts(made) == [text for row in want for text in row]
+    assert want[0] != want[2]
+
+
 def test_one_meaning_in_four_spellings(families):
     w = {A: 0.7, B: 0.3}
     spelled = [
@@ -274,6 +282,10 @@ BAD = [
     ({"top_p": 0}, 400, "top_p", "top_p is"),
     ({"top_p": float("nan")}, 400, "top_p", "top_p is"),
     ({"top_k": 2.5}, 400, "top_k", "top_k is"),
+    ({"top_k": float("inf")}, 400, "top_k", "top_k is"),
+    ({"top_k": 10**400}, 400, "top_k", "top_k is"),
+    ({"temperature": 10**400}, 400, "temperature", "temperature is"),
+    ({"repetition_penalty": 10**400}, 400, "repetition_penalty", "repetition_penalty is"),
     ({"presence_penalty": 9}, 400, "presence_penalty", "presence_penalty is"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "repetition_penalty is"),
     ({"stop": [""]}, 400, "stop", "none empty"),

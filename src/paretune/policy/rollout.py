@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from paretune.errors import ConfigError
+from paretune.errors import ConfigError, shown
 from paretune.hub import positions_of
 from paretune.policy.base import Policy
 from paretune.policy.cache import by_row, joint_cache, with_room
@@ -78,6 +78,12 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     if ids:
         return list(ids)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ConfigError(
+            "a prompt has a token at least",
+            found=f"none in {shown(prompt.raw)}, and {type(tokenizer).__name__} has neither BOS nor EOS to stand for it",
+            remedy="give the prompt some text, or set tokenizer.bos_token",
+        )
     return [int(start)]  # an empty prompt: a model needs something to look at
 
 
@@ -182,7 +188,7 @@ class Decoding:
     ) -> None:
         """As `take`, with the rows in the places of others, which are dropped. What others hold is not copied."""
         assert reading.logits_PV is not None, "a reading that is done"
-        self._advance()
+        self.advance()
         _refuse_other_caches(self.policy, reading.cache)
         assert self._gates_NK is not None, "a reading has gates"
         device = self.policy.device
@@ -241,7 +247,7 @@ class Decoding:
         heat_N1 = torch.tensor([[float(each.temperature)] for each in samplings], dtype=torch.float64, device=self.place)
         count_N = torch.zeros(n, dtype=torch.long, device=self.place)
         if self.rows:
-            self._advance()
+            self.advance()
             self._check_beside(cache, gates_NK)
             mask_NT = self._joint_mask(mask_NT, n, self._cache.get_seq_length(), cache.get_seq_length())
             cache = joint_cache(self._cache, cache, self.rows, n)
@@ -279,7 +285,7 @@ class Decoding:
 
     def logits(self) -> Tensor:
         """(N, V) float64 logits of the next tokens, before any row's sampling."""
-        self._advance()
+        self.advance()
         logits_NV = self._logits_NV.to(self.place, torch.float64)
         if self.suppress_eos:
             logits_NV[:, self.policy.eos_ids] = -torch.inf
@@ -308,8 +314,8 @@ class Decoding:
         self._samplings, self._said = ([rows[n] for n in kept_N.tolist()] for rows in (self._samplings, self._said))
         self._settle()
 
-    def _advance(self) -> None:
-        """Give the model the tokens that were drawn last, for the logits of the next ones."""
+    def advance(self) -> None:
+        """Give the model the tokens that were drawn last, for the logits of the next ones. Where it fails, these rows are lost."""
         if self._pending_N1 is None:
             return
         ids_N1, self._pending_N1 = self._pending_N1.to(self.policy.device), None

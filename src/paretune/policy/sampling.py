@@ -7,6 +7,7 @@ distribution in float64.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,6 +19,8 @@ from paretune.errors import ConfigError, nearest, shown
 from paretune.types import is_number
 
 __all__ = ["Sampling", "Said", "draw", "shaped", "stop_at"]
+
+LARGEST = sys.float_info.max  # of a number that can be computed with: neither infinity nor an integer of 400 digits
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Sampling:
         )
         for name, rule, holds in rules:
             value = getattr(self, name)
-            good = is_number(value) and (value == value and holds(value))
+            good = is_number(value) and (abs(value) <= LARGEST and holds(value))
             if not good:
                 raise ConfigError(f"{name} is {rule}", found=shown(value), remedy=f"correct {name}, or leave it out")
 

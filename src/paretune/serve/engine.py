@@ -157,9 +157,14 @@ class Engine:
                         lane.turn()
                     self._post()
         finally:
-            self._ending = True
+            with self._lock:
+                self._ending = True
+            ended = _broken("the engine's thread has ended")
             for row in [*self._arrived, *(row for lane in self.lanes.values() for row in lane.all())]:
-                self.tell(row, Piece(finish="error", error=_broken("the engine's thread has ended")))
+                self.tell(row, Piece(finish="error", error=ended))
+            for _, future in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ended)
             self._post()
 
     def _collect(self) -> bool:
@@ -289,8 +294,11 @@ class _Lane:
             rest = len(row.tokens) - (known[1] if known else 0)
             if self.joins and rest > chunk:
                 if len(self.reading) < LONG_AT_ONCE:
-                    self._begin([row], [known] if known else None)
                     taken.append(row)
+                    try:
+                        self._begin([row], [known] if known else None)
+                    except Exception as error:
+                        self._fail([row], error)
                 continue
             wide = max(widest, rest)
             if self.joins and widest and wide * (1 + sum(map(len, batches.values()))) > room:
@@ -351,7 +359,12 @@ class _Lane:
             self._fail(rows, error)
 
     def _seat(self, reading: Reading, rows: list[Row], places: list[int]) -> None:
-        """Rows whose prompts are read join the batch."""
+        """Rows whose prompts are read join the batch, once the model has seen its last tokens."""
+        try:
+            self.decoding.advance()
+        except Exception as error:  # half of its cache may be written: nothing can be drawn from it any more
+            self._fail(self.rows, error)
+            self._new_batch()
         firsts = {place: row for row, place in reversed(list(zip(rows, places, strict=True)))}
         for place, row in firsts.items():
             self.prefixes.add(self._under(row), row.tokens, lambda place=place: reading.kept(place))  # type: ignore[misc]

@@ -123,7 +123,7 @@ def _write(
     with torch.inference_mode(False), torch.no_grad():
         _write_model(policy, _merged(policy, weights), folder, dtype or policy.model.dtype, shard)
     policy.tokenizer.save_pretrained(folder)
-    neutral_sampling(policy.model).save_pretrained(folder)  # in place of the base model's, which engines would apply to the policy
+    neutral_sampling(policy).save_pretrained(folder)  # in place of the base model's, which engines would apply to the policy
     return None
 
 

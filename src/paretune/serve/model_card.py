@@ -17,13 +17,13 @@ from paretune.runs.recipes.measured import read_measured
 from paretune.runs.store import CELLS, Store
 
 if TYPE_CHECKING:
+    from paretune.policy.base import Policy
     from paretune.policy.family import Family
 
 __all__ = ["VLLM_RANKS", "Exported", "known_results", "model_card", "neutral_sampling", "record", "vllm_rank"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank; an adapter of any lower rank is served under it
 NEUTRAL = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}  # what samples the policy itself
-ENDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 PACKAGES = ("paretune", "torch", "transformers", "peft", "safetensors")
 
 
@@ -55,15 +55,18 @@ def vllm_rank(rank: int | None) -> int | None:
     return None if rank is None else next((known for known in VLLM_RANKS if known >= rank), None)
 
 
-def neutral_sampling(model: Any) -> Any:
+def neutral_sampling(policy: Policy) -> Any:
     """Generation settings that sample the model's own distribution, with its special tokens and nothing else of its old settings.
+
+    A response ends where the policy's does: at the tokenizer's EOS, too, which the base model's settings may not know.
 
     What instruct models are published with (a temperature of .6, top_p of .9, penalties) makes another policy of the one that was trained
     and measured. In a merged export these settings take the place of the base model's file, because engines apply that file unasked.
     """
     from transformers import GenerationConfig
 
-    return GenerationConfig(**NEUTRAL, **{name: getattr(model.generation_config, name, None) for name in ENDS})
+    ends = {name: getattr(policy.model.generation_config, name, None) for name in ("pad_token_id", "bos_token_id")}
+    return GenerationConfig(**NEUTRAL, eos_token_id=list(policy.eos_ids), **ends)
 
 
 def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], results: str | Path | None) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
     if "model" in base:
         local = is_local(base["model"])
         name = Path(base["model"]).name if local else base["model"]
-        quantized = {key: base[key] for key in ("quantize", "dtype") if "quantize" in base}
+        quantized = {key: base[key] for key in ("quantize", "dtype") if base.get("quantize") and key in base}
         base = {"model": name, "revision": base.get("revision") or commit, "local": local, **quantized}
     return {
         "format": 1,
@@ -91,6 +94,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
         "chat": family.chat,
         "system": family.system,
         "sampling": NEUTRAL,
+        "eos_ids": list(policy.eos_ids),
         "max_new_tokens": family.max_new_tokens or 64,
         "base": base,
         "license": made.license,
@@ -213,7 +217,7 @@ def _loading(made: Exported, facts: Mapping[str, Any], *, closes: bool) -> str:
         lines += ["from paretune.policy.family import load_base", ""]
         if "model" in base:
             place = ("./" if base["local"] else "") + base["model"]
-            base = {"model": place, **{key: base[key] for key in ("revision", "dtype", "quantize")}}
+            base = {"model": place, **{key: base[key] for key in ("revision", "dtype", "quantize") if key in base}}
         lines += [f"base, tokenizer = load_base({base!r})", f'model = PeftModel.from_pretrained(base, "{here}")']
     ids = 'tokenizer("your prompt")["input_ids"]' + ("[:-1]" if closes else "")
     if facts["chat"]:
@@ -223,7 +227,7 @@ def _loading(made: Exported, facts: Mapping[str, Any], *, closes: bool) -> str:
         ids = 'tokenizer(text, add_special_tokens=False)["input_ids"]'
     start = f"{list(made.prefix)} + {ids}" if made.prefix else ids
     sampling = ", ".join(f"{name}={value!r}" for name, value in facts["sampling"].items())
-    ends = ", ".join(f"{name}=model.generation_config.{name}" for name in ENDS[:2])
+    ends = f"eos_token_id={facts['eos_ids']}, pad_token_id=model.generation_config.pad_token_id"
     lines += [
         f"input_ids = torch.tensor([{start}])",
         "# The policy itself: the settings that the base model was published with would change its distribution.",

@@ -30,7 +30,7 @@ from paretune.errors import ConfigError, nearest, shown
 from paretune.evaluation.elicit import EACH, PROMPTS, TIE, pool_preferences
 from paretune.hub import positions_of
 from paretune.policy.family import Family
-from paretune.policy.rollout import token_ids
+from paretune.policy.rollout import occurrences, token_ids
 from paretune.policy.sampling import Sampling
 from paretune.registry import checked
 from paretune.serve.engine import Engine
@@ -170,10 +170,10 @@ def ask(kind: str, body: Any, models: Mapping[str, Served], engine: Engine) -> A
     settings: dict[str, Any] = {"seed": seed, "stream": stream, "sampling": _sampling(body), "stop": _stop(body)}
     settings["logprobs"] = _logprobs(kind, body)
     limits = [_limit(kind, body, served, len(each)) for each in tokens]
+    numbers = occurrences([prompt for prompt in prompts for _ in range(n)])  # a prompt that comes again gets other responses
     rows = [
-        Row(served.name, prompt, ids, gates_K, limit=limit, number=number, **settings)
-        for prompt, ids, gates_K, limit in zip(prompts, tokens, gates_PK, limits, strict=True)
-        for number in range(n)
+        Row(served.name, prompts[i // n], tokens[i // n], gates_PK[i // n], limit=limits[i // n], number=number, **settings)
+        for i, number in enumerate(numbers)
     ]
     with about("max_tokens"):
         for row in rows[::n]:
