@@ -14,9 +14,10 @@ from paretune.methods.calibrated import calibrate, outer_returns
 from paretune.methods.search import simplex_lattice
 from paretune.policy.base import build_policy
 from paretune.policy.family import Family
+from paretune.policy.returns import returns_of
 from paretune.policy.rules import Interpolated
 from paretune.registry import GATE_RULES, METHODS, describe
-from paretune.seeds import generator
+from paretune.seeds import generator, seed_for
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.preferences import KEEP_OUT
 from paretune.testing.methods import check_method, quick_learner, quick_task, train_plan
@@ -217,6 +218,28 @@ class NotExact(ExactTask):
 
     registered_name = "not-exact"
     is_exact = False
+
+
+def test_a_response_without_a_score_costs_that_response(task, done, monkeypatch):
+    """One in sixteen, as of a judge that fails now and then, is left out; one in eight costs the objective's return, not the other's."""
+    blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    policy = build_policy(task, "logit", {f"expert-{k}": a.path for k, a in enumerate(done.values())})
+    gates, plain = np.array([0.6, 0.4]), NotExact.score
+    drawn = returns_of(blind, policy, "train", samples=64, seed=seed_for(3, "outer level")).at(gates[None])
+
+    def found(every):
+        def score(self, prompts, texts):
+            rewards_NM = plain(self, prompts, texts)
+            rewards_NM[::every, 0] = np.nan
+            return rewards_NM
+
+        monkeypatch.setattr(NotExact, "score", score)
+        return outer_returns(blind, policy, samples=64, seed=3)(gates)
+
+    known = np.arange(64) % 16 > 0
+    want = [drawn.rewards_WSM[0][known, 0].mean() - task.beta * drawn.kl_WS[0].mean(), drawn.returns_WSM[0][:, 1].mean()]
+    np.testing.assert_allclose(found(16), want)
+    assert np.isnan(found(8)).tolist() == [True, False]
 
 
 def test_on_samples(task, learner, done):

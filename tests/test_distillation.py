@@ -90,3 +90,11 @@ def test_what_a_user_can_get_wrong():
         LEARNERS.build({"name": "distill", "kl_in": "loss"})
     with pytest.raises(ConfigError, match="effort is positive"):
         METHODS.build({"name": "distilled", "effort": 0})
+
+
+def test_what_the_distillation_cannot_train_is_said_before_the_teachers_are_paid_for():
+    """As bridge and extended say it: their targets are the weighting of one preference, a distillation's preferences are sampled."""
+    task = small_task(terms={"targets": {"objective_1": 0.5, "objective_2": 0.4}})
+    with pytest.raises(ConfigError, match="follows one preference through a training"):
+        METHODS.build("distilled").plan(task, quick_learner(), {}, 0)
+    assert len(METHODS.build("distilled").plan(small_task(), quick_learner(), {}, 0)) == 2

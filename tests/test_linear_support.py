@@ -166,6 +166,13 @@ def test_trainings_come_one_by_one_and_measuring_is_charged(task, trained):
     assert sorted(map(tuple, family.meta["trained_at"])) == sorted(a.spec.preference for a in done.values())
 
 
+def test_the_bound_is_charged_for_the_policies_alone(task, tmp_path):
+    """It never asks for the reference, which the planned way measures first."""
+    method, learner = METHODS.build({"name": "ols", "estimate": "bound", "budget": 2}), quick_learner(steps=2)
+    done = train_plan(method, task, learner, tmp_path, seed=0)
+    assert method.policy(task, learner, done, 0).cost(np.eye(2)).evaluations == len(done) == 2
+
+
 def test_the_best_of_the_trained_answers(task, trained, tmp_path):
     method, learner, done = trained
     family = method.policy(task, learner, done, 0)

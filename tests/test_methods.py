@@ -259,6 +259,22 @@ def test_emorl_leaves_out_what_is_unscored(task, done, monkeypatch):
     assert np.isnan(found())
 
 
+@pytest.mark.parametrize("kind", ["linear", "product"])
+def test_emorl_scores_a_preference_whose_own_objectives_are_scored(task, done, monkeypatch, kind):
+    """An objective without weight may be unscored everywhere: the score is that of the objective asked for, and no response is dropped."""
+    blind = NotExact(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})
+    policy, plain = build_policy(task, "hidden", {f"expert-{k}": a.path for k, a in enumerate(done.values())}), NotExact.score
+    gates, w = np.array([0.5, 0.5]), np.array([1.0, 0.0])
+
+    def found(w):
+        return outer_score(blind, policy, kind=kind, samples=64, seed=5)(gates, w)
+
+    before = found(w)
+    monkeypatch.setattr(NotExact, "score", lambda self, *given: plain(self, *given) * [1, np.nan])
+    assert found(w) == before
+    assert np.isnan(found(np.array([0.9, 0.1])))
+
+
 def _renamed(task, learner, done):
     """The same artifacts under the keys of another task."""
     specs = METHODS.build("experts").plan(task, learner, {}, 0)

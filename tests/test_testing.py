@@ -366,6 +366,16 @@ class Compares(ExactTask):
         return scores - scores[:1] if len(scores) else scores
 
 
+class Centers(ExactTask):
+    """Advantages instead of scores: in any order the same, and without an enumeration nothing else shows it."""
+
+    is_exact = False
+
+    def score(self, prompts, completions):
+        scores = np.array([[len(text), 0.5] for text in completions], dtype=np.float64).reshape(-1, 2)
+        return scores - scores.mean(0) if len(scores) else scores
+
+
 class Infinite(ExactTask):
     def score(self, prompts, completions):
         return super().score(prompts, completions) / np.zeros((1, 2))
@@ -401,6 +411,7 @@ class OtherTable(ExactTask):
         (Leaks, "test prompts are not training prompts"),
         (Flat, r"an \(N, M\) float array"),
         (Compares, "another order of the batch gave other scores"),
+        (Centers, "a completion scored alone got another score"),
         (Infinite, "an infinity"),
         (Shares, "two calls share their weights"),
         (Trains, "training mode"),

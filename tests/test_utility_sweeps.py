@@ -164,6 +164,8 @@ def test_bad_fields():
         ({"name": "max-min", "points": 1}, "method max-min: points is 0"),
         ({"name": "product", "floor": 1.0}, "floor"),
         ({"name": "warm-sweep", "share": 0}, "share is above 0"),
+        ({"name": "warm-sweep", "at": [[1, 0], [0, 1], [1, 0]]}, r"every trained preference once\n  found:  \[1.0, 0.0\] again"),
+        ({"name": "linear", "at": [[0.3, 0.7], [0.3, 0.7]]}, "every trained preference once"),
         ({"name": "lagrangian", "decay": 2.0}, "decay"),
     ):
         with pytest.raises(ConfigError, match=message):

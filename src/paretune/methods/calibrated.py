@@ -14,7 +14,7 @@ from paretune.methods.search import SEARCHERS, simplex_lattice
 from paretune.objectives.utilities import linear
 from paretune.policy.base import Policy, build_policy
 from paretune.policy.family import Family
-from paretune.policy.returns import metered, returns_of
+from paretune.policy.returns import KNOWN, metered, returns_of
 from paretune.policy.rules import Interpolated, rows_of
 from paretune.registry import METHODS
 from paretune.seeds import seed_for
@@ -26,13 +26,23 @@ from paretune.training.spec import Artifact
 __all__ = ["Calibrated", "Calibration", "calibrate", "outer_returns"]
 
 Returns = Callable[[np.ndarray], np.ndarray]
-"""Gates (K,) -> returns (M,), KL included; NaN where a response of that objective was not scored."""
+"""Gates (K,) -> returns (M,), KL included; NaN where more than a tenth of the responses were not scored in that objective."""
 
 
 def outer_returns(task: Task, policy: Policy, *, samples: int, seed: int) -> Returns:
-    """What the mixed policy earns on the training prompts: exact where the task is exact, else from `samples` responses, shared noise."""
+    """What the mixed policy earns on the training prompts: exact where the task is exact, else from `samples` responses, shared noise.
+
+    What is unscored is left out, as in EMORL's score; where that is more than a tenth, the return is unknown.
+    """
     measured = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "outer level"))
-    return lambda gates_K: measured.at(gates_K[None]).returns_WSM[0].mean(0)
+
+    def run(gates_K: np.ndarray) -> np.ndarray:
+        made = measured.at(gates_K[None])
+        share_M = (~np.isnan(made.rewards_WSM[0])).mean(0)
+        known_M = np.where(share_M == 1, made.returns_WSM[0].mean(0), made.means_WM[0])
+        return np.where(share_M >= KNOWN, known_M, np.nan)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ class Calibrated(OnExperts):
     preference takes the smooth map through what was found. At a vertex the gates are e_k: its expert alone.
 
     search: "model" and "grid" look in [0, 1]^M, so that the scale of the gates is free; "lattice" keeps their sum. `grid` is the
-    published search and takes all its points, whatever the budget allows.
+    published search, 3^M points a level, until the budget is spent.
     """
 
     mixing: Literal["parameter", "logit", "hidden"] = "logit"

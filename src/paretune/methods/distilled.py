@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paretune.errors import ConfigError
-from paretune.methods.base import Card, Method, parts_of
+from paretune.methods.base import Card, Method, parts_of, vertex_trainings
 from paretune.methods.placed import Placed
 from paretune.policy.family import Family
 from paretune.policy.rules import Barycentric, BridgeRule, StudentRule
@@ -52,6 +52,7 @@ class Distilled(Method):
             )
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:
+        self._student(task, learner, list(vertex_trainings(task, learner, seed).values()), seed)  # refused before teachers are paid for
         teachers = Placed(more=self.more).plan(task, learner, done, seed)
         ready = len(teachers) == task.objectives.count + self.more and all(spec.key in done for spec in teachers)
         return [*teachers, self._student(task, learner, teachers, seed)] if ready else teachers
@@ -64,9 +65,10 @@ class Distilled(Method):
     def _student(self, task: Task, learner: Learner, teachers: Sequence[TrainSpec], seed: int) -> TrainSpec:
         keys = tuple(spec.key for spec in teachers)
         rule = Barycentric(points_KM=tuple(tuple(spec.preference or ()) for spec in teachers))
-        return TrainSpec(
+        distillation = Distillation.like(learner, teacher=describe(rule)).scaled(self.effort)
+        spec = TrainSpec(
             task=describe(task),
-            learner=describe(Distillation.like(learner, teacher=describe(rule)).scaled(self.effort)),
+            learner=describe(distillation),
             preference=None,
             seed=seed,
             frozen_adapters=keys,
@@ -74,3 +76,5 @@ class Distilled(Method):
             fresh=(learner.rank,),
             rule=describe(StudentRule(teachers=len(keys))),
         )
+        distillation.accept(spec)
+        return spec

@@ -38,14 +38,15 @@ def outer_score(task: Task, policy: Policy, *, kind: str, samples: int, seed: in
     """What the search maximizes on the training prompts: exact where the task is exact, else `samples` responses with shared noise.
 
     "linear" is J_w, KL included. "product" is E[sum_k w_k log r_k], each reward scaled to its declared range and clipped to
-    [1e-4, 1 - 1e-4], per response and without KL, as in the experts' score of the source. What is unscored is left out.
+    [1e-4, 1 - 1e-4], per response and without KL, as in the experts' score of the source. Responses that are unscored in an objective with
+    weight are left out.
     """
     assert kind in ("linear", "product"), kind
     low_M, high_M = np.asarray(task.objectives.low), np.asarray(task.objectives.high)
 
     def value(rewards: np.ndarray, w_M: np.ndarray) -> np.ndarray:
         scaled = rewards if kind == "linear" else np.log(np.clip((rewards - low_M) / (high_M - low_M), CLIP, 1 - CLIP))
-        return scaled @ w_M
+        return np.where(w_M > 0, scaled, 0.0) @ w_M
 
     price = task.beta if kind == "linear" else 0.0
     returns = returns_of(task, policy, SPLIT, samples=samples, seed=seed_for(seed, "outer level"))

@@ -116,7 +116,8 @@ class OptimisticSupport(Method):
         found = [_measured(task, done[spec.key], self.samples, seed) for spec in specs]
         best = self.answer == "best"
         rule: GateRule = Best(returns_KM=rows_of([one.returns_M for one in found])) if best else Nearest(points_KM=rows_of(points_KM))
-        spent = then(one.cost for one in [_measured(task, None, self.samples, seed), *found])
+        asked = [] if self.estimate == "bound" else [_measured(task, None, self.samples, seed)]  # the bound does without the reference
+        spent = then(one.cost for one in [*asked, *found])
         meta = {"trained_at": [list(w_M) for w_M in points_KM], "trained_at_judged": near_judged(task, np.array(points_KM))}
         return self.family(task, "parameter", rule, adapters, seed, meta=meta, search_cost=spent)
 

@@ -35,6 +35,8 @@ __all__ = ["SWEEP_TRAININGS", "Adaptive", "Gradient", "Linear", "ModpoSweep", "N
 SWEEP_TRAININGS = "C(points + M - 2, M - 1), or W for points = 0"
 """What a sweep's card says under `trainings`."""
 
+SAME = 1e-9  # preferences that are nearer to each other are one
+
 
 @dataclass(frozen=True)
 class Sweep(Method):
@@ -68,7 +70,15 @@ class Sweep(Method):
     def preferences(self, task: Task) -> np.ndarray:
         """(K, M) what is trained."""
         if self.at:
-            return np.stack([Preference.of(task.objectives.names, w_M).w_M for w_M in self.at])
+            given_KM = np.stack([Preference.of(task.objectives.names, w_M).w_M for w_M in self.at])
+            apart_KK = np.abs(given_KM[:, None] - given_KM[None]).max(-1)
+            if twice := sorted({int(k) for k in np.argwhere(np.triu(apart_KK < SAME, 1))[:, 1]}):
+                raise ConfigError(
+                    f"method {self.registered_name}: at names every trained preference once",
+                    found=", ".join(str(list(self.at[k])) for k in twice) + " again",
+                    remedy="leave it out, or write down how it differs",
+                )
+            return given_KM
         return task.judged() if self.points == 0 else simplex_lattice(task.objectives.count, self.points)
 
     def plan(self, task: Task, learner: Learner, done: Mapping[str, Artifact], seed: int) -> Sequence[TrainSpec]:

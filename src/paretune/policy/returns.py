@@ -29,7 +29,18 @@ from paretune.tasks.base import Task
 from paretune.tasks.exact.task import ExactTask
 from paretune.types import Cost
 
-__all__ = ["BATCH_ROWS", "ExactReturns", "Measured", "Meter", "Returns", "SampledReturns", "covariance_within", "metered", "returns_of"]
+__all__ = [
+    "BATCH_ROWS",
+    "KNOWN",
+    "ExactReturns",
+    "Measured",
+    "Meter",
+    "Returns",
+    "SampledReturns",
+    "covariance_within",
+    "metered",
+    "returns_of",
+]
 
 BATCH_ROWS = 64
 KNOWN = 0.9  # the share of responses that have a value, at least

@@ -17,6 +17,7 @@ from paretune.types import Preference, Prompt
 __all__ = ["check_task"]
 
 SPLITS = ("train", "test")
+ROUNDING = 1e-3  # of an objective's range, by which a model may score a completion otherwise in another batch
 
 
 # Tasks
@@ -35,7 +36,7 @@ def check_task(task: Task | str | Mapping[str, Any]) -> None:
     require(task.max_new_tokens >= 1, "a response may have a token", f"{task.max_new_tokens}", "max_new_tokens=64, for example")
     _check_judged(task, m)
     prompts = _check_prompts(task)
-    _check_scores(task, prompts, m)
+    _check_scores(task, prompts, high_M - low_M)
     _check_model(task)
     if task.is_exact:
         _check_exact(task)
@@ -61,7 +62,8 @@ def _check_prompts(task: Task) -> list[Prompt]:
     return found["train"][:3] + found["test"][:3]
 
 
-def _check_scores(task: Task, prompts: list[Prompt], m: int) -> None:
+def _check_scores(task: Task, prompts: list[Prompt], range_M: np.ndarray) -> None:
+    m = len(range_M)
     texts = [TEXTS[i % len(TEXTS)] for i in range(len(prompts))]
     if task.is_exact:
         responses: list[str] = task.responses  # type: ignore[attr-defined]
@@ -74,8 +76,11 @@ def _check_scores(task: Task, prompts: list[Prompt], m: int) -> None:
     empty = attempt(rule, remedy, lambda: task.score([], []))
     require(np.shape(empty) == (0, m), rule, f"shape {np.shape(empty)} for no completions", remedy)
     again = task.score(prompts[::-1], texts[::-1])[::-1]
-    require(np.array_equal(again, scores_NM, equal_nan=True), "a score depends on its own prompt and completion only",
-            "another order of the batch gave other scores", "no state, no comparison within the batch")  # fmt: skip
+    rule, remedy = "a score depends on its own prompt and completion only", "no state, no comparison within the batch"
+    require(np.array_equal(again, scores_NM, equal_nan=True), rule, "another order of the batch gave other scores", remedy)
+    alone_NM = np.concatenate([task.score([prompt], [text]) for prompt, text in zip(prompts, texts, strict=True)])
+    same = np.isclose(alone_NM, scores_NM, rtol=0, atol=ROUNDING * range_M, equal_nan=True).all()
+    require(bool(same), rule, "a completion scored alone got another score", remedy)
 
 
 def _check_model(task: Task) -> None:
