@@ -117,9 +117,9 @@ def test_a_preference_that_is_written_out_is_read_again(count):
     names = [f"o{n}" for n in range(count)]
     for weights in ([1 / count] * count, [n / sum(range(count)) for n in range(count)]):
         assert Preference.of(names, spelled(names, weights)).weights == pytest.approx(weights, abs=1e-6)
-    for given in ([1] * count, ["x"] * count):
+    for written in ([1] * count, ["x"] * count):
         with pytest.raises(ConfigError) as caught:
-            Preference.of(names, given)
+            Preference.of(names, written)
         assert Preference.of(names, caught.value.remedy.split()[-1]).weights == pytest.approx([1 / count] * count, abs=1e-3)
 
 
