@@ -477,7 +477,8 @@ def test_a_folder_beside_the_file_is_imported_and_hashed_without_an_init(tmp_pat
         (folder / "parts_of_test" / "scale.py").write_text(f"FACTOR = {factor}\n")
         (folder / "yaml").mkdir(exist_ok=True)
         (folder / "yaml" / "notes.py").write_text("")
-        text = "import yaml\nfrom parts_of_test.scale import FACTOR\n\ndef f(completions):\n    return [FACTOR * len(c) for c in completions]\n"
+        head = "import yaml\nfrom parts_of_test.scale import FACTOR\n\n"
+        text = head + "def f(completions):\n    return [FACTOR * len(c) for c in completions]\n"
         (folder / "rewards.py").write_text(text)
         return load_function(f"{folder / 'rewards.py'}:f", low=0, high=9)
 
