@@ -464,6 +464,31 @@ def test_modules_beside_the_file_are_imported_and_hashed(tmp_path):
     assert scores(again) == [3, 12]
 
 
+def test_a_folder_beside_the_file_is_imported_and_hashed_without_an_init(tmp_path):
+    """It is a package to Python: a change of its file is another objective. One that something installed hides is not read."""
+
+    def write(folder, factor):
+        (folder / "parts_of_test").mkdir(parents=True, exist_ok=True)
+        (folder / "parts_of_test" / "scale.py").write_text(f"FACTOR = {factor}\n")
+        (folder / "yaml").mkdir(exist_ok=True)
+        (folder / "yaml" / "notes.py").write_text("")
+        head = "import yaml\nfrom parts_of_test.scale import FACTOR\n\n"
+        text = head + "def f(completions):\n    return [FACTOR * len(c) for c in completions]\n"
+        (folder / "rewards.py").write_text(text)
+        return load_function(f"{folder / 'rewards.py'}:f", low=0, high=9)
+
+    first = write(tmp_path / "one", 2.0)
+    assert set(first.content()) == {"rewards.py", "parts_of_test/scale.py"}
+    assert scores(first) == [2, 8]
+    before = first.content()
+    again = write(tmp_path / "one", 3.0)
+    assert again.content() != before
+    assert scores(again) == [3, 12]
+    with pytest.raises(ConfigError, match="give parts_of_test a name that nothing else has") as caught:
+        write(tmp_path / "other", 4.0)
+    assert str(tmp_path / "one" / "parts_of_test" / "scale.py") in caught.value.found
+
+
 def test_a_module_whose_name_is_taken_is_refused(tmp_path):
     (tmp_path / "yaml.py").write_text("x = 1\n")
     (tmp_path / "rewards.py").write_text("import yaml\n\ndef f(completions):\n    return [0.0] * len(completions)\n")

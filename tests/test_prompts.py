@@ -1,5 +1,6 @@
 """Prompts from every kind of file: Parquet, JSON arrays, nested columns, transcripts, filters; and what the messages say."""
 
+import datetime
 import json
 import os
 
@@ -54,6 +55,26 @@ def test_parquet_holds_messages(tmp_path):
     assert everything(source)["q1"].raw == [{"role": "user", "content": "q1"}]
 
 
+def test_what_a_message_in_parquet_lacks_is_not_there(tmp_path):
+    """Its structs have the keys of all rows. Templates ask whether a message has a key, and JSON lines name the same prompt."""
+    rows = [{"prompt": [{"role": "user", "content": f"q{n}"} | ({"name": "Ann"} if n else {})]} for n in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in (parquet(tmp_path / "p.parquet", rows), tmp_path / "p.jsonl"):
+        found = everything(PromptSource(path=str(path)))
+        assert {text: prompt.raw for text, prompt in found.items()} == {row["prompt"][0]["content"]: row["prompt"] for row in rows}
+
+
+@pytest.mark.parametrize("beside", [datetime.datetime(2024, 1, 1), float("nan"), b"x"])
+def test_a_message_with_what_json_has_not_is_one_error_with_its_row(tmp_path, beside):
+    rows = [{"prompt": [{"role": "user", "content": f"q{n}", "at": beside if n == 1 else None}]} for n in range(4)]
+    path = str(parquet(tmp_path / "p.parquet", rows))
+    error = refused(path=path)
+    assert error.rule == "a message holds what JSON can"
+    assert error.found.endswith("in p.parquet, row 1")
+    assert "as texts" in error.remedy
+    assert set(everything(PromptSource(path=path, skip=True))) == {"q0", "q2", "q3"}
+
+
 def test_a_change_of_a_value_in_parquet_changes_the_hash(tmp_path):
     hashes = set()
     for answer in ("a", "b"):
@@ -88,6 +109,8 @@ def test_without_the_prompt_column_the_columns_are_listed(tmp_path):
     error = refused(path=str(parquet(tmp_path / "p.parquet", [{"question": "q", "answers": [1]}])))
     assert error.rule == "every prompt has the column 'prompt'"
     assert error.found == "the columns 'question', 'answers' in p.parquet, row 0"
+    assert error.remedy.startswith("name it with column:")
+    assert refused(path=str(tmp_path / "p.parquet"), template="{q}").remedy.startswith("correct template:")
 
 
 def test_no_network_says_what_to_download_and_where_to_put_it():

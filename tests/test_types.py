@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paretune import errors
 from paretune.errors import BusyError, ConfigError, ParetuneError, nearest
 from paretune.training.spec import TrainSpec
-from paretune.types import Curve, Objectives, Preference, Prompt, canonical_json, key_of
+from paretune.types import Curve, Objectives, Preference, Prompt, canonical_json, key_of, spelled
 
 SPEC = TrainSpec(task={"name": "t", "rho": -0.8}, learner={"name": "l", "lr": 0.02}, preference=(0.25, 0.75), seed=7, init_from=("a", "b"))
 
@@ -109,6 +109,24 @@ def test_bad_preferences_are_refused_with_a_way_out(given, found, remedy):
         Preference.of(NAMES, given)
     assert found in caught.value.found
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 7, 9, 11])
+def test_a_preference_that_is_written_out_is_read_again(count):
+    """Thirds, too, of which six digits do not sum to 1; a remedy is one that can be followed."""
+    names = [f"o{n}" for n in range(count)]
+    for weights in ([1 / count] * count, [n / sum(range(count)) for n in range(count)]):
+        assert Preference.of(names, spelled(names, weights)).weights == pytest.approx(weights, abs=1e-6)
+    for written in ([1] * count, ["x"] * count):
+        with pytest.raises(ConfigError) as caught:
+            Preference.of(names, written)
+        assert Preference.of(names, caught.value.remedy.split()[-1]).weights == pytest.approx([1 / count] * count, abs=1e-3)
+
+
+def test_a_preference_is_written_in_few_digits():
+    assert spelled(NAMES, [0.7, 0.3]) == "polite=0.7,brief=0.3"
+    assert spelled(NAMES, [1, 0]) == "polite=1,brief=0"
+    assert spelled("abc", [1 / 3] * 3) == "a=0.3333333,b=0.3333333,c=0.3333333"
 
 
 def test_objectives_are_distinct_and_complete():

@@ -29,6 +29,10 @@ def build(name, **fields):
         ("The answer is **5**.", "5"),
         ("Answer: $2x + 1$", "2x + 1"),
         ("Answer: 12", "12"),
+        ("#### Step 1\nThe answer is 6.\n#### Step 2\nThe answer is 42.", "42"),
+        ("The answer is 6, or so.\n#### 72", "72"),
+        ("#### The answer is 42", "42"),
+        ("The answer is 1e-05.", "1e-05"),
         ("The answer is: 12.", "12"),
         ("The final answer is: $12$. I hope it is correct.", "12"),
         (r"The answer is \(x + 1\).", r"\(x + 1\)"),
@@ -43,6 +47,9 @@ def test_where_the_final_answer_stands(text, found):
 def test_the_last_number_only_where_it_was_asked_for():
     assert final_answer("There are 7 cats and 8 dogs", anywhere=True) == "8"
     assert final_answer("no number", anywhere=True) is None
+    assert final_answer("about 1e-05", anywhere=True) == "1e-05"
+    assert final_answer("0x3e45ab", anywhere=True) == "45"
+    assert same_answer(final_answer("it is \u22125", anywhere=True), "-5")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,19 @@ def test_the_last_number_only_where_it_was_asked_for():
         ("1" * 5000, "1" * 5000, True),
         ("1" * 5000 + "/3", "1", False),
         ("Monday", "monday.", True),
+        (r"\text{Evelyn}", r"\text{Evelyn}", True),
+        (r"\text{Evelyn}.", "Evelyn", True),
+        (r"\text{Evelyn}", r"\text{Anna}", False),
+        (r"\mathrm{(A)}", r"\text{(B)}", False),
+        (r"\text{\{a, b\}}", r"\text{\{c\}}", False),
+        (r"\text{a {b} c}", r"\text{a {d} c}", False),
+        (r"\text{ cm}", "", False),
+        (str(0.00001), "0.00001", True),
+        ("1.5e3", "1500", True),
+        ("2e", "2", False),
+        (r"\frac{-1}{2}", "-0.5", True),
+        (r"-\frac{-1}{2}", "-0.5", False),
+        ("\u22125", "-5", True),
         ("72", "7", False),
     ],
 )
@@ -154,6 +174,30 @@ def test_calls_are_matched_as_well_as_possible():
     greedy = answer(call("f", a=9, b=2), call("f", a=1))
     points = 1 + 2 + (1 / 2 + 1)  # names; a=1 with the second; b=2 with the first, which names one parameter too many
     assert build("tool-call")(["p"], [greedy], answer=[wanted]) == [pytest.approx(points / 5)]
+
+
+def test_a_reference_that_spells_its_calls_in_json_is_read():
+    """As the answers of xLAM and the cells of CSV files are: taken for a text without calls, it would pay for calling nothing."""
+    calls = json.dumps([{"name": "GetNews", "arguments": {"page": "1"}}])
+    for reference in (calls, "\n" + calls[1:-1]):
+        assert build("tool-call")(["p"] * 2, [NEWS, "hello"], answer=[reference] * 2) == [1.0, 0.0]
+    assert build("tool-call")(["p"] * 2, [NEWS, "hello"], answer=["[]"] * 2) == [0.0, 1.0]
+    assert build("tool-call")(["p"] * 2, [NEWS, "hello"], answer=["[no call] is needed"] * 2) == [0.0, 1.0]
+    with pytest.raises(ConfigError, match="holds calls of tools"):
+        build("tool-call")(["p"], [NEWS], answer=['{"page": "1"}'])
+    with pytest.raises(ConfigError, match='measure "format" compares with a text'):
+        build("tool-call", measure="format")(["p"], [NEWS], answer=[calls])
+
+
+def test_a_reference_whose_call_cannot_be_read_scores_nobody():
+    broken = '<think>t</think><tool_call>\n{\n"name": "GetNews"\n}\n</tool_call>'
+    assert build("tool-call")(["p"] * 3, [NEWS, broken, "hello"], answer=[broken] * 3) == [None] * 3
+
+
+def test_what_a_struct_lacks_is_none_at_any_depth():
+    reference = {"name": "f", "parameters": {"trip": {"to": "Rome", "via": None, "stops": [{"at": "Pisa", "for": None}]}}}
+    texts = [answer(call("f", trip={"to": "Rome", "stops": [{"at": at}]})) for at in ("Pisa", "Bari")]
+    assert build("tool-call")(["p"] * 2, texts, answer=[reference] * 2) == [1.0, pytest.approx(2 / 3)]
 
 
 def test_a_reference_without_calls_wants_none():

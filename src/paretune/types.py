@@ -154,11 +154,11 @@ class Preference:
                 remedy="give every objective a weight; unwanted ones get 0",
             )
         bad = not all(np.isfinite(w) and w >= 0 for w in self.weights)
-        if bad or abs(sum(self.weights) - 1.0) > 1e-6:
+        if bad or not _sum_to_one(self.weights):
             total = sum(self.weights)
             fix = "use finite weights of at least 0"
             if not bad and total > 0:
-                fix = "divide by the sum: " + ",".join(f"{n}={w / total:.4g}" for n, w in zip(self.names, self.weights, strict=True))
+                fix = "divide by the sum: " + spelled(self.names, [w / total for w in self.weights], digits=4)
             raise ConfigError("the weights of a preference are non-negative and sum to 1", found=f"{shown} (sum {total:g})", remedy=fix)
 
     @property
@@ -179,7 +179,7 @@ class Preference:
         try:
             return cls(names, tuple(_weight(w) for w in given))
         except (TypeError, ValueError, OverflowError) as error:
-            remedy = "for example " + ",".join(f"{n}={1 / len(names):.3g}" for n in names)
+            remedy = "for example " + spelled(names, [1 / len(names)] * len(names), digits=3)
             raise ConfigError("the weights of a preference are numbers", found=f"{shown(given)}: {error}", remedy=remedy) from None
 
 
@@ -226,9 +226,15 @@ class Prompt:
         return key_of([self.text, None if self.messages is None else [dict(m) for m in self.messages]])
 
 
-def spelled(names: Sequence[str], weights: Sequence[float]) -> str:
-    """A preference as one word that `Preference.of` reads: polite=0.7,brief=0.3."""
-    return ",".join(f"{name}={weight:g}" for name, weight in zip(names, weights, strict=True))
+def spelled(names: Sequence[str], weights: Sequence[float], *, digits: int = 6) -> str:
+    """A preference as one word that `Preference.of` reads: polite=0.7,brief=0.3. Thirds get more `digits`, until their sum is 1."""
+    rounded = ([f"{weight:.{count}g}" for weight in weights] for count in range(digits, 18))
+    texts = next((texts for texts in rounded if _sum_to_one([float(text) for text in texts])), [f"{weight:g}" for weight in weights])
+    return ",".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
+
+
+def _sum_to_one(weights: Sequence[float]) -> bool:
+    return abs(sum(weights) - 1.0) <= 1e-6
 
 
 def last_words(raw: Any) -> str:

@@ -115,14 +115,18 @@ def _imported_names(path: Path) -> Iterator[str]:
 
 
 def _beside(path: Path) -> list[Path]:
-    """The Python files of the folder of `path` that it imports, directly or through each other; a package counts with all its files."""
+    """The Python files of the folder of `path` that it imports, directly or through each other; a package counts with all its files.
+
+    A folder without __init__.py is a package where Python finds nothing else of its name.
+    """
     folder = path.parent
     seen: dict[Path, None] = {}
     waiting = [path]
     while waiting:
         for name in _imported_names(waiting.pop()):
-            package = folder / name
-            found = sorted(package.rglob("*.py")) if (package / "__init__.py").is_file() else [folder / f"{name}.py"]
+            package, alone = folder / name, folder / f"{name}.py"
+            whole = (package / "__init__.py").is_file() or (package.is_dir() and not alone.is_file() and not _origin(name))
+            found = sorted(package.rglob("*.py")) if whole else [alone]
             for file in found:
                 if file.is_file() and file != path and file not in seen:
                     seen[file] = None
@@ -189,17 +193,23 @@ def _forget(names: set[str], folder: Path) -> None:
 def _refuse_taken(names: set[str], path: Path) -> None:
     """A neighbor whose name something else has would get that thing, or hide it from everybody else."""
     for name in sorted(names):
-        try:
-            spec = importlib.util.find_spec(name)
-        except ValueError:  # loaded, but nobody knows from where
-            spec = None
-        origin = getattr(spec, "origin", None)
-        if spec is not None and not (origin and Path(origin).resolve().is_relative_to(path.parent)):
+        within = [module for loaded, module in sys.modules.items() if loaded.startswith(f"{name}.")]  # of a folder without __init__.py
+        origin = _origin(name) or next((module.__file__ for module in within if not _is_in(module, path.parent)), None)
+        if origin is not None and not Path(origin).resolve().is_relative_to(path.parent):
             raise ConfigError(
                 f"the modules that {path.name} imports from its own folder are the ones that it gets",
-                found=f"{name!r} is also {origin or 'part of the interpreter'}",
-                remedy=f"give {name}.py a name that nothing else has",
+                found=f"{name!r} is also {'part of the interpreter' if origin == 'built-in' else origin}",
+                remedy=f"give {name}{'' if (path.parent / name).is_dir() else '.py'} a name that nothing else has",
             )
+
+
+def _origin(name: str) -> str | None:
+    """The file of what Python finds under a name; None for nothing, and for a folder without __init__.py."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # loaded, but nobody knows from where
+        return None
+    return None if spec is None else spec.origin
 
 
 def _is_in(module: ModuleType, folder: Path) -> bool:

@@ -21,26 +21,28 @@ from paretune.registry import OBJECTIVES
 
 __all__ = ["Answer", "Limit", "ToolCall", "final_answer", "same_answer"]
 
-NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # with or without thousands separators
-FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?(\d+)\}?\{?(\d+)\}?|([-+]?\d+)/(\d+)")
+NUMBER = re.compile(r"[-+\u2212]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")  # 1,234 or 1e-05
+FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{?([-+]?\d+)\}?\{?(\d+)\}?|([-+]?\d+)/(\d+)")
 STATED = re.compile(r"(?:final answer|answer)\s*(?:is\s*[:=]?|:|=)\s*(.+)", re.IGNORECASE)
 AFTER = re.compile(r"\s*(?:[.,;!?*$)](?!\d)|$|(?<=\s)[A-Za-z]{2})")  # what may follow a number that is the whole answer
-DRESSING = re.compile(r"\\(?:left|right|[!,;()\[\]]|\s)|\\text\{[^}]*\}|\\mathrm\{[^}]*\}|\^?\{?\\circ\}?|[$\s]")
+WORDS = re.compile(r"\\(?:text|mathrm)\{((?:\\.|[^{}\\]|\{[^{}]*\})*)\}")
+DRESSING = re.compile(r"\\(?:left|right|[!,;()\[\]]|\s)|\^?\{?\\circ\}?|[$\s]")
 DIGITS = 1000  # of a number that is read; a model that repeats itself writes longer ones than Python converts
 CALLS = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
-@OBJECTIVES.register("answer", version=2)
+@OBJECTIVES.register("answer", version=3)
 @dataclass(frozen=True, kw_only=True)
 class Answer(TextObjective):
     """1 where the final answer equals the one in `column`, else 0.
 
-    The final answer is what stands in the last \\boxed{...}, in the last <answer> tag, after the last ####, after the last "answer is",
-    or (with `anywhere`) the last number. Numbers and fractions are equal by value; everything else by its characters without spaces
+    The final answer is what stands in the last \\boxed{...}, in the last <answer> tag, after the last "answer is" or ####, whichever comes
+    later, or (with `anywhere`) the last number. Numbers and fractions are equal by value; everything else by its characters without spaces
     and dressing. The column may hold the answer alone, a solution that ends in one of these forms, or a list of such, of which any counts.
 
     Source: exact match of final answers, as for GSM8K (2110.14168) and MATH (2103.03874).
-    Differs: no computer algebra: x+1 and 1+x differ; a percent sign, a unit in \\text{} and thousands separators are ignored.
+    Differs: no computer algebra: x+1 and 1+x differ; a percent sign, a unit in \\text{} beside something else and thousands
+    separators are ignored.
     Hides: a lucky guess counts, a right calculation with a slip in the last line does not. A reference without an answer leaves the
     completion unscored.
     """
@@ -61,7 +63,7 @@ class Answer(TextObjective):
         return float(found is not None and any(same_answer(found, final_answer(one) or one) for one in wanted))
 
 
-@OBJECTIVES.register("tool-call")
+@OBJECTIVES.register("tool-call", version=2)
 @dataclass(frozen=True, kw_only=True)
 class ToolCall(TextObjective):
     """Calls of tools in the form <think>...</think>, then <tool_call> with one JSON object per line, then <response>...</response>.
@@ -69,12 +71,14 @@ class ToolCall(TextObjective):
     `measure` is "format" (1 where the completion has exactly the parts that the reference in `column` has, in this order, else 0) or
     "correct": of 1 point for the names of the tools, and for each wanted call 1 for the names of its parameters and 1 for each value,
     the share that was earned. Names are compared as multisets, by intersection over union. Without a readable call it is 0. For "correct"
-    the column may also hold the calls themselves, as a mapping or a list of them: {name, parameters} or {function: {name, arguments}}.
+    the column may also hold the calls themselves, as a mapping or a list of them, or its JSON: {name, parameters} or
+    {function: {name, arguments}}.
 
     Source: the rewards of ToolRL (2504.13958), format in {0, 1} and correctness in [-3, 3]; set low and high so.
     Differs: wanted and found calls are matched as well as possible, not greedily in order; "arguments" is read as "parameters";
     white space between the parts is free; a reference without calls wants none, where the source gives 0 whatever is said.
-    Hides: nothing is run: a call that would work with other values is wrong.
+    Hides: nothing is run: a call that would work with other values is wrong. A reference with a call that cannot be read leaves the
+    completion unscored.
     """
 
     column: str = "answer"
@@ -84,7 +88,7 @@ class ToolCall(TextObjective):
         return (self.column,)
 
     def fraction(self, text: str, columns: dict[str, Any]) -> float | None:
-        given = columns[self.column]
+        given = _from_json(columns[self.column])
         if given is None:
             return None
         if self.measure == "format":
@@ -93,6 +97,8 @@ class ToolCall(TextObjective):
                 raise self.refuse('measure "format" compares with a text', found=shown(given), remedy=remedy)
             return float(_well_formed(text, call="<tool_call>" in given, response="<response>" in given))
         wanted = _calls(given) if isinstance(given, str) else self._listed(given)
+        if wanted is None and "<tool_call>" in given:
+            return None
         if not wanted:
             return float("<tool_call>" not in text)
         found = _calls(text)
@@ -106,8 +112,7 @@ class ToolCall(TextObjective):
         if len(found) < len(calls):
             remedy = 'write {"name": "...", "parameters": {...}}, or a text with <tool_call>'
             raise self.refuse(f"column {self.column!r} holds calls of tools", found=shown(given), remedy=remedy)
-        # Rows of structs have the keys of all rows: what a row has not is None there.
-        return [(name, {key: value for key, value in parameters.items() if value is not None}) for name, parameters in found]
+        return [(name, _without_none(parameters)) for name, parameters in found]
 
 
 @OBJECTIVES.register("limit")
@@ -145,9 +150,10 @@ def final_answer(text: str, *, anywhere: bool = False) -> str | None:
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if tagged:
         return str(tagged[-1]).strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip().split("\n")[0].strip()
-    stated = STATED.findall(text)
+    _, marked, after = text.rpartition("####")  # GSM8K's mark, or a heading
+    stated = STATED.findall(after)
+    if marked and not stated:
+        return after.strip().split("\n")[0].strip()
     if stated:
         said = str(stated[-1]).strip().strip("*$ ")
         number = NUMBER.match(said)
@@ -180,9 +186,15 @@ def _boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    return (
-        DRESSING.sub("", text).replace("\\%", "").replace("%", "").replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".").casefold()
-    )
+    """Without dressing. Words in \\text{} are a unit beside something else, and the answer where they stand alone."""
+    return _bare(WORDS.sub("", text)) or _bare(WORDS.sub(r"\1", text))
+
+
+def _bare(text: str) -> str:
+    text = DRESSING.sub("", text)
+    for written, meant in (("\\%", ""), ("%", ""), ("dfrac", "frac"), ("tfrac", "frac"), ("\u2212", "-")):
+        text = text.replace(written, meant)
+    return text.rstrip(".").casefold()
 
 
 def _value(text: str) -> Fraction | None:
@@ -219,6 +231,23 @@ def _calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
             return None
         found.append(call)
     return found or None
+
+
+def _from_json(given: Any) -> Any:
+    """The value; of a text that spells a list or a mapping in JSON (as a cell of a CSV file must), that."""
+    if not isinstance(given, str) or not given.lstrip().startswith(("[", "{")):
+        return given
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError):
+        return given
+
+
+def _without_none(value: Any) -> Any:
+    """Rows of structs have the keys of all rows, at any depth: what a row has not is None there."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _call(given: Any) -> tuple[str, dict[str, Any]] | None:

@@ -27,7 +27,7 @@ from paretune.objectives.base import RESERVED
 from paretune.objectives.functions import names_in
 from paretune.registry import GIVEN
 from paretune.seeds import seed_for
-from paretune.types import Prompt
+from paretune.types import Prompt, canonical_json
 
 __all__ = ["PromptSource", "Row", "Transcript", "as_prompt", "chat_text", "read_requests", "read_rows", "read_transcript", "short"]
 
@@ -254,7 +254,7 @@ class PromptSource:
                 raise ConfigError(
                     f"every prompt has the column {name!r}" + ("" if self.template is None else ", which the template names"),
                     found=f"the columns {', '.join(map(repr, row)) or 'of an empty object'} in {where}",
-                    remedy=f"name it with column: ({nearest(name, map(str, row))})",
+                    remedy=f"{'name it with column:' if self.template is None else 'correct template:'} ({nearest(name, map(str, row))})",
                 )
             if row[name] is None:
                 raise ConfigError("a prompt has some text", found=f"nothing in the column {name!r} of {where}", remedy="remove that line")
@@ -283,6 +283,7 @@ def as_prompt(where: str, value: Any, *, chat: bool, system: str | None = None, 
             return Prompt(text=value, columns=columns or {})
         value = [{"role": "user", "content": value}]
     _check_messages(where, value)
+    value = [{key: item for key, item in message.items() if item is not None} for message in value]  # structs have all rows' keys
     if system is not None:
         if any(message["role"] == "system" for message in value):
             raise ConfigError(
@@ -348,6 +349,14 @@ def _check_messages(where: str, value: Any) -> None:
         )
     for message in value:
         _check_characters(where, message["content"])
+    try:
+        canonical_json([dict(message) for message in value])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "a message holds what JSON can",
+            found=f"{error}, beside role and content in {where}",
+            remedy="write dates as texts, or leave these keys out of the messages",
+        ) from None
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
