@@ -102,6 +102,19 @@ def test_exp3_has_the_published_codes_numbers():
     np.testing.assert_allclose(p, [0.3441750601927806, 0.3246745252430028, 0.33115041456421646])
 
 
+def test_exp3_takes_an_objective_that_nobody_scored_for_neither_risen_nor_fallen():
+    """Returns that stay at .2: a batch in which objective 1 is unscored pays nothing, and leaves its mean where it was."""
+    rule, nan = Exp3(every=1), float("nan")
+    state = {**rule.start(2), "pulled": 0, "past": {"sum": [0.4, 0.4], "batches": 2}}
+    for step, second in ((1, nan), (2, 0.2), (3, nan)):
+        _, state = rule.weights({**state, "pulled": 0}, seen([0.5, 0.5], step=step, returns=[[0.2, second]] * 2))
+        np.testing.assert_allclose(state["arms"], 0.0, atol=1e-12)
+    np.testing.assert_allclose(np.array(state["past"]["sum"]) / state["past"]["batches"], [0.2, 0.2])
+    _, state = rule.weights({**state, "pulled": 0}, seen([0.5, 0.5], step=4, returns=[[0.4, nan]] * 2))
+    assert state["arms"][0] == 0.0  # the others are below: objective 0 has risen by .2, objective 1 by nothing
+    np.testing.assert_allclose(state["arms"][1:], -0.07 / 3 * 0.1 / (1 / 3), atol=1e-12)
+
+
 def test_exp3_raises_the_weight_of_the_arm_it_pulls_as_published():
     """Its weight bandit after arms 0, 0, 1, 0 were pulled: (0.53270774, 0.46729226); the last arm changes nothing."""
     rule, state, step = Exp3(every=1), Exp3().start(2), 0

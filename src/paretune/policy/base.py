@@ -232,7 +232,7 @@ class Policy(ABC):
 
     @contextlib.contextmanager
     def headless(self) -> Iterator[None]:
-        """Within, a forward gives the states that the head is given, (N, T, H), instead of logits; `decoder.run_head` goes on from there."""
+        """Within, a forward gives the states that the head is given, (N, T, H), instead of logits; `decoder.run_head` goes on."""
         assert self.splits_head
         self._headless = True
         try:

@@ -174,7 +174,7 @@ class CovarianceTargeted(Weighting):
         return tilted(context.w_NM, change_M), {"ema": ema_M.tolist(), "change": (change_M - change_M.max()).tolist()}
 
 
-@WEIGHTINGS.register("exp3")
+@WEIGHTINGS.register("exp3", version=2)
 @dataclass(frozen=True)
 class Exp3(Weighting):
     """An adversarial bandit with M + 1 arms: an arm raises the weight of its objective, the last one changes nothing.
@@ -207,6 +207,7 @@ class Exp3(Weighting):
     def weights(self, state: State, context: StepContext) -> tuple[np.ndarray, State]:
         arms, change_M, pulled = np.array(state["arms"]), np.array(state["change"]), state["pulled"]
         unit_M = (_means(context.returns_NM) - context.low_M) / (context.high_M - context.low_M)
+        unit_M = np.where(np.isnan(context.returns_NM).all(0), _mean_so_far(state), unit_M)  # unscored: it has neither risen nor fallen
         recent, past = _add(state["recent"], unit_M, 1), state["past"]
         if context.step % self.every == 0:
             if pulled is not None and past["batches"]:
@@ -229,6 +230,12 @@ def exp3_probabilities(log_weights: np.ndarray, gamma: float) -> np.ndarray:
     """(1 - gamma) times the normalized weights plus gamma times uniform ones."""
     raw = np.exp(log_weights - log_weights.max())
     return (1 - gamma) * raw / raw.sum() + gamma / len(raw)
+
+
+def _mean_so_far(state: State) -> np.ndarray:
+    """(M,) over all batches; 0 before the first."""
+    both = _add(state["past"], state["recent"]["sum"], state["recent"]["batches"])
+    return np.array(both["sum"]) / max(both["batches"], 1)
 
 
 def _add(history: State, sums: np.ndarray | list[float], batches: int) -> State:
