@@ -238,6 +238,7 @@ def test_features_are_read_from_text_alone():
     np.testing.assert_array_equal(one, two)
     assert np.sqrt((one**2).sum()) == pytest.approx(0.5)
     assert Features.fitting("none", [Prompt(text="abc")], share=1.0).of([Prompt(text="x")]).shape == (1, 0)
+    assert letters.of([]).shape == (0, 9)  # of `Family.sample([])`
 
 
 def test_a_rule_survives_json_and_says_what_is_wrong_with_it():

@@ -310,18 +310,18 @@ def python_of(card: str) -> str:
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_the_card_says_what_it_is_and_its_commands_work(homes, tmp_path, monkeypatch, capsys, kind):
     family = family_of(homes["llama"], {"name": "prompted", "objectives": 2, "digits": 2}, PromptedRule(2, 2), 1)
-    export(family, tmp_path / "mine", "kind=.3,brief=.7", kind=kind)
-    card = (tmp_path / "mine" / "README.md").read_text()
+    export(family, tmp_path / "my own", "kind=.3,brief=.7", kind=kind)
+    card = (tmp_path / "my own" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == ("peft" if kind == "adapter" else "transformers")
     assert "paretune" in front["tags"]
     assert "base_model" not in front  # a folder is nothing on the hub
-    facts = json.loads((tmp_path / "mine" / "paretune.json").read_text())
+    facts = json.loads((tmp_path / "my own" / "paretune.json").read_text())
     assert facts["preference"] == {"kind": 0.3, "brief": 0.7}
     assert len(facts["prefix_ids"]) == 4
     for said in ("**kind 0.3, brief 0.7**", str(facts["prefix_ids"]), "`abc`", "`base`", "seed 3", "What the method hides: nothing."):
         assert said in card
-    assert ("--max-lora-rank 8" if kind == "adapter" else "vllm serve ./mine") in card
+    assert ("--max-lora-rank 8 --lora-modules 'my own=./my own'" if kind == "adapter" else "vllm serve './my own'") in card
     (tmp_path / "base").symlink_to(homes["llama"].base)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

@@ -57,7 +57,7 @@ class Features:
 
     def of(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """(N, F) features."""
-        return np.stack([self._one(text_of_prompt(prompt)) for prompt in prompts]).reshape(len(prompts), self.count)
+        return np.array([self._one(text_of_prompt(prompt)) for prompt in prompts]).reshape(len(prompts), self.count)
 
     def _one(self, text: str) -> np.ndarray:
         found_F = np.zeros(self.count)

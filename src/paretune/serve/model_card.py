@@ -263,13 +263,14 @@ def _sampling(facts: Mapping[str, Any]) -> str:
 
 
 def _vllm(made: Exported, model: str | None) -> list[str]:
+    folder = shlex.quote(f"./{made.path.name}")
     if made.kind == "merged":
-        return ["```bash", f"vllm serve ./{made.path.name} --generation-config vllm", "```"]
+        return ["```bash", f"vllm serve {folder} --generation-config vllm", "```"]
     limit = vllm_rank(made.rank)
     if limit is None:
         return [f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {made.rank}: export it merged for vLLM."]
     base = shlex.quote(json.loads(model)) if model else "the base model"
-    lora = f"--enable-lora --max-lora-rank {limit} --lora-modules {made.path.name}=./{made.path.name}"
+    lora = f"--enable-lora --max-lora-rank {limit} --lora-modules {shlex.quote(f'{made.path.name}=./{made.path.name}')}"
     command = f"vllm serve {base} {lora} --generation-config vllm"
     said = f"Its rank is {made.rank}; vLLM's `--max-lora-rank` takes {', '.join(map(str, VLLM_RANKS))}, and has to be at least that."
     return [said, "", "```bash", command, "```"]
