@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import warnings
@@ -136,9 +137,21 @@ def test_busy_servers_are_tried_again(status):
         assert f"HTTP {status}: 1" in said[0]
 
 
+def waited(waits, wait):
+    """In place of Event.wait: the judge's waits are noted and over at once; those of the server and of starting threads stay."""
+
+    def instead(event, timeout=None):
+        if sys._getframe(1).f_code is not Judge._ask.__code__:
+            return wait(event, timeout)
+        waits.append(timeout)
+        return event.is_set()
+
+    return instead
+
+
 def test_waits_double_with_jitter_and_honor_the_server(monkeypatch):
     waits = []
-    monkeypatch.setattr(module.time, "sleep", waits.append)
+    monkeypatch.setattr(module.threading.Event, "wait", waited(waits, module.threading.Event.wait))
     with JudgeServer(lambda *_: (429, "busy")) as server:
         for _ in range(2):
             ask(judge(server, retries=4, backoff=2.0, seed=7), ["x"])
@@ -181,6 +194,24 @@ def test_a_request_that_is_refused_stops_at_once(monkeypatch, status, remedy):
         assert error.value.found == f"HTTP {status}: wrong key ***"
         assert remedy in error.value.remedy
         assert len(server.bodies) == 1
+
+
+def test_nobody_waits_for_the_next_attempt_once_a_request_was_refused():
+    """Nor after Ctrl-C, which ends in the same way: the other threads waited for a busy server, up to a minute and five times."""
+    busy = threading.Event()
+
+    def answer(text, _):
+        if text == "busy":
+            busy.set()
+            return 429, "busy", {"Retry-After": "60"}
+        busy.wait(10)
+        time.sleep(0.2)
+        return 401, "no"
+
+    start = time.monotonic()
+    with JudgeServer(answer) as server, pytest.raises(RewardError, match="the judge accepts the request"):
+        ask(judge(server, concurrency=2, retries=1), ["busy", "refused"])
+    assert time.monotonic() - start < 30
 
 
 def test_a_text_that_the_server_refuses_is_one_failure():
@@ -510,6 +541,8 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, monk
         ({"retries": -1}, "retries and backoff are not negative", "retries=-1"),
         ({"low": 2}, "the range is finite and low is below high", "low=2"),
         ({"answer": "yaml"}, "answer:", "'yaml'"),
+        ({"columns": ["facts", "response"]}, "columns are what it sees beside prompt and response", "response"),
+        ({"columns": ["prompt"]}, "columns are what it sees beside prompt and response", "prompt"),
     ],
 )
 def test_fields_that_are_wrong(fields, rule, found):

@@ -14,7 +14,6 @@ import os
 import re
 import sqlite3
 import threading
-import time
 import warnings
 import zlib
 from collections import Counter
@@ -97,15 +96,22 @@ class Judge(Objective):
         rules = {
             "url begins with http:// or https://, and names a host": _is_address(self.url),
             "the rubric says what a good answer is": bool(self.rubric.strip()),
+            "columns are what it sees beside prompt and response": not {"prompt", "response"} & set(self.columns),
             "the scale goes up": all(map(math.isfinite, self.scale)) and self.scale[0] < self.scale[1],
             "concurrency and max_tokens are at least 1": self.concurrency >= 1 and self.max_tokens >= 1,
             "timeout is positive, retries and backoff are not negative": self.timeout > 0 and self.retries >= 0 and self.backoff >= 0,
         }
         for rule, kept in rules.items():
             if not kept:
-                names = [n for n in ("url", "rubric", "scale", "concurrency", "max_tokens", "timeout", "retries", "backoff") if n in rule]
+                names = [
+                    n
+                    for n in ("url", "rubric", "columns", "scale", "concurrency", "max_tokens", "timeout", "retries", "backoff")
+                    if n in rule
+                ]
                 found = ", ".join(f"{n}={getattr(self, n)!r}" for n in names)
-                raise ConfigError(f"objective judge: {rule}", found=found, remedy="see `paretune show judge`")
+                remedy = "give the column another name: map: {reference: response} in prompts, columns: [reference] here"
+                remedy = remedy if names == ["columns"] else "see `paretune show judge`"
+                raise ConfigError(f"objective judge: {rule}", found=found, remedy=remedy)
 
     def _check_secrets(self) -> None:
         """The key comes from the environment alone: nothing that is written down may hold it."""
@@ -162,15 +168,15 @@ class Judge(Objective):
             missing = [key for key in wanted if key not in found]
             if not missing:
                 return found
-            writing, refused = threading.Lock(), threading.Event()
+            writing, stopped = threading.Lock(), threading.Event()
 
             def settle(key: str) -> _Reply:
-                if refused.is_set():  # the next would be refused, too; whoever collects the answers may not have heard yet
+                if stopped.is_set():  # the next would be refused, too; whoever collects the answers may not have heard yet
                     return _Reply()
                 try:
-                    reply = self._ask(post, key, wanted[key])
+                    reply = self._ask(post, key, wanted[key], stopped)
                 except RewardError:
-                    refused.set()
+                    stopped.set()
                     raise
                 with writing:
                     _remember(store, key, reply)
@@ -188,6 +194,7 @@ class Judge(Objective):
                         failed += Counter([reply.failure] if reply.failure else [])
                         told = told or (reply.told if reply.failure else "")
                 finally:
+                    stopped.set()  # after Ctrl-C nobody waits for the next attempt
                     for other in waiting:
                         other.cancel()
         self.usage.failures.update(failed)
@@ -241,8 +248,8 @@ class Judge(Objective):
             )
         return {"Authorization": f"Bearer {key}"}
 
-    def _ask(self, post: _Post, key: str, body: Mapping[str, Any]) -> _Reply:
-        """One completion's score, after as many attempts as it takes; runs in a thread and touches nothing shared."""
+    def _ask(self, post: _Post, key: str, body: Mapping[str, Any], stopped: threading.Event) -> _Reply:
+        """One completion's score, after as many attempts as it takes until it is `stopped`; runs in a thread, changes nothing shared."""
         import httpx2
 
         reply, nonsense = _Reply(), 0
@@ -270,7 +277,8 @@ class Judge(Objective):
                     wait = response.wait
             if attempt < self.retries:
                 jitter = 0.5 + float(uniforms(1, self.seed, "judge backoff", key, attempt)[0])
-                time.sleep(min(LONGEST_WAIT, max(wait, self.backoff * 2**attempt * jitter)))
+                if stopped.wait(min(LONGEST_WAIT, max(wait, self.backoff * 2**attempt * jitter))):
+                    break
         return reply
 
     def _read(self, response: _Response, reply: _Reply) -> None:
