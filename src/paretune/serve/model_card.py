@@ -77,7 +77,7 @@ def record(family: Family, made: Exported, *, how: str, gates: Sequence[float], 
     if "model" in base:
         local = is_local(base["model"])
         name = Path(base["model"]).name if local else base["model"]
-        quantized = {key: base[key] for key in ("quantize", "dtype") if base.get("quantize") and key in base}
+        quantized: dict[str, Any] = {key: base[key] for key in ("quantize", "dtype") if base.get("quantize") and key in base}
         base = {"model": name, "revision": base.get("revision") or commit, "local": local, **quantized}
     return {
         "format": 1,
