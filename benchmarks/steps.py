@@ -9,12 +9,13 @@ seeds by that of the best rate; its gain over the untrained model, by the same r
 smallest share of utility.
 
 Rates are chosen by the numbers that they are judged by, which favors the sweep. On SmolLM2 the training is short (20 steps) and the rates
-are few, because a step takes seconds. Stopped, it goes on where it was.
+are few, because a step takes seconds. Stopped, it goes on where it was; with --only, --out keeps the other cases that the file holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.root, given.out = given.root.resolve(), given.out and given.out.resolve()
-    found = {}
+    kept = json.loads(given.out.read_text(encoding="utf-8"))["cases"] if given.only and given.out and given.out.is_file() else {}
+    found = {name: kept[name] for name in CASES if name in kept}
     for name, case in CASES.items():
         if given.only and name.partition(",")[0] not in given.only:
             continue
         found[name] = measured(case, given)
         print(name, found[name], flush=True)
-    emit({"default_rate_share": min(case["share"] for case in found.values())}, out=given.out, seeds=SEEDS[: given.seeds], cases=found)
+    emit({"default_rate_share": min(case["share"] for case in found.values())}, out=given.out, cases=found)
 
 
 def measured(case: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +80,8 @@ def measured(case: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     mean = {which: float(np.mean(values)) for which, values in utility.items()}
     best = max(list(fields)[1:], key=lambda which: mean[which])
     gains = {which: value - mean["untrained"] for which, value in mean.items()}
-    return {"share": mean["default"] / mean[best], "gain_share": gains["default"] / gains[best], "best": best, "utility": mean}
+    shares = {"share": mean["default"] / mean[best], "gain_share": gains["default"] / gains[best]}
+    return {"seeds": SEEDS[: given.seeds], **shares, "best": best, "utility": mean, "each": utility}
 
 
 def _task(case: dict[str, Any], seed: int, model: str | None) -> Any:

@@ -211,7 +211,10 @@ def test_a_reference_without_calls_wants_none():
         ({"name": "GetNews", "parameters": {"page": "1", "size": None}}, True),  # a struct with the keys of other rows
         ([{"name": "GetNews", "arguments": {"page": "1"}}], True),
         ([{"type": "function", "function": {"name": "GetNews", "arguments": {"page": "1"}}}], True),
+        ([{"type": "function", "function": {"name": "GetNews", "arguments": '{"page": "1"}'}}], True),  # as OpenAI's API has it
+        ({"name": "GetNews", "parameters": None, "arguments": {"page": "1"}}, True),  # a struct with the names of other rows
         ([{"name": "GetNews", "parameters": {"page": "2"}}], False),
+        ([{"function": {"name": "GetNews", "arguments": '{"page": "2"}'}}], False),
         ([], False),  # wants no call
     ],
 )
@@ -220,7 +223,16 @@ def test_a_column_may_hold_the_calls_themselves(column, right):
     assert found == [1.0 if right else pytest.approx(2 / 3) if column else 0.0, 0.0 if column else 1.0]
 
 
-@pytest.mark.parametrize(("measure", "column"), [("correct", 3), ("correct", {"tool": "GetNews"}), ("correct", [NEWS]), ("format", [])])
+@pytest.mark.parametrize(
+    ("measure", "column"),
+    [
+        ("correct", 3),
+        ("correct", {"tool": "GetNews"}),
+        ("correct", [NEWS]),
+        ("correct", {"name": "GetNews", "arguments": "1"}),
+        ("format", []),
+    ],
+)
 def test_a_column_that_holds_no_calls_is_refused(measure, column):
     with pytest.raises(ConfigError, match="objective tool-call"):
         build("tool-call", measure=measure)(["p"], [NEWS], answer=[column])

@@ -72,7 +72,7 @@ class ToolCall(TextObjective):
     "correct": of 1 point for the names of the tools, and for each wanted call 1 for the names of its parameters and 1 for each value,
     the share that was earned. Names are compared as multisets, by intersection over union. Without a readable call it is 0. For "correct"
     the column may also hold the calls themselves, as a mapping or a list of them, or its JSON: {name, parameters} or
-    {function: {name, arguments}}.
+    {function: {name, arguments}}, in which arguments may be a text in JSON.
 
     Source: the rewards of ToolRL (2504.13958), format in {0, 1} and correctness in [-3, 3]; set low and high so.
     Differs: wanted and found calls are matched as well as possible, not greedily in order; "arguments" is read as "parameters";
@@ -107,12 +107,11 @@ class ToolCall(TextObjective):
     def _listed(self, given: Any) -> list[tuple[str, dict[str, Any]]]:
         """The calls of a column that holds no text."""
         listed = [given] if isinstance(given, Mapping) or not isinstance(given, Sequence) else given
-        calls = [_call(one.get("function", one) if isinstance(one, Mapping) else one) for one in listed]
-        found = [call for call in calls if call is not None]
-        if len(found) < len(calls):
+        found = [call for one in listed if (call := _call(_unwrapped(one))) is not None]
+        if len(found) < len(listed):
             remedy = 'write {"name": "...", "parameters": {...}}, or a text with <tool_call>'
             raise self.refuse(f"column {self.column!r} holds calls of tools", found=shown(given), remedy=remedy)
-        return [(name, _without_none(parameters)) for name, parameters in found]
+        return found
 
 
 @OBJECTIVES.register("limit")
@@ -241,6 +240,15 @@ def _from_json(given: Any) -> Any:
         return json.loads(given)
     except (ValueError, RecursionError):
         return given
+
+
+def _unwrapped(given: Any) -> Any:
+    """A call of a column: in messages of OpenAI's API it stands under "function", and its arguments are a text in JSON."""
+    call = _without_none(given)
+    if not isinstance(call, Mapping):
+        return call
+    call = call.get("function", call)
+    return {key: _from_json(value) if key == "arguments" else value for key, value in call.items()} if isinstance(call, Mapping) else call
 
 
 def _without_none(value: Any) -> Any:
