@@ -5,13 +5,15 @@ import json
 import os
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from paretune.errors import ConfigError
 from paretune.registry import TASKS
-from paretune.tasks.prompts import PromptSource, chat_text, read_transcript
+from paretune.tasks.prompts import PromptSource, _digest, chat_text, read_transcript
+from paretune.types import Prompt
 from recipe_files import tiny_model, write_lines
 
 HH = "\n\nHuman: hello\n\nAssistant: Hi! How\n\ncan I help?\n\nHuman: a joke\n\nAssistant: No."
@@ -81,6 +83,32 @@ def test_a_change_of_a_value_in_parquet_changes_the_hash(tmp_path):
         source = PromptSource(path=str(parquet(tmp_path / "p.parquet", [{"prompt": "p", "a": answer}, {"prompt": "q", "a": "x"}])))
         hashes.add(json.dumps(source.content()))
     assert len(hashes) == 2
+
+
+def test_columns_that_json_has_not_are_named_by_their_content():
+    """As a dataset's images: their text is an address, new in every run; and numpy's leaves out the middle of a long array."""
+
+    class Image:
+        mode, size = "L", (2, 1)
+
+        def __init__(self, content):
+            self.content = content
+
+        def tobytes(self):
+            return self.content
+
+    def digest(value):
+        return _digest([Prompt(text="p", columns={"beside": value})])
+
+    long = np.zeros(5000)
+    other = long.copy()
+    other[2500] = 1.0
+    values = [Image(b"ab"), Image(b"ac"), long, other, long.astype(np.float32), datetime.date(2024, 1, 1), b"x", np.int64(3)]
+    assert [digest(value) for value in values[:3]] == [digest(Image(b"ab")), digest(Image(b"ac")), digest(np.zeros(5000))]
+    assert len({digest(value) for value in values}) == len(values)
+    with pytest.raises(ConfigError, match="the same in the next run") as error:
+        digest(object())
+    assert "drop that column" in error.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ REPLY = "reply"  # the column that takes what a transcript's assistant said last
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # a template that takes others names them
 
 
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of an object that says nothing else of itself
 MESSAGES = '[{"role": "user", "content": "..."}]'
 
 
@@ -430,7 +431,21 @@ def _held(prompts: Sequence[Prompt], name: str, digests: Sequence[str]) -> dict[
 
 def _digest(prompts: Sequence[Prompt]) -> str:
     rows = [[p.text, p.messages, p.columns] for p in prompts]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=_named).encode()).hexdigest()[:20]
+
+
+def _named(value: Any) -> Any:
+    """What names a value that JSON does not have: the content of an array or an image, the text of anything else, such as a date."""
+    if callable(getattr(value, "tobytes", None)) and getattr(value, "ndim", 1):  # numpy shortens the text of a long array
+        form = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
+        return [type(value).__name__, *form, hashlib.sha256(value.tobytes()).hexdigest()]
+    if ADDRESS.search(text := str(value)):
+        raise ConfigError(
+            "columns of prompts hold values that are the same in the next run",
+            found=text,
+            remedy="drop that column from the data, or write its values as texts",
+        )
+    return text
 
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("prompts.jsonl, line 3"), and its columns
