@@ -171,9 +171,10 @@ def refuse_unscored(names: Sequence[str], unscored_M: Sequence[int] | np.ndarray
 
 def check_callable(name: str, function: Score, columns: Sequence[str] | None) -> None:
     """Raise ConfigError if `function` cannot be called with prompts that have these `columns` (None: not known yet)."""
+    wanted = _required(function)  # a function of a file is imported here
     if columns is None:
         return
-    missing = [needed for needed in _required(function) if needed not in ("prompts", "completions", "completion_ids", *columns, *LOGGERS)]
+    missing = [needed for needed in wanted if needed not in ("prompts", "completions", "completion_ids", *columns, *LOGGERS)]
     if missing:
         raise ConfigError(
             f"objective {name!r} takes prompts, completions, completion_ids and columns of the prompts",
