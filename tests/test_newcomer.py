@@ -329,8 +329,8 @@ def test_preview_says_all_mistakes_at_once_with_their_lines(tmp_path):
     write_recipe(tmp_path, tiny_model())
     (tmp_path / "bad.yaml").write_text(BAD)
     found = [str(error) for error in mistakes(tmp_path / "bad.yaml")]
-    wanted = ["'promts'", "'tset'", "'x'", "beta=-1", "max_new_tokens=0", "'float33'", "'shoot'", "'lenght'", "half=-1", "'effrt'", "found:  -2"]
-    wanted += ["'sampels'", "'abc'", "found:  1 ", "nothing at", "'solution'"]
+    wanted = ["'promts'", "'tset'", "'x'", "beta=-1", "max_new_tokens=0", "'float33'", "'shoot'", "'lenght'", "half=-1", "'effrt'"]
+    wanted += ["found:  -2", "'sampels'", "'abc'", "found:  1 ", "nothing at", "'solution'"]
     assert [[text in one for one in found].count(True) for text in wanted] == [1] * len(wanted)
     assert len(found) == len(wanted), "and nothing that only follows from another"
     said = run("preview", tmp_path / "bad.yaml", code=2).stderr
