@@ -436,7 +436,7 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 def _named(value: Any) -> Any:
     """What names a value that JSON does not have: the content of an array or an image, the text of anything else, such as a date."""
-    if callable(getattr(value, "tobytes", None)) and getattr(value, "ndim", 1):  # numpy shortens the text of a long array
+    if hasattr(value, "tobytes") and getattr(value, "ndim", None) != 0:  # numpy shortens the text of a long array
         form = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
         return [type(value).__name__, *form, hashlib.sha256(value.tobytes()).hexdigest()]
     if ADDRESS.search(text := str(value)):
