@@ -378,7 +378,7 @@ FIGURES = (
         "default_rate_share",
         "steps.py",
         "default step size: utility reached, as a share of that at the best learning rate of a sweep",
-        "minimum over exact tasks of width 32, 64 and 128 and the text task, means over 2 seeds; SmolLM2 is not measured yet",
+        "minimum over exact tasks of width 32, 64 and 128 (means over 2 seeds) and the text task (4); SmolLM2 is not measured yet",
         "at least",
         0.97,
         why="The text task, 40 steps: twice the rate without a bound reaches more. On exact tasks the share is 0.999 or more.",
