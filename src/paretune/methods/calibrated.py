@@ -39,6 +39,7 @@ def outer_returns(task: Task, policy: Policy, *, samples: int, seed: int) -> Ret
     def run(gates_K: np.ndarray) -> np.ndarray:
         made = measured.at(gates_K[None])
         share_M = (~np.isnan(made.rewards_WSM[0])).mean(0)
+        # Where all is scored, the mean as it always was: the other sum may differ in its last digit, and searches compare.
         known_M = np.where(share_M == 1, made.returns_WSM[0].mean(0), made.means_WM[0])
         return np.where(share_M >= KNOWN, known_M, np.nan)
 

@@ -37,7 +37,7 @@ REPLY = "reply"  # the column that takes what a transcript's assistant said last
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # a template that takes others names them
 
 
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of an object that says nothing else of itself
+ADDRESS = re.compile(r"<.* at 0x[0-9a-fA-F]+")  # in the text of an object that says nothing else of itself
 MESSAGES = '[{"role": "user", "content": "..."}]'
 
 
@@ -439,7 +439,7 @@ def _named(value: Any) -> Any:
     if hasattr(value, "tobytes") and getattr(value, "ndim", None) != 0:  # numpy shortens the text of a long array
         form = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
         return [type(value).__name__, *form, hashlib.sha256(value.tobytes()).hexdigest()]
-    if ADDRESS.search(text := str(value)):
+    if ADDRESS.match(text := str(value)):
         raise ConfigError(
             "columns of prompts hold values that are the same in the next run",
             found=text,

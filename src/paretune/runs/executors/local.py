@@ -62,15 +62,8 @@ class Workers(Pool[_Process]):
     def _start(self, log: Path) -> _Process:
         paths = [path or os.getcwd() for path in sys.path]
         environment = {**os.environ, **ONE_THREAD, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(paths)}
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "paretune.runs.executors.local",
-            "--worker",
-            str(self._store.root.resolve()),
-            str(os.getpid()),
-        ]
+        root = str(self._store.root.resolve())
+        command = [sys.executable, "-P", "-m", "paretune.runs.executors.local", "--worker", root, str(os.getpid())]
         with disk_errors(self._store.root), open(log, "ab") as output:
             # A session of its own: Ctrl-C at the terminal reaches this process only, which then stops the workers.
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": output}

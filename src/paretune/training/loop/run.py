@@ -15,15 +15,7 @@ from torch import Tensor
 from paretune.errors import TrainingError, first_line
 from paretune.tasks.base import Task
 from paretune.training.cost import Cost, read_cost
-from paretune.training.loop.checkpoint import (
-    Progress,
-    TrainLog,
-    is_finished,
-    load_checkpoint,
-    packed,
-    save_checkpoint,
-    unpacked,
-)
+from paretune.training.loop.checkpoint import Progress, TrainLog, is_finished, load_checkpoint, packed, save_checkpoint, unpacked
 from paretune.training.loop.loggers import reporting
 from paretune.training.processes import ranks
 from paretune.training.spec import TrainSpec
