@@ -164,6 +164,16 @@ def test_same_dials_same_task_and_prompts_do_not_overlap(task):
     assert np.abs(other.rewards_PRM("train") - task.rewards_PRM("train")).max() > 0.1
 
 
+def test_rewards_are_the_same_bits_under_any_number_of_threads():
+    """At width 16 two threads add up the reference's logits in another order."""
+    dials, bits = {"alphabet": 3, "length": 2, "prompt_count": 2, "width": 16, "layers": 1}, []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        bits.append(ExactTask(**dials).rewards_PRM("train").tobytes())
+        assert torch.get_num_threads() == threads
+    assert bits[0] == bits[1]
+
+
 @pytest.mark.parametrize(
     ("dials", "found", "rule"),
     [

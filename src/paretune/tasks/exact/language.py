@@ -7,6 +7,7 @@ thread from seeded draws, and its result is cached on disk (`PARETUNE_CACHE`, de
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -26,9 +27,11 @@ from paretune.seeds import forked_torch, generator, seed_for
 from paretune.types import key_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ReferenceSpec", "alphabet_of", "load_reference", "sample_language"]
+__all__ = ["ReferenceSpec", "alphabet_of", "load_reference", "one_thread", "sample_language"]
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 EOS_TEXT = "<eos>"
@@ -92,6 +95,17 @@ def sample_language(spec: ReferenceSpec, rng: np.random.Generator, count: int, l
     return strings
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever number of threads the caller has: a task's rewards are the same bits under any."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A fresh copy of the reference and its tokenizer, pre-trained now if the cache does not hold it."""
     home = Path(os.environ.get("PARETUNE_CACHE", "~/.cache/paretune")).expanduser()
@@ -149,9 +163,7 @@ def _pretrain(spec: ReferenceSpec) -> PreTrainedModel:
         eos_token_id=eos,
         pad_token_id=eos,
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order on every machine
-    try:
+    with one_thread():
         with forked_torch(seed_for(spec.seed, "reference")):
             model = LlamaForCausalLM(config)
         with torch.no_grad():
@@ -168,6 +180,4 @@ def _pretrain(spec: ReferenceSpec) -> PreTrainedModel:
             loss.backward()
             optimizer.step()
             schedule.step()
-    finally:
-        torch.set_num_threads(threads)
     return model.eval()

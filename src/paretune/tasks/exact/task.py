@@ -55,7 +55,7 @@ from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
 from paretune.tasks.exact.known import posterior_mean
-from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, prompt_features, sample_language
+from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, one_thread, prompt_features, sample_language
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
     add_noise,
@@ -456,13 +456,13 @@ class ExactTask(Task):
     def _reference_all_PR(self) -> np.ndarray:
         model, _ = reference(self)
         parts = []
-        for row in self._prompts_PT:
-            packed = self.tree.pack(row[None])
-            with torch.no_grad():
+        with one_thread(), torch.no_grad():
+            for row in self._prompts_PT:
+                packed = self.tree.pack(row[None])
                 logits = model(input_ids=packed.input_ids_PT, attention_mask=packed.mask_11TT, position_ids=packed.position_ids_PT).logits[
                     :, packed.prompt_length - 1 :
                 ]
-            parts.append(self.tree.response_logp(logits.double().log_softmax(-1)))
+                parts.append(self.tree.response_logp(logits.double().log_softmax(-1)))
         return torch.cat(parts).numpy()
 
     @property
