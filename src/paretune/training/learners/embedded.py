@@ -35,6 +35,7 @@ from paretune.training.batch import Draws, Responses, cut_off, draw
 from paretune.training.combine import Combine
 from paretune.training.cost import Cost
 from paretune.training.learners.base import SampledLearner, StoppingRule, check_cast, draw_step
+from paretune.training.learners.loss import loss_scale
 from paretune.training.learners.modelled import RewardModel, Scored, Unlabelled, sampled
 from paretune.training.loop.record import log_record, watch_unscored
 from paretune.training.loop.run import Run, memory_explained, not_finite, run_loop
@@ -396,10 +397,12 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
 
     def gradient(self, policy: Policy, batch: Batch, *, beta: float) -> float:
         """Add the gradient of the loss to `.grad` of the trained parameters, pass by pass; returns the loss."""
+        largest = float(np.abs(batch.advantage_N).max()) or 1.0  # 0: a loss without advantages
+        times = loss_scale(policy.bank.base.dtype, largest) * loss_scale(policy.bank.base.dtype, 1 / len(batch.kl_N))
 
         def one(rows: slice) -> tuple[float, Tensor | None]:
             loss = self.loss(policy, batch, rows, beta=beta)
-            loss.backward()
+            (loss if times == 1 else loss * times).backward()
             seen_NT = batch.seen_NT()
             return float(loss.detach()), None if seen_NT is None else seen_NT[rows]
 
@@ -413,6 +416,9 @@ class EmbeddedLearner(Unlabelled, StoppingRule, SampledLearner):
         along_too = along if is_sharded(policy.model) else None
         found = here.mapped(passes, one, each=gradients.add, device=policy.device, along=along_too)
         gradients.settle()
+        for parameter in () if times == 1 else policy.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= times
         for rows, (_, seen_NT) in zip(passes, found, strict=True):
             if seen_NT is not None:
                 batch.scored(rows, seen_NT)  # in whichever process it was

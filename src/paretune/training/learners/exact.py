@@ -60,6 +60,12 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
                 found=f"steps={self.steps}, stop_window={self.stop_window}, validate_every={self.validate_every}, lr={self.lr}",
                 remedy="`paretune show exact` prints the defaults",
             )
+        if self.dtype == "float16":
+            raise ConfigError(
+                "the exact gradient needs more range than float16 has: a probability's part of it is as small as the probability",
+                found="dtype=float16",
+                remedy="leave dtype out, or set bfloat16",
+            )
         if self.own_scores and not self.unlabelled:
             raise ConfigError(
                 "own_scores are of trainings with unlabelled prompts", found="own_scores=True, unlabelled=0", remedy="leave own_scores out"

@@ -27,6 +27,7 @@ from paretune.policy.lora.shard import anyone, is_sharded
 from paretune.policy.rollout import needed
 from paretune.policy.scoring import chosen
 from paretune.training.batch import Responses
+from paretune.training.learners.loss import loss_scale
 from paretune.training.processes import ranks
 
 __all__ = ["Jacobian", "autograd_jacobian", "response_jacobian"]
@@ -65,7 +66,8 @@ def response_jacobian(
 
     `credit_NM` are advantages, one column per objective. `share_NT` is 0 where a response has ended.
     """
-    n, step, here = len(credit_NM), micro_batch or len(credit_NM), ranks()
+    n, step, here, dtype = len(credit_NM), micro_batch or len(credit_NM), ranks(), policy.bank.base.dtype
+    credit_times, share_times = loss_scale(dtype, float(np.abs(credit_NM).max()) or 1.0), loss_scale(dtype, 1 / n)
     totals: dict[int, Tensor] = {}
     starts = range(0, n, step)
     for turn in range(here.rank, -(-len(starts) // here.size) * here.size, here.size):
@@ -73,15 +75,16 @@ def response_jacobian(
             break
         start = starts[min(turn, len(starts) - 1)]
         rows = slice(start, min(n, start + step))
-        credit = torch.from_numpy(credit_NM[rows]).to(policy.device)
+        credit = torch.from_numpy(credit_NM[rows] * credit_times).to(policy.device)
         with _recorded(policy) as calls:
             logp_NT = _read(policy, made, rows, credit, group=group, temperature=temperature, calls=calls)
-        seeds = torch.autograd.grad((logp_NT * share_NT[rows]).sum(), [call.y for call in calls], allow_unused=True)
+        seeds = torch.autograd.grad((logp_NT * (share_NT[rows] * share_times)).sum(), [call.y for call in calls], allow_unused=True)
         for call, dy in zip(calls, seeds, strict=True):
             if dy is not None and turn < len(starts):
                 _accumulate(totals, call, dy, credit)
     parameters = policy.bank.parameters()
-    return Jacobian(here.summed([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters]))
+    rows_of = here.summed([totals.get(id(p), p.new_zeros(credit_NM.shape[1], *p.shape)) for p in parameters])
+    return Jacobian([gradient / (credit_times * share_times) for gradient in rows_of])
 
 
 @dataclass
