@@ -134,6 +134,13 @@ class Detached(PolicyGradient):
         return loss + loss.detach()
 
 
+class Turned(PolicyGradient):
+    """A gain where a loss belongs: descent makes worse."""
+
+    def loss(self, policy, batch, rows, *, beta):
+        return -super().loss(policy, batch, rows, beta=beta)
+
+
 class OfTheRows(PolicyGradient):
     """A mean over the rows of each pass."""
 
@@ -162,6 +169,7 @@ class SumOfNan(PolicyGradient):
     ("broken", "rule"),
     [
         (Detached, "the gradient of a loss is that of its value"),
+        (Turned, "a step makes likelier what has the higher advantage"),
         (OfTheRows, "a batch in pieces has the loss and gradient of the whole"),
         (NoughtForNan, "an unscored response is left out"),
         (SumOfNan, "an unscored response is left out"),

@@ -44,8 +44,9 @@ def check_loss(
     parents: Mapping[str, Artifact] | None = None,
     **training: Any,
 ) -> None:
-    """Gradient, accumulation, missing scores and resumption of a learner on the embedded loop (an instance, a name or a description).
+    """Gradient, sign, accumulation, missing scores and resumption of a learner on the embedded loop.
 
+    `learner` is an instance, a name or a description. The sign is that of losses with advantages; others say elsewhere what is better.
     It runs on small batches, with the learner's other fields as they are. `training` are fields of the TrainSpec, such as
     `frozen_adapters`, and `parents` the artifacts that these name. Raises ConformanceError at the first broken promise.
     """
@@ -59,6 +60,7 @@ def check_loss(
     given = {"preference": (1 / count,) * count, "seed": 0, **training}
     spec = TrainSpec(task=describe(task), learner=describe(small), **given)
     _check_gradient(small, task, spec, parents or {})
+    _check_sign(small, task, spec, parents or {})
     _check_pieces(small, task, spec, parents or {})
     _check_unscored(small, task, spec, parents or {})
     _check_resumption(small, task, spec, parents or {})
@@ -120,6 +122,26 @@ def _check_gradient(learner: EmbeddedLearner, task: ExactTask, spec: TrainSpec, 
     once = _gradient(learner, policy, batch, task.beta)[1]
     close = float(np.abs(once - gradient).max()) <= 1e-3 * size
     require(close, rule, "another gradient with one epoch than with two, before any update", "a ratio is 1 where nothing was updated")
+
+
+def _check_sign(learner: EmbeddedLearner, task: ExactTask, spec: TrainSpec, parents: Mapping[str, Artifact]) -> None:
+    """A step makes likelier what has the higher advantage: half the difference of the steps with the advantages and with minus these.
+
+    The difference has only what depends on them: a loss may have other terms, and weights that are all positive.
+    """
+    policy, batch = _collected(learner, task, spec, parents)
+    if not batch.advantage_N.any() or getattr(batch, "jacobian", None) is not None:
+        return
+    turned = dataclasses.replace(batch, advantage_N=-batch.advantage_N)
+    gradients = [_gradient(learner, policy, each, task.beta)[1] for each in (batch, turned)]
+    step = (gradients[1] - gradients[0]) / 2
+    made = batch.responses
+    logp_N = (learner.logp(policy, made, slice(0, len(batch.advantage_N)), gates_NK=made.gates_NK) * made.mask_NT).sum(1)
+    wanted = torch.autograd.grad((torch.from_numpy(batch.advantage_N).to(logp_N) * logp_N).sum(), policy.parameters(), allow_unused=True)
+    up = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(policy.parameters(), wanted, strict=True)])
+    cosine = float(step @ up.double().numpy()) / max(float(np.linalg.norm(step)) * float(up.norm()), 1e-300)
+    rule, remedy = "a step makes likelier what has the higher advantage", "losses are minimized: minus the gain"
+    require(cosine > 0, rule, f"a step with cosine {cosine:.2g} to that of policy gradients", remedy)
 
 
 def _with_epochs(learner: EmbeddedLearner) -> EmbeddedLearner:
