@@ -10,6 +10,7 @@ import torch
 
 from paretune.methods.experts import Experts
 from paretune.objectives.base import Objective
+from paretune.policy.returns import returns_of
 from paretune.policy.rules import Constant, GateRule
 from paretune.registry import GATE_RULES, LEARNERS, METHODS, OBJECTIVES, TASKS, load_plugin
 from paretune.seeds import generator
@@ -271,6 +272,23 @@ class Doubled(GateRule):
         return np.asarray(w_WM) * [1.0, 0.5]
 
 
+class Unpaid(Experts):
+    """Measures its policies, and says that this cost nothing."""
+
+    def policy(self, task, learner, done, seed):
+        family = super().policy(task, learner, done, seed)
+        returns_of(task, family.policy, "train", samples=8, seed=seed).at(np.eye(2))
+        return family
+
+
+class Looks(Experts):
+    """Scores responses without a meter."""
+
+    def policy(self, task, learner, done, seed):
+        task.score(task.prompts("train")[:1] * 2, ["", task.responses[1]])
+        return super().policy(task, learner, done, seed)
+
+
 class HalfPlanned(Experts):
     def plan(self, task, learner, done, seed):
         return super().plan(task, learner, done, seed)[:1]
@@ -297,6 +315,8 @@ class HalfPlanned(Experts):
         (Writes, "finished trainings never change"),
         (Random, "policy\\(\\) is a pure function of its arguments"),
         (Crashes, "policy\\(\\) builds a family"),
+        (Unpaid, "0 gate vectors and 0 responses in `cost`, 2 and 0 were measured"),
+        (Looks, "0 gate vectors and 0 responses in `cost`, 0 and 2 were measured"),
         (Favors, "with the objectives swapped"),
         (HalfPlanned, "with the objectives swapped"),
     ],

@@ -14,17 +14,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from paretune.evaluation.evaluate import evaluate
 from paretune.methods.base import CATEGORIES, Card, Method
 from paretune.policy.family import Family
+from paretune.policy.returns import metered
 from paretune.registry import LEARNERS, METHODS, describe
 from paretune.tasks.base import Task
 from paretune.testing.mixings import check_gates, check_samples, exact_logp, quick_task, some_preferences
@@ -45,7 +47,7 @@ def quick_learner(**fields: Any) -> Learner:
 
 
 def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None = None, learner: Learner | None = None) -> None:
-    """Card, description, plan, trainings and policies of a method (an instance, a name, or {"name": ..., fields}).
+    """Card, description, plan, trainings, policies and the search's cost of a method (an instance, a name, or {"name": ..., fields}).
 
     A method that declares `symmetric: ClassVar[bool] = True` promises, in addition, that swapping the task's objectives swaps its
     trainings and its returns; this is checked on exact tasks.
@@ -64,8 +66,8 @@ def check_method(method: Method | str | Mapping[str, Any], *, task: Task | None 
             "use only keys that plan() gave, and only `done[key].path` of them",
             lambda: method.policy(task, learner, MappingProxyType(done), 0),
         )
-        family = build()
         w_WM = some_preferences(task)
+        family = _check_charged(build, task, w_WM)
         check_gates(family, list(task.prompts("test"))[:3], w_WM)
         check_samples(family, task, w_WM)
         if task.is_exact:
@@ -128,6 +130,30 @@ def _check_seed(method: Method, task: Task, learner: Learner) -> None:
     require(
         not set(first) & set(second), "the seed is part of every training", "two seeds share a training", "seed=seed in every TrainSpec"
     )
+
+
+def _check_charged(build: Callable[[], Family], task: Task, w_WM: np.ndarray) -> Family:
+    """The family, after its search: what was measured through `policy.returns`, and what was scored in any other way, is in its cost."""
+    kind, scored = type(task), 0
+
+    def score(self: Task, prompts: Any, completions: Any) -> np.ndarray:
+        nonlocal scored
+        scored += len(completions)
+        return plain(self, prompts, completions)
+
+    plain = kind.score
+    with metered() as meter, mock.patch.object(kind, "score", score):
+        family = build()
+        family.gates(w_WM)
+    said, seen = family.cost(w_WM), max(scored, meter.cost.validation_samples)
+    told = f"{said.evaluations} gate vectors and {said.validation_samples} responses in `cost`"
+    require(
+        said.evaluations >= meter.cost.evaluations and said.validation_samples >= seen,
+        "what a search measures is charged",
+        f"{told}, {meter.cost.evaluations} and {seen} were measured",
+        "measure within `with metered() as meter:`, and give the family search_cost=meter.cost, or the rule a `cost`",
+    )
+    return family
 
 
 def _check_card(method: Method) -> None:
