@@ -273,8 +273,27 @@ def test_a_cache_of_another_kind_is_decoded_batch_by_batch(tmp_path):
         assert row.said == made.tokens_NT[0].tolist()
 
 
+def test_a_stop_that_is_a_special_token_ends_a_response_though_no_text_shows_it():
+    """Offline and served, streamed or not. A special token that is no stop is left out of the text, as ever."""
+    family = family_of()
+    asked = {"n": 6, "seed": 3, "max_new_tokens": 12}
+    plain = family.sample(["ab"], [0.5, 0.5], **asked)[0]
+    assert sum("b" in text[1:] for text in plain) > 2
+    family.policy.tokenizer.add_special_tokens({"additional_special_tokens": ["b"]})
+    cut = [text[: text.find("b")] if "b" in text else text for text in plain]
+    assert family.sample(["ab"], [0.5, 0.5], **asked)[0] == [text.replace("b", "") for text in plain] != cut
+    assert family.sample(["ab"], [0.5, 0.5], **asked, stop=["b", "xy"])[0] == cut
+    settings = {"limit": 12, "seed": 3, "stop": ("b",)}
+    heard = [Heard(family, "ab", [0.5, 0.5], number=n, stream=n % 2 == 0, **settings) for n in range(6)]
+    served(family, heard, rows=4)
+    assert [each.text for each in heard] == cut
+    assert all(each.finish == "stop" for each, text in zip(heard, plain, strict=True) if "b" in text)
+
+
 class Letters:
     """Token n is letter n; tokens of 100 and more are halves of a character."""
+
+    all_special_tokens = all_special_ids = ()
 
     def batch_decode(self, rows, skip_special_tokens):
         return ["".join("\ufffd" if n == 100 else "é" if n == 101 else chr(97 + n) for n in row).replace("\ufffdé", "é") for row in rows]

@@ -20,9 +20,9 @@ from paretune.policy.base import Policy, build_mixing
 from paretune.policy.card import FAMILY_FILE, FAMILY_FORMAT, found_base, read_card
 from paretune.policy.lora.bank import LoraBank
 from paretune.policy.lora.files import CONFIG_FILE, WEIGHTS_FILE
-from paretune.policy.rollout import generate
+from paretune.policy.rollout import generate, texts
 from paretune.policy.rules import GateRule
-from paretune.policy.sampling import Sampling, stop_at
+from paretune.policy.sampling import Sampling, stop_at, stop_ids
 from paretune.policy.self_test import check_model
 from paretune.registry import GATE_RULES, TASKS, checked, describe
 from paretune.tasks.base import Task, sharing_weights
@@ -141,7 +141,8 @@ class Family:
 
         Prompts are texts or conversations, [{"role": "user", "content": "..."}, ...]; see `prompts` for `system` and `raw`. Every row
         draws from a stream named by its prompt and its occurrence, so that neither order nor batching changes what is drawn. A text ends
-        before `stop`, or the first of several that is in it. `sampling` are other fields of `policy.sampling.Sampling`, such as top_p.
+        before `stop`, or the first of several that is in it, a special token among them. `sampling` are other fields of
+        `policy.sampling.Sampling`, such as top_p.
         """
         n, seed = checked("n", Count, n), checked("seed", int, seed)
         limit = self.longest(checked("max_new_tokens", Count | None, max_new_tokens))
@@ -158,7 +159,9 @@ class Family:
         read = asked if group == n else [prompt for prompt in asked for _ in range(n)]
         settings: dict[str, Any] = {"max_new_tokens": limit, "seed": seed, "sampling": Sampling.of(temperature=temperature, **sampling)}
         drawn = generate(self.policy, read, gates_NK=gates_NK, group=group, batch=SAMPLE_ROWS // group, **settings)
-        answers = [text[: stop_at(text, stops)] for rollout in drawn for text in rollout.texts]
+        ends = stop_ids(self.policy.tokenizer, stops)
+        said = (texts(self.policy.tokenizer, rollout.responses, ends=ends) if ends else rollout.texts for rollout in drawn)
+        answers = [text[: stop_at(text, stops)] for part in said for text in part]
         return [answers[i * n : (i + 1) * n] for i in range(len(asked))]
 
     def prompts(self, given: str | Prompt | Sequence[Any], *, system: str | None = None, raw: bool = False) -> list[Prompt]:

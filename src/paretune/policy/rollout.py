@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -580,10 +580,16 @@ def _common(heat_N1: Tensor) -> float | Tensor:
     return first if bool((heat_N1 == first).all()) else heat_N1
 
 
-def texts(tokenizer: Any, generation: Generation) -> list[str]:
-    """(N,) the responses as text without special tokens, and without the EOS that ended them even where the tokenizer has no such name."""
+def texts(tokenizer: Any, generation: Generation, *, ends: Collection[int] = ()) -> list[str]:
+    """(N,) the responses as text without special tokens, and without the EOS that ended them even where the tokenizer has no such name.
+
+    A text ends before the first of the tokens `ends` that is in it, too.
+    """
     tokens_NT = generation.tokens_NT.cpu().numpy()
     lengths_N = (generation.mask_NT.sum(1) - generation.stopped_N.long()).cpu().numpy()
+    if ends:
+        found_NT = np.isin(tokens_NT, list(ends))
+        lengths_N = np.where(found_NT.any(1), np.minimum(lengths_N, found_NT.argmax(1)), lengths_N)
     return tokenizer.batch_decode([row[:n].tolist() for row, n in zip(tokens_NT, lengths_N, strict=True)], skip_special_tokens=True)
 
 

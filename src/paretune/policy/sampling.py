@@ -18,7 +18,7 @@ from torch import Tensor
 from paretune.errors import ConfigError, nearest, shown
 from paretune.types import is_number
 
-__all__ = ["Sampling", "Said", "draw", "shaped", "stop_at"]
+__all__ = ["Sampling", "Said", "draw", "shaped", "stop_at", "stop_ids"]
 
 LARGEST = sys.float_info.max  # of a number that can be computed with: neither infinity nor an integer of 400 digits
 
@@ -145,3 +145,13 @@ def stop_at(text: str, stops: Sequence[str]) -> int | None:
     """Where a text ends that stops before the first of `stops` that is complete; None where none is in it."""
     found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
     return min(found)[1] if found else None
+
+
+def stop_ids(tokenizer: Any, stops: Sequence[str]) -> frozenset[int]:
+    """Those of `stops` that are one special token of the tokenizer's. Texts leave these out, so that a response ends at the token."""
+    if not stops:
+        return frozenset()
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # tokenizers that are not of transformers' files have none
+    special = {str(token): i for i, token in added.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return frozenset(special[stop] for stop in stops if stop in special)

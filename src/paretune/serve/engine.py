@@ -427,7 +427,7 @@ class _Lane:
         if text is None:
             text = self._texts[row] = Text(self.tokenizer, row.stop)
         finish: str | None
-        if token in self.eos:
+        if token in self.eos or token in text.ends:
             new, finish = text.end(row.said[:-1]), "stop"
         else:
             new = text.add(token) if row.stream or row.stop else ""

@@ -12,7 +12,7 @@ import numpy as np
 
 from paretune.errors import ParetuneError
 from paretune.policy.rollout import row_uniforms
-from paretune.policy.sampling import Sampling, stop_at
+from paretune.policy.sampling import Sampling, stop_at, stop_ids
 from paretune.types import Prompt
 
 __all__ = ["Piece", "Prefixes", "Row", "Spoken", "Text"]
@@ -77,6 +77,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self.ends = stop_ids(tokenizer, stop)  # tokens that end it as EOS does: no text shows them
         self._longest = max(map(len, stop), default=0)
         self._tokens: list[int] = []
         self._from = self._read = 0  # of the tokens: those before `_read` are in the text; decoding begins at `_from`, for their context
