@@ -35,13 +35,23 @@ def findings(results: Results) -> list[str]:
 
 
 def _best(results: Results) -> str:
+    """Of the methods that have every setting and seed: a minimum over fewer is no smaller for being better."""
     rows = [row for row in glance_table(results).rows if row["category"] != "baseline"]
     if not rows:
         return ""
-    first, settings = rows[0], [s for s in results.settings if s.exact]
+    settings = [s for s in results.settings if s.exact]
+    counts = {row["method"]: sum(map(len, _known_seeds(settings, row["method"]))) for row in rows}
+    whole = [row for row in rows if counts[row["method"]] == max(counts.values())]
+    first = whole[0]
     where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
     text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
-    return text + (f", at {where.label}." if len(settings) > 1 else ".")
+    text += f", at {where.label}" * (len(settings) > 1)
+    return text + ("; methods that lack a setting or a seed are not compared." if len(whole) < len(rows) else ".")
+
+
+def _known_seeds(settings: list[Setting], label: str) -> list[set[str]]:
+    """The seeds of each setting at which a method's worst attainment is known."""
+    return [{c.unit for c in s.of(label) if c.summary(s.headline, "worst", "attainment") is not None} for s in settings]
 
 
 def _known(results: Results) -> list[str]:

@@ -284,7 +284,10 @@ def cost_table(results: Results) -> Table:
 
 
 def glance_table(results: Results) -> Table:
-    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last."""
+    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last.
+
+    Methods that were measured in most settings come first: the worst of fewer is no rank among the worst of all.
+    """
     exact = [s for s in results.settings if s.exact]
     here = {s.label for s in exact}
     board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in here]
@@ -299,7 +302,7 @@ def glance_table(results: Results) -> Table:
         if values:
             ends = {"worst": min(values.values()), "worst_test": _over(min, (row["attainment_worst_test"] for row in mine))}
             rows.append({"method": label, "category": family, **values, **ends})
-    return Table("glance", tuple(columns), sorted(rows, key=lambda row: -row["worst"]))
+    return Table("glance", tuple(columns), sorted(rows, key=lambda row: (-len(here & row.keys()), -row["worst"])))
 
 
 # The numbers of the figures
