@@ -589,7 +589,7 @@ def test_lines_of_what_is_known_stand_in_the_table_the_figure_the_findings_and_t
     drawn = {series["name"]: series["y"] for series in view["series"]}
     assert drawn["blind to the prompt"] == pytest.approx([0.4] * 11)
     page = write_report(tmp_path).read_text()
-    assert "With the frozen head no policy attains more than 0.805 at the worst preference" in page
+    assert "With the frozen head no policy attains more than 0.805 at the worst preference on test prompts." in page, "on others it does"
     assert "what is best without the prompt attains 0.40 at the worst preference; what the training prompts&#39; rewards tell" in page
     assert "no policy attains more than" not in write_page(load(run_directory(tmp_path / "without")), tmp_path / "page").read_text()
 

@@ -59,9 +59,11 @@ def _known(results: Results) -> list[str]:
     said = []
     for setting in results.settings:
         lines, at = {split: setting.known(split) for split in setting.splits}, f" at {setting.label}" * (len(results.settings) > 1)
-        heads = [found["representable"].min() for found in lines.values() if "representable" in found]
-        if heads and min(heads) < 0.998:
-            said.append(f"With the frozen head no policy attains more than {min(heads):.3f} at the worst preference{at}.")
+        heads = {split: float(found["representable"].min()) for split, found in lines.items() if "representable" in found}
+        lowest = min(heads, key=lambda split: heads[split], default="")
+        if heads and heads[lowest] < 0.998:
+            most = f"{heads[lowest]:.3f} at the worst preference on {PROMPTS[lowest]}"
+            said.append(f"With the frozen head no policy attains more than {most}{at}.")
         test = lines.get("test", {})
         if "blind" in test:
             text = f"On test prompts{at} what is best without the prompt attains {_n(test['blind'].min())} at the worst preference"
