@@ -94,6 +94,24 @@ def test_no_two_settings_are_called_the_same(changes, labels):
     assert [len(found) for found in leaderboard(found).placed.values()] == [2] * len(changes)  # with the exact optimum
 
 
+@pytest.mark.parametrize("values", [("a/b", "a_b"), ("m" * 39 + "1", "m" * 39 + "2")])
+def test_settings_whose_labels_differ_in_marks_have_files_of_their_own_and_long_ones_have_files(values, tmp_path):
+    """Else a picture of the page shows the numbers of the other setting, and one of the two files is written over."""
+    for share, value in zip((0.2, 0.6), values, strict=True):
+        data = record("linear", rho=0.0, task_seed=100)
+        data["task"] |= {f"field_{k}": value for k in range(1 if len(value) < 9 else 8)}
+        data["metrics"]["splits"] = {"train": measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)}
+        publish(tmp_path, data)
+    page = write_report(tmp_path)
+    text = page.read_text()
+    views = json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])["views"]
+    drawn = {name: view["train"]["series"][0]["y"][0] for name, view in views.items() if name.startswith("attainment-")}
+    assert sorted(drawn.values()) == pytest.approx([0.2, 0.6])
+    assert all(f'class="plot" id="{name}"' in text and (page.parent / "figures" / f"{name}.svg").is_file() for name in drawn)
+    boards = re.findall(r'data-board="([^"]+)" data-split', text)
+    assert len(boards) == len(set(boards)) == 2
+
+
 def test_no_two_methods_or_learners_are_called_the_same():
     changes = [("method", {}), ("method", {"version": 2}), ("learner", {"lr": 0.01}), ("learner", {"lr": 0.001})]
     cells = {}

@@ -88,12 +88,12 @@ class Setting:
     dials: Mapping[str, Any]
     cells: tuple[Cell, ...]
     parts: tuple[Setting, ...] = ()
+    file: str = ""  # the label in names of files, where that of another setting would be the same
     scores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # those that `comparison.scores` has worked out
 
     @property
     def slug(self) -> str:
-        plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
-        return "all" if self.parts else "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+        return "all" if self.parts else self.file or _slug(self.label)
 
     @cached_property
     def objectives(self) -> list[str]:
@@ -251,10 +251,11 @@ class Results:
             groups.setdefault(canonical_json(dials), []).append(cell)
         tasks = [{k: v for k, v in group[0].task.items() if k != "seed"} for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
-        found = []
-        for label, task, group in zip(_settings(tasks, varying), tasks, groups.values(), strict=True):
+        found, labels = [], _settings(tasks, varying)
+        files = _apart(list(map(_slug, labels)), labels, "{}-{}")
+        for label, file, task, group in zip(labels, files, tasks, groups.values(), strict=True):
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
-            found.append(Setting(label, str(task["name"]), {k: v for k, v in task.items() if k not in NOT_DIALS}, order))
+            found.append(Setting(label, str(task["name"]), {k: v for k, v in task.items() if k not in NOT_DIALS}, order, file=file))
         return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying], s.label))
 
 
@@ -355,10 +356,20 @@ def _names(things: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return dict(zip(found, _apart(list(found.values()), list(found)), strict=True))
 
 
-def _apart(labels: Sequence[str], things: Sequence[str]) -> list[str]:
+def _apart(labels: Sequence[str], things: Sequence[str], form: str = "{} ({})") -> list[str]:
     """The labels; those that several things have, with the first digits of each thing's hash."""
     many = Counter(labels)
-    return [f"{label} ({key_of(thing)[:6]})" if many[label] > 1 else label for label, thing in zip(labels, things, strict=True)]
+    return [form.format(label, key_of(thing)[:6]) if many[label] > 1 else label for label, thing in zip(labels, things, strict=True)]
+
+
+LONGEST = 60  # letters of a label in the name of a file
+
+
+def _slug(label: str) -> str:
+    """A label as part of the name of a file."""
+    plain = label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
+    whole = "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}-{key_of(label)[:6]}"
 
 
 def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:
