@@ -631,6 +631,8 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "Sorted by the worst gain on test prompts:" in page
     assert "+0.20 <small>[+0.15, +0.25]</small>" in page
+    sorted_by = re.findall(r'data-value="([^"]*)"[^>]*>\+0\.[12]0 <small>', page)
+    assert sorted_by == ["0.2", "0.1"] * 2, "as texts, \u22120.10 would come after \u22120.05"
     assert "Too few responses to tell whether a method gains at every preference: linear, the best, is at +0.20 [0.00, +0.30]" in page
     for make in (attainment_figures, cost_figures):
         view = make(load(tmp_path))[0].views["test"]
