@@ -811,6 +811,23 @@ def test_intervals_lie_inside_the_axes_and_gains_have_bands(tmp_path):
     assert to_svg([("", gain.views["test"])], results.looks, alt="").count("<polygon") == 2
 
 
+@pytest.mark.parametrize(("task_seeds", "half"), [((None,), 0.1), ((100, 101), 0.1 / np.sqrt(2))])
+def test_an_interval_over_prompts_is_no_narrower_for_more_trainings_on_the_same_prompts(task_seeds, half):
+    """Two seeds of trainings say the same here: their mean is as uncertain as each of them. Other tasks have other prompts."""
+    cells = {}
+    for seed, task_seed in product((0, 1), task_seeds):
+        data = record("linear", rho=0.0, task_seed=100) | {"seed": seed}
+        data["task"] = {"name": "recipe", "version": 1} | ({} if task_seed is None else {"seed": task_seed})
+        data["metrics"]["exact"] = False
+        for split in data["metrics"]["splits"].values():
+            ends = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 64}
+            split |= {"gain": {"mean": ends, "per_preference": [ends] * 11}, "returns_error": [[0.1, 0.1]] * 11}
+        cells[f"{seed} {task_seed}"] = data
+    (setting,) = assemble(cells, {key: {} for key in cells}).settings
+    assert setting.band("linear", "test") == pytest.approx(np.array([[0.2 - half] * 11, [0.2 + half] * 11]))
+    assert setting.mean_errors("linear", "test") == pytest.approx(np.full((11, 2), half))
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "shown"),
     [

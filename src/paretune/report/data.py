@@ -178,13 +178,14 @@ class Setting:
 
     def band(self, label: str, split: str) -> np.ndarray | None:
         """(2, W) ends of the 95 % intervals of `qualities` over prompts; None where nothing was sampled."""
-        each = [values for cell in self.of(label) if (values := cell.measured(split, self.quality, "per_preference"))]
-        if self.exact or not each:
+        cells = [cell for cell in self.of(label) if cell.measured(split, self.quality, "per_preference")]
+        if self.exact or not cells:
             return None
+        each = [cell.measured(split, self.quality, "per_preference") for cell in cells]
         known = np.array([[[v["value"], v["low"], v["high"]] for v in values] for values in each], dtype=float)
         if not np.isfinite(known).any(axis=(0, 1)).all():
             return None
-        mean_W, half_W = known[..., 0].mean(0), np.sqrt(((known[..., 2] - known[..., 1]) ** 2).sum(0)) / 2 / len(each)
+        mean_W, half_W = known[..., 0].mean(0), _half_of_mean((known[..., 2] - known[..., 1]) / 2, cells)
         return np.stack([mean_W - half_W, mean_W + half_W])
 
     def front(self, split: str) -> dict[str, np.ndarray] | None:
@@ -199,20 +200,33 @@ class Setting:
             return None
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
-    def _shared(self, label: str, split: str, key: str) -> list[Any]:
+    def _shared(self, label: str) -> list[Cell]:
         seeds = set(self.shared_seeds)
-        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in seeds]
+        return [cell for cell in self.of(label) if cell.seed in seeds]
 
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
-        return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
+        return np.mean([np.asarray(cell.measured(split, "returns"), dtype=float) for cell in self._shared(label)], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
         """(W, M) half the width of the 95 % intervals of `mean_points` over prompts; None where nothing was sampled."""
-        errors = self._shared(label, split, "returns_error")
+        cells = self._shared(label)
+        errors = [cell.measured(split, "returns_error") for cell in cells]
         if not errors or any(error is None for error in errors):
             return None
-        return np.sqrt(np.sum(np.square(np.asarray(errors, dtype=float)), axis=0)) / len(errors)
+        return _half_of_mean(np.asarray(errors, dtype=float), cells)
+
+
+def _half_of_mean(half_CX: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
+    """(...) half the width of the interval of a mean over C cells, given that of each cell, (C, ...).
+
+    Cells of one task were measured on the same prompts, whatever the seed of their trainings. What these prompts add to all of them does not
+    average out, so that their widths are averaged, as if their errors were the same. Errors of different tasks are independent.
+    """
+    by_task: dict[Any, np.ndarray] = {}
+    for cell, half_X in zip(cells, half_CX, strict=True):
+        by_task[cell.seed] = by_task.get(cell.seed, 0.0) + half_X
+    return np.sqrt(np.sum(np.square(list(by_task.values())), axis=0)) / len(cells)
 
 
 class Results:
