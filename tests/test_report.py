@@ -571,12 +571,17 @@ def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
         for name in ("kl", "attainment", "regret"):
             split[name]["per_preference"] = [0.5] * 20
     data["fronts"] = data["verified"] = None
+    data["known"] = {split: {"representable": [0.9] * 20} for split in ("train", "test")}
     publish(tmp_path, data)
     results = load(tmp_path)
     assert [f.title for f in front_figures(results)] == [f"exact-v1: {pair}" for pair in ("a and b", "a and c", "b and c")]
     for figure in [*front_figures(results), *attainment_figures(results)]:
         check_view(figure.views["test"])
-    write_report(tmp_path)
+    note = re.search(r'<p class="note">([^<]*) <a class="csv" href="tables/attainment.csv">', write_report(tmp_path).read_text())[1]
+    axis = attainment_figures(results)[0].views["test"]["x"]["title"]
+    assert (axis, len(attainment_figures(results)[0].views["test"]["series"])) == ("balance of the preference (0: one objective, 1: all alike)", 1)
+    assert note.startswith("From one objective alone (left end) to all alike (right end). A family")
+    assert "Thin lines" not in note, "they are drawn for two objectives"
 
 
 def test_lines_of_what_is_known_stand_in_the_table_the_figure_the_findings_and_the_loss(tmp_path):
