@@ -297,6 +297,13 @@ def test_only_seeds_that_every_method_has_are_drawn_together(tmp_path):
     assert np.allclose(setting.mean_points("linear", "test"), alone)
     assert board(load(tmp_path), setting.label)["linear"]["cells"] == 2
 
+    cells = {}
+    for label, seed in (("linear", 100), ("linear", 101), ("uniform", 101)):  # seeds of trainings
+        cells[f"{label} {seed}"] = data = record(label, rho=0.0, task_seed=seed) | {"seed": seed}
+        del data["task"]["seed"]
+    (setting,) = assemble(cells, {key: {} for key in cells}).settings
+    assert np.allclose(setting.mean_points("linear", "test"), alone)
+
 
 def test_every_csv_holds_the_table_in_full(results, root, tmp_path):
     write_report(root, out=tmp_path)
@@ -650,7 +657,7 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert 'id="loss"' not in page
 
 
-def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(capsys):
+def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(tmp_path, capsys):
     cells = {}
     for number, (seed, samples) in enumerate([(0, 64), (1, 64), (2, 64), (2, 256)]):
         data = record("linear", rho=0.8, task_seed=100) | {"seed": seed}
@@ -661,6 +668,9 @@ def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_m
     assert board(found, "exact-v1")["linear"]["cells"] == 3
     print_leaderboard(found, console())
     assert "exact-v1  (training prompts, 3 seeds)" in capsys.readouterr().out
+    page = write_page(found, tmp_path / "report").read_text()
+    assert "on 1 task setting and 3 seeds, judged" in page
+    assert "Points are means over 3 seeds." in page
 
 
 def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):

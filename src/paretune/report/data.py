@@ -140,9 +140,14 @@ class Setting:
 
     @cached_property
     def shared_seeds(self) -> list[Any]:
-        """The task seeds at which every method was measured: means over these can be drawn in one picture."""
+        """The task seeds at which every method was measured."""
         have = [{cell.seed for cell in self.of(label)} for label in self.labels]
         return sorted(set.intersection(*have))
+
+    @cached_property
+    def shared_units(self) -> list[str]:
+        """The seeds, of trainings where the task has none, that every method has: means over these can be drawn in one picture."""
+        return sorted(set.intersection(*[{cell.unit for cell in self.of(label)} for label in self.labels]))
 
     @property
     def verified(self) -> dict[Any, Mapping[str, Any]]:
@@ -168,7 +173,7 @@ class Setting:
 
     def drawn(self, split: str) -> list[str]:
         """The methods that were measured on the split at all shared seeds."""
-        return [label for label in self.labels if self.shared_seeds and all(cell.measured(split) for cell in self.of(label))]
+        return [label for label in self.labels if self.shared_units and all(cell.measured(split) for cell in self.of(label))]
 
     def qualities(self, label: str, split: str) -> np.ndarray:
         """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
@@ -201,8 +206,8 @@ class Setting:
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
     def _shared(self, label: str) -> list[Cell]:
-        seeds = set(self.shared_seeds)
-        return [cell for cell in self.of(label) if cell.seed in seeds]
+        units = set(self.shared_units)
+        return [cell for cell in self.of(label) if cell.unit in units]
 
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
