@@ -15,6 +15,7 @@ from paretune.cli.places import runs_table
 from paretune.errors import ConfigError, RewardError, StoreError
 from paretune.files import write_json
 from paretune.registry import METHODS as METHODS_SHIPPED
+from paretune.report.comparison import comparison_table
 from paretune.report.data import assemble, load
 from paretune.report.drawing import Series, place, to_svg
 from paretune.report.figures import attainment_figures, cost_figures, front_figures, leaders, loss_bars
@@ -248,6 +249,17 @@ def test_costs_are_those_of_the_ledger_in_total_and_on_the_critical_path(results
     assert (row["samples_total"], row["samples_path"], row["trainings"]) == (200_000, 40_000, 5)
     assert board(results, "rho = 0")["emorl-shared"]["evaluations"] == 495
     assert board(results, "rho = 0")["emorl-shared"]["zero_shot"] is False
+
+
+def test_a_method_that_plans_anew_for_every_seed_has_the_mean_of_its_trainings_in_both_tables():
+    cells = {}
+    for (label, count), seed in product((("linear", 5), ("uniform", 1)), (100, 101)):
+        data = record(label, rho=0.0, task_seed=seed)
+        data["trainings"] = [key_of([label, n]) for n in range(count + 3 * (seed == 101 and label == "linear"))]
+        cells[f"{label} {seed}"] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert {row["method"]: row["trainings"] for row in leaderboard(found).rows[1:]} == {"linear": 6.5, "uniform": 1}
+    assert {row["method"]: row["trainings"] for row in comparison_table(found).rows} == {"linear": 6.5, "uniform": 1}
 
 
 def test_glance_takes_the_worst_over_settings(results):
