@@ -34,6 +34,7 @@ def measured(gains, half=0.05, w_WM=W_WM, guards=None):
     return {
         "rewards": (0.5 + np.array(w_WM) / 10).tolist(),
         "returns": (0.45 + np.array(w_WM) / 10).tolist(),
+        "rewards_error": [[0.01] * count] * W,
         "returns_error": [[0.02] * count] * W,
         "reference": {"rewards": [0.5] * count, "rewards_error": [0.03] * count, "utility": [estimate(0.5, 0.03)] * W},
         "kl": {"mean": 0.5, "worst": 0.6, "per_preference": [0.5] * W, "undefined": 0},
@@ -123,6 +124,8 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     assert (rows[1]["gain"], rows[1]["gain_low"], rows[1]["gain_high"]) == (0.2, pytest.approx(0.15), pytest.approx(0.25))
     text, data = page_of(folder)
     assert text.count("&lt;b&gt;answer&lt;/b&gt; at") == 5
+    table = re.search(r'<table class="board all gains">.*?</table>', text, re.DOTALL)[0]
+    assert re.findall(r"<td>([\d.]+) <small>± ([\d.]+)</small>", table)[:4] == [("0.500", "0.030")] * 2 + [("0.600", "0.010"), ("0.500", "0.010")]
     assert "a start" in text
     assert "<b>answer" not in text
     assert set(data["views"]) == {"gain", "front-01"}
@@ -191,6 +194,8 @@ def test_guards_that_fell_are_said_and_shown(tmp_path):
 @pytest.mark.parametrize("lost", ["reference", "rewards_error", "everything", "intervals"])
 def test_families_of_earlier_versions_and_without_measurements_have_a_page(tmp_path, lost):
     found = measured([0.1] * 5)
+    if lost != "everything":
+        del found["rewards_error"]
     if lost == "reference":
         del found["reference"], found["generations"]
     if lost == "rewards_error":

@@ -202,7 +202,9 @@ def _lines(fitted: Fitted) -> list[dict[str, Any]]:
     ends = [v for g in gains if g for v in (g.value, g.low, g.high) if np.isfinite(v)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     across = (high - low) or 1.0
-    errors_WM, kl_W = fitted.measured["returns_error"], fitted.measured["kl"]["per_preference"]
+    kl_W = fitted.measured["kl"]["per_preference"]
+    # Those of returns, which earlier versions have alone, hold the noise of KL too.
+    errors_WM = fitted.measured.get("rewards_error") or [[None] * len(fitted.names)] * len(kl_W)
     found = []
     for w, (w_M, gain, utility) in enumerate(zip(fitted.w_WM, gains, utilities, strict=True)):
         line: dict[str, Any] = {"said": said_of(w_M, fitted.names), "gain": gain, "utility": utility, "kl": kl_W[w]}
