@@ -282,3 +282,12 @@ def test_where_a_preference_stands_is_drawn_where_the_measured_ones_span_the_sim
     card = {"objectives": {"names": names}, "meta": {"method": {"name": "bridge"}}}
     fitted = Fitted(tmp_path, card, {"preferences": w_WM, "measured": returns})
     assert (front_picture(fitted, np.full(m, 1 / m)) is not None) == drawn
+
+
+@pytest.mark.parametrize(("weight", "drawn"), [(0.1, False), (0.25, True), (0.6, True), (0.75, True), (1.0, False)])
+def test_beyond_the_measured_preferences_nobody_stands_on_the_front(tmp_path, weight, drawn):
+    """There the nearest measured point is another preference's."""
+    w_WM = [[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]
+    returns = {"returns": w_WM, "returns_error": [[0.01] * 2] * 3, "reference": {"rewards": [0.1] * 2}}
+    fitted = Fitted(tmp_path, {"objectives": {"names": NAMES}, "meta": {}}, {"preferences": w_WM, "measured": returns})
+    assert (">you</tspan>" in front_picture(fitted, np.array([weight, 1 - weight]))) == drawn

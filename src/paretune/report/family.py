@@ -259,7 +259,8 @@ def front_picture(fitted: Fitted, w_M: np.ndarray) -> str | None:
     returns_WM = np.array(fitted.measured["returns"], dtype=float)
     if len(fitted.names) == 2:
         order = np.argsort(known_WM[:, 0])
-        here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k]) for k in (0, 1)])
+        beyond = {"left": np.nan, "right": np.nan}  # what was not measured is not drawn, as with three objectives
+        here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k], **beyond) for k in (0, 1)])
     elif len(fitted.names) == 3 and len(known_WM) and np.linalg.matrix_rank(known_WM[:, :2] - known_WM[0, :2]) == 2:  # no line
         here_M = LinearNDInterpolator(known_WM[:, :2], returns_WM)(w_M[None, :2])[0]
     else:
