@@ -53,6 +53,18 @@ def fitted(tmp_path_factory):
     return recipe, Path(made["family"])
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode_loses_no_table_and_gets_the_same_json(encoding):
+    """What it lacks is written as an escape; in JSON as one of JSON's, so that it is read as it was meant."""
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    table, _ = command("show", "pg", env=env)
+    assert table.returncode == 0, table.stderr
+    assert "\\u2265 1" in table.stdout
+    made, _ = command("show", "pg", "--json", env=env)
+    assert json.loads(made.stdout) == json.loads(run("show", "pg", "--json").stdout)
+    assert made.stdout.isascii()
+
+
 @pytest.fixture
 def unloadable(monkeypatch):
     """No model can be loaded: what is refused is refused before."""
