@@ -65,6 +65,15 @@ def test_a_terminal_without_unicode_loses_no_table_and_gets_the_same_json(encodi
     assert made.stdout.isascii()
 
 
+def test_a_family_is_listed_once_and_a_damaged_one_says_what_is_wrong_with_it(tmp_path):
+    """In a folder families/ that was copied without the run directory around it."""
+    (tmp_path / "families" / "mine").mkdir(parents=True)
+    (tmp_path / "families" / "mine" / "family.json").write_text('{"format": 1}')
+    (row,) = json.loads(run("ls", "families", tmp_path, "--json").stdout)
+    assert row["name"] == "mine"
+    assert row["state"] == "unreadable: this version reads families of format 2; found 1"
+
+
 @pytest.fixture
 def unloadable(monkeypatch):
     """No model can be loaded: what is refused is refused before."""

@@ -38,7 +38,8 @@ def families_table(root: Path) -> Table:
         try:
             card = read_card(folder)
         except ConfigError as error:
-            rows.append({"name": folder.name, "date": _date(folder / FAMILY_FILE), "state": error.rule, "folder": str(folder)})
+            state = f"unreadable: {error.rule}; found {first_line(error.found)}"
+            rows.append({"name": folder.name, "date": _date(folder / FAMILY_FILE), "state": state, "folder": str(folder)})
             continue
         cost, measured = card["meta"].get("ledger", {}).get("total", {}), (folder / "measured.json").is_file()
         facts = {"method": card["meta"].get("method", {}).get("name"), "objectives": ", ".join(card["objectives"]["names"])}
@@ -88,7 +89,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _families(root: Path) -> list[Path]:
-    return [family for folder in _below(root) for family in Store(folder).families()]
+    """Each once: one that lies in families/ is found from there and from the folder around it, where that is no run directory."""
+    return list(dict.fromkeys(family for folder in _below(root) for family in Store(folder).families()))
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
