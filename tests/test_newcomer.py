@@ -74,6 +74,18 @@ def test_a_family_is_listed_once_and_a_damaged_one_says_what_is_wrong_with_it(tm
     assert row["state"] == "unreadable: this version reads families of format 2; found 1"
 
 
+def test_a_name_that_two_families_have_is_no_choice(tmp_path, monkeypatch):
+    """Each in a run directory of its own: the last one was taken, whichever that was."""
+    for place in ("one", "two"):
+        (tmp_path / place / "families" / "mine").mkdir(parents=True)
+        (tmp_path / place / "families" / "mine" / "family.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "mi"):
+        said = run("sample", name, "hi", "--preference", "a=1", code=2).stderr
+        assert f"found:  {name}: one/families/mine, two/families/mine" in said
+        assert "give its folder" in said
+
+
 @pytest.fixture
 def unloadable(monkeypatch):
     """No model can be loaded: what is refused is refused before."""

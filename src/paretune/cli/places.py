@@ -52,16 +52,19 @@ def find_family(given: Path) -> Path:
     """The folder of a family: `given` itself, or the one family of that name, or whose name begins so, in or below this folder."""
     if given.exists() or len(given.parts) != 1:
         return given
-    known = {folder.name: folder for folder in _families(Path())}
-    close = [name for name in known if name == str(given)] or [name for name in known if name.startswith(str(given))]
+    families = _families(Path())
+    known = {folder.name for folder in families}
+    close = [folder for folder in families if folder.name == str(given)]
+    close = close or [folder for folder in families if folder.name.startswith(str(given))]
     if len(close) > 1:
-        raise ConfigError("a family's name says which one", found=f"{given}: {', '.join(close)}", remedy="write it out")
+        found = f"{given}: {', '.join(map(str, close))}"
+        raise ConfigError("a family's name says which one", found=found, remedy="write it out, or give its folder")
     if not close:
         remedy = "name a directory that `paretune fit` wrote" + (
             f", or a family by its name: {nearest(str(given), known)}" if known else ""
         )
         raise ConfigError(f"a family is a directory with {FAMILY_FILE}", found=str(given), remedy=remedy)
-    return known[close[0]]
+    return close[0]
 
 
 def _texts(*keys: str) -> tuple[Column, ...]:
