@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise, product
@@ -541,6 +543,23 @@ def test_labels_made_of_fields_stay_on_one_line():
 
 def test_the_same_results_give_the_same_page(root, tmp_path):
     assert write_report(root, out=tmp_path / "a").read_bytes() == write_report(root, out=tmp_path / "b").read_bytes()
+
+
+def test_a_report_goes_into_the_empty_root_of_a_disk(root, tmp_path, monkeypatch):
+    """A volume of a container: it cannot be renamed, nor be the new name of anything."""
+    volume, replace = tmp_path / "volume", os.replace
+    volume.mkdir()
+
+    def busy(source, target):
+        if target == volume:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == volume)
+    monkeypatch.setattr(os, "replace", busy)
+    assert write_report(root, out=volume).is_file()
+    assert sorted(path.name for path in volume.iterdir()) == ["figures", "index.html", "tables"]
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
 
 
 def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys):
