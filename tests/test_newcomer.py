@@ -184,6 +184,13 @@ def test_families_are_listed_and_found_by_their_names(fitted, monkeypatch):
     assert "'support'" in run("sample", "suport", "hi", "--preference", "loud=1", code=2).stderr
 
 
+def test_an_executor_that_is_none_is_refused_where_nothing_is_left_to_run_too(fitted):
+    for more in ((), ("--dry-run",)):
+        said = run("fit", fitted[0], "--samples", 0, "--executor", "locl", *more, code=2).stderr
+        assert "jobs are run by a known executor" in said
+        assert "did you mean 'local'?" in said
+
+
 def test_a_name_belongs_to_one_family(fitted):
     recipe, _ = fitted
     said = run("fit", recipe, "beta=0.2", "--samples", 0, code=2).stderr

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, nearest, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
 from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
@@ -160,6 +160,11 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
             found=f"--{next(iter(given)).replace('_', '-')} with --executor {executor}",
             remedy="add --executor ray, or leave it out",
         )
+    if executor != "local":
+        from paretune.runs.suite import EXECUTORS
+
+        if executor not in EXECUTORS:  # here, because a fit that is done already would not look
+            raise ConfigError("jobs are run by a known executor", found=shown(executor), remedy=nearest(executor, EXECUTORS))
     return executor
 
 
