@@ -36,10 +36,11 @@ from paretune.report.tables import (
     known_table,
     leaderboard,
     loss_table,
+    minus,
     relation_table,
     short_count,
 )
-from paretune.report.terminal import console, print_leaderboard
+from paretune.report.terminal import console, print_leaderboard, print_table
 from paretune.runs.jobs import failure
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.types import key_of
@@ -571,6 +572,34 @@ def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys):
         assert max(len(line) for line in out.splitlines()) <= width
         assert "\u22120.24" in out
         assert "the exact optimum" in out
+
+
+def test_a_long_name_takes_more_lines_in_a_terminal_and_hides_no_number(capsys):
+    from rich.console import Console
+
+    cells = {}
+    for letter, share in (("a", 0.83), ("b", 0.74)):
+        cells[letter] = data = record("linear", rho=0.0, task_seed=100)
+        data["method"] |= {f"field_{k}": " ".join([letter * 9] * 4) for k in range(3)}
+        data["metrics"]["splits"] = {"train": measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)}
+    print_leaderboard(assemble(cells, {key: {} for key in cells}), Console(width=80, highlight=False))
+    table = capsys.readouterr().out.partition("•")[0]
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert table.count("0.83  0.83") == table.count("0.74  0.74") == table.count("1.00  1.00") == 1
+    assert table.count("a" * 9) == table.count("b" * 9) == 12
+
+
+def test_a_pair_of_long_names_hides_no_number(capsys):
+    """As `paretune relate` prints it."""
+    from rich.console import Console
+
+    numbers = [Column(f"n{k}", f"correlation\nper {k}", "share") for k in range(5)]
+    table = Table("pairs", (Column("name", "pair", "text"), *numbers), [{"name": "x" * 60, **{f"n{k}": -0.125 - k for k in range(5)}}])
+    print_table(table, Console(width=80, highlight=False))
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert out.count("x") == 60
+    assert all(minus(f"{-0.125 - k:.2f}") in out for k in range(5))
 
 
 def test_findings_say_whether_the_expected_order_appears(results, tmp_path):
