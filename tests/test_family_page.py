@@ -116,6 +116,14 @@ def test_the_first_sentence_is_what_the_intervals_can_tell(tmp_path, gains, half
     assert text.count("<small>too few responses to tell</small>") == (5 if half is None else unsure)
 
 
+@pytest.mark.parametrize(("prompts", "said"), [(12, "on 12 test"), (32, "on 32 test"), (500, "on the first 32 of 500 test"), (None, "on its")])
+def test_prompts_that_were_not_measured_are_not_counted(tmp_path, prompts, said):
+    """32 responses per preference are to the first 32 prompts."""
+    fitted = load_fitted(family_in(tmp_path, measured([0.2] * 5)))
+    fitted.found["prompts"] = prompts
+    assert f"on average over preferences, {said}" in findings_of(fitted)[0]
+
+
 def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(tmp_path):
     folder = family_in(tmp_path, measured([0.2] * 5))
     rows = measured_table(load_fitted(folder)).rows

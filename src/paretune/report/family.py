@@ -29,7 +29,10 @@ from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.cost import LOG
 from paretune.types import Estimate
 
-__all__ = ["Fitted", "Training", "findings_of", "front_picture", "load_fitted", "measured_table", "write_families", "write_fitted"]
+__all__ = [
+    *("Fitted", "Training", "findings_of", "front_picture", "load_fitted", "measured_table", "prompts_of", "write_families"),
+    "write_fitted",
+]
 
 UNTRAINED, YOU = "the untrained model", "you"
 FEW = "too few responses to tell"
@@ -134,7 +137,7 @@ def findings_of(fitted: Fitted) -> list[str]:
     if not fitted.found:
         return [f"A family of {len(fitted.names)} objectives, not measured yet"]
     gains, mean = fitted.estimates("gain"), _estimate(fitted.measured["gain"]["mean"])
-    on = f"on {fitted.found.get('prompts', 'its')} test prompts"
+    on = f"on {prompts_of(fitted)}"
     if mean is None or not np.isfinite(mean.low):
         told = f": {signed(mean.value)} in utility {on}, and no interval" if mean else ""
         return [f"{FEW.capitalize()} what this family gains over the untrained model{told}.", *_guards_lost(fitted)]
@@ -146,6 +149,14 @@ def findings_of(fitted: Fitted) -> list[str]:
     else:
         first = f"{FEW.capitalize()} whether this family gains over the untrained model: {gain} in utility, {on}."
     return [first, *_by_preference(fitted, gains), *_guards_lost(fitted)]
+
+
+def prompts_of(fitted: Fitted) -> str:
+    """The prompts that a family was measured on: with fewer responses than prompts, the first ones."""
+    found = fitted.found or {}
+    count, samples = found.get("prompts"), found.get("samples")
+    fewer = count is not None and samples is not None and samples < count
+    return f"{f'the first {samples} of ' if fewer else ''}{'its' if count is None else count} test prompts"
 
 
 def _by_preference(fitted: Fitted, gains: Sequence[Estimate | None]) -> Iterator[str]:
