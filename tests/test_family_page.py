@@ -116,7 +116,9 @@ def test_the_first_sentence_is_what_the_intervals_can_tell(tmp_path, gains, half
     assert text.count("<small>too few responses to tell</small>") == (5 if half is None else unsure)
 
 
-@pytest.mark.parametrize(("prompts", "said"), [(12, "on 12 test"), (32, "on 32 test"), (500, "on the first 32 of 500 test"), (None, "on its")])
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(12, "on 12 test"), (32, "on 32 test"), (500, "on the first 32 of 500 test"), (None, "on its test")]
+)
 def test_prompts_that_were_not_measured_are_not_counted(tmp_path, prompts, said):
     """32 responses per preference are to the first 32 prompts."""
     fitted = load_fitted(family_in(tmp_path, measured([0.2] * 5)))
@@ -133,7 +135,8 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     text, data = page_of(folder)
     assert text.count("&lt;b&gt;answer&lt;/b&gt; at") == 5
     table = re.search(r'<table class="board all gains">.*?</table>', text, re.DOTALL)[0]
-    assert re.findall(r"<td>([\d.]+) <small>± ([\d.]+)</small>", table)[:4] == [("0.500", "0.030")] * 2 + [("0.600", "0.010"), ("0.500", "0.010")]
+    scores = re.findall(r"<td>([\d.]+) <small>± ([\d.]+)</small>", table)
+    assert scores[:4] == [("0.500", "0.030"), ("0.500", "0.030"), ("0.600", "0.010"), ("0.500", "0.010")]
     assert "a start" in text
     assert "<b>answer" not in text
     assert set(data["views"]) == {"gain", "front-01"}

@@ -645,8 +645,9 @@ def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
     for figure in [*front_figures(results), *attainment_figures(results)]:
         check_view(figure.views["test"])
     note = re.search(r'<p class="note">([^<]*) <a class="csv" href="tables/attainment.csv">', write_report(tmp_path).read_text())[1]
-    axis = attainment_figures(results)[0].views["test"]["x"]["title"]
-    assert (axis, len(attainment_figures(results)[0].views["test"]["series"])) == ("balance of the preference (0: one objective, 1: all alike)", 1)
+    view = attainment_figures(results)[0].views["test"]
+    assert view["x"]["title"] == "balance of the preference (0: one objective, 1: all alike)"
+    assert len(view["series"]) == 1
     assert note.startswith("From one objective alone (left end) to all alike (right end). A family")
     assert "Thin lines" not in note, "they are drawn for two objectives"
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("DryRun", "Json", "OnDevice", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "device_of", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table", "takes_any_text", "tell"),
+    *("app", "check_writable", "device_of", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table"),
+    *("takes_any_text", "tell"),
 ]
 
 

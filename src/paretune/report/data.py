@@ -225,8 +225,8 @@ class Setting:
 def _half_of_mean(half_CX: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
     """(...) half the width of the interval of a mean over C cells, given that of each cell, (C, ...).
 
-    Cells of one task were measured on the same prompts, whatever the seed of their trainings. What these prompts add to all of them does not
-    average out, so that their widths are averaged, as if their errors were the same. Errors of different tasks are independent.
+    Cells of one task were measured on the same prompts, whatever the seed of their trainings. What these prompts add to all of them does
+    not average out, so that their widths are averaged, as if their errors were the same. Errors of different tasks are independent.
     """
     by_task: dict[Any, np.ndarray] = {}
     for cell, half_X in zip(cells, half_CX, strict=True):
