@@ -529,6 +529,9 @@ def test_the_command_writes_rows(tmp_path):
     assert done.exit_code == 0, done.output
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
     assert len(json.loads(done.stdout)["comparison"]) == 2 * 2
+    refused = CliRunner().invoke(app, ["report", str(root), "--out", str(tmp_path / "other"), "--rows", str(tmp_path)])
+    assert (refused.exit_code, refused.stderr.splitlines()[0]) == (2, "error: --rows is a file")
+    assert not (tmp_path / "other").exists(), "nothing is written before it is refused"
 
 
 @pytest.mark.parametrize("more", ["settings", "seeds"])

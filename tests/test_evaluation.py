@@ -250,6 +250,7 @@ def test_every_sampled_interval_is_over_prompts(task, noisy_bank):
             assert found["high"] - found["value"] == pytest.approx(half(value_S))
             assert found["value"] - found["low"] == pytest.approx(half(value_S))
     assert m["returns_error"][0] == pytest.approx([half(curve.returns_WSM[0, :, k]) for k in range(2)])
+    assert m["rewards_error"][0] == pytest.approx([half(curve.rewards_WSM[0, :, k]) for k in range(2)])
 
 
 class Repeated(ExactTask):

@@ -34,6 +34,7 @@ def measured(gains, half=0.05, w_WM=W_WM, guards=None):
     return {
         "rewards": (0.5 + np.array(w_WM) / 10).tolist(),
         "returns": (0.45 + np.array(w_WM) / 10).tolist(),
+        "rewards_error": [[0.01] * count] * W,
         "returns_error": [[0.02] * count] * W,
         "reference": {"rewards": [0.5] * count, "rewards_error": [0.03] * count, "utility": [estimate(0.5, 0.03)] * W},
         "kl": {"mean": 0.5, "worst": 0.6, "per_preference": [0.5] * W, "undefined": 0},
@@ -115,6 +116,16 @@ def test_the_first_sentence_is_what_the_intervals_can_tell(tmp_path, gains, half
     assert text.count("<small>too few responses to tell</small>") == (5 if half is None else unsure)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"), [(12, "on 12 test"), (32, "on 32 test"), (500, "on the first 32 of 500 test"), (None, "on its test")]
+)
+def test_prompts_that_were_not_measured_are_not_counted(tmp_path, prompts, said):
+    """32 responses per preference are to the first 32 prompts."""
+    fitted = load_fitted(family_in(tmp_path, measured([0.2] * 5)))
+    fitted.found["prompts"] = prompts
+    assert f"on average over preferences, {said}" in findings_of(fitted)[0]
+
+
 def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(tmp_path):
     folder = family_in(tmp_path, measured([0.2] * 5))
     rows = measured_table(load_fitted(folder)).rows
@@ -123,6 +134,9 @@ def test_the_untrained_model_has_a_row_and_five_preferences_stand_side_by_side(t
     assert (rows[1]["gain"], rows[1]["gain_low"], rows[1]["gain_high"]) == (0.2, pytest.approx(0.15), pytest.approx(0.25))
     text, data = page_of(folder)
     assert text.count("&lt;b&gt;answer&lt;/b&gt; at") == 5
+    table = re.search(r'<table class="board all gains">.*?</table>', text, re.DOTALL)[0]
+    scores = re.findall(r"<td>([\d.]+) <small>± ([\d.]+)</small>", table)
+    assert scores[:4] == [("0.500", "0.030"), ("0.500", "0.030"), ("0.600", "0.010"), ("0.500", "0.010")]
     assert "a start" in text
     assert "<b>answer" not in text
     assert set(data["views"]) == {"gain", "front-01"}
@@ -191,6 +205,8 @@ def test_guards_that_fell_are_said_and_shown(tmp_path):
 @pytest.mark.parametrize("lost", ["reference", "rewards_error", "everything", "intervals"])
 def test_families_of_earlier_versions_and_without_measurements_have_a_page(tmp_path, lost):
     found = measured([0.1] * 5)
+    if lost != "everything":
+        del found["rewards_error"]
     if lost == "reference":
         del found["reference"], found["generations"]
     if lost == "rewards_error":
@@ -277,3 +293,12 @@ def test_where_a_preference_stands_is_drawn_where_the_measured_ones_span_the_sim
     card = {"objectives": {"names": names}, "meta": {"method": {"name": "bridge"}}}
     fitted = Fitted(tmp_path, card, {"preferences": w_WM, "measured": returns})
     assert (front_picture(fitted, np.full(m, 1 / m)) is not None) == drawn
+
+
+@pytest.mark.parametrize(("weight", "drawn"), [(0.1, False), (0.25, True), (0.6, True), (0.75, True), (1.0, False)])
+def test_beyond_the_measured_preferences_nobody_stands_on_the_front(tmp_path, weight, drawn):
+    """There the nearest measured point is another preference's."""
+    w_WM = [[0.75, 0.25], [0.5, 0.5], [0.25, 0.75]]
+    returns = {"returns": w_WM, "returns_error": [[0.01] * 2] * 3, "reference": {"rewards": [0.1] * 2}}
+    fitted = Fitted(tmp_path, {"objectives": {"names": NAMES}, "meta": {}}, {"preferences": w_WM, "measured": returns})
+    assert (">you</tspan>" in front_picture(fitted, np.array([weight, 1 - weight]))) == drawn

@@ -206,6 +206,7 @@ def test_what_has_no_log_is_refused(run, tmp_path):
         (("0123456789",), "no training at"),
         ((root, "0"), "is that of"),
         ((root, "zz"), "is that of 0"),
+        ((root, "--responses"), "--responses prints those of one training"),
     ):
         code, text, error = said(*arguments)
         assert (code, text) == (2, "")

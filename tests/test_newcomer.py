@@ -53,6 +53,39 @@ def fitted(tmp_path_factory):
     return recipe, Path(made["family"])
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode_loses_no_table_and_gets_the_same_json(encoding):
+    """What it lacks is written as an escape; in JSON as one of JSON's, so that it is read as it was meant."""
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    table, _ = command("show", "pg", env=env)
+    assert table.returncode == 0, table.stderr
+    assert "\\u2265 1" in table.stdout
+    made, _ = command("show", "pg", "--json", env=env)
+    assert json.loads(made.stdout) == json.loads(run("show", "pg", "--json").stdout)
+    assert made.stdout.isascii()
+
+
+def test_a_family_is_listed_once_and_a_damaged_one_says_what_is_wrong_with_it(tmp_path):
+    """In a folder families/ that was copied without the run directory around it."""
+    (tmp_path / "families" / "mine").mkdir(parents=True)
+    (tmp_path / "families" / "mine" / "family.json").write_text('{"format": 1}')
+    (row,) = json.loads(run("ls", "families", tmp_path, "--json").stdout)
+    assert row["name"] == "mine"
+    assert row["state"] == "unreadable: this version reads families of format 2; found 1"
+
+
+def test_a_name_that_two_families_have_is_no_choice(tmp_path, monkeypatch):
+    """Each in a run directory of its own: the last one was taken, whichever that was."""
+    for place in ("one", "two"):
+        (tmp_path / place / "families" / "mine").mkdir(parents=True)
+        (tmp_path / place / "families" / "mine" / "family.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "mi"):
+        said = run("sample", name, "hi", "--preference", "a=1", code=2).stderr
+        assert f"found:  {name}: one/families/mine, two/families/mine" in said
+        assert "give its folder" in said
+
+
 @pytest.fixture
 def unloadable(monkeypatch):
     """No model can be loaded: what is refused is refused before."""
@@ -149,6 +182,13 @@ def test_families_are_listed_and_found_by_their_names(fitted, monkeypatch):
     texts = run("sample", "supp", "hi", "--preference", "loud=1").stdout
     assert texts == run("sample", family, "hi", "--preference", "loud=1").stdout
     assert "'support'" in run("sample", "suport", "hi", "--preference", "loud=1", code=2).stderr
+
+
+def test_an_executor_that_is_none_is_refused_where_nothing_is_left_to_run_too(fitted):
+    for more in ((), ("--dry-run",)):
+        said = run("fit", fitted[0], "--samples", 0, "--executor", "locl", *more, code=2).stderr
+        assert "jobs are run by a known executor" in said
+        assert "did you mean 'local'?" in said
 
 
 def test_a_name_belongs_to_one_family(fitted):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise, product
@@ -15,6 +17,7 @@ from paretune.cli.places import runs_table
 from paretune.errors import ConfigError, RewardError, StoreError
 from paretune.files import write_json
 from paretune.registry import METHODS as METHODS_SHIPPED
+from paretune.report.comparison import comparison_table
 from paretune.report.data import assemble, load
 from paretune.report.drawing import Series, place, to_svg
 from paretune.report.figures import attainment_figures, cost_figures, front_figures, leaders, loss_bars
@@ -33,10 +36,11 @@ from paretune.report.tables import (
     known_table,
     leaderboard,
     loss_table,
+    minus,
     relation_table,
     short_count,
 )
-from paretune.report.terminal import console, print_leaderboard
+from paretune.report.terminal import console, print_leaderboard, print_table
 from paretune.runs.jobs import failure
 from paretune.runs.store import ARTIFACTS, CELLS, Store
 from paretune.types import key_of
@@ -92,6 +96,24 @@ def test_no_two_settings_are_called_the_same(changes, labels):
     rows = [row for row in leaderboard(found).rows if row["method"] == "linear"]
     assert sorted(row["attainment_worst_train"] for row in rows) == pytest.approx([0.1 * number for number in range(len(changes))])
     assert [len(found) for found in leaderboard(found).placed.values()] == [2] * len(changes)  # with the exact optimum
+
+
+@pytest.mark.parametrize("values", [("a/b", "a_b"), ("m" * 39 + "1", "m" * 39 + "2")])
+def test_settings_whose_labels_differ_in_marks_have_files_of_their_own_and_long_ones_have_files(values, tmp_path):
+    """Else a picture of the page shows the numbers of the other setting, and one of the two files is written over."""
+    for share, value in zip((0.2, 0.6), values, strict=True):
+        data = record("linear", rho=0.0, task_seed=100)
+        data["task"] |= {f"field_{k}": value for k in range(1 if len(value) < 9 else 8)}
+        data["metrics"]["splits"] = {"train": measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)}
+        publish(tmp_path, data)
+    page = write_report(tmp_path)
+    text = page.read_text()
+    views = json.loads(text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])["views"]
+    drawn = {name: view["train"]["series"][0]["y"][0] for name, view in views.items() if name.startswith("attainment-")}
+    assert sorted(drawn.values()) == pytest.approx([0.2, 0.6])
+    assert all(f'class="plot" id="{name}"' in text and (page.parent / "figures" / f"{name}.svg").is_file() for name in drawn)
+    boards = re.findall(r'data-board="([^"]+)" data-split', text)
+    assert len(boards) == len(set(boards)) == 2
 
 
 def test_no_two_methods_or_learners_are_called_the_same():
@@ -232,6 +254,17 @@ def test_costs_are_those_of_the_ledger_in_total_and_on_the_critical_path(results
     assert board(results, "rho = 0")["emorl-shared"]["zero_shot"] is False
 
 
+def test_a_method_that_plans_anew_for_every_seed_has_the_mean_of_its_trainings_in_both_tables():
+    cells = {}
+    for (label, count), seed in product((("linear", 5), ("uniform", 1)), (100, 101)):
+        data = record(label, rho=0.0, task_seed=seed)
+        data["trainings"] = [key_of([label, n]) for n in range(count + 3 * (seed == 101 and label == "linear"))]
+        cells[f"{label} {seed}"] = data
+    found = assemble(cells, {key: {} for key in cells})
+    assert {row["method"]: row["trainings"] for row in leaderboard(found).rows[1:]} == {"linear": 6.5, "uniform": 1}
+    assert {row["method"]: row["trainings"] for row in comparison_table(found).rows} == {"linear": 6.5, "uniform": 1}
+
+
 def test_glance_takes_the_worst_over_settings(results):
     rows = {row["method"]: row for row in glance_table(results).rows}
     row = rows["experts parameter"]
@@ -240,6 +273,23 @@ def test_glance_takes_the_worst_over_settings(results):
     assert row["worst"] == min(r["attainment_worst_train"] for r in there)
     assert row["worst_test"] == min(r["attainment_worst_test"] for r in there) != row["worst"]
     assert list(rows)[-1] == "experts parameter"
+
+
+@pytest.mark.parametrize("lacks", [(-0.8, 100), (0.8, 101)])
+def test_a_method_that_lacks_a_setting_or_a_seed_does_not_hold_up_best(lacks):
+    """Its worst is over less: here it lacks the one place at which it would be worst."""
+    cells = {}
+    for label, rho, seed in product(("linear", "experts logit"), (0.8, -0.8), (100, 101)):
+        data, share = record(label, rho=rho, task_seed=seed), 0.7 if label == "linear" else 0.9
+        for split in ("train", "test"):
+            data["metrics"]["splits"][split] = measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)
+        if label == "linear" or rho != lacks[0] or (lacks[0] > 0 and seed != lacks[1]):
+            cells[f"{label} {rho} {seed}"] = data
+    found = assemble(cells, {key: {} for key in cells})
+    said = "linear holds up best: its worst attainment on training prompts is 0.70, at rho = 0.8; methods that lack a setting or a seed "
+    assert findings(found)[0] == f"{said}are not compared."
+    if lacks[0] < 0:
+        assert [row["method"] for row in glance_table(found).rows] == ["linear", "experts"]
 
 
 def test_the_mean_front_is_an_upper_bound_of_every_mean_curve(results):
@@ -261,6 +311,13 @@ def test_only_seeds_that_every_method_has_are_drawn_together(tmp_path):
     alone = record("linear", rho=0.0, task_seed=101)["metrics"]["splits"]["test"]["returns"]
     assert np.allclose(setting.mean_points("linear", "test"), alone)
     assert board(load(tmp_path), setting.label)["linear"]["cells"] == 2
+
+    cells = {}
+    for label, seed in (("linear", 100), ("linear", 101), ("uniform", 101)):  # seeds of trainings
+        cells[f"{label} {seed}"] = data = record(label, rho=0.0, task_seed=seed) | {"seed": seed}
+        del data["task"]["seed"]
+    (setting,) = assemble(cells, {key: {} for key in cells}).settings
+    assert np.allclose(setting.mean_points("linear", "test"), alone)
 
 
 def test_every_csv_holds_the_table_in_full(results, root, tmp_path):
@@ -489,6 +546,23 @@ def test_the_same_results_give_the_same_page(root, tmp_path):
     assert write_report(root, out=tmp_path / "a").read_bytes() == write_report(root, out=tmp_path / "b").read_bytes()
 
 
+def test_a_report_goes_into_the_empty_root_of_a_disk(root, tmp_path, monkeypatch):
+    """A volume of a container: it cannot be renamed, nor be the new name of anything."""
+    volume, replace = tmp_path / "volume", os.replace
+    volume.mkdir()
+
+    def busy(source, target):
+        if target == volume:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == volume)
+    monkeypatch.setattr(os, "replace", busy)
+    assert write_report(root, out=volume).is_file()
+    assert sorted(path.name for path in volume.iterdir()) == ["figures", "index.html", "tables"]
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
 def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys):
     from rich.console import Console
 
@@ -498,6 +572,34 @@ def test_the_terminal_shows_the_same_numbers_and_fits(results, capsys):
         assert max(len(line) for line in out.splitlines()) <= width
         assert "\u22120.24" in out
         assert "the exact optimum" in out
+
+
+def test_a_long_name_takes_more_lines_in_a_terminal_and_hides_no_number(capsys):
+    from rich.console import Console
+
+    cells = {}
+    for letter, share in (("a", 0.83), ("b", 0.74)):
+        cells[letter] = data = record("linear", rho=0.0, task_seed=100)
+        data["method"] |= {f"field_{k}": " ".join([letter * 9] * 4) for k in range(3)}
+        data["metrics"]["splits"] = {"train": measured(share * optimum(JUDGED_WM), JUDGED_WM, mixes=False)}
+    print_leaderboard(assemble(cells, {key: {} for key in cells}), Console(width=80, highlight=False))
+    table = capsys.readouterr().out.partition("•")[0]
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert table.count("0.83  0.83") == table.count("0.74  0.74") == table.count("1.00  1.00") == 1
+    assert table.count("a" * 9) == table.count("b" * 9) == 12
+
+
+def test_a_pair_of_long_names_hides_no_number(capsys):
+    """As `paretune relate` prints it."""
+    from rich.console import Console
+
+    numbers = [Column(f"n{k}", f"correlation\nper {k}", "share") for k in range(5)]
+    table = Table("pairs", (Column("name", "pair", "text"), *numbers), [{"name": "x" * 60, **{f"n{k}": -0.125 - k for k in range(5)}}])
+    print_table(table, Console(width=80, highlight=False))
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert out.count("x") == 60
+    assert all(minus(f"{-0.125 - k:.2f}") in out for k in range(5))
 
 
 def test_findings_say_whether_the_expected_order_appears(results, tmp_path):
@@ -536,12 +638,18 @@ def test_a_method_in_three_objectives_is_drawn_in_pairs(tmp_path):
         for name in ("kl", "attainment", "regret"):
             split[name]["per_preference"] = [0.5] * 20
     data["fronts"] = data["verified"] = None
+    data["known"] = {split: {"representable": [0.9] * 20} for split in ("train", "test")}
     publish(tmp_path, data)
     results = load(tmp_path)
     assert [f.title for f in front_figures(results)] == [f"exact-v1: {pair}" for pair in ("a and b", "a and c", "b and c")]
     for figure in [*front_figures(results), *attainment_figures(results)]:
         check_view(figure.views["test"])
-    write_report(tmp_path)
+    note = re.search(r'<p class="note">([^<]*) <a class="csv" href="tables/attainment.csv">', write_report(tmp_path).read_text())[1]
+    view = attainment_figures(results)[0].views["test"]
+    assert view["x"]["title"] == "balance of the preference (0: one objective, 1: all alike)"
+    assert len(view["series"]) == 1
+    assert note.startswith("From one objective alone (left end) to all alike (right end). A family")
+    assert "Thin lines" not in note, "they are drawn for two objectives"
 
 
 def test_lines_of_what_is_known_stand_in_the_table_the_figure_the_findings_and_the_loss(tmp_path):
@@ -572,7 +680,7 @@ def test_lines_of_what_is_known_stand_in_the_table_the_figure_the_findings_and_t
     drawn = {series["name"]: series["y"] for series in view["series"]}
     assert drawn["blind to the prompt"] == pytest.approx([0.4] * 11)
     page = write_report(tmp_path).read_text()
-    assert "With the frozen head no policy attains more than 0.805 at the worst preference" in page
+    assert "With the frozen head no policy attains more than 0.805 at the worst preference on test prompts." in page, "on others it does"
     assert "what is best without the prompt attains 0.40 at the worst preference; what the training prompts&#39; rewards tell" in page
     assert "no policy attains more than" not in write_page(load(run_directory(tmp_path / "without")), tmp_path / "page").read_text()
 
@@ -596,6 +704,8 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "Sorted by the worst gain on test prompts:" in page
     assert "+0.20 <small>[+0.15, +0.25]</small>" in page
+    sorted_by = re.findall(r'data-value="([^"]*)"[^>]*>\+0\.[12]0 <small>', page)
+    assert sorted_by == ["0.2", "0.1"] * 2, "as texts, \u22120.10 would come after \u22120.05"
     assert "Too few responses to tell whether a method gains at every preference: linear, the best, is at +0.20 [0.00, +0.30]" in page
     for make in (attainment_figures, cost_figures):
         view = make(load(tmp_path))[0].views["test"]
@@ -608,7 +718,7 @@ def test_a_sampled_task_is_ranked_by_gain_and_shows_no_attainment(tmp_path):
     assert 'id="loss"' not in page
 
 
-def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(capsys):
+def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_measured_twice(tmp_path, capsys):
     cells = {}
     for number, (seed, samples) in enumerate([(0, 64), (1, 64), (2, 64), (2, 256)]):
         data = record("linear", rho=0.8, task_seed=100) | {"seed": seed}
@@ -619,6 +729,9 @@ def test_seeds_are_counted_where_the_task_has_none_and_not_twice_where_one_was_m
     assert board(found, "exact-v1")["linear"]["cells"] == 3
     print_leaderboard(found, console())
     assert "exact-v1  (training prompts, 3 seeds)" in capsys.readouterr().out
+    page = write_page(found, tmp_path / "report").read_text()
+    assert "on 1 task setting and 3 seeds, judged" in page
+    assert "Points are means over 3 seeds." in page
 
 
 def test_failures_are_listed_and_nothing_else_is_counted(root, tmp_path):
@@ -772,6 +885,23 @@ def test_intervals_lie_inside_the_axes_and_gains_have_bands(tmp_path):
     assert one["band"] == [pytest.approx([-0.7] * 11), pytest.approx([1.1] * 11)]
     assert front.views["test"]["series"][0]["error"] == {"x": [0.7] * 11, "y": [0.5] * 11}
     assert to_svg([("", gain.views["test"])], results.looks, alt="").count("<polygon") == 2
+
+
+@pytest.mark.parametrize(("task_seeds", "half"), [((None,), 0.1), ((100, 101), 0.1 / np.sqrt(2))])
+def test_an_interval_over_prompts_is_no_narrower_for_more_trainings_on_the_same_prompts(task_seeds, half):
+    """Two seeds of trainings say the same here: their mean is as uncertain as each of them. Other tasks have other prompts."""
+    cells = {}
+    for seed, task_seed in product((0, 1), task_seeds):
+        data = record("linear", rho=0.0, task_seed=100) | {"seed": seed}
+        data["task"] = {"name": "recipe", "version": 1} | ({} if task_seed is None else {"seed": task_seed})
+        data["metrics"]["exact"] = False
+        for split in data["metrics"]["splits"].values():
+            ends = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 64}
+            split |= {"gain": {"mean": ends, "per_preference": [ends] * 11}, "returns_error": [[0.1, 0.1]] * 11}
+        cells[f"{seed} {task_seed}"] = data
+    (setting,) = assemble(cells, {key: {} for key in cells}).settings
+    assert setting.band("linear", "test") == pytest.approx(np.array([[0.2 - half] * 11, [0.2 + half] * 11]))
+    assert setting.mean_errors("linear", "test") == pytest.approx(np.full((11, 2), half))
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,11 @@ def check_new(path: Path, rule: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` at the end of the block, whole or not at all.
 
-    Where `path` holds something, every file takes the place of the one of its name, and other files stay.
+    Where `path` holds something, every file takes the place of the one of its name, and other files stay. So it is in the root of another
+    disk, such as a volume of a container, which cannot be renamed.
     """
     path = path.resolve()
-    filled = path.is_dir() and any(path.iterdir())
+    filled = path.is_dir() and (any(path.iterdir()) or os.path.ismount(path))
     aside = path / f"{ASIDE}new" if filled else path.with_name(f".wip-{path.name}")
     remove(aside)  # of a process that was killed
     try:

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 
-from paretune.cli.common import app
+from paretune.cli.common import app, takes_any_text
 
 __all__ = ["app", "main"]
 
@@ -20,7 +20,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 (held until the end)
+    errors = sys.stdout.errors if takes_any_text(sys.stdout) else "backslashreplace"  # a table is not lost for a minus sign
+    sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=errors)  # noqa: SIM115 (held until the end)
     os.dup2(2, 1)  # what programs print that a reward starts
     app()
 

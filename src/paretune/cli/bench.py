@@ -84,6 +84,8 @@ def report(
     from paretune.report.family import write_families
     from paretune.runs.store import CELLS, Store
 
+    if rows is not None and rows.is_dir():
+        raise ConfigError("--rows is a file", found=f"{rows} is a directory", remedy="name a file in it, such as rows.json")
     cells = bool(Store(root).published(CELLS)) if (root / CELLS).is_dir() else False
     families, refused = ([], []) if suite or rows else write_families(root, out / "families" if out and cells else out)
     if refused and not (cells or families):

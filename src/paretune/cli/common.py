@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, nearest, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
 from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("DryRun", "Json", "OnDevice", "Overrides", "Plugins", "Preference", "Trust", "Workers"),
-    *("app", "check_writable", "device_of", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table", "tell"),
+    *("app", "check_writable", "device_of", "examples", "on_ray", "plug", "print_json", "say", "show_legend", "show_table"),
+    *("takes_any_text", "tell"),
 ]
 
 
@@ -159,6 +161,11 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
             found=f"--{next(iter(given)).replace('_', '-')} with --executor {executor}",
             remedy="add --executor ray, or leave it out",
         )
+    if executor != "local":
+        from paretune.runs.suite import EXECUTORS
+
+        if executor not in EXECUTORS:  # here, because a fit that is done already would not look
+            raise ConfigError("jobs are run by a known executor", found=shown(executor), remedy=nearest(executor, EXECUTORS))
     return executor
 
 
@@ -215,9 +222,14 @@ def show_legend(*tables: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print strict JSON to stdout; what a terminal would obey is escaped as JSON escapes it."""
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=str)
+    """Print strict JSON to stdout; what a terminal would obey, or stdout cannot hold, is escaped as JSON escapes it."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=not takes_any_text(sys.stdout), default=str)
     typer.echo(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def takes_any_text(stream: Any) -> bool:
+    """Whether every character can be written there: the encoding is one of Unicode's."""
+    return codecs.lookup(stream.encoding or "utf-8").name.startswith("utf")
 
 
 def tell(text: str) -> None:

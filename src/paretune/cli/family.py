@@ -103,7 +103,7 @@ def fit(
         family = fit_family(plan.task, plan.method, learner=plan.learner, drawn=drawn, **given)
         family.meta["key"] = key
         family.save(folder)
-    from paretune.report.family import findings_of, load_fitted, measured_table, write_fitted
+    from paretune.report.family import findings_of, load_fitted, measured_table, prompts_of, write_fitted
 
     if samples:
         say(f"measuring {len(measured_at(plan))} preferences, {samples} responses each")
@@ -117,7 +117,7 @@ def fit(
     if rows:
         for text in family.meta.get("warnings", {}).values():
             say(f"while it trained: {text}")
-        show_table(rows, title=f"Mean scores on {len(plan.task.prompts('test'))} test prompts ({samples} responses per preference)")
+        show_table(rows, title=f"Mean scores on {prompts_of(fitted)} ({samples} responses per preference)")
         tell("\n".join(findings_of(fitted)))
     example = _even_weights(family.objectives.names)
     tried = f"paretune sample {shlex.quote(str(folder))} --preference {shlex.quote(example)} {_typed_prompt(plan)}"

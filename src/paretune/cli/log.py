@@ -91,6 +91,9 @@ def log(
     if key is not None:
         found = _chosen(found, key)
     if len(found) > 1:
+        if responses and not as_json:
+            rule, remedy = "--responses prints those of one training", "add its key: paretune log RUN KEY --responses"
+            raise ConfigError(rule, found=f"{len(found)} trainings", remedy=remedy)
         _list(found, as_json=as_json)
         return
     (one,) = found

@@ -38,7 +38,8 @@ def families_table(root: Path) -> Table:
         try:
             card = read_card(folder)
         except ConfigError as error:
-            rows.append({"name": folder.name, "date": _date(folder / FAMILY_FILE), "state": error.rule, "folder": str(folder)})
+            state = f"unreadable: {error.rule}; found {first_line(error.found)}"
+            rows.append({"name": folder.name, "date": _date(folder / FAMILY_FILE), "state": state, "folder": str(folder)})
             continue
         cost, measured = card["meta"].get("ledger", {}).get("total", {}), (folder / "measured.json").is_file()
         facts = {"method": card["meta"].get("method", {}).get("name"), "objectives": ", ".join(card["objectives"]["names"])}
@@ -51,16 +52,19 @@ def find_family(given: Path) -> Path:
     """The folder of a family: `given` itself, or the one family of that name, or whose name begins so, in or below this folder."""
     if given.exists() or len(given.parts) != 1:
         return given
-    known = {folder.name: folder for folder in _families(Path())}
-    close = [name for name in known if name == str(given)] or [name for name in known if name.startswith(str(given))]
+    families = _families(Path())
+    known = {folder.name for folder in families}
+    close = [folder for folder in families if folder.name == str(given)]
+    close = close or [folder for folder in families if folder.name.startswith(str(given))]
     if len(close) > 1:
-        raise ConfigError("a family's name says which one", found=f"{given}: {', '.join(close)}", remedy="write it out")
+        found = f"{given}: {', '.join(map(str, close))}"
+        raise ConfigError("a family's name says which one", found=found, remedy="write it out, or give its folder")
     if not close:
         remedy = "name a directory that `paretune fit` wrote" + (
             f", or a family by its name: {nearest(str(given), known)}" if known else ""
         )
         raise ConfigError(f"a family is a directory with {FAMILY_FILE}", found=str(given), remedy=remedy)
-    return known[close[0]]
+    return close[0]
 
 
 def _texts(*keys: str) -> tuple[Column, ...]:
@@ -88,7 +92,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _families(root: Path) -> list[Path]:
-    return [family for folder in _below(root) for family in Store(folder).families()]
+    """Each once: one that lies in families/ is found from there and from the folder around it, where that is no run directory."""
+    return list(dict.fromkeys(family for folder in _below(root) for family in Store(folder).families()))
 
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:

@@ -267,6 +267,7 @@ def _sampled(
             "share_of_optimum": None,
         },
         **nothing,
+        "rewards_error": over_prompts(curve.rewards_WSM.swapaxes(0, 1), curve.prompt_S).half,
         "returns_error": over_prompts(curve.returns_WSM.swapaxes(0, 1), curve.prompt_S).half,
         "outside": task.objectives.outside(curve.rewards_WSM),
         "own_utility": sampled_own_utility(task, family, curve, start),

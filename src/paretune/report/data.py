@@ -88,12 +88,12 @@ class Setting:
     dials: Mapping[str, Any]
     cells: tuple[Cell, ...]
     parts: tuple[Setting, ...] = ()
+    file: str = ""  # the label in names of files, where that of another setting would be the same
     scores: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # those that `comparison.scores` has worked out
 
     @property
     def slug(self) -> str:
-        plain = self.label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
-        return "all" if self.parts else "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+        return "all" if self.parts else self.file or _slug(self.label)
 
     @cached_property
     def objectives(self) -> list[str]:
@@ -140,9 +140,14 @@ class Setting:
 
     @cached_property
     def shared_seeds(self) -> list[Any]:
-        """The task seeds at which every method was measured: means over these can be drawn in one picture."""
+        """The task seeds at which every method was measured."""
         have = [{cell.seed for cell in self.of(label)} for label in self.labels]
         return sorted(set.intersection(*have))
+
+    @cached_property
+    def shared_units(self) -> list[str]:
+        """The seeds, of trainings where the task has none, that every method has: means over these can be drawn in one picture."""
+        return sorted(set.intersection(*[{cell.unit for cell in self.of(label)} for label in self.labels]))
 
     @property
     def verified(self) -> dict[Any, Mapping[str, Any]]:
@@ -168,7 +173,7 @@ class Setting:
 
     def drawn(self, split: str) -> list[str]:
         """The methods that were measured on the split at all shared seeds."""
-        return [label for label in self.labels if self.shared_seeds and all(cell.measured(split) for cell in self.of(label))]
+        return [label for label in self.labels if self.shared_units and all(cell.measured(split) for cell in self.of(label))]
 
     def qualities(self, label: str, split: str) -> np.ndarray:
         """(W,) attainment or gain of a method at each judged preference, mean over its seeds; NaN where unknown, empty if not measured."""
@@ -178,13 +183,14 @@ class Setting:
 
     def band(self, label: str, split: str) -> np.ndarray | None:
         """(2, W) ends of the 95 % intervals of `qualities` over prompts; None where nothing was sampled."""
-        each = [values for cell in self.of(label) if (values := cell.measured(split, self.quality, "per_preference"))]
-        if self.exact or not each:
+        cells = [cell for cell in self.of(label) if cell.measured(split, self.quality, "per_preference")]
+        if self.exact or not cells:
             return None
+        each = [cell.measured(split, self.quality, "per_preference") for cell in cells]
         known = np.array([[[v["value"], v["low"], v["high"]] for v in values] for values in each], dtype=float)
         if not np.isfinite(known).any(axis=(0, 1)).all():
             return None
-        mean_W, half_W = known[..., 0].mean(0), np.sqrt(((known[..., 2] - known[..., 1]) ** 2).sum(0)) / 2 / len(each)
+        mean_W, half_W = known[..., 0].mean(0), _half_of_mean((known[..., 2] - known[..., 1]) / 2, cells)
         return np.stack([mean_W - half_W, mean_W + half_W])
 
     def front(self, split: str) -> dict[str, np.ndarray] | None:
@@ -199,20 +205,33 @@ class Setting:
             return None
         return {name: np.mean([np.asarray(front[name], dtype=float) for front in fronts], axis=0) for name in ("points", "w", "reference")}
 
-    def _shared(self, label: str, split: str, key: str) -> list[Any]:
-        seeds = set(self.shared_seeds)
-        return [cell.measured(split, key) for cell in self.of(label) if cell.seed in seeds]
+    def _shared(self, label: str) -> list[Cell]:
+        units = set(self.shared_units)
+        return [cell for cell in self.of(label) if cell.unit in units]
 
     def mean_points(self, label: str, split: str) -> np.ndarray:
         """(W, M) regularized returns of a method, mean over the shared seeds; NaN where a return is unknown."""
-        return np.mean([np.asarray(returns, dtype=float) for returns in self._shared(label, split, "returns")], axis=0)
+        return np.mean([np.asarray(cell.measured(split, "returns"), dtype=float) for cell in self._shared(label)], axis=0)
 
     def mean_errors(self, label: str, split: str) -> np.ndarray | None:
         """(W, M) half the width of the 95 % intervals of `mean_points` over prompts; None where nothing was sampled."""
-        errors = self._shared(label, split, "returns_error")
+        cells = self._shared(label)
+        errors = [cell.measured(split, "returns_error") for cell in cells]
         if not errors or any(error is None for error in errors):
             return None
-        return np.sqrt(np.sum(np.square(np.asarray(errors, dtype=float)), axis=0)) / len(errors)
+        return _half_of_mean(np.asarray(errors, dtype=float), cells)
+
+
+def _half_of_mean(half_CX: np.ndarray, cells: Sequence[Cell]) -> np.ndarray:
+    """(...) half the width of the interval of a mean over C cells, given that of each cell, (C, ...).
+
+    Cells of one task were measured on the same prompts, whatever the seed of their trainings. What these prompts add to all of them does
+    not average out, so that their widths are averaged, as if their errors were the same. Errors of different tasks are independent.
+    """
+    by_task: dict[Any, np.ndarray] = {}
+    for cell, half_X in zip(cells, half_CX, strict=True):
+        by_task[cell.seed] = by_task.get(cell.seed, 0.0) + half_X
+    return np.sqrt(np.sum(np.square(list(by_task.values())), axis=0)) / len(cells)
 
 
 class Results:
@@ -251,10 +270,11 @@ class Results:
             groups.setdefault(canonical_json(dials), []).append(cell)
         tasks = [{k: v for k, v in group[0].task.items() if k != "seed"} for group in groups.values()]
         varying = [k for k in _keys(tasks) if k not in NOT_DIALS and len({canonical_json(t.get(k)) for t in tasks}) > 1]
-        found = []
-        for label, task, group in zip(_settings(tasks, varying), tasks, groups.values(), strict=True):
+        found, labels = [], _settings(tasks, varying)
+        files = _apart(list(map(_slug, labels)), labels, "{}-{}")
+        for label, file, task, group in zip(labels, files, tasks, groups.values(), strict=True):
             order = tuple(sorted(group, key=lambda cell: (cell.label, str(cell.task.get("seed")), cell.record.get("seed", 0), cell.key)))
-            found.append(Setting(label, str(task["name"]), {k: v for k, v in task.items() if k not in NOT_DIALS}, order))
+            found.append(Setting(label, str(task["name"]), {k: v for k, v in task.items() if k not in NOT_DIALS}, order, file=file))
         return sorted(found, key=lambda s: (s.name, [_order(k, s.dials.get(k)) for k in varying], s.label))
 
 
@@ -355,10 +375,20 @@ def _names(things: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return dict(zip(found, _apart(list(found.values()), list(found)), strict=True))
 
 
-def _apart(labels: Sequence[str], things: Sequence[str]) -> list[str]:
+def _apart(labels: Sequence[str], things: Sequence[str], form: str = "{} ({})") -> list[str]:
     """The labels; those that several things have, with the first digits of each thing's hash."""
     many = Counter(labels)
-    return [f"{label} ({key_of(thing)[:6]})" if many[label] > 1 else label for label, thing in zip(labels, things, strict=True)]
+    return [form.format(label, key_of(thing)[:6]) if many[label] > 1 else label for label, thing in zip(labels, things, strict=True)]
+
+
+LONGEST = 60  # letters of a label in the name of a file
+
+
+def _slug(label: str) -> str:
+    """A label as part of the name of a file."""
+    plain = label.replace("\u2212", "-").replace(" = ", "_").replace(", ", "_")
+    whole = "".join(c if c.isalnum() or c in "-._" else "_" for c in plain) or "task"
+    return whole if len(whole) <= LONGEST else f"{whole[:LONGEST]}-{key_of(label)[:6]}"
 
 
 def _keys(things: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -29,7 +29,10 @@ from paretune.runs.store import ARTIFACTS, Store
 from paretune.training.cost import LOG
 from paretune.types import Estimate
 
-__all__ = ["Fitted", "Training", "findings_of", "front_picture", "load_fitted", "measured_table", "write_families", "write_fitted"]
+__all__ = [
+    *("Fitted", "Training", "findings_of", "front_picture", "load_fitted", "measured_table", "prompts_of", "write_families"),
+    "write_fitted",
+]
 
 UNTRAINED, YOU = "the untrained model", "you"
 FEW = "too few responses to tell"
@@ -134,7 +137,7 @@ def findings_of(fitted: Fitted) -> list[str]:
     if not fitted.found:
         return [f"A family of {len(fitted.names)} objectives, not measured yet"]
     gains, mean = fitted.estimates("gain"), _estimate(fitted.measured["gain"]["mean"])
-    on = f"on {fitted.found.get('prompts', 'its')} test prompts"
+    on = f"on {prompts_of(fitted)}"
     if mean is None or not np.isfinite(mean.low):
         told = f": {signed(mean.value)} in utility {on}, and no interval" if mean else ""
         return [f"{FEW.capitalize()} what this family gains over the untrained model{told}.", *_guards_lost(fitted)]
@@ -146,6 +149,14 @@ def findings_of(fitted: Fitted) -> list[str]:
     else:
         first = f"{FEW.capitalize()} whether this family gains over the untrained model: {gain} in utility, {on}."
     return [first, *_by_preference(fitted, gains), *_guards_lost(fitted)]
+
+
+def prompts_of(fitted: Fitted) -> str:
+    """The prompts that a family was measured on: with fewer responses than prompts, the first ones."""
+    found = fitted.found or {}
+    count, samples = found.get("prompts"), found.get("samples")
+    fewer = count is not None and samples is not None and samples < count
+    return f"{f'the first {samples} of ' if fewer else ''}{'its' if count is None else count} test prompts"
 
 
 def _by_preference(fitted: Fitted, gains: Sequence[Estimate | None]) -> Iterator[str]:
@@ -202,7 +213,9 @@ def _lines(fitted: Fitted) -> list[dict[str, Any]]:
     ends = [v for g in gains if g for v in (g.value, g.low, g.high) if np.isfinite(v)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     across = (high - low) or 1.0
-    errors_WM, kl_W = fitted.measured["returns_error"], fitted.measured["kl"]["per_preference"]
+    kl_W = fitted.measured["kl"]["per_preference"]
+    # Those of returns, which earlier versions have alone, hold the noise of KL too.
+    errors_WM = fitted.measured.get("rewards_error") or [[None] * len(fitted.names)] * len(kl_W)
     found = []
     for w, (w_M, gain, utility) in enumerate(zip(fitted.w_WM, gains, utilities, strict=True)):
         line: dict[str, Any] = {"said": said_of(w_M, fitted.names), "gain": gain, "utility": utility, "kl": kl_W[w]}
@@ -257,7 +270,8 @@ def front_picture(fitted: Fitted, w_M: np.ndarray) -> str | None:
     returns_WM = np.array(fitted.measured["returns"], dtype=float)
     if len(fitted.names) == 2:
         order = np.argsort(known_WM[:, 0])
-        here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k]) for k in (0, 1)])
+        beyond = {"left": np.nan, "right": np.nan}  # what was not measured is not drawn, as with three objectives
+        here_M = np.array([np.interp(w_M[0], known_WM[order, 0], returns_WM[order, k], **beyond) for k in (0, 1)])
     elif len(fitted.names) == 3 and len(known_WM) and np.linalg.matrix_rank(known_WM[:, :2] - known_WM[0, :2]) == 2:  # no line
         here_M = LinearNDInterpolator(known_WM[:, :2], returns_WM)(w_M[None, :2])[0]
     else:

@@ -35,13 +35,23 @@ def findings(results: Results) -> list[str]:
 
 
 def _best(results: Results) -> str:
+    """Of the methods that have every setting and seed: a minimum over fewer is no smaller for being better."""
     rows = [row for row in glance_table(results).rows if row["category"] != "baseline"]
     if not rows:
         return ""
-    first, settings = rows[0], [s for s in results.settings if s.exact]
+    settings = [s for s in results.settings if s.exact]
+    counts = {row["method"]: sum(map(len, _known_seeds(settings, row["method"]))) for row in rows}
+    whole = [row for row in rows if counts[row["method"]] == max(counts.values())]
+    first = whole[0]
     where = min(settings, key=lambda setting: first.get(setting.label, np.inf))
     text = f"{first['method']} holds up best: its worst attainment on {PROMPTS[where.headline]} is {_n(first['worst'])}"
-    return text + (f", at {where.label}." if len(settings) > 1 else ".")
+    text += f", at {where.label}" * (len(settings) > 1)
+    return text + ("; methods that lack a setting or a seed are not compared." if len(whole) < len(rows) else ".")
+
+
+def _known_seeds(settings: list[Setting], label: str) -> list[set[str]]:
+    """The seeds of each setting at which a method's worst attainment is known."""
+    return [{c.unit for c in s.of(label) if c.summary(s.headline, "worst", "attainment") is not None} for s in settings]
 
 
 def _known(results: Results) -> list[str]:
@@ -49,9 +59,11 @@ def _known(results: Results) -> list[str]:
     said = []
     for setting in results.settings:
         lines, at = {split: setting.known(split) for split in setting.splits}, f" at {setting.label}" * (len(results.settings) > 1)
-        heads = [found["representable"].min() for found in lines.values() if "representable" in found]
-        if heads and min(heads) < 0.998:
-            said.append(f"With the frozen head no policy attains more than {min(heads):.3f} at the worst preference{at}.")
+        heads = {split: float(found["representable"].min()) for split, found in lines.items() if "representable" in found}
+        lowest = min(heads, key=lambda split: heads[split], default="")
+        if heads and heads[lowest] < 0.998:
+            most = f"{heads[lowest]:.3f} at the worst preference on {PROMPTS[lowest]}"
+            said.append(f"With the frozen head no policy attains more than {most}{at}.")
         test = lines.get("test", {})
         if "blind" in test:
             text = f"On test prompts{at} what is best without the prompt attains {_n(test['blind'].min())} at the worst preference"

@@ -181,7 +181,7 @@ LEADERBOARD = (
         ON,
     ),
     Column("controllability", "control", "share", CONTROLLED, ON),
-    Column("trainings", "train\u00adings", "count", "trainings that the method needs on its own", "cost"),
+    Column("trainings", "train\u00adings", "count", "trainings that the method needs on its own, mean over seeds", "cost"),
     Column("forwards_per_token", "forwards per token", "count", "runs of the model per generated token", "cost"),
     Column("evaluations", "search evals", "count", "calls of the outer level's score, over all judged preferences", "cost"),
     Column("samples_total", "samples", "count", "responses drawn, for training and for validation and search", TOTAL),
@@ -243,7 +243,8 @@ def _row(setting: Setting, label: str, on: str) -> dict[str, Any]:
         if len(cells) == 1:
             row |= {f"gain_{end}": cells[0].measured(on, "gain", "mean", end) for end in ("low", "high")}
     row |= {key: _over(how, (cell.measured(on, *path) for cell in cells)) for key, (how, path) in MEASURED.items()}
-    row |= costs(cells) | {"trainings": len(cells[0].record["trainings"])}
+    row |= costs(cells)
+    row["trainings"] = int(row["trainings"]) if row["trainings"].is_integer() else row["trainings"]
     paths = (("attainment", "undefined"), ("unscored", "count"))
     unknown = [cell.measured(split, *path) for cell in cells for split in SPLITS for path in paths]
     row |= {"zero_shot": bool(cells[0].record["card"]["zero_shot"]), "cells": len({cell.unit for cell in cells})}
@@ -284,7 +285,10 @@ def cost_table(results: Results) -> Table:
 
 
 def glance_table(results: Results) -> Table:
-    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last."""
+    """Worst attainment of the headline: methods down, exact settings across, the worst of all of them, best first; test prompts last.
+
+    Methods that were measured in most settings come first: the worst of fewer is no rank among the worst of all.
+    """
     exact = [s for s in results.settings if s.exact]
     here = {s.label for s in exact}
     board = [row for row in leaderboard(results).rows if row["method"] != CEILING and row["setting"] in here]
@@ -299,7 +303,7 @@ def glance_table(results: Results) -> Table:
         if values:
             ends = {"worst": min(values.values()), "worst_test": _over(min, (row["attainment_worst_test"] for row in mine))}
             rows.append({"method": label, "category": family, **values, **ends})
-    return Table("glance", tuple(columns), sorted(rows, key=lambda row: -row["worst"]))
+    return Table("glance", tuple(columns), sorted(rows, key=lambda row: (-len(here & row.keys()), -row["worst"])))
 
 
 # The numbers of the figures

@@ -39,12 +39,16 @@ def console() -> Console:
 
 
 def print_table(table: Table, to: Console, *, title: str = "") -> None:
-    """Any table, whole: texts wrap, numbers do not."""
+    """Any table, whole: texts wrap, numbers do not, and names only where they would take the room of numbers."""
     grid = Grid(title=printable(title) or None, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in table.shown:
-        grid.add_column(
-            printable(column.title), justify="left" if column.kind in ("text", "yes") else "right", no_wrap=column.key == "name"
-        )
+    widest = [max((len(printable(c.show(row.get(c.key)))) for row in table.rows), default=0) for c in table.shown]
+    texts = [column.kind in ("text", "yes") for column in table.shown]
+    least = [min(width, 10) if text else width for width, text in zip(widest, texts, strict=True)]
+    fits = sum(least) + 2 * len(least) <= to.width
+    for column, text, width, min_width in zip(table.shown, texts, widest, least, strict=True):
+        whole = column.key == "name" and 3 * width <= to.width
+        more: dict[str, Any] = {"overflow": "fold", "min_width": min_width} if fits else {}
+        grid.add_column(printable(column.title), justify="left" if text else "right", no_wrap=whole, **more)
     for row in table.rows:
         grid.add_row(*(printable(column.show(row.get(column.key))) for column in table.shown))
     to.print(grid)
@@ -98,7 +102,7 @@ def _print(results: Results, to: Console, title: str, more: str, rows: Sequence[
     known = results.looks
     heading = Text.assemble((title, "bold"), f"  ({more})")
     grid = Grid(title=heading, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column("method", no_wrap=True, vertical="bottom")
+    grid.add_column("method", overflow="fold", vertical="bottom")  # a long name takes more lines, not the numbers
     for _, head in columns:
         grid.add_column(head, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
