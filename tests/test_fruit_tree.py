@@ -9,8 +9,10 @@ from scipy.optimize import linprog
 
 from paretune.errors import ConfigError, TaskError
 from paretune.evaluation import metrics
+from paretune.files import write_json
 from paretune.objectives.utilities import Landmarks, Tchebycheff, linear
-from paretune.registry import TASKS
+from paretune.registry import TASKS, describe
+from paretune.runs.jobs import Tasks
 from paretune.seeds import generator
 
 RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks" / "recorded.json").read_text(encoding="utf-8"))
@@ -44,6 +46,13 @@ def test_a_path_earns_its_leaf():
     assert got.tolist() == [leaf[0].tolist(), leaf[31].tolist(), leaf[0b01001].tolist(), never.tolist()], (
         "left is first; unfinished is nothing"
     )
+
+
+def test_its_cells_can_be_written(tmp_path):
+    """The leaves are no squashed normals: a posterior of them was NaN, which no cell.json may hold."""
+    task = tree(length=5)
+    assert set(task.known_W(np.full((1, 6), 1 / 6), "test")) == {"representable", "blind"}
+    write_json(tmp_path / "cell.json", Tasks().truth(describe(task), ("train", "test")))
 
 
 def test_the_reference_goes_either_way_and_the_optimum_is_the_best_leaf():

@@ -72,6 +72,13 @@ class FruitTree(ExactTask):
         """(M,) expected rewards without the KL term, which the benchmark does not have."""
         return self.returns(logp_PR, split)[0].mean(0)
 
+    def posterior_PRM(self, split: str) -> np.ndarray:
+        raise TaskError(
+            "the posterior is that of rewards that one map makes of normal weights",
+            found="the rewards of a benchmark's leaves",
+            remedy="leave the line out for this task",
+        )
+
     @property
     def _reference(self) -> ReferenceSpec:
         return replace(super()._reference, stop=1e-3, spread=0.0, head=self.head)
