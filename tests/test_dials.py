@@ -19,7 +19,7 @@ from paretune.tasks.exact.rewards import (
     stretch,
     verify_noise,
 )
-from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.exact.task import ExactTask, RepresentableTask
 from paretune.testing import check_task
 from paretune.training.batch import draw
 from paretune.training.learners.exact import ExactGradient
@@ -218,6 +218,19 @@ def test_an_odd_prompt_leaves_no_context_empty():
     task = ExactTask(context=0.5, seed=0, **{**TINY, "prompt_count": 3})
     assert np.bincount(task.contexts("train")).tolist() == [2, 1]
     assert np.bincount(task.contexts("test")).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("trained", "tested"), [(3, 2), (4, 3), (3, 5)])
+def test_splits_of_unequal_size_have_both_contexts(trained, tested):
+    """Of an odd number of prompts in all, one letter has one more: the prompts were called not distinct."""
+    task = RepresentableTask(context=0.5, ceiling=0.0, test_count=tested, **{**TINY, "prompt_count": trained})
+    assert np.bincount(task.contexts("train")).tolist() == [(trained + 1) // 2, trained // 2]
+    assert np.bincount(task.contexts("test")).tolist() == [tested // 2, (tested + 1) // 2]
+
+
+def test_one_test_prompt_leaves_a_context_empty():
+    with pytest.raises(TaskError, match=r"no context is empty(?s:.*)test_count = 1 for 2 contexts"):
+        RepresentableTask(context=0.5, test_count=1, **{**TINY, "prompt_count": 3})
 
 
 def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(tmp_path):

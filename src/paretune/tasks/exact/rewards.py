@@ -35,6 +35,7 @@ __all__ = [
     "gains_for",
     "mix_to_correlation",
     "pays_rarely",
+    "prompts_of_contexts",
     "spreads",
     "stretch",
     "verify_noise",
@@ -195,12 +196,17 @@ NOISE_TOLERANCE = 0.1  # of the noise's standard deviation, relative, and of its
 NOISE_DRAWS = 2000
 
 
-def choose_prompts(drawn_NT: np.ndarray, count: int, *, contexts: bool) -> np.ndarray:
-    """(count, T) distinct prompts in the order in which they were drawn; with `contexts`, half of them of each first letter."""
+def prompts_of_contexts(trained: int, tested: int) -> list[tuple[int, int]]:
+    """(training prompts, test prompts) of each context: an odd training prompt is the first one's, an odd test prompt the second's."""
+    return [((trained + 1 - context) // CONTEXTS, (tested + context) // CONTEXTS) for context in range(CONTEXTS)]
+
+
+def choose_prompts(drawn_NT: np.ndarray, count: int, *, by_letter: Sequence[int] = ()) -> np.ndarray:
+    """(count, T) distinct prompts in the order in which they were drawn; so many of each first letter where `by_letter` says how many."""
     _, first = np.unique(drawn_NT, axis=0, return_index=True)
     distinct = drawn_NT[np.sort(first)]
-    if contexts:
-        rows = [np.flatnonzero(distinct[:, 0] == letter)[: count // CONTEXTS] for letter in range(CONTEXTS)]
+    if by_letter:
+        rows = [np.flatnonzero(distinct[:, 0] == letter)[:many] for letter, many in enumerate(by_letter)]
         distinct = distinct[np.sort(np.concatenate(rows))]
     if len(distinct) < count:
         raise TaskError("prompts are distinct", found=f"{len(distinct)} distinct ones", remedy="ask for fewer prompts")

@@ -67,6 +67,7 @@ from paretune.tasks.exact.rewards import (
     fields,
     mix_to_correlation,
     pays_rarely,
+    prompts_of_contexts,
     spreads,
     stretch,
     verify_noise,
@@ -413,7 +414,11 @@ class ExactTask(Task):
         count = self.prompt_count + self.tested
         many = (200 if not self.context else 100 * self.alphabet) * count
         drawn = sample_language(self._reference, generator(self.seed, "prompts"), many, self._reference.context)
-        return choose_prompts(drawn, count, contexts=bool(self.context))
+        return choose_prompts(drawn, count, by_letter=[sum(both) for both in self._prompts_of_contexts] if self.context else ())
+
+    @property
+    def _prompts_of_contexts(self) -> list[tuple[int, int]]:
+        return prompts_of_contexts(self.prompt_count, self.tested)
 
     @property
     def _features_PF(self) -> np.ndarray | None:
@@ -439,9 +444,8 @@ class ExactTask(Task):
             order = min(orders, key=lambda rows: _off(off_P, rows, self.prompt_count))
             return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, [self.prompt_count]), strict=True)}
         parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        for context in range(CONTEXTS):
+        for context, (cut, _) in enumerate(self._prompts_of_contexts):
             here = np.flatnonzero(self._contexts_P == context)
-            cut = (self.prompt_count + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
             orders = [rng.permutation(here) for _ in range(500)]
             order = min(orders, key=lambda rows: _off(off_P, rows, cut))
             parts["train"].append(order[:cut])
@@ -598,13 +602,14 @@ def _check_dials(task: ExactTask) -> None:
             found=f"rho + context = {both[0]:.4g}, rho - context = {both[1]:.4g}",
             remedy=f"at rho = {task.rho:g}, context is at most {max(0.0, min(0.99 - task.rho, task.rho - low)):.4g}",
         )
-    if task.prompt_count < CONTEXTS:
+    fewest, name = min((task.prompt_count, "prompt_count"), (task.tested, "test_count"))
+    if fewest < CONTEXTS:
         raise TaskError(
             "no context is empty: each has a training prompt and a test prompt",
-            found=f"prompt_count = {task.prompt_count} for {CONTEXTS} contexts",
+            found=f"{name} = {fewest} for {CONTEXTS} contexts",
             remedy="ask for at least 2 prompts, or leave context at 0",
         )
-    each = (task.prompt_count + task.tested) // CONTEXTS
+    each = max(map(sum, prompts_of_contexts(task.prompt_count, task.tested)))
     if each > task.alphabet**2:
         raise TaskError(
             "prompts of one context are distinct strings of 3 symbols with the same first one",
