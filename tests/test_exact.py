@@ -182,6 +182,8 @@ def test_rewards_are_the_same_bits_under_any_number_of_threads():
         ({"alphabet": 26, "length": 4}, "456,976", "enumerated"),
         ({"alphabet": 2, "prompt_count": 5}, "5 + 5 prompts", "distinct"),
         ({"beta": 0.0}, "beta = 0", "beta lies between"),
+        ({"width": 30}, "width = 30", "a multiple of 8"),
+        ({"width": 12}, "width = 12", "each an even number"),
     ],
 )
 def test_impossible_dials_are_refused_with_the_bound(dials, found, rule):

@@ -69,7 +69,8 @@ def test_the_reference_goes_either_way_and_the_optimum_is_the_best_leaf():
 
 
 @pytest.mark.parametrize(
-    ("dials", "said"), [({"length": 4}, "length = 4"), ({"beta": 0}, "beta = 0"), ({"prompt_count": 0}, "prompt_count = 0")]
+    ("dials", "said"),
+    [({"length": 4}, "length = 4"), ({"beta": 0}, "beta = 0"), ({"prompt_count": 0}, "prompt_count = 0"), ({"width": 12}, "width = 12")],
 )
 def test_a_tree_that_there_is_not(dials, said):
     with pytest.raises(TaskError, match=said):

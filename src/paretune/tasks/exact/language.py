@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
+from paretune.errors import TaskError
 from paretune.hub import quietly
 from paretune.seeds import forked_torch, generator, seed_for
 from paretune.types import key_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ReferenceSpec", "alphabet_of", "load_reference", "one_thread", "sample_language"]
+__all__ = ["ReferenceSpec", "alphabet_of", "check_width", "load_reference", "one_thread", "sample_language"]
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 EOS_TEXT = "<eos>"
@@ -55,6 +56,17 @@ class ReferenceSpec:
     head: float = 1.0  # the output head begins this many times larger
     features: int = 0  # of the whole prompt, on which the language of responses depends
     memory: float = 0.0  # standard deviation of what they add to a logit
+
+
+def check_width(width: int) -> None:
+    """TaskError where the reference's heads do not share the width, or have an odd size, which rotary embeddings cannot turn."""
+    unit = 2 * ReferenceSpec.heads
+    if width < unit or width % unit:
+        raise TaskError(
+            f"width is a multiple of {unit}: {ReferenceSpec.heads} attention heads share it, each an even number",
+            found=f"width = {width}",
+            remedy=f"for example {max(1, round(width / unit)) * unit}",
+        )
 
 
 def alphabet_of(count: int) -> str:

@@ -55,7 +55,15 @@ from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
 from paretune.tasks.exact.known import posterior_mean
-from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, one_thread, prompt_features, sample_language
+from paretune.tasks.exact.language import (
+    ReferenceSpec,
+    alphabet_of,
+    check_width,
+    load_reference,
+    one_thread,
+    prompt_features,
+    sample_language,
+)
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
     add_noise,
@@ -146,6 +154,7 @@ class ExactTask(Task):
                 found=f"{self.prompt_count} + {self.tested} prompts from {self.alphabet} symbols",
                 remedy=f"at most {self.alphabet**3} prompts together, or a larger alphabet",
             )
+        check_width(self.width)
         _check_dials(self)
         self._take_terms()
 
