@@ -302,6 +302,13 @@ def test_contradictory_dials_are_refused_with_the_rule(dials, found, rule):
     assert rule in str(error.value)
 
 
+def test_more_objectives_than_scores_can_tell_apart_are_refused():
+    """Two prompts with three responses each have four degrees of freedom; the whitening divided by rounding, and strength was blamed."""
+    tiny = {"alphabet": 2, "length": 1, "prompt_count": 1, "width": 16, "layers": 1}
+    with pytest.raises(TaskError, match=r"follow from those of the others(?s:.*)4 that do not, of 8 objectives"):
+        ExactTask(objective_count=8, **tiny).rewards_PRM("train")
+
+
 def test_correlation_with_a_constant_is_unknown():
     rewards_PRM = np.array([[[1.0, 0.0], [1.0, 1.0]]])
     found = correlations_P(rewards_PRM, np.log([[0.5, 0.5]]))

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.03  # of a correlation, mean over prompts
+ALIKE = 1e-12  # of the largest variance of a combination of scores: what is below is rounding
 
 
 def fields(
@@ -172,6 +173,12 @@ def _whiten(fields_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
     """Center per prompt under the reference, then one linear map for all prompts that makes the mean covariance the identity."""
     centred_PRM = fields_PRM - (np.exp(logp_PR)[:, :, None] * fields_PRM).sum(1, keepdims=True)
     values, vectors = np.linalg.eigh(_covariance(fields_PRM, logp_PR).mean(0))
+    if values[0] <= values[-1] * ALIKE:
+        raise TaskError(
+            "no objective's scores follow from those of the others",
+            found=f"{int((values > values[-1] * ALIKE).sum())} that do not, of {len(values)} objectives",
+            remedy="ask for fewer objectives, or for more responses and prompts: raise length, alphabet or prompt_count",
+        )
     return centred_PRM @ (vectors / np.sqrt(values) @ vectors.T)
 
 
