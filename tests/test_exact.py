@@ -147,6 +147,15 @@ def test_correlations_agree_with_numpy(task):
     assert found[0, 1] == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_policy_that_never_says_most_responses_has_returns(task):
+    """0 log 0 is 0: the KL of a policy with one response is the surprisal of that under the reference."""
+    logp_PR = np.full_like(task.reference_logp_PR("train"), -np.inf)
+    logp_PR[:, 7] = 0.0
+    rewards_PM, kl_P = task.returns(logp_PR, "train")
+    np.testing.assert_array_equal(rewards_PM, task.rewards_PRM("train")[:, 7])
+    np.testing.assert_array_equal(kl_P, -task.reference_logp_PR("train")[:, 7])
+
+
 def test_score_reads_the_table_and_the_empty_response_counts(task):
     prompts = task.prompts("test")[:3]
     rewards_NM = task.score(prompts, ["", "abc", "d"])

@@ -277,9 +277,9 @@ class ExactTask(Task):
         return self.tree.response_logp(mixed_PIV.log_softmax(-1)).numpy()
 
     def returns(self, logp_PR: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Expected rewards (P, M) and KL to the reference (P,) in nats, per prompt."""
+        """Expected rewards (P, M) and KL to the reference (P,) in nats, per prompt; a response may have the probability 0."""
         p_PR = np.exp(logp_PR)
-        kl_P = (p_PR * (logp_PR - self.reference_logp_PR(split))).sum(1)
+        kl_P = (p_PR * np.where(p_PR > 0, logp_PR - self.reference_logp_PR(split), 0.0)).sum(1)
         return np.einsum("pr,prm->pm", p_PR, self.rewards_PRM(split)), kl_P
 
     def ceiling_W(self, w_WM: np.ndarray, split: str) -> np.ndarray:
