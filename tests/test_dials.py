@@ -314,3 +314,7 @@ def test_correlation_with_a_constant_is_unknown():
     found = correlations_P(rewards_PRM, np.log([[0.5, 0.5]]))
     assert np.isnan(found[0, 0, 1])
     assert found[0, 1, 1] == 1
+    rng = generator(0, "constants")  # of which a mean with uneven weights is another number by rounding
+    for constant in rng.random(20):
+        found = correlations_P(np.stack([np.full(7, constant), rng.random(7)], axis=1)[None], np.log(rng.dirichlet(np.ones(7)))[None])
+        assert np.isnan(found[0, 0]).all()

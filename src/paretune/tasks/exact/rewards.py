@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 TOLERANCE = 0.03  # of a correlation, mean over prompts
+CONSTANT = 1e-14  # of the largest value: a standard deviation below is rounding
 ALIKE = 1e-12  # of the largest variance of a combination of scores: what is below is rounding
 
 
@@ -103,8 +104,8 @@ def correlations_P(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
     """(P, M, M) Pearson correlation of the objectives, prompt by prompt; NaN where an objective is constant."""
     covariance_PMM = _covariance(rewards_PRM, logp_PR)
     deviation_PM = np.sqrt(np.einsum("pmm->pm", covariance_PMM))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])
+    deviation_PM[deviation_PM <= CONSTANT * np.abs(rewards_PRM).max(1)] = np.nan
+    return covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])
 
 
 def spreads(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
