@@ -19,7 +19,7 @@ from paretune.tasks.exact.rewards import (
     stretch,
     verify_noise,
 )
-from paretune.tasks.exact.task import ExactTask
+from paretune.tasks.exact.task import ExactTask, RepresentableTask
 from paretune.testing import check_task
 from paretune.training.batch import draw
 from paretune.training.learners.exact import ExactGradient
@@ -220,6 +220,19 @@ def test_an_odd_prompt_leaves_no_context_empty():
     assert np.bincount(task.contexts("test")).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(("trained", "tested"), [(3, 2), (4, 3), (3, 5)])
+def test_splits_of_unequal_size_have_both_contexts(trained, tested):
+    """Of an odd number of prompts in all, one letter has one more: the prompts were called not distinct."""
+    task = RepresentableTask(context=0.5, ceiling=0.0, test_count=tested, **{**TINY, "prompt_count": trained})
+    assert np.bincount(task.contexts("train")).tolist() == [(trained + 1) // 2, trained // 2]
+    assert np.bincount(task.contexts("test")).tolist() == [tested // 2, (tested + 1) // 2]
+
+
+def test_one_test_prompt_leaves_a_context_empty():
+    with pytest.raises(TaskError, match=r"no context is empty(?s:.*)test_count = 1 for 2 contexts"):
+        RepresentableTask(context=0.5, test_count=1, **{**TINY, "prompt_count": 3})
+
+
 def test_the_best_gates_differ_between_contexts_and_carry_over_to_test_prompts(tmp_path):
     """What a router is for: gates of a soup chosen per context, on training prompts, beat the best common gates on both splits.
 
@@ -289,8 +302,19 @@ def test_contradictory_dials_are_refused_with_the_rule(dials, found, rule):
     assert rule in str(error.value)
 
 
+def test_more_objectives_than_scores_can_tell_apart_are_refused():
+    """Two prompts with three responses each have four degrees of freedom; the whitening divided by rounding, and strength was blamed."""
+    tiny = {"alphabet": 2, "length": 1, "prompt_count": 1, "width": 16, "layers": 1}
+    with pytest.raises(TaskError, match=r"follow from those of the others(?s:.*)4 that do not, of 8 objectives"):
+        ExactTask(objective_count=8, **tiny).rewards_PRM("train")
+
+
 def test_correlation_with_a_constant_is_unknown():
     rewards_PRM = np.array([[[1.0, 0.0], [1.0, 1.0]]])
     found = correlations_P(rewards_PRM, np.log([[0.5, 0.5]]))
     assert np.isnan(found[0, 0, 1])
     assert found[0, 1, 1] == 1
+    rng = generator(0, "constants")  # of which a mean with uneven weights is another number by rounding
+    for constant in rng.random(20):
+        found = correlations_P(np.stack([np.full(7, constant), rng.random(7)], axis=1)[None], np.log(rng.dirichlet(np.ones(7)))[None])
+        assert np.isnan(found[0, 0]).all()

@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from paretune.errors import TaskError
 from paretune.registry import TASKS, describe
-from paretune.seeds import generator
+from paretune.seeds import forked_torch, generator
+from paretune.tasks.exact import language
+from paretune.tasks.exact.language import ReferenceSpec, load_reference
 from paretune.tasks.exact.rewards import correlations
 from paretune.tasks.exact.task import ExactTask
 from paretune.tasks.exact.tree import PrefixTree
 from paretune.tasks.preferences import judged_preferences, sample_preferences
 
+TINIEST = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4)
 SMALL = {"alphabet": 4, "length": 3, "prompt_count": 4, "width": 32, "layers": 2}
 
 
@@ -147,6 +151,15 @@ def test_correlations_agree_with_numpy(task):
     assert found[0, 1] == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_policy_that_never_says_most_responses_has_returns(task):
+    """0 log 0 is 0: the KL of a policy with one response is the surprisal of that under the reference."""
+    logp_PR = np.full_like(task.reference_logp_PR("train"), -np.inf)
+    logp_PR[:, 7] = 0.0
+    rewards_PM, kl_P = task.returns(logp_PR, "train")
+    np.testing.assert_array_equal(rewards_PM, task.rewards_PRM("train")[:, 7])
+    np.testing.assert_array_equal(kl_P, -task.reference_logp_PR("train")[:, 7])
+
+
 def test_score_reads_the_table_and_the_empty_response_counts(task):
     prompts = task.prompts("test")[:3]
     rewards_NM = task.score(prompts, ["", "abc", "d"])
@@ -174,6 +187,32 @@ def test_rewards_are_the_same_bits_under_any_number_of_threads():
     assert bits[0] == bits[1]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["changed", "empty", "gone", "gone, from before there were hashes"])
+def test_a_damaged_reference_in_the_cache_is_made_again(tmp_path, monkeypatch, name, damage):
+    """One changed bit of a weight gave another front, and a model without its config took all memory there was."""
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(language, "_pretrain", lambda spec: LlamaForCausalLM(TINIEST).eval())
+    spec = ReferenceSpec(alphabet=3, seed=0, width=8, layers=1)
+    with forked_torch(0):
+        before = load_reference(spec)[0].state_dict()
+    language._loaded.cache_clear()
+    (folder,) = tmp_path.glob("reference-*")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-2] + b" " + content[-1:] if damage == "changed" else b"")
+    if damage.startswith("gone"):
+        (folder / name).unlink()
+    if damage.endswith("hashes"):
+        (folder / "DONE").unlink()
+    assert not language._is_whole(folder), "else a model without a config would now be loaded, of 27 GB"
+    with forked_torch(0), pytest.warns(UserWarning, match="is damaged, and is made again"):
+        model, tokenizer = load_reference(spec)
+    assert tokenizer.padding_side == "left"
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+    assert (folder / name).read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
 @pytest.mark.parametrize(
     ("dials", "found", "rule"),
     [
@@ -182,6 +221,8 @@ def test_rewards_are_the_same_bits_under_any_number_of_threads():
         ({"alphabet": 26, "length": 4}, "456,976", "enumerated"),
         ({"alphabet": 2, "prompt_count": 5}, "5 + 5 prompts", "distinct"),
         ({"beta": 0.0}, "beta = 0", "beta lies between"),
+        ({"width": 30}, "width = 30", "a multiple of 8"),
+        ({"width": 12}, "width = 12", "each an even number"),
     ],
 )
 def test_impossible_dials_are_refused_with_the_bound(dials, found, rule):

@@ -205,3 +205,5 @@ def test_refuses_what_it_cannot_enumerate(tmp_path):
     assert 'learner "pg"' in str(error.value)
     with pytest.raises(ConfigError, match="at least 1"):
         ExactGradient(steps=0)
+    with pytest.raises(ConfigError, match=r"found: .*checkpoint_every=0"):
+        ExactGradient(checkpoint_every=0)

@@ -9,8 +9,10 @@ from scipy.optimize import linprog
 
 from paretune.errors import ConfigError, TaskError
 from paretune.evaluation import metrics
+from paretune.files import write_json
 from paretune.objectives.utilities import Landmarks, Tchebycheff, linear
-from paretune.registry import TASKS
+from paretune.registry import TASKS, describe
+from paretune.runs.jobs import Tasks
 from paretune.seeds import generator
 
 RECORDED = json.loads((Path(__file__).parents[1] / "benchmarks" / "recorded.json").read_text(encoding="utf-8"))
@@ -46,6 +48,13 @@ def test_a_path_earns_its_leaf():
     )
 
 
+def test_its_cells_can_be_written(tmp_path):
+    """The leaves are no squashed normals: a posterior of them was NaN, which no cell.json may hold."""
+    task = tree(length=5)
+    assert set(task.known_W(np.full((1, 6), 1 / 6), "test")) == {"representable", "blind"}
+    write_json(tmp_path / "cell.json", Tasks().truth(describe(task), ("train", "test")))
+
+
 def test_the_reference_goes_either_way_and_the_optimum_is_the_best_leaf():
     task = tree(length=6, beta=0.01)
     for split in ("train", "test"):
@@ -60,7 +69,8 @@ def test_the_reference_goes_either_way_and_the_optimum_is_the_best_leaf():
 
 
 @pytest.mark.parametrize(
-    ("dials", "said"), [({"length": 4}, "length = 4"), ({"beta": 0}, "beta = 0"), ({"prompt_count": 0}, "prompt_count = 0")]
+    ("dials", "said"),
+    [({"length": 4}, "length = 4"), ({"beta": 0}, "beta = 0"), ({"prompt_count": 0}, "prompt_count = 0"), ({"width": 12}, "width = 12")],
 )
 def test_a_tree_that_there_is_not(dials, said):
     with pytest.raises(TaskError, match=said):

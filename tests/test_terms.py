@@ -14,9 +14,11 @@ import yaml
 from learner_cases import SMALL, TASK, log_of, spec_of, weights, whole_and_cut
 from paretune.errors import ConfigError, TaskError
 from paretune.evaluation.evaluate import evaluate
+from paretune.files import write_json
 from paretune.objectives.terms import Course, Terms, When, brief
 from paretune.objectives.utilities import Constrained, Landmarks
 from paretune.registry import LEARNERS, METHODS, TASKS, describe
+from paretune.runs.jobs import Tasks
 from paretune.runs.recipes.preview import preview
 from paretune.runs.recipes.recipe import load_recipe, mistakes
 from paretune.runs.suite import fit, load_suite, members_of
@@ -215,6 +217,14 @@ def test_an_exact_task_is_that_of_the_gated_rewards():
     np.testing.assert_allclose(task.front("train", w_M[None]).points_KM[0], rewards_M - task.beta * kl, atol=1e-12)
     with pytest.raises(TaskError, match="one map makes"):
         task.posterior_PRM("train")
+
+
+def test_a_cell_can_be_written_where_a_gate_never_opens(tmp_path):
+    """The gated objective is constant, so its correlation is unknown: NaN, which no cell.json may hold."""
+    task = task_under(when={"objective_2": {"reward": "objective_1", "at_least": 0.9999}})
+    truth = Tasks().truth(describe(task), ("train", "test"))
+    write_json(tmp_path / "cell.json", truth)
+    assert truth["verified"]["test"]["correlations"] == [[1.0, None], [None, None]]
 
 
 def test_the_exact_learner_finds_the_optimum_under_a_gate(tmp_path):

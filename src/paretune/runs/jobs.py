@@ -149,7 +149,9 @@ class Tasks:
 
     def truth(self, description: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
         """What is known about an exact task, for cell.json: {"fronts": split -> points, "verified": dials,
-        "known": split -> line -> attainments}; empty where it is not exact."""
+        "known": split -> line -> attainments}, None where a dial is unknown; empty where it is not exact."""
+        from paretune.evaluation.metrics import plain
+
         task = self.get(description)
         if not task.is_exact:
             return {}
@@ -157,7 +159,7 @@ class Tasks:
         if which not in self._truths:
             lines = {split: {name: found_W.tolist() for name, found_W in task.known_W(task.judged(), split).items()} for split in splits}
             fronts = {split: _front(task, split) for split in splits}
-            self._truths[which] = {"fronts": fronts, "verified": task.verified(), "known": lines}
+            self._truths[which] = {"fronts": fronts, "verified": plain(task.verified()), "known": lines}
         return self._truths[which]
 
 

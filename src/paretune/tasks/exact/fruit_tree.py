@@ -16,7 +16,7 @@ import numpy as np
 
 from paretune.errors import TaskError
 from paretune.registry import TASKS
-from paretune.tasks.exact.language import ReferenceSpec
+from paretune.tasks.exact.language import ReferenceSpec, check_width
 from paretune.tasks.exact.task import SPLITS, ExactTask
 from paretune.types import Count, Objectives
 
@@ -57,6 +57,7 @@ class FruitTree(ExactTask):
         for name, (low, high) in ranges.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise TaskError(f"{name} lies between {low:g} and {high:g}", found=f"{name} = {value:g}", remedy="choose it in that range")
+        check_width(self.width)
         self._take_terms()
 
     @property
@@ -71,6 +72,13 @@ class FruitTree(ExactTask):
     def returned_M(self, logp_PR: np.ndarray, split: str) -> np.ndarray:
         """(M,) expected rewards without the KL term, which the benchmark does not have."""
         return self.returns(logp_PR, split)[0].mean(0)
+
+    def posterior_PRM(self, split: str) -> np.ndarray:
+        raise TaskError(
+            "the posterior is that of rewards that one map makes of normal weights",
+            found="the rewards of a benchmark's leaves",
+            remedy="leave the line out for this task",
+        )
 
     @property
     def _reference(self) -> ReferenceSpec:

@@ -2,7 +2,8 @@
 
 The language is a second-order Markov chain over the alphabet with a chance to stop; where it has `features`, every symbol of a response
 depends on the whole prompt, too. The model is fitted to its known next-symbol distribution on strings drawn from it. Training runs on one
-thread from seeded draws, and its result is cached on disk (`PARETUNE_CACHE`, default `~/.cache/paretune`), published by one rename.
+thread from seeded draws, and its result is cached on disk (`PARETUNE_CACHE`, default `~/.cache/paretune`), published by one rename
+with the hashes of its files. What is damaged there is made again, with a warning.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 from scipy.special import softmax
 
+from paretune.errors import TaskError
+from paretune.files import changed, note, read_manifest, remove, seal
 from paretune.hub import quietly
 from paretune.seeds import forked_torch, generator, seed_for
 from paretune.types import key_of
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ReferenceSpec", "alphabet_of", "load_reference", "one_thread", "sample_language"]
+__all__ = ["ReferenceSpec", "alphabet_of", "check_width", "load_reference", "one_thread", "sample_language"]
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 EOS_TEXT = "<eos>"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+SEAL = "DONE"  # the hashes of the files, written last
 RECIPE = 1  # raise when pre-training changes: it is part of the cache's key
 
 
@@ -55,6 +60,17 @@ class ReferenceSpec:
     head: float = 1.0  # the output head begins this many times larger
     features: int = 0  # of the whole prompt, on which the language of responses depends
     memory: float = 0.0  # standard deviation of what they add to a logit
+
+
+def check_width(width: int) -> None:
+    """TaskError where the reference's heads do not share the width, or have an odd size, which rotary embeddings cannot turn."""
+    unit = 2 * ReferenceSpec.heads
+    if width < unit or width % unit:
+        raise TaskError(
+            f"width is a multiple of {unit}: {ReferenceSpec.heads} attention heads share it, each an even number",
+            found=f"width = {width}",
+            remedy=f"for example {max(1, round(width / unit)) * unit}",
+        )
 
 
 def alphabet_of(count: int) -> str:
@@ -112,17 +128,34 @@ def load_reference(spec: ReferenceSpec) -> tuple[PreTrainedModel, PreTrainedToke
     later = {"head": 1.0, "features": 0, "memory": 0.0}  # fields that came later count where they are not at their defaults
     told = {name: value for name, value in dataclasses.asdict(spec).items() if later.get(name) != value}
     folder = home / f"reference-{key_of({'recipe': RECIPE, **told})}"
-    if not folder.is_dir():
+    if not _is_whole(folder):
+        if folder.exists():
+            note(f"the reference model in {folder} is damaged, and is made again")
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".wip-", dir=home))
         with quietly("making the reference model"):
             _pretrain(spec).save_pretrained(aside)
             _tokenizer(spec).save_pretrained(aside)
+        seal(aside, SEAL)
         try:
+            if not _is_whole(folder):
+                remove(folder)
             aside.replace(folder)
         except OSError:  # another process published it first: theirs is the same
             shutil.rmtree(aside)
     return copy.deepcopy(_loaded(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is as it was published. Without config.json, transformers would make a model of seven billion weights.
+
+    Folders from before there were hashes have none to compare; there, a file that is missing or empty is seen.
+    """
+    try:
+        hashes = read_manifest(folder / SEAL)
+    except OSError:
+        return all((folder / name).is_file() and (folder / name).stat().st_size for name in FILES)
+    return hashes is not None and not changed(folder, hashes, remembered=True)
 
 
 @lru_cache(maxsize=4)

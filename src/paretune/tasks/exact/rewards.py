@@ -35,12 +35,15 @@ __all__ = [
     "gains_for",
     "mix_to_correlation",
     "pays_rarely",
+    "prompts_of_contexts",
     "spreads",
     "stretch",
     "verify_noise",
 ]
 
 TOLERANCE = 0.03  # of a correlation, mean over prompts
+CONSTANT = 1e-14  # of the largest value: a standard deviation below is rounding
+ALIKE = 1e-12  # of the largest variance of a combination of scores: what is below is rounding
 
 
 def fields(
@@ -101,8 +104,8 @@ def correlations_P(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
     """(P, M, M) Pearson correlation of the objectives, prompt by prompt; NaN where an objective is constant."""
     covariance_PMM = _covariance(rewards_PRM, logp_PR)
     deviation_PM = np.sqrt(np.einsum("pmm->pm", covariance_PMM))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])
+    deviation_PM[deviation_PM <= CONSTANT * np.abs(rewards_PRM).max(1)] = np.nan
+    return covariance_PMM / (deviation_PM[:, :, None] * deviation_PM[:, None])
 
 
 def spreads(rewards_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
@@ -171,6 +174,12 @@ def _whiten(fields_PRM: np.ndarray, logp_PR: np.ndarray) -> np.ndarray:
     """Center per prompt under the reference, then one linear map for all prompts that makes the mean covariance the identity."""
     centred_PRM = fields_PRM - (np.exp(logp_PR)[:, :, None] * fields_PRM).sum(1, keepdims=True)
     values, vectors = np.linalg.eigh(_covariance(fields_PRM, logp_PR).mean(0))
+    if values[0] <= values[-1] * ALIKE:
+        raise TaskError(
+            "no objective's scores follow from those of the others",
+            found=f"{int((values > values[-1] * ALIKE).sum())} that do not, of {len(values)} objectives",
+            remedy="ask for fewer objectives, or for more responses and prompts: raise length, alphabet or prompt_count",
+        )
     return centred_PRM @ (vectors / np.sqrt(values) @ vectors.T)
 
 
@@ -195,12 +204,17 @@ NOISE_TOLERANCE = 0.1  # of the noise's standard deviation, relative, and of its
 NOISE_DRAWS = 2000
 
 
-def choose_prompts(drawn_NT: np.ndarray, count: int, *, contexts: bool) -> np.ndarray:
-    """(count, T) distinct prompts in the order in which they were drawn; with `contexts`, half of them of each first letter."""
+def prompts_of_contexts(trained: int, tested: int) -> list[tuple[int, int]]:
+    """(training prompts, test prompts) of each context: an odd training prompt is the first one's, an odd test prompt the second's."""
+    return [((trained + 1 - context) // CONTEXTS, (tested + context) // CONTEXTS) for context in range(CONTEXTS)]
+
+
+def choose_prompts(drawn_NT: np.ndarray, count: int, *, by_letter: Sequence[int] = ()) -> np.ndarray:
+    """(count, T) distinct prompts in the order in which they were drawn; so many of each first letter where `by_letter` says how many."""
     _, first = np.unique(drawn_NT, axis=0, return_index=True)
     distinct = drawn_NT[np.sort(first)]
-    if contexts:
-        rows = [np.flatnonzero(distinct[:, 0] == letter)[: count // CONTEXTS] for letter in range(CONTEXTS)]
+    if by_letter:
+        rows = [np.flatnonzero(distinct[:, 0] == letter)[:many] for letter, many in enumerate(by_letter)]
         distinct = distinct[np.sort(np.concatenate(rows))]
     if len(distinct) < count:
         raise TaskError("prompts are distinct", found=f"{len(distinct)} distinct ones", remedy="ask for fewer prompts")

@@ -55,7 +55,15 @@ from paretune.seeds import generator
 from paretune.tasks.base import Task, reference
 from paretune.tasks.exact.ceiling import ceiling_W
 from paretune.tasks.exact.known import posterior_mean
-from paretune.tasks.exact.language import ReferenceSpec, alphabet_of, load_reference, one_thread, prompt_features, sample_language
+from paretune.tasks.exact.language import (
+    ReferenceSpec,
+    alphabet_of,
+    check_width,
+    load_reference,
+    one_thread,
+    prompt_features,
+    sample_language,
+)
 from paretune.tasks.exact.rewards import (
     CONTEXTS,
     add_noise,
@@ -67,6 +75,7 @@ from paretune.tasks.exact.rewards import (
     fields,
     mix_to_correlation,
     pays_rarely,
+    prompts_of_contexts,
     spreads,
     stretch,
     verify_noise,
@@ -145,6 +154,7 @@ class ExactTask(Task):
                 found=f"{self.prompt_count} + {self.tested} prompts from {self.alphabet} symbols",
                 remedy=f"at most {self.alphabet**3} prompts together, or a larger alphabet",
             )
+        check_width(self.width)
         _check_dials(self)
         self._take_terms()
 
@@ -267,9 +277,9 @@ class ExactTask(Task):
         return self.tree.response_logp(mixed_PIV.log_softmax(-1)).numpy()
 
     def returns(self, logp_PR: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Expected rewards (P, M) and KL to the reference (P,) in nats, per prompt."""
+        """Expected rewards (P, M) and KL to the reference (P,) in nats, per prompt; a response may have the probability 0."""
         p_PR = np.exp(logp_PR)
-        kl_P = (p_PR * (logp_PR - self.reference_logp_PR(split))).sum(1)
+        kl_P = (p_PR * np.where(p_PR > 0, logp_PR - self.reference_logp_PR(split), 0.0)).sum(1)
         return np.einsum("pr,prm->pm", p_PR, self.rewards_PRM(split)), kl_P
 
     def ceiling_W(self, w_WM: np.ndarray, split: str) -> np.ndarray:
@@ -413,7 +423,11 @@ class ExactTask(Task):
         count = self.prompt_count + self.tested
         many = (200 if not self.context else 100 * self.alphabet) * count
         drawn = sample_language(self._reference, generator(self.seed, "prompts"), many, self._reference.context)
-        return choose_prompts(drawn, count, contexts=bool(self.context))
+        return choose_prompts(drawn, count, by_letter=[sum(both) for both in self._prompts_of_contexts] if self.context else ())
+
+    @property
+    def _prompts_of_contexts(self) -> list[tuple[int, int]]:
+        return prompts_of_contexts(self.prompt_count, self.tested)
 
     @property
     def _features_PF(self) -> np.ndarray | None:
@@ -439,9 +453,8 @@ class ExactTask(Task):
             order = min(orders, key=lambda rows: _off(off_P, rows, self.prompt_count))
             return {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, [self.prompt_count]), strict=True)}
         parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        for context in range(CONTEXTS):
+        for context, (cut, _) in enumerate(self._prompts_of_contexts):
             here = np.flatnonzero(self._contexts_P == context)
-            cut = (self.prompt_count + 1 - context) // 2  # an odd prompt goes to training in the first context, to testing in the second
             orders = [rng.permutation(here) for _ in range(500)]
             order = min(orders, key=lambda rows: _off(off_P, rows, cut))
             parts["train"].append(order[:cut])
@@ -598,13 +611,14 @@ def _check_dials(task: ExactTask) -> None:
             found=f"rho + context = {both[0]:.4g}, rho - context = {both[1]:.4g}",
             remedy=f"at rho = {task.rho:g}, context is at most {max(0.0, min(0.99 - task.rho, task.rho - low)):.4g}",
         )
-    if task.prompt_count < CONTEXTS:
+    fewest, name = min((task.prompt_count, "prompt_count"), (task.tested, "test_count"))
+    if fewest < CONTEXTS:
         raise TaskError(
             "no context is empty: each has a training prompt and a test prompt",
-            found=f"prompt_count = {task.prompt_count} for {CONTEXTS} contexts",
+            found=f"{name} = {fewest} for {CONTEXTS} contexts",
             remedy="ask for at least 2 prompts, or leave context at 0",
         )
-    each = (task.prompt_count + task.tested) // CONTEXTS
+    each = max(map(sum, prompts_of_contexts(task.prompt_count, task.tested)))
     if each > task.alphabet**2:
         raise TaskError(
             "prompts of one context are distinct strings of 3 symbols with the same first one",

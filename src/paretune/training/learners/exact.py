@@ -54,10 +54,11 @@ class ExactGradient(Unlabelled, StoppingRule, Learner):
     checkpoint_every: int = 50
 
     def __post_init__(self):
-        if min(self.steps, self.stop_window, self.validate_every, self.log_every, self.checkpoint_every) < 1 or self.lr <= 0:
+        at_least_1 = ("steps", "stop_window", "validate_every", "log_every", "checkpoint_every")
+        if min(getattr(self, name) for name in at_least_1) < 1 or self.lr <= 0:
             raise ConfigError(
                 "steps, stop_window, validate_every, log_every and checkpoint_every are at least 1 and lr is positive",
-                found=f"steps={self.steps}, stop_window={self.stop_window}, validate_every={self.validate_every}, lr={self.lr}",
+                found=", ".join(f"{name}={getattr(self, name)}" for name in (*at_least_1, "lr")),
                 remedy="`paretune show exact` prints the defaults",
             )
         if self.dtype == "float16":
