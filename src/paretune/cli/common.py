@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, nearest, printable, raised_by, refuse_exit, shown
+from paretune.errors import CONTROLS, ConfigError, ParetuneError, StoreError, first_line, printable, raised_by, refuse_exit, shown
 from paretune.files import is_disk_full
 from paretune.progress import Heartbeat, spoken
 from paretune.registry import not_plain
@@ -162,10 +162,9 @@ def _executor(executor: str, given: dict[str, Any]) -> str | Ray:
             remedy="add --executor ray, or leave it out",
         )
     if executor != "local":
-        from paretune.runs.suite import EXECUTORS
+        from paretune.runs.suite import check_executor
 
-        if executor not in EXECUTORS:  # here, because a fit that is done already would not look
-            raise ConfigError("jobs are run by a known executor", found=shown(executor), remedy=nearest(executor, EXECUTORS))
+        check_executor(executor)  # here, because a fit that is done already would not look
     return executor
 
 

@@ -66,7 +66,10 @@ if TYPE_CHECKING:  # these load torch
     from paretune.policy.family import Family
     from paretune.training.learners.base import Learner
 
-__all__ = ["Row", "Suite", "Summary", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite", "task"]
+__all__ = [
+    *("Row", "Suite", "Summary", "check_executor", "compared", "expand", "fit", "load_suite", "members_of", "method", "run_suite"),
+    "task",
+]
 
 OWN_KEYS = {"prompts", "objectives", "guards"}  # what a recipe's task is written with, and `RecipeTask` has other names for
 EXECUTORS = ("local", "in-process", "ray")
@@ -428,13 +431,18 @@ def _planned(suite: Suite, store: Store, members: Sequence[Member], began: float
     return Summary(suite.name, str(store.root), tuple(cells), tuple(trainings.values()), time.monotonic() - began, foreseen)
 
 
+def check_executor(given: object) -> None:
+    """ConfigError where this is neither Ray with its settings nor the name of an executor."""
+    if not isinstance(given, Ray) and (not isinstance(given, str) or given not in EXECUTORS):
+        raise ConfigError("jobs are run by a known executor", found=shown(given), remedy=nearest(shown(given), EXECUTORS))
+
+
 def _executor(given: str | Ray, workers: int | None) -> str | Ray:
     """Checked, with the settings of Ray written out."""
     workers = checked("workers", int | None, workers)
     if workers is not None and workers < 1:
         raise ConfigError("a suite has at least one worker", found=f"workers = {workers}", remedy="leave it out for one per CPU")
-    if not isinstance(given, Ray) and (not isinstance(given, str) or given not in EXECUTORS):
-        raise ConfigError("jobs are run by a known executor", found=shown(given), remedy=nearest(shown(given), EXECUTORS))
+    check_executor(given)
     who = Ray() if given == "ray" else given
     if isinstance(who, Ray):
         who.check()
